@@ -1,0 +1,103 @@
+"""What sparse mode does, and the context that carries it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Options of sparse mode, immutable.
+
+    Args:
+        backprop_threshold: distance B_th from the firing threshold outside which a neuron passes no gradient
+            [Perez-Nieves & Goodman 2021, Def. 1], in units of the membrane. ``"auto"`` takes the distance
+            outside which at most 5 % of the surrogate's area lies; ``None`` is exact mode: nothing is cut.
+        backend: ``"auto"``, or the name of a registered backend (``snn-sparse plugins`` lists them).
+        min_active: a call in which a smaller fraction of the layer's neuron-steps is active runs with the exact
+            surrogate, so that a window cannot silence a layer. 0 turns the guard off.
+        fuse_time: run sequence modules and :func:`snn_sparse_plugin.unroll` as one fused op over all steps.
+            ``False`` steps through upstream's own code with the masked gradient.
+        check: also make checks that cost a pass over the data (finite inputs and weights on every path).
+
+    Raises:
+        ConfigError: a value outside its range.
+
+    Example:
+        >>> SparseConfig(backprop_threshold=0.2).backprop_threshold
+        0.2
+    """
+
+    backprop_threshold: float | Literal["auto"] | None = "auto"
+    backend: str = "auto"
+    min_active: float = 0.01
+    fuse_time: bool = True
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        threshold = self.backprop_threshold
+        if isinstance(threshold, str):
+            valid = threshold == "auto"
+        else:
+            valid = threshold is None or (
+                isinstance(threshold, int | float)
+                and not isinstance(threshold, bool)
+                and math.isfinite(threshold)
+                and threshold > 0
+            )
+        if not valid:
+            raise ConfigError(
+                f'backprop_threshold must be "auto", None (exact) or a finite number > 0, got {threshold!r}.'
+            )
+        if not isinstance(self.backend, str) or not self.backend:
+            raise ConfigError(f'backend must be "auto" or the name of a backend, got {self.backend!r}.')
+        if (
+            isinstance(self.min_active, bool)
+            or not isinstance(self.min_active, int | float)
+            or not 0 <= self.min_active <= 1
+        ):
+            raise ConfigError(f"min_active must be a fraction between 0 and 1, got {self.min_active!r}.")
+        for name in ("fuse_time", "check"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+
+    def updated(self, **overrides: Any) -> SparseConfig:
+        """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
+        known = [f.name for f in fields(self)]
+        for name in overrides:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else f" Options: {', '.join(known)}."
+                raise ConfigError(f"sparse mode has no option {name!r}.{hint}")
+        return replace(self, **overrides)
+
+
+_active: ContextVar[SparseConfig | None] = ContextVar("snn_sparse_plugin.config", default=None)
+
+
+def active_config() -> SparseConfig | None:
+    """The config of the innermost enclosing sparse context of this thread or task, or None outside."""
+    return _active.get()
+
+
+def current_config() -> SparseConfig:
+    """The active config, or the defaults outside any sparse context."""
+    return _active.get() or SparseConfig()
+
+
+@contextmanager
+def use_config(config: SparseConfig | None) -> Iterator[SparseConfig | None]:
+    """Make ``config`` the active one inside the block; the previous one comes back on any exit."""
+    token = _active.set(config)
+    try:
+        yield config
+    finally:
+        _active.reset(token)

@@ -1,0 +1,21 @@
+"""The one error class, with subclasses where a caller would branch."""
+
+
+class SparsePluginError(RuntimeError):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(SparsePluginError, ValueError):
+    """A tensor with the wrong shape, dtype, device or values."""
+
+
+class ConfigError(SparsePluginError, ValueError):
+    """An option that does not exist or a value outside its range."""
+
+
+class UnsupportedError(SparsePluginError):
+    """Something was asked for by name that cannot be done; the message says why and what can."""
+
+
+class MissingDependencyError(SparsePluginError, ImportError):
+    """An optional library is not installed; the message says what to install."""
