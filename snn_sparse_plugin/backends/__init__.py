@@ -1,0 +1,193 @@
+"""What a backend is, what it is asked to do, and how one is chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..dynamics import NeuronSpec
+from ..errors import UnsupportedError
+from ..spikes import Active, SpikeTrain
+from ..surrogates import Surrogate
+
+log = logging.getLogger("snn_sparse_plugin")
+
+CHUNK = 32  # steps between two checkpoints of the state; backward replays one chunk at a time
+
+calls: Counter[tuple[str, str]] = Counter()
+"""How often each backend ran: ``calls["cpu", "forward"]``. Tests use it to prove that the fast path ran."""
+
+
+@dataclass
+class LayerCall:
+    """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened.
+
+    Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input. ``rec0`` is the
+    recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
+    :data:`~snn_sparse_plugin.dynamics.PARAM_NAMES`.
+    """
+
+    spec: NeuronSpec
+    surrogate: Surrogate
+    threshold: float | None
+    min_active: float
+    T: int
+    B: int
+    N: int
+    train: SpikeTrain | None
+    current: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    rec_weight: Tensor | None
+    rec_bias: Tensor | None
+    rec0: Tensor | None
+    v0: Tensor
+    i0: Tensor | None
+    params: Tensor
+    want_spikes: bool = True  # dense (T, B, N)
+    want_events: bool = False
+    want_mem: bool = False
+    needs_grad: bool = True
+    params_grad: bool = False  # whether decays or thresholds want a gradient
+    save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward.
+
+    Either the active list (``active``, ``u`` = membrane - threshold there) with the output events, or
+    checkpoints of the state every :data:`CHUNK` steps, from which the backward replays.
+    ``threshold`` is the window that was used: None when the call ran exact.
+    """
+
+    threshold: float | None
+    active: Active | None = None
+    u: Tensor | None = None
+    v_checkpoints: Tensor | None = None  # (ceil(T / CHUNK), B, N)
+    i_checkpoints: Tensor | None = None
+
+
+class LayerResult(NamedTuple):
+    spikes: Tensor | None  # (T, B, N)
+    events: tuple[Tensor, Tensor] | None  # indptr, indices
+    mem: Tensor | None  # (T, B, N)
+    v: Tensor  # (B, N)
+    i: Tensor | None
+    saved: Saved | None
+    active_fraction: float
+
+
+class OutputGrads(NamedTuple):
+    """Gradients that arrive: at the active entries (in list order), or dense; None where nothing arrives."""
+
+    active: Tensor | None
+    spikes: Tensor | None  # (T, B, N)
+    mem: Tensor | None
+    v: Tensor | None
+    i: Tensor | None
+
+
+class InputGrads(NamedTuple):
+    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense."""
+
+    input: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    rec_weight: Tensor | None = None
+    rec_bias: Tensor | None = None
+    rec0: Tensor | None = None
+    v0: Tensor | None = None
+    i0: Tensor | None = None
+    params: Tensor | None = None
+
+
+class Backend:
+    """Base class of a backend. Register a subclass under ``snn_sparse_plugin.backends``.
+
+    ``priority``: higher is tried first by ``backend="auto"``; negative is never chosen automatically unless
+    nothing else supports the call.
+    """
+
+    name = "unnamed"
+    priority = 0
+
+    def available(self) -> tuple[bool, str]:
+        """Whether it can run on this machine, and its version or the reason why not."""
+        return True, ""
+
+    def supports(
+        self,
+        op: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        spec: NeuronSpec,
+        surrogate: Surrogate,
+        recurrent: bool = False,
+    ) -> tuple[bool, str]:
+        """Whether it can run this call, and why not."""
+        raise NotImplementedError
+
+    def spiking_layer(self, call: LayerCall) -> LayerResult:
+        """Forward of the op."""
+        raise NotImplementedError
+
+    def spiking_layer_backward(
+        self,
+        call: LayerCall,
+        saved: Saved,
+        events: tuple[Tensor, Tensor] | None,
+        grads: OutputGrads,
+        needs: tuple[bool, ...],
+    ) -> InputGrads:
+        """Backward of the op; ``needs`` says which fields of :class:`InputGrads` are wanted."""
+        raise NotImplementedError
+
+
+_logged: set[tuple[str, str]] = set()
+
+
+def select(
+    name: str,
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    spec: NeuronSpec,
+    surrogate: Surrogate,
+    recurrent: bool = False,
+) -> Backend:
+    """The backend for a call: the named one, or the first by priority that supports it.
+
+    Raises:
+        UnsupportedError: the named backend is unknown, missing or cannot do this; the message says why.
+    """
+    what = dict(device=device, dtype=dtype, spec=spec, surrogate=surrogate, recurrent=recurrent)
+    if name != "auto":
+        backend: Backend = registry.load("backends", name)
+        ok, reason = _verdict(backend, op, what)
+        if not ok:
+            raise UnsupportedError(f"backend {name!r} cannot run {op} on {device} in {dtype}: {reason}")
+        return backend
+    found = sorted(registry.load_all("backends").values(), key=lambda b: -b.priority)
+    reasons = []
+    for backend in found:
+        ok, reason = _verdict(backend, op, what)
+        if ok:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+        if (backend.name, reason) not in _logged:
+            _logged.add((backend.name, reason))
+            log.info("backend %s passed over for %s: %s", backend.name, op, reason)
+    raise UnsupportedError(f"no backend can run {op} on {device} in {dtype}: {'; '.join(reasons)}")
+
+
+def _verdict(backend: Backend, op: str, what: dict) -> tuple[bool, str]:
+    ok, reason = backend.available()
+    return backend.supports(op, **what) if ok else (ok, reason)

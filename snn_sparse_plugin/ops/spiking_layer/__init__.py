@@ -1,0 +1,317 @@
+"""The fused op: a synapse matrix and a layer of spiking neurons, over all time steps at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backends import LayerCall, select
+from ...config import current_config
+from ...dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
+from ...errors import InputError, UnsupportedError
+from ...spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
+from ...surrogates import Surrogate
+from . import autograd
+
+__all__ = ["SpikingLayerOutput", "spiking_layer"]
+
+
+class SpikingLayerOutput(NamedTuple):
+    """``spikes`` (T, B, N...) dense or SpikeTrain (the membrane for a readout), ``mem`` or None, final ``state``.
+
+    ``active_fraction`` is the share of neuron-steps that pass a gradient.
+    """
+
+    spikes: Any
+    mem: Tensor | None
+    state: NeuronState
+    active_fraction: float
+
+
+def spiking_layer(
+    x: Tensor | SpikeTrain | Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    spec: NeuronSpec | None = None,
+    params: NeuronParams,
+    surrogate: Surrogate | None = None,
+    recurrent_weight: Tensor | None = None,
+    recurrent_bias: Tensor | None = None,
+    state: NeuronState | None = None,
+    events: bool = False,
+    return_mem: bool = False,
+    name: str = "spiking_layer",
+    **overrides: Any,
+) -> SpikingLayerOutput:
+    """Synapses and neurons of one layer over T steps, with the sparse surrogate gradient of math section 2.
+
+    Args:
+        x: input, (T, B, M) with ``weight``, the neurons' input current (T, B, N...) without. Dense, SpikeTrain,
+            torch COO (T, B, M), torch CSR (T, B, M) or torch_sparse. float32 and float64; half precisions run on
+            the reference backend.
+        weight: (N, M), as of ``nn.Linear``. ``bias``: (N,).
+        spec: which neuron; default is snnTorch's Leaky.
+        params: decays, thresholds: scalars or per neuron, tensors may require a gradient.
+        surrogate: default is snnTorch's ``atan(2)``.
+        recurrent_weight: (N, N), ``recurrent_bias`` (N,): fed with the layer's spikes of the previous step.
+        state: initial state, each entry (B, N...); zeros where missing.
+        events: return spikes as a :class:`~snn_sparse_plugin.spikes.SpikeTrain`.
+        return_mem: also return the membrane after every step, (T, B, N...).
+        name: how error messages call this layer.
+        **overrides: options of :class:`~snn_sparse_plugin.config.SparseConfig` for this call.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit, or non-finite values where they are seen.
+        UnsupportedError: the backend asked for by name cannot do it.
+
+    Example:
+        >>> x = (torch.rand(20, 4, 30) < 0.05).float()
+        >>> w = torch.randn(10, 30, requires_grad=True)
+        >>> out = spiking_layer(x, w, params=NeuronParams(mem=0.9))
+        >>> out.spikes.shape, out.state.v.shape
+        (torch.Size([20, 4, 10]), torch.Size([4, 10]))
+        >>> out.spikes.sum().backward(); w.grad.shape
+        torch.Size([10, 30])
+    """
+    spec = spec or NeuronSpec()
+    surrogate = surrogate or Surrogate("atan", (2.0,))
+    config = current_config().updated(**overrides) if overrides else current_config()
+    train, dense = _input(x, weight, name)
+    first = train if train is not None else dense
+    assert first is not None
+    dtype, device, (T, B) = first.dtype, first.device, first.shape[:2]
+    features = (weight.shape[0],) if weight is not None else tuple(first.shape[2:])
+    N = math.prod(features)
+    _check_tensors(
+        name, dtype, device, N, first, weight, bias, recurrent_weight, recurrent_bias, check=config.check
+    )
+    packed = _pack_params(params, features, dtype, device, name)
+    v0, i0, s0 = _pack_state(state, spec, recurrent_weight is not None, (B, *features), dtype, device, name)
+    threshold = surrogate.resolve(config.backprop_threshold)
+    rec0 = None
+    if recurrent_weight is not None:
+        rec0 = F.linear(s0.to(dtype), recurrent_weight, recurrent_bias)  # type: ignore[union-attr]
+    chosen = select(
+        config.backend,
+        "spiking_layer",
+        device=device,
+        dtype=dtype,
+        spec=spec,
+        surrogate=surrogate,
+        recurrent=recurrent_weight is not None,
+    )
+
+    if torch.compiler.is_compiling():
+        if events or train is not None:
+            raise UnsupportedError(f"{name}: inside torch.compile the op takes and returns dense tensors.")
+        assert dense is not None
+        flat = dense if weight is not None else dense.reshape(T, B, N)
+        spikes, mem, v, i = autograd.compiled(
+            flat,
+            weight,
+            bias,
+            (recurrent_weight, recurrent_bias, rec0),
+            (v0, i0),
+            packed,
+            spec,
+            surrogate,
+            threshold,
+            config.min_active,
+            chosen.name,
+        )
+        return _output(spikes, mem if return_mem else None, v, i, s0 is not None, (T, B), features, math.nan)
+
+    current = None
+    if weight is not None and train is None:
+        assert dense is not None
+        train, current = _events_or_product(dense, weight, bias)
+    elif weight is None:
+        current = (train.to_dense() if train is not None else dense).reshape(T, B, N)  # type: ignore[union-attr]
+        train = None
+    if train is not None:
+        train = train.flatten()
+    leaves = [current, recurrent_weight, recurrent_bias, rec0, v0, i0, packed]
+    if train is not None:
+        leaves += [train.carrier, weight, bias]
+    needs_grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in leaves)
+    call = LayerCall(
+        spec=spec,
+        surrogate=surrogate,
+        threshold=threshold,
+        min_active=config.min_active,
+        T=T,
+        B=B,
+        N=N,
+        train=train,
+        current=current,
+        weight=weight if train is not None else None,
+        bias=bias if train is not None else None,
+        rec_weight=recurrent_weight,
+        rec_bias=recurrent_bias,
+        rec0=rec0,
+        v0=v0,
+        i0=i0,
+        params=packed,
+        want_spikes=spec.spiking and not events,
+        want_events=spec.spiking and (events or recurrent_weight is not None),
+        want_mem=return_mem or not spec.spiking,
+        needs_grad=needs_grad,
+        params_grad=packed.requires_grad,
+    )
+    result, carrier = autograd.apply(call, chosen)
+    spikes: Any = result.spikes
+    if not spec.spiking:
+        spikes = result.mem
+    elif events:
+        assert result.events is not None
+        active = result.saved.active if result.saved is not None else None
+        spikes = SpikeTrain(*result.events, (T, B, N), dtype=dtype, carrier=carrier, active=active)
+    mem = result.mem if return_mem else None
+    recurrent = recurrent_weight is not None
+    return _output(spikes, mem, result.v, result.i, recurrent, (T, B), features, result.active_fraction)
+
+
+def _output(
+    spikes: Any,
+    mem: Tensor | None,
+    v: Tensor,
+    i: Tensor | None,
+    recurrent: bool,
+    steps: tuple[int, ...],
+    features: tuple[int, ...],
+    active_fraction: float,
+) -> SpikingLayerOutput:
+    B = steps[1]
+    last = None
+    if recurrent:
+        if isinstance(spikes, SpikeTrain):
+            last = spikes.to_dense()[-1] if steps[0] else v.new_zeros(v.shape)
+        else:
+            last = spikes[-1] if steps[0] else v.new_zeros(v.shape)
+        last = last.view(B, *features)
+    spikes = spikes.view(*features) if isinstance(spikes, SpikeTrain) else spikes.view(*steps, *features)
+    state = NeuronState(v.view(B, *features), None if i is None else i.view(B, *features), last)
+    return SpikingLayerOutput(
+        spikes, None if mem is None else mem.view(*steps, *features), state, active_fraction
+    )
+
+
+def _input(x: Any, weight: Tensor | None, name: str) -> tuple[SpikeTrain | None, Tensor | None]:
+    if is_sparse_input(x):
+        train = as_spike_train(x)
+        shape, dense = train.shape, None
+    elif isinstance(x, Tensor):
+        check_float(x, f"{name}: input")
+        train, shape, dense = None, x.shape, x
+    else:
+        raise InputError(f"{name}: input must be a tensor or a SpikeTrain, got {type(x).__name__}.")
+    if len(shape) < 3:
+        raise InputError(f"{name}: input must have shape (T, B, N...), got {tuple(shape)}.")
+    if weight is not None:
+        if weight.dim() != 2:
+            raise InputError(f"{name}: weight must be (N, M), got {tuple(weight.shape)}.")
+        if len(shape) != 3 or shape[2] != weight.shape[1]:
+            raise InputError(
+                f"{name}: input has shape {tuple(shape)}, weight expects (T, B, {weight.shape[1]}). "
+                f"Check the number of features of the encoder or of the layer below."
+            )
+    return train, dense
+
+
+def _check_tensors(
+    name: str, dtype: torch.dtype, device: torch.device, N: int, first: Any, *tensors: Tensor | None, check: bool
+) -> None:
+    labels = ("weight", "bias", "recurrent_weight", "recurrent_bias")
+    shapes = (None, (N,), (N, N), (N,))
+    for label, shape, tensor in zip(labels, shapes, tensors, strict=True):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise InputError(f"{name}: {label} is {tensor.dtype}, the input {dtype}; convert one of them.")
+        if tensor.device != device:
+            raise InputError(f"{name}: {label} is on {tensor.device}, the input on {device}.")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise InputError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected {shape}.")
+        if check and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name}: {label} has NaN or infinite values.")
+    if check and isinstance(first, Tensor) and not bool(torch.isfinite(first).all()):
+        raise InputError(f"{name}: input has NaN or infinite values.")
+
+
+def _pack_params(
+    params: NeuronParams, features: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str
+) -> Tensor:
+    """(5, N): one row a parameter. 0-dim tensors may stay on the CPU, as Norse's do."""
+    rows = []
+    N = math.prod(features)
+    for label, value in zip(PARAM_NAMES, params, strict=True):
+        if not isinstance(value, Tensor):
+            rows.append(torch.full((N,), float(value), dtype=dtype, device=device))
+            continue
+        if value.dim() and value.device != device:
+            raise InputError(f"{name}: parameter {label!r} is on {value.device}, the input on {device}.")
+        try:
+            row = value.to(device=device, dtype=dtype).expand(features)
+        except RuntimeError as error:
+            raise InputError(
+                f"{name}: parameter {label!r} of shape {tuple(value.shape)} does not broadcast to the neurons "
+                f"{features}."
+            ) from error
+        rows.append(row.reshape(N))
+    return torch.stack(rows)
+
+
+def _pack_state(
+    state: NeuronState | None,
+    spec: NeuronSpec,
+    recurrent: bool,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    state = state or NeuronState()
+    flat = (shape[0], math.prod(shape[1:]))
+
+    def one(label: str, value: Tensor | None) -> Tensor:
+        if value is None:
+            return torch.zeros(flat, dtype=dtype, device=device)
+        try:
+            return value.to(device=device, dtype=dtype).expand(shape).reshape(flat).contiguous()
+        except RuntimeError as error:
+            raise InputError(
+                f"{name}: state {label!r} has shape {tuple(value.shape)}, expected {shape}."
+            ) from error
+
+    return (
+        one("v", state.v),
+        one("i", state.i) if spec.synapse else None,
+        one("spikes", state.spikes) if recurrent else None,
+    )
+
+
+def _events_or_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[SpikeTrain | None, Tensor | None]:
+    """Events of a sparse input, or the dense product: for dense, constant or differentiable inputs."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return None, F.linear(x, weight, bias)
+    if x.shape[0] > 1 and x.stride(0) == 0:  # the same tensor at every step: multiply once
+        return None, F.linear(x[0], weight, bias).expand(x.shape[0], -1, -1)
+    if _looks_dense(x):
+        return None, F.linear(x, weight, bias)
+    return SpikeTrain.from_dense(x), None
+
+
+def _looks_dense(x: Tensor) -> bool:
+    """Whether a sample of the rows is denser than where adding rows beats a matrix product."""
+    if x.numel() == 0:
+        return False
+    rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x.flatten(0, 1)
+    sample = rows[:: max(1, rows.shape[0] // 64)]
+    return float(sample.count_nonzero()) > autograd.DENSE_ABOVE * sample.numel()

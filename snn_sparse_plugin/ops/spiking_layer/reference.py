@@ -1,0 +1,219 @@
+"""The specification of the op: the obvious loop in torch. Every other backend must equal it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backends import CHUNK, Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
+from ...dynamics import NeuronSpec
+from ...spikes import Active, SpikeTrain
+
+Spike = Callable[[Tensor], Tensor]
+
+
+def step(
+    spec: NeuronSpec,
+    params: Tensor,
+    x: Tensor,
+    rec: Tensor | None,
+    v: Tensor,
+    i: Tensor | None,
+    spike: Spike,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One step of the canonical neuron, in upstream's order of operations: -> (u - threshold, spikes, v, i)."""
+    mem, syn, threshold, leak, reset_value = params
+    reset = None  # R: what was above threshold before the update resets now
+    if spec.reset != "none" and spec.timing != "immediate":
+        reset = ((v - threshold) > 0).to(v.dtype).detach()
+
+    if spec.update == "decay":
+        if reset is not None and spec.reset == "zero" and spec.scope == "state":
+            v = (1 - reset) * v
+        if spec.synapse:
+            assert i is not None
+            i = syn * i + x if rec is None else syn * i + x + rec
+            u = mem * v + i
+        else:
+            u = mem * v + x if rec is None else mem * v + x + rec
+        if reset is not None and spec.reset == "subtract":
+            u = u - reset * threshold
+        elif reset is not None and spec.scope == "sum":
+            u = u - reset * u
+    elif spec.update == "euler":
+        assert i is not None
+        jump = i + x if rec is None else i + x + rec
+        u = v + mem * ((leak - v) + jump)
+        i = jump + -syn * jump
+    else:
+        x = x if rec is None else x + rec
+        u = v + mem * (x + leak - v)
+
+    if not spec.spiking:
+        return u, u, u, i
+    distance = u - threshold
+    s = spike(distance)
+    v = u
+    if spec.reset != "none" and spec.timing != "delayed":
+        z = s if spec.attached else s.detach()
+        if spec.timing == "corrected":
+            z = z - reset
+            v = u - z * threshold if spec.reset == "subtract" else u - z * u
+        elif spec.reset == "subtract":
+            v = (1 - z) * u + z * (u - threshold)
+        else:
+            v = (1 - z) * u + z * (reset_value if spec.reset == "value" else 0.0)
+    return distance, s, v, i
+
+
+def run(
+    call: LayerCall, spike: Spike, current: Tensor, inputs: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The loop over T: -> (distances, spikes, membranes) each (T, B, N), and the final v and i."""
+    v, i, s = inputs["v0"], inputs["i0"], None
+    distances, spikes, mems = [], [], []
+    for t, x in enumerate(current.unbind(0)):
+        rec = None
+        if call.rec_weight is not None:
+            rec = inputs["rec0"] if t == 0 else F.linear(s, inputs["rec_weight"], inputs["rec_bias"])
+        distance, s, v, i = step(call.spec, inputs["params"], x, rec, v, i, spike)
+        distances.append(distance)
+        spikes.append(s)
+        mems.append(v)
+    if not spikes:
+        empty = current.new_zeros(0, call.B, call.N)
+        return empty, empty, empty, v, i
+    return torch.stack(distances), torch.stack(spikes), torch.stack(mems), v, i
+
+
+_FIELDS = ("weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
+
+
+class ReferenceBackend(Backend):
+    """Plain torch, any device, any floating dtype; backward runs the loop again under autograd."""
+
+    name = "reference"
+    priority = -100
+
+    def available(self) -> tuple[bool, str]:
+        return True, f"torch {torch.__version__}"
+
+    def supports(self, op: str, **_: Any) -> tuple[bool, str]:
+        return (True, "") if op == "spiking_layer" else (False, f"has no op {op!r}")
+
+    def spiking_layer(self, call: LayerCall) -> LayerResult:
+        calls[self.name, "forward"] += 1
+        inputs = {name: getattr(call, name) for name in _FIELDS}
+        with torch.no_grad():
+            current = call.current
+            if call.train is not None:
+                current = F.linear(call.train._dense_data().flatten(2), call.weight, call.bias)
+            distances, spikes, mems, v, i = run(call, lambda x: (x > 0).to(x.dtype), current, inputs)
+        active, fraction, threshold = None, 1.0, call.threshold
+        if call.spec.spiking and threshold is not None and call.needs_grad:
+            near = distances.abs() < threshold
+            fraction = float(near.sum()) / max(1, near.numel())
+            if fraction < call.min_active:
+                threshold = None
+            elif call.save_active:
+                indptr, indices = _csr(near)
+                active = Active(indptr, indices)
+        saved = None
+        if call.needs_grad:
+            chunks = torch.zeros(-(-call.T // CHUNK), call.B, call.N, dtype=v.dtype, device=v.device)
+            static = {} if call.save_active else {"v_checkpoints": chunks, "i_checkpoints": chunks.clone()}
+            saved = Saved(threshold, active, **static)
+        return LayerResult(
+            spikes if call.want_spikes else None,
+            _csr(spikes != 0) if call.want_events else None,
+            mems if call.want_mem else None,
+            v.clone(),
+            None if i is None else i.clone(),
+            saved,
+            fraction,
+        )
+
+    def spiking_layer_backward(
+        self,
+        call: LayerCall,
+        saved: Saved,
+        events: tuple[Tensor, Tensor] | None,
+        grads: OutputGrads,
+        needs: tuple[bool, ...],
+    ) -> InputGrads:
+        calls[self.name, "backward"] += 1
+        surrogate, threshold = call.surrogate, saved.threshold
+
+        def spike(x: Tensor) -> Tensor:
+            return _Replay.apply(x, surrogate, threshold)
+
+        with torch.enable_grad():
+            inputs = {
+                name: None if (x := getattr(call, name)) is None else x.detach().requires_grad_()
+                for name in _FIELDS
+            }
+            dense = call.current if call.train is None else call.train._dense_data().flatten(2)
+            assert dense is not None
+            dense = dense.detach().requires_grad_()
+            current = dense if call.train is None else F.linear(dense, inputs["weight"], inputs["bias"])
+            _, spikes, mems, v, i = run(call, spike, current, inputs)
+            pairs = [(spikes, grads.spikes), (mems, grads.mem), (v, grads.v), (i, grads.i)]
+            if grads.active is not None:
+                assert saved.active is not None
+                train = SpikeTrain(saved.active.indptr, saved.active.indices, spikes.shape, grads.active)
+                pairs.append((spikes, train._dense_data()))
+            pairs = [(out, g) for out, g in pairs if g is not None and out is not None and out.requires_grad]
+            leaves = [dense, *(x for x in inputs.values() if x is not None)]
+            if pairs:
+                outs, gs = zip(*pairs, strict=True)
+                found = torch.autograd.grad(outs, leaves, gs, allow_unused=True)
+            else:
+                found = (None,) * len(leaves)
+        by_leaf = {id(leaf): g for leaf, g in zip(leaves, found, strict=True)}
+
+        def result(leaf: Tensor | None, wanted: bool) -> Tensor | None:
+            if leaf is None or not wanted:
+                return None
+            g = by_leaf[id(leaf)]
+            return torch.zeros_like(leaf) if g is None else g
+
+        grad_input = result(dense, needs[0])
+        if grad_input is not None and call.train is not None and call.train.active is not None:
+            rows, columns = _coordinates(call.train.active)
+            T = call.T
+            grad_input = grad_input[rows % T, rows // T, columns]
+        return InputGrads(
+            grad_input, *(result(inputs[name], need) for name, need in zip(_FIELDS, needs[1:], strict=True))
+        )
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, surrogate: Any, threshold: float | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.surrogate, ctx.threshold = surrogate, threshold
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        grad = ctx.surrogate.grad(x) * grads[0]
+        return (grad if ctx.threshold is None else grad * (x.abs() < ctx.threshold)), None, None
+
+
+def _csr(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """indptr and indices (int32) of a (T, B, N) mask, rows b * T + t."""
+    rows, columns = mask.transpose(0, 1).reshape(-1, mask.shape[-1]).nonzero(as_tuple=True)
+    indptr = torch.zeros(mask.shape[0] * mask.shape[1] + 1, dtype=torch.int32, device=mask.device)
+    indptr[1:] = torch.bincount(rows, minlength=indptr.numel() - 1).cumsum(0)
+    return indptr, columns.to(torch.int32)
+
+
+def _coordinates(active: Active) -> tuple[Tensor, Tensor]:
+    counts = (active.indptr[1:] - active.indptr[:-1]).long()
+    rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    return rows, active.indices.long()

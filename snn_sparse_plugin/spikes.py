@@ -1,0 +1,350 @@
+"""SpikeTrain: spikes as events, with a gradient that lives only where the emitting neuron is active."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, MissingDependencyError
+
+MAX_EVENTS = 2**31 - 1
+
+
+class Active(NamedTuple):
+    """The neuron-steps near threshold of the layer that emitted a train, CSR over the same rows as the events."""
+
+    indptr: Tensor
+    indices: Tensor
+
+
+class SpikeTrain:
+    """Spike events of shape (T, B, N...), CSR over rows ``b * T + t`` (one sample's steps are contiguous).
+
+    Args:
+        indptr: int32, (B * T + 1,).
+        indices: int32, (events,), flat feature index, increasing within a row.
+        shape: (T, B, N...).
+        values: graded spike values (events,), or None where every spike is 1.
+        dtype: dtype of the dense form; taken from ``values`` where given.
+
+    ``carrier`` and ``active`` tie the train to autograd: the gradient of a train is one number per active
+    neuron-step (``active`` given), or dense (``active`` None and ``carrier`` of the full shape).
+
+    Example:
+        >>> x = torch.zeros(5, 2, 3); x[1, 0, 2] = 1
+        >>> train = SpikeTrain.from_dense(x)
+        >>> train
+        SpikeTrain(T=5, B=2, N=(3,), events=1, density=3.33%, dtype=torch.float32, device=cpu)
+        >>> bool((train.to_dense() == x).all())
+        True
+    """
+
+    def __init__(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        shape: Sequence[int],
+        values: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        carrier: Tensor | None = None,
+        active: Active | None = None,
+    ) -> None:
+        self.shape = torch.Size(shape)
+        if len(self.shape) < 3:
+            raise InputError(f"a SpikeTrain has shape (T, B, N...), got {tuple(self.shape)}.")
+        rows = self.shape[0] * self.shape[1]
+        if indptr.dtype != torch.int32 or indices.dtype != torch.int32:
+            raise InputError(f"indptr and indices must be int32, got {indptr.dtype} and {indices.dtype}.")
+        if indptr.shape != (rows + 1,):
+            raise InputError(
+                f"indptr must have B * T + 1 = {rows + 1} entries for shape {tuple(self.shape)}, "
+                f"got {tuple(indptr.shape)}."
+            )
+        if values is not None and values.shape != indices.shape:
+            raise InputError(f"values {tuple(values.shape)} and indices {tuple(indices.shape)} differ in shape.")
+        self.indptr, self.indices, self.values = indptr, indices, values
+        self.dtype = values.dtype if values is not None else dtype
+        self.carrier, self.active = carrier, active
+
+    # --- what it is ---
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    @property
+    def T(self) -> int:
+        return self.shape[0]
+
+    @property
+    def B(self) -> int:
+        return self.shape[1]
+
+    @property
+    def features(self) -> int:
+        """N, the number of neurons, features flattened."""
+        return math.prod(self.shape[2:])
+
+    @property
+    def events(self) -> int:
+        return self.indices.numel()
+
+    @property
+    def density(self) -> float:
+        """Spikes per neuron-step."""
+        return self.events / max(1, math.prod(self.shape))
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.carrier is not None and self.carrier.requires_grad
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def __repr__(self) -> str:
+        graded = ", graded" if self.values is not None else ""
+        return (
+            f"SpikeTrain(T={self.T}, B={self.B}, N={tuple(self.shape[2:])}, events={self.events}, "
+            f"density={100 * self.density:.3g}%, dtype={self.dtype}, device={self.device}{graded})"
+        )
+
+    # --- forms ---
+
+    def rows(self) -> Tensor:
+        """The row ``b * T + t`` of every event, int64 (events,)."""
+        counts = (self.indptr[1:] - self.indptr[:-1]).long()
+        return torch.repeat_interleave(
+            torch.arange(counts.numel(), device=self.device), counts, output_size=self.events
+        )
+
+    def _dense_data(self) -> Tensor:
+        out = torch.zeros(self.T, self.B, self.features, dtype=self.dtype, device=self.device)
+        rows = self.rows()
+        values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
+        out[rows % max(self.T, 1), rows // max(self.T, 1), self.indices.long()] = values.detach()
+        return out.view(self.shape)
+
+    def to_dense(self) -> Tensor:
+        """The dense tensor (T, B, N...), differentiable: its gradient reaches the active neuron-steps."""
+        if not self.requires_grad:
+            return self._dense_data()
+        return _ToDense.apply(self.carrier, self)
+
+    @classmethod
+    def from_dense(cls, x: Tensor, *, binary: bool = False) -> SpikeTrain:
+        """Events of a dense (T, B, N...) tensor; values other than 0 and 1 make a graded train.
+
+        Args:
+            binary: promise that every value is 0 or 1; anything else raises.
+
+        Raises:
+            InputError: fewer than three dimensions, an integer dtype, a NaN or infinity, or a broken promise.
+        """
+        check_float(x, "a spike tensor")
+        if x.dim() < 3:
+            raise InputError(f"a SpikeTrain is made from (T, B, N...), got shape {tuple(x.shape)}.")
+        if x.numel() > 0 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+            from .backends.cpu.events import events_from_dense  # the parallel one-pass conversion
+
+            indptr, indices, values = events_from_dense(x.detach())
+        else:
+            indptr, indices, values = _events_from_dense(x.detach())
+        if values is not None:
+            if not torch.isfinite(values).all():
+                raise InputError("input has NaN or infinite values; spikes must be finite.")
+            if binary:
+                raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
+        return cls(indptr, indices, x.shape, values, dtype=x.dtype)
+
+    def to_sparse_csr(self) -> Tensor:
+        """A torch CSR matrix (B * T, N), row ``b * T + t``."""
+        values = torch.ones(self.events, dtype=self.dtype, device=self.device)
+        values = values if self.values is None else self.values
+        return torch.sparse_csr_tensor(
+            self.indptr, self.indices, values, size=(self.T * self.B, self.features), check_invariants=False
+        )
+
+    @classmethod
+    def from_sparse_csr(cls, x: Tensor, batch_size: int) -> SpikeTrain:
+        """From a torch CSR matrix (B * T, N) with rows ``b * T + t``."""
+        if x.layout != torch.sparse_csr or x.dim() != 2:
+            raise InputError(f"expected a 2-D CSR matrix (B * T, N), got {x.layout} of shape {tuple(x.shape)}.")
+        if batch_size < 1 or x.shape[0] % batch_size:
+            raise InputError(f"{x.shape[0]} rows do not divide into a batch of {batch_size}.")
+        values = x.values().detach()
+        return cls(
+            _int32(x.crow_indices()),
+            _int32(x.col_indices()),
+            (x.shape[0] // batch_size, batch_size, x.shape[1]),
+            None if bool((values == 1).all()) else values.contiguous(),
+            dtype=values.dtype,
+        )
+
+    @classmethod
+    def from_sparse_coo(cls, x: Tensor) -> SpikeTrain:
+        """From a torch COO tensor (T, B, N...)."""
+        if x.dim() < 3 or x.dense_dim():
+            raise InputError(f"expected a COO tensor (T, B, N...), got shape {tuple(x.shape)}.")
+        check_float(x, "a spike tensor")
+        x = x.detach().coalesce()
+        T, B, features = x.shape[0], x.shape[1], x.shape[2:]
+        coordinates, values = x.indices(), x.values()
+        column = torch.zeros_like(coordinates[0])
+        for size, index in zip(features, coordinates[2:], strict=True):
+            column = column * size + index
+        row = coordinates[1] * T + coordinates[0]
+        keep = values != 0
+        row, column, values = row[keep], column[keep], values[keep]
+        order = torch.argsort(row * math.prod(features) + column)
+        indptr = torch.zeros(T * B + 1, dtype=torch.int64, device=x.device)
+        indptr[1:] = torch.bincount(row, minlength=T * B).cumsum(0)
+        graded = None if bool((values == 1).all()) else values[order].contiguous()
+        return cls(_int32(indptr), _int32(column[order]), x.shape, graded, dtype=x.dtype)
+
+    def to_torch_sparse(self) -> Any:
+        """A ``torch_sparse.SparseTensor`` (B * T, N), row ``b * T + t``."""
+        SparseTensor = _torch_sparse()
+        return SparseTensor(
+            rowptr=self.indptr.long(),
+            col=self.indices.long(),
+            value=self.values,
+            sparse_sizes=(self.T * self.B, self.features),
+            is_sorted=True,
+        )
+
+    @classmethod
+    def from_torch_sparse(cls, x: Any, batch_size: int) -> SpikeTrain:
+        """From a ``torch_sparse.SparseTensor`` (B * T, N) with rows ``b * T + t``."""
+        indptr, indices, values = x.csr()
+        values = torch.ones(indices.numel(), device=indices.device) if values is None else values
+        csr = torch.sparse_csr_tensor(indptr, indices, values, size=x.sizes())
+        return cls.from_sparse_csr(csr, batch_size)
+
+    # --- small operations that keep events events ---
+
+    def view(self, *features: int) -> SpikeTrain:
+        """The same events with other feature dimensions, (T, B, *features); one may be -1."""
+        probe = torch.empty(self.features, device="meta").view(*features)
+        return self._replace(shape=(self.T, self.B, *probe.shape))
+
+    def flatten(self) -> SpikeTrain:
+        """The same events as (T, B, N)."""
+        return self._replace(shape=(self.T, self.B, self.features))
+
+    def detach(self) -> SpikeTrain:
+        return self._replace(carrier=None, active=None)
+
+    def to(self, device: torch.device | str) -> SpikeTrain:
+        """The train on another device; only a detached train can move."""
+        if self.device == torch.device(device):
+            return self
+        if self.requires_grad:
+            raise InputError("a SpikeTrain that carries a gradient stays on its device; detach() it first.")
+        values = None if self.values is None else self.values.to(device)
+        return SpikeTrain(
+            self.indptr.to(device), self.indices.to(device), self.shape, values, dtype=self.dtype
+        )
+
+    def _replace(self, **changes: Any) -> SpikeTrain:
+        fields = dict(shape=self.shape, carrier=self.carrier, active=self.active) | changes
+        shape = fields.pop("shape")
+        return SpikeTrain(self.indptr, self.indices, shape, self.values, dtype=self.dtype, **fields)
+
+
+class _ToDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain) -> Tensor:
+        ctx.active, ctx.shape = train.active, train.shape
+        return train._dense_data()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        T, B = ctx.shape[:2]
+        if ctx.active is None:
+            return grad.reshape(T, B, -1), None
+        indptr, indices = ctx.active
+        counts = (indptr[1:] - indptr[:-1]).long()
+        rows = torch.repeat_interleave(
+            torch.arange(counts.numel(), device=grad.device), counts, output_size=indices.numel()
+        )
+        return grad.reshape(T, B, -1)[rows % T, rows // T, indices.long()], None
+
+
+def as_spike_train(x: Any, batch_size: int | None = None) -> SpikeTrain:
+    """Any sparse form of spikes as a :class:`SpikeTrain`.
+
+    Accepts a SpikeTrain, a torch COO tensor (T, B, N...), a torch CSR tensor (batched (T, B, N), or (B * T, N) with
+    ``batch_size``) and a ``torch_sparse.SparseTensor`` (B * T, N) with ``batch_size``.
+
+    Raises:
+        InputError: something else, or a two-dimensional matrix without ``batch_size``.
+    """
+    if isinstance(x, SpikeTrain):
+        return x
+    if isinstance(x, Tensor) and x.layout == torch.sparse_coo:
+        return SpikeTrain.from_sparse_coo(x)
+    two_dimensional = "a two-dimensional sparse matrix (B * T, N) needs batch_size= to know T and B."
+    if isinstance(x, Tensor) and x.layout == torch.sparse_csr:
+        if x.dim() == 3:
+            return SpikeTrain.from_sparse_coo(x.to_sparse_coo())
+        if batch_size is None:
+            raise InputError(two_dimensional)
+        return SpikeTrain.from_sparse_csr(x, batch_size)
+    if type(x).__name__ == "SparseTensor" and hasattr(x, "csr"):
+        if batch_size is None:
+            raise InputError(two_dimensional)
+        return SpikeTrain.from_torch_sparse(x, batch_size)
+    raise InputError(
+        f"expected a SpikeTrain, torch COO or CSR tensor or torch_sparse.SparseTensor, got {type(x).__name__}."
+    )
+
+
+def is_sparse_input(x: Any) -> bool:
+    """Whether ``x`` is one of the sparse forms :func:`as_spike_train` takes."""
+    if isinstance(x, Tensor):
+        return x.layout in (torch.sparse_coo, torch.sparse_csr)
+    return isinstance(x, SpikeTrain) or type(x).__name__ == "SparseTensor"
+
+
+def check_float(x: Tensor, what: str) -> None:
+    """Raise :class:`InputError` unless ``x`` has a real floating dtype."""
+    if not x.is_floating_point():
+        raise InputError(f"{what} must have a floating dtype, got {x.dtype}; convert it with .float().")
+
+
+def _events_from_dense(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    T, B = x.shape[:2]
+    rows = x.reshape(T, B, math.prod(x.shape[2:])).transpose(0, 1).reshape(T * B, -1)
+    row, column = rows.nonzero(as_tuple=True)
+    indptr = torch.zeros(T * B + 1, dtype=torch.int64, device=x.device)
+    indptr[1:] = torch.bincount(row, minlength=T * B).cumsum(0)
+    values = rows[row, column]
+    return _int32(indptr), _int32(column), None if bool((values == 1).all()) else values
+
+
+def _int32(x: Tensor) -> Tensor:
+    if x.numel() and int(x.max()) > MAX_EVENTS:
+        raise InputError(f"more than {MAX_EVENTS} events in one train; split the batch.")
+    return x.to(torch.int32).contiguous()
+
+
+def _torch_sparse() -> Any:
+    try:
+        from torch_sparse import SparseTensor
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(
+            "torch_sparse is not installed: pip install --no-build-isolation snn-sparse-plugin[torch-sparse]"
+        ) from error
+    return SparseTensor

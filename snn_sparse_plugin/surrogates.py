@@ -1,0 +1,232 @@
+"""Surrogate derivatives sigma'(x), x = membrane - threshold, of snnTorch and Norse.
+
+One table row per formula. The torch formula here is the specification; the numba and Triton backends hold the
+same formulas, in the same order of operations as upstream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+_Formula = Callable[..., Tensor]
+
+AUTO_AREA = 0.05  # what "auto" may cut off, as a fraction of the surrogate's area
+
+
+def _circ(x: Tensor, a: float) -> Tensor:
+    squares = a**2 + x.pow(2)
+    return (-(x.pow(2) / (2 * squares.pow(1.5))) + 1 / (2 * squares.sqrt())) * 2 * a
+
+
+def _sigmoid(x: Tensor, k: float) -> Tensor:
+    # symmetric in x: upstream's exp(-k x) overflows to NaN far below threshold, this form does not
+    decay = torch.exp(-k * x.abs())
+    return k * decay / (decay + 1) ** 2
+
+
+# kind -> (code shared with the compiled backends, parameter names, formula)
+_TABLE: dict[str, tuple[int, tuple[str, ...], _Formula]] = {
+    "zero": (0, (), torch.zeros_like),
+    "fast_sigmoid": (1, ("slope",), lambda x, k: 1 / (k * x.abs() + 1.0) ** 2),
+    "atan": (2, ("alpha",), lambda x, a: a / 2 / (1 + (torch.pi / 2 * a * x).pow(2))),
+    "sigmoid": (3, ("slope",), _sigmoid),
+    "straight_through": (4, (), torch.ones_like),
+    "triangular": (5, ("threshold",), lambda x, h: torch.where(x >= 0, -h, h).to(x.dtype)),
+    "heaviside": (6, (), lambda x: (x > 0).to(x.dtype)),
+    "spike_rate_escape": (7, ("beta", "slope"), lambda x, b, k: k * torch.exp(-b * (x - 1).abs())),
+    "sparse_fast_sigmoid": (8, ("slope", "B"), lambda x, k, b: (x > b) / (k * x.abs() + 1.0) ** 2),
+    "triangle": (9, ("alpha",), lambda x, a: a * torch.relu(1 - x.abs())),
+    "tanh": (10, ("alpha",), lambda x, a: 1 - (x * a).tanh().pow(2)),
+    "circ": (11, ("alpha",), _circ),
+    "erfc": (12, ("alpha",), lambda x, a: 2 * torch.exp(-(a * x).pow(2)) / math.sqrt(math.pi)),
+}
+CUSTOM = 99
+KINDS = tuple(_TABLE)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A spike function: Heaviside forward (strict ``x > 0``), ``grad(x)`` backward. Picklable and hashable.
+
+    Args:
+        kind: a name of :data:`KINDS`, or ``"custom"``.
+        params: the parameters of the formula, in the order of the upstream signature.
+        function: for ``"custom"``: any elementwise differentiable spike function of x; its own gradient is used.
+
+    Raises:
+        ConfigError: unknown kind or wrong number of parameters.
+
+    Example:
+        >>> Surrogate("fast_sigmoid", (100.0,)).auto_threshold()
+        0.19
+    """
+
+    kind: str
+    params: tuple[float, ...] = ()
+    function: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "custom":
+            if not callable(self.function):
+                raise ConfigError("a custom surrogate needs function=, an elementwise spike function.")
+            return
+        if self.kind not in _TABLE:
+            raise ConfigError(f"no surrogate {self.kind!r}; known: {', '.join(KINDS)}, custom.")
+        names = _TABLE[self.kind][1]
+        if len(self.params) != len(names):
+            raise ConfigError(f"surrogate {self.kind!r} takes {names}, got {self.params}.")
+        object.__setattr__(self, "params", tuple(float(p) for p in self.params))
+
+    def __repr__(self) -> str:
+        if self.kind == "custom":
+            return f"Surrogate(custom: {getattr(self.function, '__qualname__', self.function)})"
+        names = _TABLE[self.kind][1]
+        return f"{self.kind}({', '.join(f'{n}={p:g}' for n, p in zip(names, self.params, strict=True))})"
+
+    @property
+    def code(self) -> int:
+        """The number under which the compiled backends know the formula."""
+        return CUSTOM if self.kind == "custom" else _TABLE[self.kind][0]
+
+    @property
+    def packed(self) -> tuple[float, float]:
+        """The parameters, padded to the two slots of the compiled backends."""
+        first, second, *_ = (*self.params, 0.0, 0.0)
+        return first, second
+
+    def grad(self, x: Tensor) -> Tensor:
+        """sigma'(x), same shape and dtype as ``x``."""
+        if self.kind != "custom":
+            return _TABLE[self.kind][2](x, *self.params)
+        assert self.function is not None
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            out = self.function(leaf)
+            if not out.requires_grad:
+                return torch.zeros_like(x)
+            (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out), allow_unused=True)
+        return torch.zeros_like(x) if grad is None else grad
+
+    def auto_threshold(self) -> float | None:
+        """Smallest distance outside which at most 5 % of the area of sigma' lies; None if no window has that.
+
+        Constant surrogates have infinite area, so no window is right for them: they stay exact.
+        """
+        first, second = self.packed
+        tail = AUTO_AREA
+        if self.kind in ("zero", "straight_through", "triangular", "heaviside"):
+            return None
+        if self.kind == "custom":
+            return _numeric_threshold(self.grad)
+        if min(self.params) <= 0:
+            return None
+        if self.kind == "fast_sigmoid":
+            value = (1 / tail - 1) / first
+        elif self.kind == "atan":
+            value = math.tan(math.pi / 2 * (1 - tail)) * 2 / (math.pi * first)
+        elif self.kind == "sigmoid":
+            value = math.log(2 / tail - 1) / first
+        elif self.kind == "spike_rate_escape":
+            value = math.log((math.exp(first) + math.exp(-first)) / (2 * tail)) / first
+        elif self.kind == "sparse_fast_sigmoid":
+            value = ((1 + first * second) / tail - 1) / first
+        elif self.kind == "triangle":
+            value = 1 - math.sqrt(tail)
+        elif self.kind == "tanh":
+            value = math.atanh(1 - tail) / first
+        elif self.kind == "circ":
+            value = first * (1 - tail) / math.sqrt(1 - (1 - tail) ** 2)
+        else:  # erfc
+            value = 1.3859038243496777 / first  # erfinv(0.95)
+        return float(f"{value:.6g}")
+
+    def resolve(self, threshold: float | str | None) -> float | None:
+        """A number (the window) or None (exact) for a ``backprop_threshold`` option."""
+        return self.auto_threshold() if threshold == "auto" else threshold  # type: ignore[return-value]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The spikes of ``x`` (same dtype), with this surrogate's gradient."""
+        return _Spike.apply(x, self)
+
+
+def _numeric_threshold(grad: Callable[[Tensor], Tensor]) -> float | None:
+    x = torch.linspace(-20, 20, 8001, dtype=torch.float64)
+    try:
+        area = grad(x).abs()
+    except Exception:  # a user's function may refuse 1-D or float64 input
+        return None
+    if not torch.isfinite(area).all() or area.sum() == 0 or max(area[0], area[-1]) > 1e-2 * area.max():
+        return None
+    distance, order = x.abs().sort()
+    inside = area[order].cumsum(0) / area.sum()
+    return float(f"{distance[(inside < 1 - AUTO_AREA).sum()].item():.3g}")
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, surrogate: Surrogate) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.surrogate = surrogate
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0] * ctx.surrogate.grad(x), None
+
+
+class _MaskedSpike(torch.autograd.Function):
+    """Upstream's spikes, the surrogate's gradient at active elements only; only those are kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, spikes: Tensor, surrogate: Surrogate, threshold: float, min_active: float
+    ) -> Tensor:
+        active = (x.abs() < threshold).flatten().nonzero().squeeze(1)
+        ctx.exact = active.numel() < min_active * x.numel()
+        ctx.surrogate, ctx.shape = surrogate, x.shape
+        if ctx.exact:
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(active, x.flatten()[active])
+        return spikes.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if ctx.exact:
+            (x,) = ctx.saved_tensors
+            out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
+        else:
+            active, x = ctx.saved_tensors
+            flat = torch.zeros(ctx.shape.numel(), dtype=x.dtype, device=x.device)
+            flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
+            out = flat.view(ctx.shape)
+        return out, None, None, None, None
+
+
+def masked_spike(
+    x: Tensor, function: Callable[[Tensor], Tensor], surrogate: Surrogate, threshold: float | None, min_active: float
+) -> Tensor:
+    """``function(x)`` with its gradient set to zero where ``|x| >= threshold`` [Perez-Nieves & Goodman, Def. 2].
+
+    Args:
+        x: membrane minus threshold, any shape.
+        function: upstream's spike function; it alone makes the spikes, so dtype and values are upstream's.
+        surrogate: the surrogate recognised from ``function``; its gradient is evaluated at active elements only.
+        threshold: the window B_th; None is exact and returns ``function(x)`` itself.
+        min_active: below this active fraction the call is exact.
+    """
+    if threshold is None or not (torch.is_grad_enabled() and x.requires_grad):
+        return function(x)
+    with torch.no_grad():
+        spikes = function(x)
+    return _MaskedSpike.apply(x, spikes, surrogate, threshold, min_active)
