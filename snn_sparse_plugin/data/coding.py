@@ -1,0 +1,51 @@
+"""Intensities as spike times."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..spikes import SpikeTrain, check_float
+
+
+def latency_spikes(x: Tensor, steps: int, *, tau: float = 20.0, floor: float = 0.2) -> SpikeTrain:
+    """One spike per bright enough pixel, the brighter the earlier: at step ``tau * ln(x / (x - floor))``.
+
+    The time an integrator of time constant ``tau`` needs to reach ``floor`` under the constant current ``x``
+    [Perez-Nieves & Goodman 2021, Fashion-MNIST]. Pixels at or below ``floor``, and those later than the last
+    step, stay silent.
+
+    Args:
+        x: intensities (B, N), floating, usually in [0, 1].
+        steps: T, number of time steps.
+        tau: time constant in steps.
+        floor: smallest intensity that can fire, > 0.
+
+    Returns:
+        SpikeTrain (T, B, N).
+
+    Raises:
+        InputError: wrong shape, dtype, non-finite intensities, or options that are not positive.
+
+    Example:
+        >>> latency_spikes(torch.tensor([[1.0, 0.5, 0.1]]), steps=20).to_dense().nonzero().tolist()
+        [[4, 0, 0], [10, 0, 1]]
+    """
+    check_float(x, "an image batch")
+    if x.dim() != 2:
+        raise InputError(f"latency_spikes takes intensities (B, N), got shape {tuple(x.shape)}; flatten the images.")
+    if steps < 1 or not tau > 0 or not floor > 0:
+        raise InputError(f"latency_spikes needs steps >= 1, tau > 0, floor > 0; got {steps}, {tau}, {floor}.")
+    if not bool(torch.isfinite(x).all()):
+        raise InputError("latency_spikes: the intensities have NaN or infinite values.")
+    B = x.shape[0]
+    bright = x.detach().double().clamp(min=floor)
+    time = tau * torch.log(bright / (bright - floor))  # inf at the floor
+    sample, pixel = (time < steps).nonzero(as_tuple=True)
+    row = sample * steps + time[sample, pixel].long()
+    # nonzero lists the pixels of a sample in order, so a stable sort keeps them in order within a row
+    order = torch.argsort(row, stable=True)
+    indptr = torch.zeros(B * steps + 1, dtype=torch.int32, device=x.device)
+    indptr[1:] = torch.bincount(row, minlength=B * steps).cumsum(0)
+    return SpikeTrain(indptr, pixel[order].to(torch.int32), (steps, B, x.shape[1]), dtype=x.dtype)

@@ -1,0 +1,179 @@
+"""Image sets read from disk, and their latency code."""
+
+import gzip
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from snn_sparse_plugin import ConfigError, InputError, SpikeTrain
+from snn_sparse_plugin.data import latency_spikes, load_images
+
+IMAGES, LABELS = 0x803, 0x801
+
+
+def idx(magic: int, array: np.ndarray) -> bytes:
+    return struct.pack(f">{1 + array.ndim}i", magic, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_set(folder: Path, *, zipped: bool, train: int = 7, test: int = 3, size: int = 4) -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", train), ("t10k", test)):
+        arrays[f"{part}-images-idx3-ubyte"] = rng.integers(0, 256, (count, size, size))
+        arrays[f"{part}-labels-idx1-ubyte"] = rng.integers(0, 10, count)
+    for name, array in arrays.items():
+        data = idx(IMAGES if array.ndim == 3 else LABELS, array)
+        if zipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+        else:
+            (folder / name).write_bytes(data)
+    return arrays
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "plain"])
+@pytest.mark.parametrize(
+    ("name", "below"),
+    [("mnist", "."), ("mnist", "MNIST/raw"), ("fashion-mnist", "."), ("fashion-mnist", "FashionMNIST/raw")],
+)
+def test_idx_files_are_read_from_every_layout(tmp_path: Path, name: str, below: str, zipped: bool) -> None:
+    arrays = write_set(tmp_path / below, zipped=zipped)
+    data = load_images(name, tmp_path)
+    assert data.train_x.shape == (7, 16)
+    assert data.test_x.shape == (3, 16)
+    assert data.train_x.dtype == torch.float32
+    np.testing.assert_allclose(data.train_x.numpy() * 255, arrays["train-images-idx3-ubyte"].reshape(7, 16), atol=1e-4)
+    assert data.test_y.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def foreign(folder: Path) -> None:
+    (folder / "train-images-idx3-ubyte").write_bytes(b"<html>404 not found</html>")
+
+
+def empty(folder: Path) -> None:
+    (folder / "train-images-idx3-ubyte").write_bytes(b"")
+
+
+def missing(folder: Path) -> None:
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+
+
+def swapped(folder: Path) -> None:
+    (folder / "train-labels-idx1-ubyte").write_bytes((folder / "train-images-idx3-ubyte").read_bytes())
+
+
+def miscounted(folder: Path) -> None:
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(LABELS, np.zeros(6)))
+
+
+def mislabelled(folder: Path) -> None:
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(LABELS, np.full(7, 26)))
+
+
+def half_a_gzip(folder: Path) -> None:
+    path = folder / "train-images-idx3-ubyte"
+    path.with_suffix(".gz").write_bytes(gzip.compress(path.read_bytes())[:-9])
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "holds 107 bytes of data, its header promises 112"),
+        (foreign, "is not an idx file of images: it starts with 0x3c68746d"),
+        (empty, "is not an idx file of images"),
+        (missing, "t10k-labels-idx1-ubyte.* is missing"),
+        (swapped, "is not an idx file of labels"),
+        (miscounted, "7 train images but 6 labels"),
+        (mislabelled, "labels go up to 26"),
+        (half_a_gzip, "not a complete gzip file"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path: Path, damage, message: str) -> None:
+    write_set(tmp_path, zipped=False)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_images("mnist", tmp_path)
+
+
+def test_an_empty_folder_says_which_files_are_expected_where(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte.*FashionMNIST/raw"):
+        load_images("fashion-mnist", tmp_path)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        load_images("mnist", tmp_path / "nowhere")
+
+
+def test_files_on_disk_need_a_root() -> None:
+    with pytest.raises(ConfigError, match="--root"):
+        load_images("mnist")
+
+
+def test_an_unknown_set_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="digits, mnist, fashion-mnist"):
+        load_images("cifar")
+
+
+def test_digits_are_split_and_scaled() -> None:
+    pytest.importorskip("sklearn")
+    data = load_images("digits")
+    assert data.train_x.shape == (1437, 64)
+    assert data.test_x.shape == (360, 64)
+    assert (data.train_x.min(), data.train_x.max()) == (0, 1)
+    assert data.test_y.bincount(minlength=10).min() > 20
+    small = data.limited(100)
+    assert (len(small.train_y), len(small.test_y)) == (100, 25)
+    assert data.limited(None) is data
+
+
+def test_latency_code_follows_its_formula() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(6, 33)
+    x[0, :4] = torch.tensor([0.0, 0.2, 1.0, 0.5])
+    train = latency_spikes(x, steps=40)
+    expected = torch.zeros(40, 6, 33)
+    for b in range(6):
+        for n in range(33):
+            value = float(x[b, n])
+            if value > 0.2:
+                t = int(20 * math.log(value / (value - 0.2)))
+                if t < 40:
+                    expected[t, b, n] = 1
+    assert torch.equal(train.to_dense(), expected)
+    # the events are in canonical order: converting the dense form gives the same train
+    again = SpikeTrain.from_sparse_csr(train.to_sparse_csr(), 6)
+    assert torch.equal(again.to_dense(), expected)
+    keys = train.rows() * 33 + train.indices
+    assert bool((keys[1:] > keys[:-1]).all())
+
+
+@pytest.mark.parametrize(
+    ("x", "steps", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), 5, "floating dtype"),
+        (torch.zeros(2, 3, 3), 5, "flatten"),
+        (torch.tensor([[float("nan")]]), 5, "NaN"),
+        (torch.zeros(2, 3), 0, "steps >= 1"),
+    ],
+    ids=["integer", "not flat", "nan", "no steps"],
+)
+def test_latency_code_refuses(x: torch.Tensor, steps: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        latency_spikes(x, steps)
+
+
+def test_a_black_batch_is_silent() -> None:
+    train = latency_spikes(torch.zeros(2, 3), steps=5)
+    assert train.events == 0
+    assert train.shape == (5, 2, 3)
