@@ -55,6 +55,7 @@ class LayerCall:
     want_mem: bool = False
     needs_grad: bool = True
     params_grad: bool = False  # whether decays or thresholds want a gradient
+    name: str = "spiking_layer"  # how error messages call the layer
     save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
 
 

@@ -127,6 +127,8 @@ def spiking_layer(
         return _output(spikes, mem if return_mem else None, v, i, s0 is not None, (T, B), features, math.nan)
 
     current = None
+    if train is not None and 0 in (*train.shape, N):
+        train, dense = None, train.to_dense()
     if weight is not None and train is None:
         assert dense is not None
         train, current = _events_or_product(dense, weight, bias)
@@ -162,6 +164,7 @@ def spiking_layer(
         want_mem=return_mem or not spec.spiking,
         needs_grad=needs_grad,
         params_grad=packed.requires_grad,
+        name=name,
     )
     result, carrier = autograd.apply(call, chosen)
     spikes: Any = result.spikes
@@ -299,7 +302,7 @@ def _events_or_product(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[SpikeTrain | None, Tensor | None]:
     """Events of a sparse input, or the dense product: for dense, constant or differentiable inputs."""
-    if x.requires_grad and torch.is_grad_enabled():
+    if x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
         return None, F.linear(x, weight, bias)
     if x.shape[0] > 1 and x.stride(0) == 0:  # the same tensor at every step: multiply once
         return None, F.linear(x[0], weight, bias).expand(x.shape[0], -1, -1)
@@ -310,8 +313,6 @@ def _events_or_product(
 
 def _looks_dense(x: Tensor) -> bool:
     """Whether a sample of the rows is denser than where adding rows beats a matrix product."""
-    if x.numel() == 0:
-        return False
     rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x.flatten(0, 1)
     sample = rows[:: max(1, rows.shape[0] // 64)]
     return float(sample.count_nonzero()) > autograd.DENSE_ABOVE * sample.numel()

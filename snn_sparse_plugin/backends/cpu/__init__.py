@@ -1,0 +1,66 @@
+"""The CPU backend: numba kernels, threads over the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
+from ...dynamics import NeuronSpec
+from ...surrogates import CUSTOM, Surrogate
+
+
+class CPUBackend(Backend):
+    """Event-driven kernels for float32 and float64 CPU tensors; deterministic for a given number of threads."""
+
+    name = "cpu"
+    priority = 50
+
+    def available(self) -> tuple[bool, str]:
+        import numba
+
+        return True, f"numba {numba.__version__}, {torch.get_num_threads()} threads"
+
+    def supports(
+        self,
+        op: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        spec: NeuronSpec,
+        surrogate: Surrogate,
+        recurrent: bool = False,
+    ) -> tuple[bool, str]:
+        if op != "spiking_layer":
+            return False, f"has no op {op!r}"
+        if device.type != "cpu":
+            return False, f"runs on CPU tensors, not on {device.type}"
+        if dtype not in (torch.float32, torch.float64):
+            return False, f"runs in float32 and float64, not in {dtype}"
+        if surrogate.code == CUSTOM:
+            return False, "has no kernel for a custom surrogate function"
+        return True, ""
+
+    def spiking_layer(self, call: LayerCall) -> LayerResult:
+        from .spiking_layer import run_forward
+
+        calls[self.name, "forward"] += 1
+        return run_forward(call)
+
+    def spiking_layer_backward(
+        self,
+        call: LayerCall,
+        saved: Saved,
+        events: tuple[Tensor, Tensor] | None,
+        grads: OutputGrads,
+        needs: tuple[bool, ...],
+    ) -> InputGrads:
+        from .spiking_layer import run_backward
+
+        calls[self.name, "backward"] += 1
+        return run_backward(call, saved, events, grads, needs)
+
+
+__all__: list[Any] = ["CPUBackend"]

@@ -1,0 +1,228 @@
+"""The equations on one row of N neurons: synaptic input, one step of the neuron, the surrogate's derivative.
+
+Rows are short and stay in cache, so each line is its own loop: the compiler vectorises all of them. The neuron
+keeps upstream's order of float operations (see ``ops/spiking_layer/reference.py``); only ``dot`` may reorder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from ...dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
+
+DECAY, EULER, BOX = (UPDATES.index(x) for x in ("decay", "euler", "box"))
+NONE, SUBTRACT, ZERO, VALUE = (RESETS.index(x) for x in ("none", "subtract", "zero", "value"))
+DELAYED, IMMEDIATE, CORRECTED = (TIMINGS.index(x) for x in ("delayed", "immediate", "corrected"))
+STATE, SUM = (SCOPES.index(x) for x in ("state", "sum"))
+MEM, SYN, THRESHOLD, LEAK, RESET_VALUE = range(5)  # rows of params
+
+
+def encode(spec: NeuronSpec) -> tuple[int, int, int, int, int, int, int]:
+    """The spec as the integers the kernels branch on: update, synapse, reset, timing, scope, attached, spiking."""
+    return (
+        UPDATES.index(spec.update),
+        int(spec.synapse),
+        RESETS.index(spec.reset),
+        TIMINGS.index(spec.timing),
+        SCOPES.index(spec.scope),
+        int(spec.attached),
+        int(spec.spiking),
+    )
+
+
+@njit(nogil=True, cache=True)
+def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-untyped-def]
+    """``out += value * weight[index]`` for the events first..last; four rows at a time to save passes over out."""
+    N = out.shape[0]
+    k = first
+    if values.shape[0] > 0:
+        for e in range(first, last):
+            row, value = weight[indices[e]], values[e]
+            for j in range(N):
+                out[j] += value * row[j]
+        return
+    while k + 4 <= last:
+        a, b = weight[indices[k]], weight[indices[k + 1]]
+        c, d = weight[indices[k + 2]], weight[indices[k + 3]]
+        for j in range(N):
+            out[j] += (a[j] + b[j]) + (c[j] + d[j])
+        k += 4
+    while k < last:
+        a = weight[indices[k]]
+        for j in range(N):
+            out[j] += a[j]
+        k += 1
+
+
+@njit(nogil=True, cache=True)
+def scatter_rows(weight, row, indices, values, first, last):  # type: ignore[no-untyped-def]
+    """``weight[index] += value * row`` for the events first..last: the weight gradient."""
+    N = row.shape[0]
+    for e in range(first, last):
+        out = weight[indices[e]]
+        if values.shape[0] > 0:
+            value = values[e]
+            for j in range(N):
+                out[j] += value * row[j]
+        else:
+            for j in range(N):
+                out[j] += row[j]
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+def dot(a, b):  # type: ignore[no-untyped-def]
+    total = a.dtype.type(0)
+    for j in range(a.shape[0]):
+        total += a[j] * b[j]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def reset_row(code, params, v, reset):  # type: ignore[no-untyped-def]
+    """R: 1 where the state is above threshold before a delayed or corrected update. Whether there is one."""
+    if code[2] == NONE or code[3] == IMMEDIATE:
+        return False
+    N = v.shape[0]
+    threshold = params[THRESHOLD]
+    for j in range(N):
+        reset[j] = 1 if v[j] - threshold[j] > 0 else 0
+    return True
+
+
+@njit(nogil=True, cache=True)
+def advance(code, params, x, rec, has_rec, v, i, reset, distance):  # type: ignore[no-untyped-def]
+    """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold."""
+    update, synapse, kind, timing, scope, _, spiking = code
+    N = v.shape[0]
+    mem, syn, threshold = params[MEM], params[SYN], params[THRESHOLD]
+    leak, reset_value = params[LEAK], params[RESET_VALUE]
+    carried = reset_row(code, params, v, reset)
+
+    if update == DECAY:
+        if carried and kind == ZERO and scope == STATE:
+            for j in range(N):
+                v[j] = (1 - reset[j]) * v[j]
+        if synapse:
+            for j in range(N):
+                i[j] = syn[j] * i[j] + x[j]
+            if has_rec:
+                for j in range(N):
+                    i[j] = i[j] + rec[j]
+            for j in range(N):
+                v[j] = mem[j] * v[j] + i[j]
+        else:
+            for j in range(N):
+                v[j] = mem[j] * v[j] + x[j]
+            if has_rec:
+                for j in range(N):
+                    v[j] = v[j] + rec[j]
+        if carried and kind == SUBTRACT:
+            for j in range(N):
+                v[j] = v[j] - reset[j] * threshold[j]
+        elif carried and scope == SUM:
+            for j in range(N):
+                v[j] = v[j] - reset[j] * v[j]
+    elif update == EULER:
+        for j in range(N):
+            i[j] = i[j] + x[j]
+        if has_rec:
+            for j in range(N):
+                i[j] = i[j] + rec[j]
+        for j in range(N):
+            v[j] = v[j] + mem[j] * ((leak[j] - v[j]) + i[j])
+        for j in range(N):
+            i[j] = i[j] + -syn[j] * i[j]
+    else:
+        if has_rec:
+            for j in range(N):
+                v[j] = v[j] + mem[j] * (((x[j] + rec[j]) + leak[j]) - v[j])
+        else:
+            for j in range(N):
+                v[j] = v[j] + mem[j] * ((x[j] + leak[j]) - v[j])
+
+    if not spiking:
+        return
+    for j in range(N):
+        distance[j] = v[j] - threshold[j]
+    if kind == NONE or timing == DELAYED:
+        return
+    if timing == CORRECTED:
+        if kind == SUBTRACT:
+            for j in range(N):
+                z = (1 if distance[j] > 0 else 0) - reset[j]
+                v[j] = v[j] - z * threshold[j]
+        else:
+            for j in range(N):
+                z = (1 if distance[j] > 0 else 0) - reset[j]
+                v[j] = v[j] - z * v[j]
+    elif kind == SUBTRACT:
+        for j in range(N):
+            v[j] = distance[j] if distance[j] > 0 else v[j]
+    elif kind == VALUE:
+        for j in range(N):
+            v[j] = reset_value[j] if distance[j] > 0 else v[j]
+    else:
+        for j in range(N):
+            v[j] = 0 if distance[j] > 0 else v[j]
+
+
+@njit(nogil=True, cache=True)
+def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyped-def]
+    """sigma'(x) of ``surrogates.py``, zero where ``abs(x) >= window`` (window < 0: nowhere)."""
+    N = out.shape[0]
+    a, b = x.dtype.type(first), x.dtype.type(second)
+    one = x.dtype.type(1)
+    if kind == 1:
+        for j in range(N):
+            q = a * abs(x[j]) + one
+            out[j] = one / (q * q)
+    elif kind == 2:
+        half, scale = a / 2, x.dtype.type(math.pi / 2) * a
+        for j in range(N):
+            q = scale * x[j]
+            out[j] = half / (one + q * q)
+    elif kind == 3:
+        for j in range(N):
+            e = np.exp(-a * abs(x[j]))
+            out[j] = a * e / ((e + one) * (e + one))
+    elif kind == 4:
+        out[:] = one
+    elif kind == 5:
+        for j in range(N):
+            out[j] = -a if x[j] >= 0 else a
+    elif kind == 6:
+        for j in range(N):
+            out[j] = 1 if x[j] > 0 else 0
+    elif kind == 7:
+        for j in range(N):
+            out[j] = b * np.exp(-a * abs(x[j] - one))
+    elif kind == 8:
+        for j in range(N):
+            q = a * abs(x[j]) + one
+            out[j] = (1 if x[j] > b else 0) / (q * q)
+    elif kind == 9:
+        for j in range(N):
+            out[j] = a * max(one - abs(x[j]), x.dtype.type(0))
+    elif kind == 10:
+        for j in range(N):
+            q = np.tanh(x[j] * a)
+            out[j] = one - q * q
+    elif kind == 11:
+        for j in range(N):
+            s = a * a + x[j] * x[j]
+            root = np.sqrt(s)
+            out[j] = (-(x[j] * x[j] / (2 * s * root)) + one / (2 * root)) * 2 * a
+    elif kind == 12:
+        scale = x.dtype.type(2 / math.sqrt(math.pi))
+        for j in range(N):
+            q = a * x[j]
+            out[j] = scale * np.exp(-q * q)
+    else:
+        out[:] = 0
+    if window >= 0:
+        limit = x.dtype.type(window)
+        for j in range(N):
+            out[j] = out[j] if abs(x[j]) < limit else x.dtype.type(0)

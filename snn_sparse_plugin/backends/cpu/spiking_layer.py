@@ -1,0 +1,276 @@
+"""The op on CPU: samples are split over threads, buffers allocated, kernels launched, partial sums added.
+
+Results do not depend on timing: each thread owns a contiguous range of samples and partial weight gradients are
+added in order. With another number of threads sums are rounded in another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...backends import CHUNK, InputGrads, LayerCall, LayerResult, OutputGrads, Saved
+from ...dynamics import NeuronSpec
+from ...errors import InputError
+from ...spikes import MAX_EVENTS, Active
+from .backward import backward_active, backward_replay
+from .forward import forward
+from .rows import encode, surrogate_row
+from .threads import parallel, split
+
+# Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
+# gradient slower, than checkpoints, a replay and one dense product.
+LIST_BELOW = 0.125
+
+
+def run_forward(call: LayerCall) -> LayerResult:
+    T, B, N, spec = call.T, call.B, call.N, call.spec
+    dtype = call.v0.dtype
+    np_dtype = np.dtype("float32" if dtype == torch.float32 else "float64")
+    resets_by_event = spec.reset in ("zero", "value")
+    want_list = call.needs_grad and call.save_active and spec.spiking and call.threshold is not None
+    want_events = call.want_events or call.rec_weight is not None or (want_list and resets_by_event)
+    v, i = call.v0.clone(), (torch.zeros_like(call.v0) if call.i0 is None else call.i0.clone())
+    chunks = -(-T // CHUNK) if call.needs_grad else 0
+    v_checkpoints = torch.empty(chunks, B, N, dtype=dtype)
+    i_checkpoints = torch.empty(chunks if spec.synapse else 0, B, N, dtype=dtype)
+    spikes = torch.empty(T, B, N, dtype=dtype) if call.want_spikes and spec.spiking else None
+    mem = torch.empty(T, B, N, dtype=dtype) if call.want_mem else None
+    out_ptr = np.zeros(B * T + 1 if want_events else 0, dtype=np.int32)
+    act_ptr = np.zeros(B * T + 1 if want_list else 0, dtype=np.int32)
+    inputs = _inputs(call, np_dtype)
+    window = -1.0 if call.threshold is None or not call.needs_grad or not spec.spiking else call.threshold
+    code, params = encode(spec), _numpy(call.params)
+    states = [_numpy(x) for x in (v, i, v_checkpoints, i_checkpoints)]
+    records = [_array(spikes, np_dtype, 3), _array(mem, np_dtype, 3)]
+
+    def run(first: int, last: int) -> list[Any]:
+        size = (last - first) * T * N
+        events = np.empty(size // 16 + T * N if want_events else 0, dtype=np.int32)
+        room = int(LIST_BELOW * size) + N if want_list else 0
+        act_idx, act_x = np.empty(room, dtype=np.int32), np.empty(room, dtype=np_dtype)
+        counts = np.zeros(3, dtype=np.int64)
+        at = first
+        while True:
+            at = forward(
+                *(code, at, last, T, window, params, *inputs, *states, *records),
+                *(out_ptr, events, act_ptr, act_idx, act_x, counts),
+            )
+            if at == last:
+                return [events[: counts[0]], act_idx[: counts[1]], act_x[: counts[1]], counts]
+            grown = np.empty(2 * events.size + T * N, dtype=np.int32)
+            grown[: counts[0]] = events[: counts[0]]
+            events = grown
+
+    ranges = split(B)
+    parts = parallel([lambda r=r: run(*r) for r in ranges])  # type: ignore[misc]
+    if not np.isfinite(states[0]).all():
+        raise InputError(f"{call.name}: the membrane is NaN or infinite. {_blame(call)}")
+
+    seen = sum(int(part[3][2]) for part in parts)
+    steps = T * B * N
+    fraction = seen / steps if window >= 0 and steps else 1.0
+    threshold, active, u = call.threshold, None, None
+    if window >= 0 and steps and fraction < call.min_active:
+        threshold = None  # too few would learn: this call is exact
+    elif want_list and seen == sum(part[1].size for part in parts):
+        active = Active(_join_ptr(act_ptr, ranges, parts, 1, T), _join(part[1] for part in parts))
+        u = _join(part[2] for part in parts)
+    saved = None
+    if call.needs_grad:
+        replays = u is None or call.params_grad or _needs_replay(spec)
+        saved = Saved(
+            threshold,
+            active,
+            u,
+            v_checkpoints if replays else None,
+            i_checkpoints if replays and spec.synapse else None,
+        )
+    events_out = None
+    if want_events:
+        events_out = (_join_ptr(out_ptr, ranges, parts, 0, T), _join(part[0] for part in parts))
+    return LayerResult(
+        spikes, events_out, mem, v, i if spec.synapse else None, saved, fraction if window >= 0 else 1.0
+    )
+
+
+def run_backward(
+    call: LayerCall,
+    saved: Saved,
+    events: tuple[Tensor, Tensor] | None,
+    grads: OutputGrads,
+    needs: tuple[bool, ...],
+) -> InputGrads:
+    T, B, N = call.T, call.B, call.N
+    dtype = call.v0.dtype
+    np_dtype = np.dtype("float32" if dtype == torch.float32 else "float64")
+    need = dict(zip(InputGrads._fields, needs, strict=True))
+    train = call.train
+    M = 0 if call.weight is None else call.weight.shape[1]
+    sparse_input = train is not None and train.active is not None
+    inputs = _inputs(call, np_dtype)
+    cv = torch.zeros(B, N, dtype=dtype) if grads.v is None else grads.v.clone()
+    ci = torch.zeros(B, N, dtype=dtype) if grads.i is None else grads.i.clone()
+    dense_nu = need["input"] and not sparse_input
+    nu = torch.empty(T, B, N, dtype=dtype) if dense_nu else None
+    g_active = None
+    none = np.empty(0, dtype=np.int32)
+    in_ptr, in_idx = none, none
+    if need["input"] and sparse_input:
+        in_ptr, in_idx = (_numpy(x) for x in train.active)  # type: ignore[union-attr]
+        g_active = torch.empty(in_idx.size, dtype=dtype)
+    g_rec0 = torch.zeros(B, N, dtype=dtype) if need["rec0"] and call.rec0 is not None else None
+    out_ptr, out_idx = (none, none) if events is None else (_numpy(x) for x in events)
+    act_ptr, act_idx = (none, none) if saved.active is None else (_numpy(x) for x in saved.active)
+    g_out = _array(grads.active, np_dtype, 1)
+    dense = [_array(grads.spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
+    shared_in = [_numpy(cv), _numpy(ci)]
+    shared_out = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
+    code, params = encode(call.spec), _numpy(call.params)
+    current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0 = inputs
+    surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
+    window = -1.0 if saved.threshold is None else saved.threshold
+    want_params = need["params"] and call.params_grad
+    use_list = saved.u is not None and not want_params and not _needs_replay(call.spec)
+    u = phi = np.empty(0, np_dtype)
+    if use_list:
+        assert saved.u is not None
+        u = _numpy(saved.u)
+        phi = np.empty_like(u)
+        parallel(
+            [lambda r=r: surrogate_row(surrogate, p, q, -1.0, u[slice(*r)], phi[slice(*r)]) for r in split(u.size)]  # type: ignore[misc]
+        )
+
+    def run(first: int, last: int) -> list[np.ndarray]:
+        def zeros(wanted: bool, *shape: int) -> np.ndarray:
+            return np.zeros(shape if wanted else (0,) * len(shape), np_dtype)
+
+        g_weight = zeros(need["weight"] and train is not None, M, N)
+        g_bias = zeros(need["bias"] and call.bias is not None, N)
+        recurrent = call.rec_weight is not None
+        g_rec_weight = zeros(need["rec_weight"] and recurrent, N, N)
+        g_rec_bias = zeros(need["rec_bias"] and call.rec_bias is not None, N)
+        g_params = zeros(want_params, 5, N)
+        outs = [g_weight, g_bias, *shared_out, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2)]
+        if use_list:
+            backward_active(
+                *(code, first, last, T, params, _numpy(call.v0), indptr, indices, values, weight),
+                *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, phi),
+                *(g_out, *dense, *shared_in, *outs),
+            )
+        else:
+            checkpoints = (
+                _array(saved.v_checkpoints, np_dtype, 3),
+                _array(saved.i_checkpoints, np_dtype, 3),
+            )
+            backward_replay(
+                *(code, first, last, T, window, surrogate, p, q, params, *checkpoints),
+                *(current, indptr, indices, values, weight, bias, in_ptr, in_idx),
+                *(rec_weight, rec_bias, rec0, out_ptr, out_idx, act_ptr, g_out, act_idx),
+                *(*dense, *shared_in, *outs, g_params),
+            )
+        return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
+
+    parts = parallel([lambda r=r: run(*r) for r in split(B)])  # type: ignore[misc]
+    g_weight, g_bias, g_rec_weight, g_rec_bias, g_params = (_sum(group) for group in zip(*parts, strict=True))
+    grad_input = g_active
+    if nu is not None:
+        grad_input = nu if train is None else nu @ call.weight  # type: ignore[operator]
+    return InputGrads(
+        grad_input,
+        None if g_weight is None else g_weight.t(),
+        g_bias,
+        None if g_rec_weight is None else g_rec_weight.t(),
+        g_rec_bias,
+        g_rec0,
+        cv if need["v0"] else None,
+        ci if need["i0"] and call.spec.synapse else None,
+        g_params,
+    )
+
+
+def _needs_replay(spec: NeuronSpec) -> bool:
+    """Whether the adjoint needs the state itself, not only the spikes and the active list."""
+    return spec.timing == "corrected" and spec.reset == "zero"
+
+
+def _inputs(call: LayerCall, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0; empty where absent."""
+    N = call.N
+    current = call.current
+    if current is not None:
+        still = call.T > 1 and current.stride(0) == 0
+        current = (current[:1] if still else current).contiguous()
+    indptr = indices = np.empty(0, dtype=np.int32)
+    values = np.empty(0, dtype)
+    if call.train is not None:
+        indptr, indices = _numpy(call.train.indptr), _numpy(call.train.indices)
+        values = _array(call.train.values, dtype, 1)
+    zeros = np.zeros(N, dtype)
+    return (
+        _array(current, dtype, 3),
+        indptr,
+        indices,
+        values,
+        _array(None if call.weight is None else call.weight.t().contiguous(), dtype, 2),
+        zeros if call.bias is None else _numpy(call.bias),
+        _array(None if call.rec_weight is None else call.rec_weight.t().contiguous(), dtype, 2),
+        zeros if call.rec_bias is None else _numpy(call.rec_bias),
+        _array(call.rec0, dtype, 2),
+    )
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().contiguous().numpy()
+
+
+def _array(x: Tensor | None, dtype: np.dtype, dim: int) -> np.ndarray:
+    return np.empty((0,) * dim, dtype) if x is None else _numpy(x)
+
+
+def _join(parts: Any) -> Tensor:
+    parts = list(parts)
+    return torch.from_numpy(parts[0].copy() if len(parts) == 1 else np.concatenate(parts))
+
+
+def _join_ptr(
+    ptr: np.ndarray, ranges: list[tuple[int, int]], parts: list[list[Any]], which: int, T: int
+) -> Tensor:
+    """Turn counts that start anew in every range into one indptr."""
+    base = 0
+    for (first, last), part in zip(ranges, parts, strict=True):
+        if base:
+            ptr[first * T + 1 : last * T + 1] += base
+        base += part[which].size
+        if base > MAX_EVENTS:
+            raise InputError(f"more than {MAX_EVENTS} events in one layer; split the batch.")
+    return torch.from_numpy(ptr)
+
+
+def _sum(parts: tuple[np.ndarray, ...]) -> Tensor | None:
+    if parts[0].size == 0 and 0 in parts[0].shape[:1]:
+        return None
+    total = torch.from_numpy(parts[0])
+    for part in parts[1:]:
+        total += torch.from_numpy(part)
+    return total
+
+
+def _blame(call: LayerCall) -> str:
+    """Which tensor brought the non-finite value in."""
+    named = {
+        "the input current": call.current,
+        "the input": None if call.train is None else call.train.values,
+        "the weight": call.weight,
+        "the bias": call.bias,
+        "the recurrent weight": call.rec_weight,
+        "the initial state": call.v0,
+        "a decay or threshold": call.params,
+    }
+    for label, tensor in named.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return f"{label.capitalize()} has NaN or infinite values."
+    return "It overflowed: inputs and weights are finite but too large."
