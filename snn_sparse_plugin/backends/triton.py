@@ -1,0 +1,217 @@
+"""The ``triton`` backend: one kernel launch walks all steps of a layer; spikes travel bit-packed.
+
+The forward keeps checkpoints of the state, the backward replays from them; weight and input gradients are matrix
+products with the gradient of the input current. Triton is imported on first use.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dynamics import NeuronSpec
+from ..errors import InputError, UnsupportedError
+from ..spikes import MAX_EVENTS, SpikeTrain
+from ..surrogates import KINDS, Surrogate
+from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
+
+if TYPE_CHECKING:
+    from ..triton_kernels.spiking_layer import Forward
+
+_TILE = 2**24  # elements of the unpacked input multiplied at a time for the weight gradient
+
+
+class TritonBackend(Backend):
+    """Fused Triton kernels on CUDA and ROCm devices; on the CPU under ``TRITON_INTERPRET=1``, for tests."""
+
+    name = "triton"
+    priority = 100
+
+    def available(self) -> tuple[bool, str]:
+        try:
+            import triton
+        except ImportError as error:
+            return False, f"triton is not installed ({error}): pip install snn-sparse-plugin[triton]"
+        if _interpreting():
+            return True, f"triton {triton.__version__} (interpreter)"
+        if not torch.cuda.is_available():
+            return False, "torch sees no CUDA or ROCm device"
+        return True, f"triton {triton.__version__}"
+
+    def supports(
+        self,
+        op: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        spec: NeuronSpec,
+        surrogate: Surrogate,
+        recurrent: bool = False,
+    ) -> tuple[bool, str]:
+        if op != "spiking_layer":
+            return False, f"has no op {op!r}"
+        if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
+            return False, f"runs on CUDA and ROCm devices, not on {device.type}"
+        if dtype not in (torch.float32, torch.float64):
+            return False, f"computes in float32 and float64, not in {dtype}"
+        if surrogate.kind not in KINDS:
+            return False, f"has no kernel for {surrogate!r}; its formula is known to Python only"
+        return True, ""
+
+    def spiking_layer(self, call: LayerCall) -> LayerResult:
+        calls[self.name, "forward"] += 1
+        spec, size = call.spec, call.T * call.B * call.N
+        threshold = call.threshold if spec.spiking and call.needs_grad else None
+        mem, words = call.want_mem, spec.spiking and (call.want_events or call.rec_weight is not None)
+        wanted = dict(words=words, spikes=spec.spiking and call.want_spikes, mem=mem, checkpoints=call.needs_grad)
+        out = self._forward(call, window=threshold, **wanted)
+        fraction = 1.0
+        if threshold is not None:
+            assert out.near is not None
+            fraction = int(out.near.sum()) / max(1, size)
+        saved = None
+        if call.needs_grad:
+            window = threshold if fraction >= call.min_active else None
+            saved = Saved(window, v_checkpoints=out.v_checkpoints, i_checkpoints=out.i_checkpoints)
+        events = unpack_events(out.words, call.N) if call.want_events and out.words is not None else None
+        return LayerResult(out.spikes, events, out.mem, out.v, out.i, saved, fraction)
+
+    def spiking_layer_backward(
+        self,
+        call: LayerCall,
+        saved: Saved,
+        events: tuple[Tensor, Tensor] | None,
+        grads: OutputGrads,
+        needs: tuple[bool, ...],
+    ) -> InputGrads:
+        from ..triton_kernels import spiking_layer as kernels
+
+        calls[self.name, "backward"] += 1
+        T, B, N = call.T, call.B, call.N
+        assert saved.v_checkpoints is not None
+        if not call.spec.spiking and grads.spikes is not None:  # a readout's output is its membrane
+            both = grads.spikes if grads.mem is None else grads.spikes + grads.mem
+            grads = grads._replace(spikes=None, mem=both)
+        words = None
+        if call.rec_weight is not None and call.spec.spiking:
+            if events is not None:
+                words = pack_events(*events, (T, B, N))
+            else:  # a compiled graph keeps no events
+                words = self._forward(
+                    call, words=True, spikes=False, mem=False, checkpoints=False, window=None
+                ).words
+        need = InputGrads(*needs)
+        current, in_words = _inputs(call)
+        checkpoints = (saved.v_checkpoints, saved.i_checkpoints)
+        window = saved.threshold if call.spec.spiking else None
+        out = kernels.backward(
+            call, current, in_words, words, checkpoints, window, grads, params=bool(need.params)
+        )
+        nu = out.nu
+
+        found: dict[str, Tensor | None] = {}
+        if need.input:
+            found["input"] = nu if call.train is None else _input_grad(call, nu)
+        if need.weight and call.weight is not None:
+            assert call.train is not None
+            dense = None if in_words is not None else call.train._dense_data()
+            found["weight"] = _outer(nu, in_words, dense, call.weight.shape[1])
+        if need.bias and call.bias is not None:
+            found["bias"] = nu.sum((0, 1))
+        if call.rec_weight is not None:
+            if need.rec_weight:
+                assert words is not None
+                found["rec_weight"] = _outer(nu[1:], words[:-1], None, N)
+            if need.rec_bias and call.rec_bias is not None:
+                found["rec_bias"] = nu[1:].sum((0, 1))
+            if need.rec0:
+                found["rec0"] = nu[0] if T else nu.new_zeros(B, N)
+        if need.v0:
+            found["v0"] = out.v0
+        if need.i0:
+            found["i0"] = out.i0
+        if need.params and out.params is not None:
+            found["params"] = out.params.sum(1)
+        return InputGrads(**found)
+
+    def _forward(self, call: LayerCall, **wanted: Any) -> Forward:
+        from ..triton_kernels import spiking_layer as kernels
+
+        if call.rec_weight is not None and call.N > kernels.MAX_RECURRENT:
+            raise UnsupportedError(
+                f"the triton backend runs recurrent layers of up to {kernels.MAX_RECURRENT} neurons, got {call.N}: "
+                f'use backend="reference" for this layer.'
+            )
+        return kernels.forward(call, *_inputs(call), **wanted)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _inputs(call: LayerCall) -> tuple[Tensor | None, Tensor | None]:
+    """What the kernels read: the current (T, B, N), or the packed spikes of a binary train."""
+    train = call.train
+    if train is None:
+        return call.current, None
+    if train.values is None:
+        return None, pack_events(train.indptr, train.indices, train.shape)
+    assert call.weight is not None
+    with torch.no_grad():
+        return F.linear(train._dense_data(), call.weight, call.bias), None
+
+
+def _outer(nu: Tensor, words: Tensor | None, dense: Tensor | None, features: int) -> Tensor:
+    """sum over steps and samples of nu x spikes, (N, features); packed spikes are unpacked a tile at a time."""
+    T, B, N = nu.shape
+    if words is None:
+        assert dense is not None
+        return nu.flatten(0, 1).t() @ dense.flatten(0, 1)
+    grad = nu.new_zeros(N, features)
+    steps = max(1, _TILE // max(1, B * features))
+    for t in range(0, T, steps):
+        tile = unpack(words[t : t + steps], features).to(nu.dtype)
+        grad.addmm_(nu[t : t + steps].flatten(0, 1).t(), tile.flatten(0, 1))
+    return grad
+
+
+def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
+    assert call.weight is not None and call.train is not None
+    grad = nu @ call.weight.detach()
+    active = call.train.active
+    if active is None:
+        return grad
+    rows = SpikeTrain(*active, call.train.shape).rows()
+    return grad[rows % call.T, rows // call.T, active.indices.long()]
+
+
+def pack_events(indptr: Tensor, indices: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """CSR events over rows b * T + t as bit-packed words (T, B, ceil(N / 32)) int32."""
+    T, B, N = shape
+    n_words = -(-N // 32)
+    rows = SpikeTrain(indptr, indices, shape).rows()
+    row = (rows % max(1, T)) * B + rows // max(1, T)
+    bit = torch.ones_like(indices) << (indices % 32)
+    words = torch.zeros(T * B * n_words, dtype=torch.int32, device=indices.device)
+    return words.index_add_(0, row * n_words + indices // 32, bit).view(T, B, n_words)
+
+
+def unpack(words: Tensor, features: int) -> Tensor:
+    """Bit-packed words (..., ceil(N / 32)) as 0 and 1, (..., N) int32."""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> bits) & 1).flatten(-2)[..., :features]
+
+
+def unpack_events(words: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """Bit-packed words (T, B, ceil(N / 32)) as CSR events over rows b * T + t: int32 indptr and indices."""
+    spikes = unpack(words.transpose(0, 1).flatten(0, 1), features)
+    columns = spikes.nonzero()[:, 1]
+    if columns.numel() > MAX_EVENTS:
+        raise InputError(f"more than {MAX_EVENTS} events in one train; split the batch.")
+    indptr = torch.zeros(spikes.shape[0] + 1, dtype=torch.int32, device=words.device)
+    indptr[1:] = spikes.sum(1).cumsum(0)
+    return indptr, columns.to(torch.int32)

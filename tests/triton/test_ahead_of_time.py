@@ -1,0 +1,134 @@
+"""Every kernel compiles for every target, without a device: a kernel that does not build is seen anywhere."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="the triton extra is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 turns kernels into Python functions", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from snn_sparse_plugin.surrogates import KINDS
+from snn_sparse_plugin.triton_kernels import backward, forward, neuron, packed, spiking_layer, surrogates
+
+KERNELS = {
+    "forward": spiking_layer.spiking_layer_forward,
+    "backward": spiking_layer.spiking_layer_backward,
+}
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "cubin"),
+    "sm_90": (GPUTarget("cuda", 90, 32), "cubin"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "cubin"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "hsaco"),
+}
+
+DEFAULTS = dict(
+    WINDOW=0.2,
+    KIND="fast_sigmoid",
+    P0=25.0,
+    P1=0.0,
+    STATIC_INPUT=False,
+    UPDATE="decay",
+    SYNAPSE=False,
+    RESET="subtract",
+    TIMING="delayed",
+    SCOPE="state",
+    ATTACHED=False,
+    SPIKING=True,
+    CHUNK=32,
+    BLOCK_N=128,
+    TILE=32,
+)
+WORDS = {"in_words_ptr", "weight_ptr", "bias_ptr"}
+CURRENT = {"x_ptr"}
+RECURRENT = {"rec_weight_ptr", "rec_weight_t_ptr", "rec_bias_ptr", "rec0_ptr", "words_ptr"}
+SYNAPSE = {"i0_ptr", "i_ptr", "i_checkpoint_ptr", "g_i_ptr", "d_i0_ptr"}
+PARAMS = {"drive_ptr", "d_params_ptr"}
+
+# name -> (constants that differ from the defaults, pointers that are None, element type)
+CASES = {
+    "leaky-events": ({}, CURRENT | RECURRENT | SYNAPSE | PARAMS, "fp32"),
+    "leaky-dense-output": ({}, CURRENT | RECURRENT - {"words_ptr"} | SYNAPSE | PARAMS, "fp32"),
+    "leaky-static-current-exact": (
+        {"STATIC_INPUT": True, "WINDOW": None},
+        WORDS | RECURRENT | SYNAPSE | {"near_ptr"},
+        "fp32",
+    ),
+    "synaptic-zero-sum-atan": (
+        {"SYNAPSE": True, "RESET": "zero", "SCOPE": "sum", "KIND": "atan"},
+        WORDS | RECURRENT,
+        "fp32",
+    ),
+    "corrected-attached": ({"TIMING": "corrected", "ATTACHED": True}, CURRENT | RECURRENT | SYNAPSE, "fp32"),
+    "euler-recurrent-value": (
+        {"UPDATE": "euler", "SYNAPSE": True, "RESET": "value", "TIMING": "immediate", "BLOCK_N": 512, "TILE": 8},
+        CURRENT,
+        "fp32",
+    ),
+    "box-attached-value-double": (
+        {"UPDATE": "box", "RESET": "value", "TIMING": "immediate", "ATTACHED": True, "KIND": "tanh"},
+        WORDS | RECURRENT | SYNAPSE,
+        "fp64",
+    ),
+    "readout": (
+        {"UPDATE": "euler", "SYNAPSE": True, "RESET": "none", "TIMING": "immediate", "SPIKING": False},
+        CURRENT | RECURRENT | {"spikes_ptr", "g_spikes_ptr", "near_ptr"},
+        "fp32",
+    ),
+}
+
+
+def compile_kernel(kernel, target, constants, absent, element):
+    signature, constexprs = {}, {}
+    for name in kernel.arg_names:
+        if name in DEFAULTS or name in absent:
+            signature[name] = "constexpr"
+            constexprs[name] = None if name in absent else (DEFAULTS | constants)[name]
+        elif name.endswith("words_ptr"):
+            signature[name] = "*i32"
+        elif name == "near_ptr":
+            signature[name] = "*i64"
+        else:
+            signature[name] = f"*{element}" if name.endswith("_ptr") else "i32"
+    warps = min(16, constexprs["BLOCK_N"] // 32)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(ASTSource(kernel, signature, constexprs), target=target, options=options)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles(kernel, case, target):
+    gpu, binary = TARGETS[target]
+    compiled = compile_kernel(KERNELS[kernel], gpu, *CASES[case])
+    assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_surrogate_compiles(kind):
+    constants = {"KIND": kind, "P0": 2.0, "P1": 0.5}
+    absent = WORDS | RECURRENT | SYNAPSE | PARAMS
+    compiled = compile_kernel(KERNELS["backward"], TARGETS["sm_90"][0], constants, absent, "fp32")
+    assert len(compiled.asm["cubin"]) > 0
+
+
+@pytest.mark.parametrize("case", ["leaky-events", "euler-recurrent-value"])
+def test_no_multiply_add_is_contracted(case):
+    # a fused multiply-add rounds once where upstream rounds twice, and would move spikes
+    ptx = compile_kernel(KERNELS["forward"], TARGETS["sm_90"][0], *CASES[case]).asm["ptx"]
+    assert "mul.f32" in ptx or "mul.rn.f32" in ptx
+    assert "fma.rn" not in ptx
+
+
+def test_the_list_of_kernels_is_complete():
+    # every @triton.jit function with pointers is a launched kernel or is called by one
+    found = set()
+    for module in (forward, backward, neuron, packed, surrogates):
+        found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
+    called = {"input_current", "recurrent_current", "add_recurrent_grad", "store_packed", "gather_rows"}
+    called |= {"load_params", "step", "adjoint", "surrogate_grad"}
+    assert found - called == {f.__name__ for f in KERNELS.values()}

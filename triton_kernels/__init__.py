@@ -1,0 +1,1 @@
+"""Triton kernels. Import them as ``snn_sparse_plugin.triton_kernels``; importing this package needs triton."""
