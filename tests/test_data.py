@@ -19,7 +19,9 @@ def idx(magic: int, array: np.ndarray) -> bytes:
     return struct.pack(f">{1 + array.ndim}i", magic, *array.shape) + array.astype(np.uint8).tobytes()
 
 
-def write_set(folder: Path, *, zipped: bool, train: int = 7, test: int = 3, size: int = 4) -> dict[str, np.ndarray]:
+def write_set(
+    folder: Path, *, zipped: bool, train: int = 7, test: int = 3, size: int = 4
+) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     arrays = {}
@@ -46,7 +48,9 @@ def test_idx_files_are_read_from_every_layout(tmp_path: Path, name: str, below: 
     assert data.train_x.shape == (7, 16)
     assert data.test_x.shape == (3, 16)
     assert data.train_x.dtype == torch.float32
-    np.testing.assert_allclose(data.train_x.numpy() * 255, arrays["train-images-idx3-ubyte"].reshape(7, 16), atol=1e-4)
+    np.testing.assert_allclose(
+        data.train_x.numpy() * 255, arrays["train-images-idx3-ubyte"].reshape(7, 16), atol=1e-4
+    )
     assert data.test_y.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
 
 

@@ -34,7 +34,9 @@ def latency_spikes(x: Tensor, steps: int, *, tau: float = 20.0, floor: float = 0
     """
     check_float(x, "an image batch")
     if x.dim() != 2:
-        raise InputError(f"latency_spikes takes intensities (B, N), got shape {tuple(x.shape)}; flatten the images.")
+        raise InputError(
+            f"latency_spikes takes intensities (B, N), got shape {tuple(x.shape)}; flatten the images."
+        )
     if steps < 1 or not tau > 0 or not floor > 0:
         raise InputError(f"latency_spikes needs steps >= 1, tau > 0, floor > 0; got {steps}, {tau}, {floor}.")
     if not bool(torch.isfinite(x).all()):

@@ -97,7 +97,9 @@ def _digits() -> ImageData:
 
 def _find_folder(name: str, root: Path) -> Path:
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder; --root names the folder that holds the idx files of {name}.")
+        raise InputError(
+            f"{root} is not a folder; --root names the folder that holds the idx files of {name}."
+        )
     candidates = (root, root / _FOLDERS[name])
     for folder in candidates:
         if any(folder.glob("train-images-idx3-ubyte*")):

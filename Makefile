@@ -1,0 +1,67 @@
+# Needs only Python >= 3.10 and make. Everything is installed into .venv.
+# Without a GPU, torch's smaller CPU build will do:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format typecheck bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARGS="--epochs 3 …")
+	$(BIN)/snn-sparse demo $(ARGS)
+
+# Triton's interpreter is switched on by the environment, for a whole process
+test: $(VENV)/.test  ## run all tests (ARGS="-k data …" goes to the main run)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton -m triton_interpreter
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint typecheck  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.lint  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.lint  ## check types
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## compare with snnTorch, Norse and SpikingJelly (ARGS="--sweep density …")
+	$(BIN)/snn-sparse bench $(ARGS)
+
+clean:  ## remove the environment and everything generated
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache demo.png
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -maxdepth 1 -name '*.egg-info' -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, found " + sys.version.split()[0] + "; say PYTHON=…" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of packages, so that the demo does not wait for the test tools.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), a few minutes the first time"
+	$(PIP) -e '.[snntorch,plot]' scikit-learn
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), a few minutes the first time"
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) 'ruff>=0.12' 'mypy>=1.14'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@

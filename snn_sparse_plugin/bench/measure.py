@@ -1,0 +1,133 @@
+"""Time in alternating rounds, bytes saved for backward, and peak memory in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from .problem import Config
+from .providers import Steps
+
+
+class Spread(NamedTuple):
+    """Median and the 20th and 80th percentile, in milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Spread:
+        p20, median, p80 = np.percentile(np.array(seconds) * 1e3, [20, 50, 80])
+        return cls(float(median), float(p20), float(p80))
+
+
+class Timing(NamedTuple):
+    """Forward with the loss, backward, and both with ``zero_grad`` before: the step without the optimizer."""
+
+    forward: Spread
+    backward: Spread
+    step: Spread
+
+
+def set_threads(threads: int) -> None:
+    """The same number of threads for torch and numba, as far as numba was started with that many."""
+    import numba
+
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+
+def run_step(steps: Steps, clock: Callable[[], float] = perf_counter) -> tuple[float, float, float]:
+    """One step: seconds of forward, backward and the whole."""
+    start = clock()
+    for parameter in steps.parameters:
+        parameter.grad = None
+    begin = clock()
+    out = steps.forward()
+    middle = clock()
+    steps.backward(out)
+    end = clock()
+    return middle - begin, end - middle, end - start
+
+
+def time_alternating(
+    cases: dict[str, Steps], rounds: int, device: str, advance: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
+    """All cases in turn, ``rounds`` times over, each round starting with another one; two warm-up steps each."""
+
+    def clock() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    for steps in cases.values():
+        for _ in range(2):
+            run_step(steps)
+    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in cases}
+    names = list(cases)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for k in range(rounds):
+            first = k % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(run_step(cases[name], clock))
+            advance()
+    finally:
+        if collecting:
+            gc.enable()
+    return {
+        name: Timing(*(Spread.of(list(phase)) for phase in zip(*runs, strict=True)))
+        for name, runs in seconds.items()
+    }
+
+
+def saved_bytes(forward: Callable[[], Any], kept: Iterable[Tensor] = ()) -> tuple[int, Any]:
+    """Bytes autograd keeps for the backward of ``forward()``, and what it returned.
+
+    Every storage counts once, as a whole. Storages of ``kept``, tensors that live anyway, do not count.
+    """
+    known = {t.untyped_storage().data_ptr() for t in kept}
+    storages: dict[int, Any] = {}  # holds them, so that no address is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        out = forward()
+    return sum(storage.nbytes() for storage in storages.values()), out
+
+
+def peak_bytes(config: Config, provider: str, threads: int) -> int | None:
+    """Memory two steps need beyond what is there before the first, measured in a fresh process.
+
+    On CPU from Linux's high-water mark of resident memory, elsewhere None; on CUDA from torch's allocator.
+    """
+    request = json.dumps({"config": asdict(config), "provider": provider, "threads": threads})
+    child = subprocess.run(
+        [sys.executable, "-m", "snn_sparse_plugin.bench.peak"],
+        input=request,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        return json.loads(child.stdout.splitlines()[-1])["peak"] if child.returncode == 0 else None
+    except (IndexError, ValueError, KeyError):
+        return None

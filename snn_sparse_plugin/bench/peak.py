@@ -1,0 +1,57 @@
+"""The child process of a peak-memory measurement: a request as JSON on stdin, ``{"peak": bytes}`` on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .measure import run_step, set_threads
+from .problem import Config
+from .providers import setup
+
+
+def measure_peak(request: dict[str, Any]) -> int | None:
+    """Highest memory during two steps minus what was in use before them, in bytes; None if it cannot be told."""
+    raw = request["config"]
+    config = Config(**(raw | {"layers": tuple(raw["layers"])}))
+    set_threads(request["threads"])
+    provider = request["provider"]
+    run_step(setup(replace(config, steps=3, batch=2), provider))  # compiles kernels, loads libraries
+    steps = setup(config, provider)
+    if config.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_step(steps)
+        run_step(steps)
+        return torch.cuda.max_memory_allocated() - before
+    if not _reset_high_water_mark():
+        return None
+    before = _status("VmRSS")
+    run_step(steps)
+    run_step(steps)
+    return max(0, _status("VmHWM") - before)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}.")
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak": measure_peak(json.load(sys.stdin))}))

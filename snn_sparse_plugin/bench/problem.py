@@ -1,0 +1,113 @@
+"""What is computed: a seeded input, and weights scaled so that every layer fires at the same rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """One measured computation.
+
+    Args:
+        op: ``"network"``: a training step without the optimizer, cross entropy on summed output spikes;
+            ``"layer"``: one layer with a given gradient of its spikes; ``"s3gd"``: the second of two layers,
+            its backward alone, with gradients to weights and input.
+        inputs, layers: M, and the number of neurons of every layer.
+        steps, batch: T and B.
+        density: input spikes per input and step (Bernoulli).
+        rate: output spikes per neuron and step of every layer.
+        beta, slope: decay of Leaky, slope of its fast sigmoid; thresholds are 1.
+        window: ``backprop_threshold`` of the sparse providers.
+    """
+
+    op: Literal["network", "layer", "s3gd"] = "network"
+    inputs: int = 700
+    layers: tuple[int, ...] = (200, 200, 20)
+    steps: int = 100
+    batch: int = 64
+    density: float = 0.02
+    rate: float = 0.03
+    beta: float = 0.9
+    slope: float = 100.0
+    window: float | Literal["auto"] | None = "auto"
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1 or not 0 < self.rate < 1:
+            raise ConfigError(f"density and rate must lie in (0, 1], got {self.density} and {self.rate}.")
+        if min(self.inputs, self.steps, self.batch, *self.layers) < 1:
+            raise ConfigError("inputs, layers, steps and batch must be at least 1.")
+        if self.device != "cpu" and not (self.device.startswith("cuda") and torch.cuda.is_available()):
+            raise ConfigError(f"device {self.device!r} is not available here.")
+
+    @property
+    def neuron_steps(self) -> int:
+        """Neurons x T x B of what is measured: what saved bytes are counted against."""
+        neurons = self.layers[-1] if self.op == "s3gd" else sum(self.layers)
+        return neurons * self.steps * self.batch
+
+
+class Problem(NamedTuple):
+    """``x`` (T, B, M), ``target`` (B,), per layer a weight (N, M), and ``grad`` (T, B, N) for the last spikes."""
+
+    x: Tensor
+    target: Tensor
+    weights: tuple[Tensor, ...]
+    rates: tuple[float, ...]
+    grad: Tensor
+
+
+@lru_cache(maxsize=2)
+def make_problem(config: Config) -> Problem:
+    """The problem of a config, the same on every call and in every process."""
+    generator = torch.Generator().manual_seed(config.seed)
+    T, B, M = config.steps, config.batch, config.inputs
+    x = (torch.rand(T, B, M, generator=generator) < config.density).float()
+    target = torch.randint(config.layers[-1], (B,), generator=generator)
+    weights, rates = [], []
+    spikes = x
+    for n in config.layers:
+        weight = torch.randn(n, spikes.shape[2], generator=generator)
+        # a part of the batch is enough to set a rate
+        scale = _scale_for_rate(F.linear(spikes[:, :16], weight), config)
+        weights.append(weight * scale)
+        spikes = leaky_spikes(F.linear(spikes, weights[-1]), config.beta)
+        rates.append(float(spikes.mean()))
+    grad = torch.randn(T, B, config.layers[-1], generator=generator)
+    x, target, grad = (t.to(config.device) for t in (x, target, grad))
+    return Problem(x, target, tuple(w.to(config.device) for w in weights), tuple(rates), grad)
+
+
+def leaky_spikes(current: Tensor, beta: float) -> Tensor:
+    """Spikes (T, B, N) of snnTorch's Leaky, threshold 1, reset by subtraction one step later."""
+    v = torch.zeros_like(current[0])
+    spikes = []
+    for x in current.unbind(0):
+        v = beta * v + x - (v > 1).to(v.dtype)
+        spikes.append((v > 1).to(v.dtype))
+    return torch.stack(spikes)
+
+
+def _scale_for_rate(current: Tensor, config: Config) -> float:
+    """Bisection in the logarithm: the rate grows with the scale of zero-mean weights."""
+    spread = float(current.std())
+    if not spread > 0:  # no input spike at all: nothing to scale
+        return 1.0
+    low, high = 1e-2 / spread, 1e2 / spread
+    for _ in range(20):
+        middle = (low * high) ** 0.5
+        if float(leaky_spikes(current * middle, config.beta).mean()) < config.rate:
+            low = middle
+        else:
+            high = middle
+    return high

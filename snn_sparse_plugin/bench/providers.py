@@ -1,0 +1,296 @@
+"""Who computes it: one builder per provider, and ``setup`` that makes the steps measured for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dynamics import NeuronParams
+from ..errors import ConfigError, MissingDependencyError, UnsupportedError
+from ..ops.spiking_layer import spiking_layer
+from ..spikes import SpikeTrain
+from ..surrogates import Surrogate
+from .problem import Config, Problem, make_problem
+
+
+class Model(NamedTuple):
+    """A network: ``spikes(x)`` -> (T, B, N) of the last layer, from the input form the provider takes."""
+
+    spikes: Callable[[Any], Tensor]
+    parameters: list[Tensor]
+    x: Any
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is timed: ``backward(forward())``. ``kept`` are tensors that live anyway: inputs and parameters."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], None]
+    parameters: list[Tensor]
+    kept: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A row of the table. ``library`` is the distribution whose version the row carries."""
+
+    build: Callable[[Config, Problem], Model]
+    library: str
+    about: str
+    ops: tuple[str, ...] = ("network",)
+    opt_in: bool = False
+
+
+def setup(config: Config, provider: str) -> Steps:
+    """The steps of a provider; the same ones are timed, counted in bytes and run for peak memory.
+
+    Raises:
+        MissingDependencyError: the provider's library is not installed.
+        UnsupportedError: the provider does not do this op.
+    """
+    found = get(provider)
+    if config.op not in found.ops:
+        raise UnsupportedError(f"provider {provider!r} does {', '.join(found.ops)}, not {config.op}.")
+    problem = make_problem(config)
+    if config.op == "s3gd":
+        return _second_layer(config, problem, provider)
+    model = found.build(config, problem)
+
+    def forward() -> Tensor:
+        spikes = model.spikes(model.x)
+        return F.cross_entropy(spikes.sum(0), problem.target) if config.op == "network" else spikes
+
+    def backward(out: Tensor) -> None:
+        out.backward(None if config.op == "network" else problem.grad)
+
+    return Steps(forward, backward, model.parameters, [*model.parameters, *_tensors(model.x)])
+
+
+def get(name: str) -> Provider:
+    """The provider of that name."""
+    if name not in PROVIDERS:
+        raise ConfigError(f"no provider {name!r}; known: {', '.join(PROVIDERS)}.")
+    return PROVIDERS[name]
+
+
+def _require(module: str, install: str) -> Any:
+    try:
+        return import_module(module)
+    except (ImportError, RuntimeError, OSError) as error:  # a broken installation fails in its own way
+        raise MissingDependencyError(
+            f"{module} cannot be imported: pip install {install} ({error})"
+        ) from error
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, SpikeTrain):
+        return [x.indptr, x.indices]
+    return [x]
+
+
+def _linears(problem: Problem, factor: float = 1.0) -> list[nn.Linear]:
+    layers = []
+    for weight in problem.weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+        with torch.no_grad():
+            layer.weight.copy_(weight * factor)
+            layer.bias.zero_()
+        layers.append(layer)
+    return layers
+
+
+def _interleave(layers: list[nn.Linear], neurons: list[Any]) -> list[nn.Module]:
+    return [module for pair in zip(layers, neurons, strict=True) for module in pair]
+
+
+# --- this package ---
+
+
+def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto") -> Callable:
+    """A swapped-import snnTorch network run by ``unroll``."""
+
+    def build(config: Config, problem: Problem) -> Model:
+        _require("snntorch", "snntorch")
+        from .. import snntorch as snn
+        from .. import unroll
+
+        spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
+        neurons = [
+            snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True) for _ in problem.weights
+        ]
+        net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
+        options: dict[str, Any] = {"backprop_threshold": None if exact else config.window, "backend": backend}
+        x = SpikeTrain.from_dense(problem.x) if events else problem.x
+        return Model(lambda x: unroll(net, x, **options)[0], list(net.parameters()), x)
+
+    return build
+
+
+def _op(path: str) -> Callable:
+    """The op alone, one layer: over events, over the dense product, or left to choose."""
+
+    def build(config: Config, problem: Problem) -> Model:
+        (weight,) = problem.weights
+        weight = weight.clone().requires_grad_()
+        bias = torch.zeros(weight.shape[0], device=weight.device, requires_grad=True)
+        options: dict[str, Any] = _op_options(config)
+
+        def spikes(x: Tensor) -> Tensor:
+            if path == "events":
+                return spiking_layer(SpikeTrain.from_dense(x), weight, bias, **options).spikes
+            if path == "dense":
+                return spiking_layer(F.linear(x, weight, bias), **options).spikes
+            return spiking_layer(x, weight, bias, **options).spikes
+
+        return Model(spikes, [weight, bias], problem.x)
+
+    return build
+
+
+def _op_options(config: Config) -> dict[str, Any]:
+    return {
+        "params": NeuronParams(mem=config.beta),
+        "surrogate": Surrogate("fast_sigmoid", (config.slope,)),
+        "backprop_threshold": config.window,
+    }
+
+
+# --- the others ---
+
+
+class TutorialNet(nn.Module):
+    """snnTorch as its tutorials write it: a loop over steps, every layer called once per step."""
+
+    def __init__(self, config: Config, problem: Problem) -> None:
+        super().__init__()
+        snntorch = _require("snntorch", "snntorch")
+        spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
+        self.fc = nn.ModuleList(_linears(problem))
+        self.lif = nn.ModuleList(snntorch.Leaky(beta=config.beta, spike_grad=spike_grad) for _ in self.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mems = [lif.reset_mem() for lif in self.lif]
+        record = []
+        for spikes in x.unbind(0):
+            for k, (fc, lif) in enumerate(zip(self.fc, self.lif, strict=True)):
+                spikes, mems[k] = lif(fc(spikes), mems[k])
+            record.append(spikes)
+        return torch.stack(record)
+
+
+def _snntorch(config: Config, problem: Problem) -> Model:
+    net = TutorialNet(config, problem).to(config.device)
+    return Model(net, list(net.parameters()), problem.x)
+
+
+def _compiled(config: Config, problem: Problem) -> Model:
+    net = TutorialNet(config, problem).to(config.device)
+    return Model(torch.compile(net), list(net.parameters()), problem.x)
+
+
+def _norse(config: Config, problem: Problem) -> Model:
+    norse = _require("norse.torch", "norse")
+    # dt tau_mem_inv = 1 - beta, a synapse that decays within a step, and weights larger by 1 / (1 - beta):
+    # the membrane of Leaky, apart from the reset to zero
+    p = norse.LIFParameters(
+        tau_syn_inv=torch.tensor(1000.0),
+        tau_mem_inv=torch.tensor((1 - config.beta) * 1000),
+        v_th=torch.tensor(1.0),
+        alpha=torch.tensor(config.slope),
+    )
+    layers = _linears(problem, 1 / (1 - config.beta))
+    net = norse.SequentialState(*_interleave(layers, [norse.LIF(p) for _ in layers])).to(config.device)
+    return Model(lambda x: net(x)[0], list(net.parameters()), problem.x)
+
+
+def _spikingjelly(config: Config, problem: Problem) -> Model:
+    sj = _require("spikingjelly.activation_based", "'spikingjelly>=2.0.0'")
+    neuron, surrogate, functional = (
+        import_module(f"{sj.__name__}.{name}") for name in ("neuron", "surrogate", "functional")
+    )
+    neurons = [
+        neuron.LIFNode(
+            tau=1 / (1 - config.beta),
+            decay_input=False,
+            v_threshold=1.0,
+            v_reset=None,
+            detach_reset=True,
+            surrogate_function=surrogate.SoftSign(alpha=config.slope),
+            step_mode="m",
+        )
+        for _ in problem.weights
+    ]
+    net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
+
+    def spikes(x: Tensor) -> Tensor:
+        functional.reset_net(net)
+        return net(x)
+
+    return Model(spikes, list(net.parameters()), problem.x)
+
+
+def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
+    """Backward of the second layer alone: weight, bias and, where layer 1 is active, input gradients.
+
+    Both get the same random gradient of the output spikes, the sparse one where the output is active.
+    """
+    first, second = problem.weights
+    options = _op_options(config)
+    train = spiking_layer(problem.x, first.clone().requires_grad_(), events=True, **options).spikes
+    weight = second.clone().requires_grad_()
+    bias = torch.zeros(second.shape[0], device=second.device, requires_grad=True)
+
+    if provider == "sparse":
+        kept = [train.indptr, train.indices, *(train.active or ())]
+
+        def forward() -> Any:
+            return spiking_layer(train, weight, bias, events=True, **options).spikes
+
+        probe = forward()  # where the output is active does not change from run to run
+        grad = problem.grad
+        if probe.active is not None:
+            rows = SpikeTrain(*probe.active, probe.shape).rows()
+            grad = grad[rows % config.steps, rows // config.steps, probe.active.indices.long()]
+
+        def backward(out: Any) -> None:
+            torch.autograd.grad(out.carrier, (weight, bias, train.carrier), grad)
+
+    else:
+        net = TutorialNet(config, problem._replace(weights=(second,))).to(config.device)
+        weight, bias = net.fc[0].weight, net.fc[0].bias  # type: ignore[assignment]
+        x = train.to_dense().detach().requires_grad_()
+        kept = [x]
+
+        def forward() -> Any:
+            return net(x)
+
+        def backward(out: Any) -> None:
+            torch.autograd.grad(out, (weight, bias, x), problem.grad)
+
+    return Steps(forward, backward, [weight, bias], [weight, bias, *kept])
+
+
+PROVIDERS: dict[str, Provider] = {
+    "sparse": Provider(_unrolled(), "snn-sparse-plugin", "unroll, dense input", ("network", "s3gd")),
+    "sparse-events": Provider(_unrolled(events=True), "snn-sparse-plugin", "unroll, SpikeTrain input"),
+    "sparse-exact": Provider(_unrolled(exact=True), "snn-sparse-plugin", "unroll, backprop_threshold=None"),
+    "events": Provider(_op("events"), "snn-sparse-plugin", "the op over events", ("layer",)),
+    "dense": Provider(_op("dense"), "snn-sparse-plugin", "dense product, then the op", ("layer",)),
+    "auto": Provider(_op("auto"), "snn-sparse-plugin", "the op's own choice", ("layer",)),
+    "snntorch": Provider(_snntorch, "snntorch", "tutorial loop", ("network", "layer", "s3gd")),
+    "norse": Provider(_norse, "norse", "sequence modules", ("network", "layer")),
+    "spikingjelly": Provider(_spikingjelly, "spikingjelly", "multi-step modules", ("network", "layer")),
+    "compile": Provider(
+        _compiled, "snntorch", "tutorial loop under torch.compile", ("network", "layer"), opt_in=True
+    ),
+    "reference": Provider(
+        _unrolled(backend="reference"), "snn-sparse-plugin", "unroll, reference backend", opt_in=True
+    ),
+}

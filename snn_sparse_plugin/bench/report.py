@@ -1,0 +1,205 @@
+"""Rows for machines and tables for people."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..doctor import installed
+from .problem import Config
+from .providers import get
+
+if TYPE_CHECKING:
+    from .runs import Measured
+
+
+def result_row(
+    config: Config, rates: tuple[float, ...], provider: str, measured: Measured, threads: int
+) -> dict[str, Any]:
+    """One provider on one config, with all that is needed to read the figure on its own."""
+    library = get(provider).library
+    row: dict[str, Any] = {
+        "op": config.op,
+        "provider": provider,
+        "about": get(provider).about,
+        "skipped": measured.skipped,
+        "shape": {
+            "T": config.steps,
+            "B": config.batch,
+            "inputs": config.inputs,
+            "layers": list(config.layers),
+        },
+        "density": config.density,
+        "layer_rates": [round(r, 5) for r in rates],
+        "window": config.window,
+        "dtype": "float32",
+        "device": config.device,
+        "threads": threads,
+        "versions": {
+            "snn-sparse-plugin": __version__,
+            "torch": torch.__version__,
+            library: installed(library),
+        },
+        "commit": commit(),
+    }
+    if measured.timing is not None:
+        for phase, spread in measured.timing._asdict().items():
+            row[f"{phase}_ms"] = {name: round(value, 4) for name, value in spread._asdict().items()}
+    row["saved_bytes"] = measured.saved
+    row["saved_bytes_per_neuron_step"] = (
+        None if measured.saved is None else round(measured.saved / config.neuron_steps, 4)
+    )
+    row["peak_bytes"] = measured.peak
+    return row
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, ``+`` if it has changes; None if installed."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--match=", "--dirty=+"]
+    try:
+        # a wheel may lie in a virtual environment inside somebody else's checkout: that commit is not ours
+        ours = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__],
+            capture_output=True,
+            check=False,
+        )
+        if ours.returncode != 0:
+            return None
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def show_rows(rows: list[dict[str, Any]], console: Console, *, baseline: str, phase: str = "step") -> None:
+    """One table of providers, with how many times faster than the baseline each is."""
+    timed = [row for row in rows if row["skipped"] is None]
+    if timed:
+        console.print(_table(timed, baseline, phase))
+    _show_skipped(rows, console)
+
+
+def _table(rows: list[dict[str, Any]], baseline: str, phase: str) -> Table:
+    shape = rows[0]["shape"]
+    size = "-".join(str(n) for n in (shape["inputs"], *shape["layers"]))
+    rates = ", ".join(f"{100 * r:.1f}" for r in rows[0]["layer_rates"])
+    table = Table(
+        title=f"{rows[0]['op']} {size}, T={shape['T']}, B={shape['B']}, input {100 * rows[0]['density']:g} %, "
+        f"layers {rates} %, {rows[0]['threads']} threads, {rows[0]['device']}",
+        title_justify="left",
+        caption=f"ms: median (20th to 80th percentile). ratio: {phase} of {baseline} / {phase}. "
+        "saved: bytes kept for backward, and per neuron-step.",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("provider")
+    for column in ("forward", "backward", "step", "ratio", "saved", "B/n-s", "peak"):
+        table.add_column(column, justify="right", no_wrap=True)
+    base = next((row[f"{phase}_ms"]["median"] for row in rows if row["provider"] == baseline), math.nan)
+    for row in rows:
+        ratio = base / row[f"{phase}_ms"]["median"]
+        whole = row["step_ms"]
+        per = row["saved_bytes_per_neuron_step"]
+        table.add_row(
+            row["provider"],
+            f"{row['forward_ms']['median']:.2f}",
+            f"{row['backward_ms']['median']:.2f}",
+            f"{whole['median']:.2f} ({whole['p20']:.2f}–{whole['p80']:.2f})",
+            "" if math.isnan(ratio) else f"{ratio:.1f}×",
+            human_bytes(row["saved_bytes"]),
+            "–" if per is None else f"{per:.2f}",
+            human_bytes(row["peak_bytes"]),
+        )
+    return table
+
+
+def _show_skipped(rows: list[dict[str, Any]], console: Console) -> None:
+    skipped = {row["provider"]: row["skipped"] for row in rows if row["skipped"] is not None}
+    for provider, reason in skipped.items():
+        console.print(f"[yellow]skipped[/] {provider}: {reason}", markup=True, highlight=False)
+
+
+def human_bytes(count: int | None) -> str:
+    """``1536`` as ``1.5 KiB``."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def show_crossover(rows: list[dict[str, Any]], sweep: str, console: Console) -> None:
+    """Step times over the sweep, the fastest marked, and where the dense product overtakes the events."""
+    timed = [row for row in rows if row["skipped"] is None]
+    names = list(dict.fromkeys(row["provider"] for row in timed))
+    points: dict[float, dict[str, float]] = {}
+    for row in timed:
+        points.setdefault(_point(row, sweep), {})[row["provider"]] = row["step_ms"]["median"]
+    table = Table(
+        title=f"step in ms over {'input density' if sweep == 'density' else 'layer size N'}; the fastest is bold",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("density" if sweep == "density" else "N", *names):
+        table.add_column(column, justify="right")
+    if "auto" in names:
+        table.add_column("auto / best", justify="right")
+    for point, times in points.items():
+        best = min(times.values())
+        cells = [f"[bold]{t:.2f}[/]" if t == best else f"{t:.2f}" for t in (times[name] for name in names)]
+        if "auto" in names:
+            others = [t for name, t in times.items() if name != "auto"]
+            cells.append(f"{times['auto'] / min(others):.2f}" if others else "–")
+        table.add_row(_label(point, sweep), *cells)
+    console.print(table)
+    if {"events", "dense"} <= set(names):
+        console.print(crossover({p: (t["events"], t["dense"]) for p, t in points.items()}, sweep))
+    _show_skipped(rows, console)
+
+
+def _point(row: dict[str, Any], sweep: str) -> float:
+    return row["density"] if sweep == "density" else row["shape"]["layers"][0]
+
+
+def _label(point: float, sweep: str) -> str:
+    return f"{100 * point:g} %" if sweep == "density" else f"{point:g}"
+
+
+def crossover(times: dict[float, tuple[float, float]], sweep: str) -> str:
+    """A sentence on where the dense product becomes faster than the events, interpolated between two points.
+
+    Args:
+        times: by point, the time over events and the time of the dense product.
+
+    Example:
+        >>> crossover({0.01: (1.0, 2.0), 0.04: (4.0, 2.0)}, "density")
+        'The dense product wins from about 2 % on.'
+    """
+    points = sorted(times)
+    gain = [math.log(times[p][0] / times[p][1]) for p in points]  # > 0: dense wins
+    if all(g <= 0 for g in gain):
+        return f"Events win at every point up to {_label(points[-1], sweep)}."
+    if all(g > 0 for g in gain):
+        return f"The dense product wins at every point from {_label(points[0], sweep)} on."
+    last = max(k for k, g in enumerate(gain) if g <= 0)
+    if last == len(points) - 1:
+        wins = ", ".join(_label(p, sweep) for p, g in zip(points, gain, strict=True) if g > 0)
+        return f"The dense product wins at {wins} only."
+    share = -gain[last] / (gain[last + 1] - gain[last])
+    at = math.exp(math.log(points[last]) * (1 - share) + math.log(points[last + 1]) * share)
+    shown = f"{100 * at:.2g} %" if sweep == "density" else f"N = {at:.0f}"
+    return f"The dense product wins from about {shown} on."

@@ -1,0 +1,158 @@
+"""The three runs: training steps of a network, one layer over a sweep, and the backward of layer 2 alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..errors import ConfigError, MissingDependencyError
+from .measure import Timing, peak_bytes, saved_bytes, set_threads, time_alternating
+from .problem import Config, make_problem
+from .providers import PROVIDERS, Steps, get, setup
+from .report import result_row, show_crossover, show_rows
+
+DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+SIZES = (100, 200, 500, 1000, 2000, 4000)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What the command line sets for every run. ``batch`` None: the protocol's own."""
+
+    batch: int | None = None
+    density: float = 0.02
+    providers: tuple[str, ...] | None = None
+    compiled: bool = False
+    reference: bool = False
+    rounds: int = 15
+    threads: int = 2
+    device: str = "cpu"
+    peak: bool = True
+
+    def names(self, op: str) -> list[str]:
+        """The providers of an op: those named, or all but the opt-in ones that were not asked for."""
+        if self.providers is not None:
+            for name in self.providers:
+                if op not in get(name).ops:
+                    able = ", ".join(n for n, p in PROVIDERS.items() if op in p.ops)
+                    raise ConfigError(f"provider {name!r} has no {op} benchmark; these have: {able}.")
+            return list(self.providers)
+        asked = {"compile": self.compiled, "reference": self.reference}
+        return [n for n, p in PROVIDERS.items() if op in p.ops and (not p.opt_in or asked.get(n, False))]
+
+
+class Measured(NamedTuple):
+    """What one provider did on one config; ``skipped`` is the reason it did not run."""
+
+    timing: Timing | None = None
+    saved: int | None = None
+    peak: int | None = None
+    skipped: str | None = None
+
+
+def run_network(
+    options: BenchOptions, console: Console, steps: Sequence[int], config: Config | None = None
+) -> list[dict[str, Any]]:
+    """Training steps of 700-200-200-20, for each T in ``steps``; one row a provider."""
+    base = config or Config(batch=options.batch or 64, density=options.density, device=options.device)
+    rows = []
+    for T in steps:
+        rows += _run(replace(base, steps=T), options, console)
+        show_rows(rows[-len(options.names("network")) :], console, baseline="snntorch")
+    return rows
+
+
+def run_s3gd(
+    options: BenchOptions, console: Console, steps: int = 500, config: Config | None = None
+) -> list[dict[str, Any]]:
+    """Backward of the second hidden layer alone, against the dense loop [Perez-Nieves & Goodman 2021, fig. 3].
+
+    N = 200, B_th = 0.2, fast sigmoid of slope 100, B = 256, T = 500, both layers at 3 % spikes.
+    """
+    base = config or Config(
+        op="s3gd",
+        layers=(200, 200),
+        batch=options.batch or 256,
+        density=options.density,
+        window=0.2,
+        device=options.device,
+    )
+    rows = _run(replace(base, steps=steps), options, console)
+    show_rows(rows, console, baseline="snntorch", phase="backward")
+    return rows
+
+
+def run_sweep(
+    sweep: str,
+    options: BenchOptions,
+    console: Console,
+    points: Iterable[float] | None = None,
+    config: Config | None = None,
+) -> list[dict[str, Any]]:
+    """One layer over input density (700 to 200 neurons), or over its size N (N inputs, smaller T and B).
+
+    Compares the op over events, the op after a dense product, its own choice, and the other libraries.
+    """
+    if sweep == "density":
+        base = config or Config(op="layer", layers=(200,), batch=options.batch or 64, device=options.device)
+        configs = [replace(base, density=d) for d in points or DENSITIES]
+    else:
+        base = config or Config(
+            op="layer", steps=50, batch=options.batch or 16, density=options.density, device=options.device
+        )
+        configs = [replace(base, inputs=int(n), layers=(int(n),)) for n in points or SIZES]
+    rows = []
+    for each in configs:
+        rows += _run(each, options, console)
+    show_crossover(rows, sweep, console)
+    return rows
+
+
+def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[str, Any]]:
+    """All providers on one config."""
+    set_threads(options.threads)
+    names = options.names(config.op)
+    found: dict[str, Measured] = {}
+    cases: dict[str, Steps] = {}
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    ) as progress:
+        what = f"{config.op} T={config.steps} B={config.batch}"
+        task = progress.add_task(f"{what}: input and weights", total=None)
+        rates = make_problem(config).rates
+        for name in names:
+            progress.update(task, description=f"{what}: preparing {name}")
+            try:
+                cases[name] = setup(config, name)
+            except MissingDependencyError as error:
+                found[name] = Measured(skipped=str(error))
+        if cases:
+            progress.update(
+                task, description=f"{what}: warm-up, then timing", total=options.rounds, completed=0
+            )
+            timings = time_alternating(
+                cases, options.rounds, config.device, partial(progress.update, task, advance=1)
+            )
+        for name, steps in cases.items():
+            progress.update(task, description=f"{what}: memory of {name}")
+            compiled = name == "compile"  # hooks and a fresh process would each compile again
+            saved = None if compiled else _saved(steps)
+            peak = peak_bytes(config, name, options.threads) if options.peak and not compiled else None
+            found[name] = Measured(timings[name], saved, peak)
+    return [result_row(config, rates, name, found[name], options.threads) for name in names]
+
+
+def _saved(steps: Steps) -> int:
+    count, out = saved_bytes(steps.forward, steps.kept)
+    steps.backward(out)
+    for parameter in steps.parameters:
+        parameter.grad = None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return count
