@@ -67,7 +67,9 @@ class TritonBackend(Backend):
         spec, size = call.spec, call.T * call.B * call.N
         threshold = call.threshold if spec.spiking and call.needs_grad else None
         mem, words = call.want_mem, spec.spiking and (call.want_events or call.rec_weight is not None)
-        wanted = dict(words=words, spikes=spec.spiking and call.want_spikes, mem=mem, checkpoints=call.needs_grad)
+        wanted = dict(
+            words=words, spikes=spec.spiking and call.want_spikes, mem=mem, checkpoints=call.needs_grad
+        )
         out = self._forward(call, window=threshold, **wanted)
         fraction = 1.0
         if threshold is not None:

@@ -65,7 +65,14 @@ CASES = {
     ),
     "corrected-attached": ({"TIMING": "corrected", "ATTACHED": True}, CURRENT | RECURRENT | SYNAPSE, "fp32"),
     "euler-recurrent-value": (
-        {"UPDATE": "euler", "SYNAPSE": True, "RESET": "value", "TIMING": "immediate", "BLOCK_N": 512, "TILE": 8},
+        {
+            "UPDATE": "euler",
+            "SYNAPSE": True,
+            "RESET": "value",
+            "TIMING": "immediate",
+            "BLOCK_N": 512,
+            "TILE": 8,
+        },
         CURRENT,
         "fp32",
     ),

@@ -1,0 +1,42 @@
+"""The kernels on a device: the interpreter's cases, and sizes it is too slow for."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the triton extra is not installed")
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs a CUDA or ROCm device and no TRITON_INTERPRET", allow_module_level=True)
+
+from layer_cases import RECURRENT, LayerTests, compare
+
+from snn_sparse_plugin.dynamics import NeuronSpec
+
+
+@pytest.mark.gpu
+class TestGpu(LayerTests):
+    device = "cuda"
+
+    @pytest.mark.parametrize(("B", "N"), [(64, 200), (7, 127), (3, 1000)])
+    @pytest.mark.parametrize("T", [100, 333])
+    def test_large_shapes(self, T, B, N):
+        spec = NeuronSpec(synapse=True)
+        compare(spec, self.inputs(spec, T, B, 700, N, density=0.02), backprop_threshold=None)
+
+    @pytest.mark.parametrize("N", [127, 200, 1000])
+    def test_large_recurrent(self, N):
+        spec = RECURRENT["lif-recurrent"]
+        tensors = self.inputs(spec, 100, 8, 50, N, recurrent=True)
+        compare(spec, tensors, backprop_threshold=0.3, min_active=0)
+
+    def test_a_new_length_does_not_recompile(self):
+        from snn_sparse_plugin.triton_kernels.forward import spiking_layer_forward
+
+        def variants():
+            return sum(len(entry[0]) for entry in spiking_layer_forward.device_caches.values())
+
+        compare(NeuronSpec(), self.inputs(NeuronSpec(), 16, 4, 30, 50), backprop_threshold=None)
+        before = variants()
+        compare(NeuronSpec(), self.inputs(NeuronSpec(), 37, 4, 30, 50), backprop_threshold=None)
+        assert variants() == before

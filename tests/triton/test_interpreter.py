@@ -1,0 +1,16 @@
+"""The kernels on CPU tensors, in a process of its own: TRITON_INTERPRET=1 must be set before they are imported."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="the triton extra is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
+
+from layer_cases import LayerTests
+
+
+@pytest.mark.triton_interpreter
+class TestInterpreter(LayerTests):
+    device = "cpu"
