@@ -5,6 +5,8 @@ __version__ = "0.1.0"
 from .config import SparseConfig
 from .dynamics import NeuronParams, NeuronSpec, NeuronState
 from .errors import ConfigError, InputError, MissingDependencyError, SparsePluginError, UnsupportedError
+from .fusion.sequence import unroll
+from .mode import SparsityReport, restore, sparse_mode, sparsify
 from .spikes import SpikeTrain
 from .surrogates import Surrogate
 
@@ -17,7 +19,12 @@ __all__ = [
     "NeuronState",
     "SparseConfig",
     "SparsePluginError",
+    "SparsityReport",
     "SpikeTrain",
     "Surrogate",
     "UnsupportedError",
+    "restore",
+    "sparse_mode",
+    "sparsify",
+    "unroll",
 ]

@@ -1,0 +1,314 @@
+"""What the package must know about an upstream library's neurons, and which of them are sparse right now.
+
+A library is described by one :class:`Adapter` in one file. Sparse or not is decided per module and call by
+:func:`config_of`: a mark on the module (``sparsify``), a mark on its class (the import-swap faces), or the
+active sparse mode of this thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib import import_module, metadata
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import registry
+from ..config import SparseConfig, active_config, current_config, use_config
+from ..dynamics import NeuronParams, NeuronSpec, NeuronState
+from ..surrogates import Surrogate, masked_spike
+
+__all__ = ["Adapter", "Mark", "Neuron", "adapter_of", "config_of", "entered", "loaded_adapters", "spike"]
+
+
+@dataclass(frozen=True, eq=False)
+class Neuron:
+    """A neuron module as the fused op sees it at this moment. Tensors are live, so gradients reach their owners.
+
+    Args:
+        spec, params, surrogate: as :func:`snn_sparse_plugin.ops.spiking_layer` takes them.
+        input_weight: (N, M), of a neuron that holds its own synapses (Norse's recurrent cells).
+        recurrent_weight: (N, N); ``recurrent_bias``: (N,).
+        recurrent_diagonal: broadcasts to the neurons: each neuron is fed with its own last spike.
+        scale: factor on the emitted spikes (snnTorch's graded spikes), or None for 1.
+    """
+
+    spec: NeuronSpec
+    params: NeuronParams
+    surrogate: Surrogate = field(default_factory=lambda: Surrogate("zero"))
+    input_weight: Tensor | None = None
+    recurrent_weight: Tensor | None = None
+    recurrent_bias: Tensor | None = None
+    recurrent_diagonal: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def recurrent(self) -> bool:
+        return self.recurrent_weight is not None or self.recurrent_diagonal is not None
+
+
+class Adapter:
+    """One upstream library. Register a subclass under ``snn_sparse_plugin.adapters``.
+
+    The five methods from :meth:`neuron` on describe one neuron module; the executor of
+    :func:`snn_sparse_plugin.unroll` needs nothing else. A ``state`` is whatever the library's users know as one.
+    """
+
+    name = "unnamed"
+    package = ""
+    """The import name of the library; its adapter does nothing until that is imported."""
+
+    def available(self) -> tuple[bool, str]:
+        """Whether the library can be imported, and its version or the reason why not."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Hook the library's classes, once; without an active config the hooks do nothing."""
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether this is a neuron of the library."""
+        raise NotImplementedError
+
+    def masks(self, module: nn.Module) -> str | None:
+        """None if a single step of this neuron gets the masked gradient, else why not."""
+        return None
+
+    def prepare(self, module: nn.Module) -> None:
+        """Hook whatever else this module needs before it is marked by ``sparsify``."""
+
+    def container(self, module: nn.Module) -> bool:
+        """Whether this is the library's own sequential container."""
+        return False
+
+    def stateful(self, container: nn.Module, index: int) -> bool:
+        """Whether the container calls its ``index``-th module as ``module(x, state) -> (x, state)``."""
+        return False
+
+    def unwrap(self, module: nn.Module) -> nn.Module | None:
+        """The module that a wrapper such as Norse's ``Lift`` applies at every step, else None."""
+        return None
+
+    def takes_sequence(self, module: nn.Module) -> bool:
+        """Whether the neuron's own forward takes all steps (T, B, N...) at once."""
+        return False
+
+    def neuron(self, module: nn.Module) -> Neuron | str:
+        """The neuron as a member of the fusable family, or why it is none."""
+        return "its adapter does not describe it"
+
+    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
+        """State before the first step, for an input like ``template``: -> (for the op, the library's own form)."""
+        raise NotImplementedError
+
+    def final_state(self, module: nn.Module, state: NeuronState, initial: Any) -> Any:
+        """The library's own form of the op's final state."""
+        raise NotImplementedError
+
+    def read_state(self, module: nn.Module) -> Any:
+        """State kept inside the module, None if it keeps none."""
+        return None
+
+    def write_state(self, module: nn.Module, state: Any) -> None:
+        """Put a state into a module that keeps one inside."""
+
+    def step(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
+        """One step of upstream's own forward: -> (spikes, membrane, state)."""
+        raise NotImplementedError
+
+    def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
+        """Why the module cannot stand in an ``nn.Sequential`` at that place, or None."""
+        return None
+
+
+# --- which module is sparse ---
+
+MARK = "_snn_sparse"
+
+
+@dataclass
+class Mark:
+    """Says that a module, or all modules of a class, are sparse, with these options over the active ones."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a sparse model unpickled in a fresh process must find the hooks in place
+        self.__dict__.update(state)
+        install_loaded()
+
+
+_explicit: ContextVar[dict[str, Any] | None] = ContextVar("snn_sparse_plugin.explicit", default=None)
+_lock = threading.Lock()
+_entered: list[str] = []
+# What is in force in any thread, as one string: a compiled graph can guard on it, while it cannot read a ContextVar.
+_in_force = ""
+
+
+@contextmanager
+def entered(config: SparseConfig, explicit: dict[str, Any] | None = None) -> Iterator[SparseConfig]:
+    """Make ``config`` the active one in this thread; ``explicit`` options also win over a module's own mark."""
+    text = repr((config, explicit))
+    token = _explicit.set(explicit or _explicit.get())
+    _announce(text, enter=True)
+    try:
+        with use_config(config):
+            yield config
+    finally:
+        _announce(text, enter=False)
+        _explicit.reset(token)
+
+
+def _announce(text: str, *, enter: bool) -> None:
+    global _in_force
+    with _lock:
+        _entered.append(text) if enter else _entered.remove(text)
+        _in_force = "|".join(sorted(set(_entered)))
+
+
+def config_of(module: nn.Module) -> SparseConfig | None:
+    """The options under which this module runs now, or None if it is not sparse."""
+    mark = getattr(module, MARK, None)
+    if mark is None:
+        return active_config() if _in_force else None
+    overrides = mark.overrides | (_explicit.get() or {})
+    config = current_config()
+    return config.updated(**overrides) if overrides else config
+
+
+def spike(
+    x: Tensor, function: Callable[[Tensor], Tensor], surrogate: Surrogate, config: SparseConfig
+) -> Tensor:
+    """``function(x)`` as upstream makes it, its gradient masked as ``config`` says."""
+    threshold = _window(surrogate, config.backprop_threshold)
+    if torch._C._are_functorch_transforms_active():
+        return _blocked(x, function, threshold, config.min_active)
+    return masked_spike(x, function, surrogate, threshold, config.min_active)
+
+
+def spike_in_graph(
+    x: Tensor,
+    module: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    recognise: Callable[[Any], Surrogate],
+) -> Tensor:
+    """:func:`spike` for ``torch.compile``: its options become constants of the graph, as they are when it is traced.
+
+    A graph is traced again when what is in force changes.
+    """
+    mark = getattr(module, MARK, None)
+    if mark is None and not _in_force:
+        return function(x)
+    overrides = None if mark is None else tuple(mark.overrides.items())
+    threshold, min_active = _traced_window(function, recognise, overrides)
+    return _blocked(x, function, threshold, min_active)
+
+
+def _traced_window(
+    function: Callable[[Tensor], Tensor],
+    recognise: Callable[[Any], Surrogate],
+    overrides: tuple[tuple[str, Any], ...] | None,
+) -> tuple[float | None, float]:
+    config = active_config() if overrides is None else current_config().updated(**dict(overrides))
+    if config is None:  # another thread's mode is what is in force
+        return None, 0.0
+    return recognise(function).resolve(config.backprop_threshold), config.min_active
+
+
+# what torch.compiler.assume_constant_result does, without importing the compiler (and Triton) with this package
+_traced_window._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _blocked(
+    x: Tensor, function: Callable[[Tensor], Tensor], threshold: float | None, min_active: float
+) -> Tensor:
+    # the masked gradient without data-dependent shapes: upstream's own, blocked where the neuron is not active
+    if threshold is None:
+        return function(x)
+    near = x.detach().abs() < threshold
+    keep = near | (near.sum() < min_active * near.numel())
+    return function(torch.where(keep, x, x.detach()))
+
+
+@functools.lru_cache(maxsize=256)
+def _window(surrogate: Surrogate, threshold: float | str | None) -> float | None:
+    return surrogate.resolve(threshold)
+
+
+# --- the layer above ---
+
+
+class Runner(Protocol):
+    """Runs sequence modules fused; :mod:`snn_sparse_plugin.fusion.sequence` is one. None: not possible here."""
+
+    def neuron(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None: ...
+
+    def container(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None: ...
+
+
+def runner() -> Runner:
+    """The executor, which stands above the adapters: imported when a hook needs it."""
+    return import_module("snn_sparse_plugin.fusion.sequence").hooked  # type: ignore[no-any-return]
+
+
+# --- finding adapters ---
+
+
+def loaded_adapters() -> list[Adapter]:
+    """Adapters whose library has been imported, with their hooks in place."""
+    found = [a for a in registry.load_all("adapters").values() if a.package in sys.modules]
+    for adapter in found:
+        adapter.install()
+    return found
+
+
+def install_loaded() -> None:
+    """Hook every supported library that has been imported so far."""
+    loaded_adapters()
+
+
+def adapter_of(module: nn.Module, adapters: list[Adapter] | None = None) -> Adapter | None:
+    """The adapter that owns a neuron module, or None."""
+    for adapter in loaded_adapters() if adapters is None else adapters:
+        if adapter.owns(module):
+            return adapter
+    return None
+
+
+def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method of an upstream class by ``wrap(method)``, once."""
+    upstream = vars(cls)[name]
+    with _lock:
+        if not getattr(upstream, "_snn_sparse_hook", False):
+            replacement = functools.wraps(upstream)(wrap(upstream))
+            replacement._snn_sparse_hook = True  # type: ignore[attr-defined]
+            setattr(cls, name, replacement)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks, which a fused path would skip."""
+    every = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
+
+
+def installed_version(distribution: str) -> tuple[bool, str]:
+    """Whether a library is installed: (True, version), or (False, what to do)."""
+    try:
+        return True, metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False, f"not installed: pip install snn-sparse-plugin[{distribution}]"

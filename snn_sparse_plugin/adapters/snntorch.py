@@ -1,0 +1,344 @@
+"""snnTorch's neurons, spike functions and hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamics import NeuronParams, NeuronSpec, NeuronState
+from ..errors import ConfigError
+from ..surrogates import Surrogate
+from . import Adapter, Neuron, config_of, has_hooks, hook, installed_version, spike, spike_in_graph
+
+SpikeFunction = Callable[[Tensor], Tensor]
+
+
+class SnnTorchAdapter(Adapter):
+    """snnTorch >= 0.9.4."""
+
+    name = package = "snntorch"
+
+    def available(self) -> tuple[bool, str]:
+        return installed_version("snntorch")
+
+    def install(self) -> None:
+        snn = import_module("snntorch")
+        for method in ("fire", "fire_inhibition"):
+            hook(snn.SpikingNeuron, method, _masked_method)
+        for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
+            if not isinstance(vars(cls).get("spike_grad"), _MaskedAttribute):
+                cls.spike_grad = _MaskedAttribute()
+
+    def owns(self, module: nn.Module) -> bool:
+        snn = import_module("snntorch")
+        return isinstance(module, snn.SpikingNeuron | snn.LeakyParallel)
+
+    def masks(self, module: nn.Module) -> str | None:
+        function = vars(module).get("spike_grad") or module.spike_grad
+        surrogate = recognise(function)
+        return "its spike function has no gradient" if surrogate.kind == "zero" else None
+
+    def takes_sequence(self, module: nn.Module) -> bool:
+        snn = import_module("snntorch")
+        return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+
+    def neuron(self, module: nn.Module) -> Neuron | str:
+        snn = import_module("snntorch")
+        family = (snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
+        cls = next((c for c in family if isinstance(module, c)), None)
+        if cls is None:
+            return f"{type(module).__name__} is not in the fused family"
+        for method in ("forward", "fire", "mem_reset", "_base_state_function"):
+            if method in vars(module) or getattr(type(module), method) is not getattr(cls, method):
+                return f"it overrides {method}()"
+        if module.state_quant:
+            return "state_quant"
+        if module.inhibition:
+            return "inhibition"
+        spec = _spec(module, cls, snn)
+        if isinstance(spec, str):
+            return spec
+        surrogate = recognise(module.spike_grad)
+        if surrogate.kind == "custom" and not _is_heaviside(module.spike_grad):
+            return "its spike function is not a step function"
+        factor = module.graded_spikes_factor
+        scale = factor if factor.requires_grad or factor.numel() != 1 or float(factor) != 1 else None
+        recurrent: dict[str, Tensor | None] = {}
+        if cls in (snn.RLeaky, snn.RSynaptic):
+            found = _recurrence(module.recurrent)
+            if isinstance(found, str):
+                return found
+            if scale is not None:
+                return "graded spikes with recurrence"
+            recurrent = found
+        return Neuron(
+            spec,
+            NeuronParams(
+                mem=module.beta.clamp(0, 1),
+                syn=module.alpha.clamp(0, 1) if spec.synapse else 0.0,
+                threshold=module.threshold,
+            ),
+            surrogate,
+            scale=scale,
+            **recurrent,
+        )
+
+    # Hidden states are non-persistent buffers in every class: a state is a dict of them under upstream's names.
+
+    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
+        given = state is not None
+        hidden = self.read_state(module) if state is None else state
+
+        def fits(name: str) -> Tensor | None:
+            value = hidden.get(name)
+            # upstream starts from zeros where the shape differs, e.g. before the first call
+            return value if value is not None and (given or value.shape == template.shape) else None
+
+        return NeuronState(fits("mem"), fits("syn"), fits("spk")), tuple(self.read_state(module))
+
+    def final_state(self, module: nn.Module, state: NeuronState, initial: Any) -> Any:
+        values = {"mem": state.v, "syn": state.i, "spk": state.spikes}
+        return {name: _own(values[name]) for name in initial}
+
+    def read_state(self, module: nn.Module) -> Any:
+        names = module._non_persistent_buffers_set
+        return {name: value for name, value in module._buffers.items() if name in names}
+
+    def write_state(self, module: nn.Module, state: Any) -> None:
+        for name, value in state.items():
+            setattr(module, name, value)
+
+    def step(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
+        out = module(x)
+        spikes = out[0] if isinstance(out, tuple) else out
+        return spikes, getattr(module, "mem", None), None
+
+    def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
+        if last or self.takes_sequence(module):
+            return None
+        if not module.init_hidden:
+            return "keeps no hidden state: build it with init_hidden=True"
+        if module.output:
+            return "returns (spk, mem): output=True is for the last layer only"
+        return None
+
+
+def _own(x: Tensor | None) -> Tensor | None:
+    # upstream detaches hidden states in place, which a view refuses
+    return x.clone() if x is not None and x._is_view() else x
+
+
+def _spec(module: nn.Module, cls: type, snn: Any) -> NeuronSpec | str:
+    # state_function is chosen at construction; only reset_delay=False also looks at reset_mechanism_val
+    functions = {cls._base_sub: "subtract", cls._base_zero: "zero", cls._base_int: "none"}  # type: ignore[attr-defined]
+    reset = functions.get(getattr(module.state_function, "__func__", None))
+    if reset is None:
+        return "its state_function was replaced"
+    synapse = cls in (snn.Synaptic, snn.RSynaptic)
+    scope = "state" if cls is snn.Leaky else "sum"
+    corrected = not module.reset_delay and reset != "none"
+    if not module.reset_delay:
+        if cls is snn.RSynaptic:
+            return "RSynaptic with reset_delay=False raises in snnTorch"
+        if ("subtract", "zero", "none")[int(module.reset_mechanism_val)] != reset:
+            return "reset_mechanism was changed after construction, so that its two resets differ"
+    return NeuronSpec(
+        synapse=synapse,
+        reset=reset,  # type: ignore[arg-type]
+        timing="corrected" if corrected else "delayed",
+        scope=scope,  # type: ignore[arg-type]
+        attached=corrected,
+    )
+
+
+def _recurrence(module: nn.Module) -> dict[str, Tensor | None] | str:
+    if has_hooks(module):
+        return "its recurrent layer has hooks"
+    if type(module).forward is nn.Linear.forward:
+        return {"recurrent_weight": module.weight, "recurrent_bias": module.bias}  # type: ignore[dict-item]
+    if type(module).__name__ == "RecurrentOneToOne":
+        return {"recurrent_diagonal": module.V}  # type: ignore[dict-item]
+    return f"its recurrence is a {type(module).__name__}"
+
+
+# --- spike functions ---
+
+# upstream's factory -> (our kind, the factory's parameters in the order of ours)
+_FACTORIES = {
+    "atan": ("atan", ("alpha",)),
+    "fast_sigmoid": ("fast_sigmoid", ("slope",)),
+    "sigmoid": ("sigmoid", ("slope",)),
+    "straight_through_estimator": ("straight_through", ()),
+    "triangular": ("triangular", ("threshold",)),
+    "heaviside": ("heaviside", ()),
+    "spike_rate_escape": ("spike_rate_escape", ("beta", "slope")),
+    "SFS": ("sparse_fast_sigmoid", ("slope", "B")),
+}
+
+_recognised: WeakKeyDictionary[Any, Surrogate] = WeakKeyDictionary()
+
+
+def recognise(function: SpikeFunction) -> Surrogate:
+    """The surrogate behind a ``spike_grad``: by the code of snnTorch's factories, with the closure's parameters.
+
+    Anything unknown becomes ``Surrogate("custom")``, which evaluates the function's own gradient.
+
+    Example:
+        >>> from snntorch import surrogate
+        >>> recognise(surrogate.fast_sigmoid(slope=100))
+        fast_sigmoid(slope=100)
+    """
+    if isinstance(function, Surrogate):
+        return function
+    try:
+        return _recognised[function]
+    except (KeyError, TypeError):
+        pass
+    found = _by_code(function)
+    if found is None:
+        return _by_class(function) or Surrogate("custom", function=function)
+    if not any(isinstance(c.cell_contents, Tensor) for c in function.__closure__ or ()):  # type: ignore[attr-defined]
+        _recognised[function] = found
+    return found
+
+
+def _by_code(function: SpikeFunction) -> Surrogate | None:
+    code = getattr(function, "__code__", None)
+    if code is import_module("snntorch").SpikingNeuron._surrogate_bypass.__code__:
+        return Surrogate("zero")
+    if code not in _codes():
+        return None
+    kind, names = _codes()[code]
+    closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))  # type: ignore[attr-defined]
+    return _surrogate(kind, *(closure[name] for name in names))
+
+
+def _by_class(function: SpikeFunction) -> Surrogate | None:
+    # `Heaviside.apply`, or LeakyParallel's private ATan.apply with its default parameter
+    cls = getattr(function, "__self__", None)
+    if getattr(function, "__name__", "") != "apply" or not isinstance(cls, type):
+        return None
+    known = import_module("snntorch.surrogate")
+    if cls is known.Heaviside:
+        return Surrogate("heaviside")
+    if cls is known.StraightThroughEstimator:
+        return Surrogate("straight_through")
+    if cls is import_module("snntorch").LeakyParallel.ATan:
+        return _surrogate("atan", inspect.signature(cls.forward).parameters["alpha"].default)  # type: ignore[attr-defined]
+    return None
+
+
+def _surrogate(kind: str, *params: Any) -> Surrogate | None:
+    try:
+        return Surrogate(kind, tuple(float(p) for p in params))
+    except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one slope per neuron
+        return None
+
+
+@cache
+def _codes() -> dict[Any, tuple[str, tuple[str, ...]]]:
+    known = import_module("snntorch.surrogate")
+    return {
+        getattr(known, name)().__code__: entry for name, entry in _FACTORIES.items() if hasattr(known, name)
+    }
+
+
+def _is_heaviside(function: SpikeFunction) -> bool:
+    probe = torch.tensor([[-2.0, -1e-3, 0.0, 1e-3, 0.5, 2.0]])
+    try:
+        with torch.no_grad():
+            return bool((function(probe) == (probe > 0)).all())
+    except Exception:  # a user's function may refuse the probe
+        return False
+
+
+# --- hooks ---
+
+
+class _Masked:
+    """A neuron seen with its spike function masked, so that upstream's own method runs on it."""
+
+    def __init__(self, neuron: nn.Module, spike_grad: SpikeFunction) -> None:
+        self._neuron, self.spike_grad = neuron, spike_grad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._neuron, name)
+
+
+def _masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def masked(self: nn.Module, *args: Any) -> Tensor:
+        function = self.spike_grad
+        if torch.compiler.is_compiling():
+            return upstream(_Masked(self, lambda x: spike_in_graph(x, self, function, recognise)), *args)
+        config = config_of(self)
+        if config is None:
+            return upstream(self, *args)
+        return upstream(_Masked(self, lambda x: spike(x, function, recognise(function), config)), *args)
+
+    return masked
+
+
+class _MaskedAttribute:
+    """``spike_grad`` of a class that calls it directly: masked while the module is sparse."""
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        if "spike_grad" not in vars(module):  # a spike function that is a module lives in _modules
+            raise AttributeError("spike_grad")
+        function = vars(module)["spike_grad"]
+        if torch.compiler.is_compiling():
+            return partial(spike_in_graph, module=module, function=function, recognise=recognise)
+        config = config_of(module)
+        if config is None:
+            return function
+        return partial(spike, function=function, surrogate=recognise(function), config=config)
+
+    def __set__(self, module: nn.Module, function: SpikeFunction) -> None:
+        vars(module)["spike_grad"] = function
+
+
+# --- pickling of the import-swap classes ---
+
+
+def picklable_state(self: nn.Module) -> dict[str, Any]:
+    """A module's state with its spike function as a :class:`Surrogate` where that is recognised.
+
+    snnTorch's spike functions are closures, which do not pickle.
+    """
+    state = dict(vars(self))
+    function = state.get("spike_grad")
+    if inspect.isfunction(function) and "<locals>" in function.__qualname__:
+        surrogate = recognise(function)
+        if surrogate.kind != "custom":
+            state["spike_grad"] = _Factory(surrogate)
+    return state
+
+
+def restored_state(self: nn.Module, state: dict[str, Any]) -> None:
+    """Put back what :func:`picklable_state` made, with snnTorch's own spike function."""
+    function = state.get("spike_grad")
+    if isinstance(function, _Factory):
+        state = {**state, "spike_grad": function.build()}
+    nn.Module.__setstate__(self, state)
+
+
+class _Factory:
+    """Stands for a spike function in a pickle: which factory of snnTorch builds it again."""
+
+    def __init__(self, surrogate: Surrogate) -> None:
+        self.surrogate = surrogate
+
+    def build(self) -> SpikeFunction:
+        for name, (kind, parameters) in _FACTORIES.items():
+            if kind == self.surrogate.kind:
+                factory = getattr(import_module("snntorch.surrogate"), name)
+                return factory(**dict(zip(parameters, self.surrogate.params, strict=True)))  # type: ignore[no-any-return]
+        return self.surrogate

@@ -1,0 +1,67 @@
+"""Which stateless torch modules act on each sample by itself, and which leave spike events events."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..adapters import has_hooks
+from ..spikes import SpikeTrain
+
+_PER_SAMPLE = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.LayerNorm, nn.GroupNorm),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold),
+    *(nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.Upsample, nn.PixelShuffle),
+)
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def applies_per_sample(module: nn.Module) -> bool:
+    """Whether (T * B, ...) in one call gives what T calls on (B, ...) give."""
+    if has_hooks(module):
+        return False
+    if _is(module, _DROPOUT):
+        return not module.training
+    if _is(module, _BATCH_NORM):
+        return not module.training and module.running_mean is not None
+    if _is(module, (nn.Flatten,)):
+        return module.start_dim >= 1  # type: ignore[operator]
+    if _is(module, (nn.Unflatten,)):
+        return isinstance(module.dim, int) and module.dim >= 1
+    return _is(module, _PER_SAMPLE)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module computes ``x @ weight.T + bias`` and nothing else; parametrized weights are fine."""
+    return _is(module, (nn.Linear,)) and not has_hooks(module)
+
+
+def keeps_events(
+    module: nn.Module, train: SpikeTrain | None = None, per_step: bool = True
+) -> SpikeTrain | bool:
+    """Whether the module at most reshapes; with a train, the reshaped train (or False)."""
+    still = _is(module, (nn.Identity,)) or (_is(module, _DROPOUT) and not module.training)
+    if has_hooks(module) or not (still or _is(module, (nn.Flatten, nn.Unflatten))):
+        return False
+    if train is None or still:
+        return True if train is None else train
+    # what the module does to the shape, seen on a tensor without data
+    outer = (3,) if per_step else (2, 3)
+    shape = module(torch.empty(*outer, *train.shape[2:], device="meta")).shape
+    if tuple(shape[: len(outer)]) != outer or len(shape) == len(outer):
+        return False
+    return train.view(*shape[len(outer) :])
+
+
+def _is(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
+    # a subclass counts if it did not touch forward, as torch's parametrized classes
+    for cls in classes:
+        if isinstance(module, cls):
+            return type(module).forward is cls.forward and "forward" not in vars(module)
+    return False
