@@ -66,7 +66,9 @@ class SpikeTrain:
                 f"got {tuple(indptr.shape)}."
             )
         if values is not None and values.shape != indices.shape:
-            raise InputError(f"values {tuple(values.shape)} and indices {tuple(indices.shape)} differ in shape.")
+            raise InputError(
+                f"values {tuple(values.shape)} and indices {tuple(indices.shape)} differ in shape."
+            )
         self.indptr, self.indices, self.values = indptr, indices, values
         self.dtype = values.dtype if values is not None else dtype
         self.carrier, self.active = carrier, active
@@ -179,7 +181,9 @@ class SpikeTrain:
     def from_sparse_csr(cls, x: Tensor, batch_size: int) -> SpikeTrain:
         """From a torch CSR matrix (B * T, N) with rows ``b * T + t``."""
         if x.layout != torch.sparse_csr or x.dim() != 2:
-            raise InputError(f"expected a 2-D CSR matrix (B * T, N), got {x.layout} of shape {tuple(x.shape)}.")
+            raise InputError(
+                f"expected a 2-D CSR matrix (B * T, N), got {x.layout} of shape {tuple(x.shape)}."
+            )
         if batch_size < 1 or x.shape[0] % batch_size:
             raise InputError(f"{x.shape[0]} rows do not divide into a batch of {batch_size}.")
         values = x.values().detach()
@@ -325,8 +329,8 @@ def check_float(x: Tensor, what: str) -> None:
 
 
 def _events_from_dense(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    T, B = x.shape[:2]
-    rows = x.reshape(T, B, math.prod(x.shape[2:])).transpose(0, 1).reshape(T * B, -1)
+    T, B, N = *x.shape[:2], math.prod(x.shape[2:])
+    rows = x.reshape(T, B, N).transpose(0, 1).reshape(T * B, N)
     row, column = rows.nonzero(as_tuple=True)
     indptr = torch.zeros(T * B + 1, dtype=torch.int64, device=x.device)
     indptr[1:] = torch.bincount(row, minlength=T * B).cumsum(0)

@@ -1,1 +1,1 @@
-"""Triton kernels. Import them as ``snn_sparse_plugin.triton_kernels``; importing this package needs triton."""
+"""Triton kernels, imported as ``snn_sparse_plugin.triton_kernels``; its modules need triton installed."""

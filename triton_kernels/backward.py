@@ -1,4 +1,4 @@
-"""Backward of ``spiking_layer``: one launch replays each chunk from its checkpoint and walks it back in time."""
+"""Backward of ``spiking_layer``: one launch replays each chunk from its checkpoint and walks it back."""
 
 import triton
 import triton.language as tl
@@ -96,18 +96,7 @@ def spiking_layer_backward(
             row = (start + j) * rows + b
             slot = (j * rows + b) * N + cols
             x = input_current(
-                x_ptr,
-                in_words_ptr,
-                weight_ptr,
-                bias_ptr,
-                row,
-                b,
-                in_words,
-                N,
-                cols,
-                mask,
-                v,
-                STATIC_INPUT,
+                x_ptr, in_words_ptr, weight_ptr, bias_ptr, row, b, in_words, N, cols, mask, v, STATIC_INPUT
             )
             if rec_weight_ptr is not None:
                 rec = recurrent_current(
@@ -126,7 +115,7 @@ def spiking_layer_backward(
                     v,
                 )
             tl.store(v_prev_ptr + slot, v, mask=mask)
-            u, s, v, i, drive = step(
+            u, _s, v, i, drive = step(
                 x,
                 rec,
                 v,

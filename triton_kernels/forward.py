@@ -110,25 +110,14 @@ def spiking_layer_forward(
         checkpoint += B
         for t in range(start, tl.minimum(start + CHUNK, T)):
             x = input_current(
-                x_ptr,
-                in_words_ptr,
-                weight_ptr,
-                bias_ptr,
-                row,
-                b,
-                in_words,
-                N,
-                cols,
-                mask,
-                v,
-                STATIC_INPUT,
+                x_ptr, in_words_ptr, weight_ptr, bias_ptr, row, b, in_words, N, cols, mask, v, STATIC_INPUT
             )
             if rec_weight_ptr is not None:
                 tl.debug_barrier()  # the words of the step before were written by other threads
                 rec = recurrent_current(
                     t, rec_weight_ptr, rec_bias_ptr, rec0_ptr, words_ptr, row, b, B, n_words, N, cols, mask, v
                 )
-            u, s, v, i, drive = step(
+            u, s, v, i, _drive = step(
                 x,
                 rec,
                 v,

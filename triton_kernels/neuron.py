@@ -1,7 +1,7 @@
 """One step of the canonical neuron and its adjoint, on a block of neurons in registers.
 
-``step`` follows ``ops/spiking_layer/reference.py`` operation by operation: launched without fused multiply-add its
-spikes and membranes are bit-equal. Spec fields arrive as the strings of ``NeuronSpec``.
+``step`` follows ``ops/spiking_layer/reference.py`` operation by operation: launched without fused
+multiply-add its spikes and membranes are bit-equal. Spec fields arrive as the strings of ``NeuronSpec``.
 """
 
 import triton
@@ -80,10 +80,7 @@ def step(
         if RESET != "none":
             if TIMING == "corrected":
                 z = s - R
-                if RESET == "subtract":
-                    v = u - z * threshold
-                else:
-                    v = u - z * u
+                v = u - z * (threshold if RESET == "subtract" else u)
             elif TIMING == "immediate":
                 if RESET == "subtract":
                     v = (1.0 - s) * u + s * (u - threshold)
@@ -116,7 +113,7 @@ def adjoint(
     ATTACHED: tl.constexpr,
     SPIKING: tl.constexpr,
 ):
-    """Transpose of ``step``: gradients of (spikes, v, i) after it -> of (x, v, i) before it and of the parameters.
+    """Transpose of ``step``: gradients of what leaves it -> nu, v and i before it, and the five parameters.
 
     ``phi`` is the surrogate derivative at u - threshold, zero outside the window.
     """

@@ -1,4 +1,4 @@
-"""Launchers of the ``spiking_layer`` kernels: they allocate the outputs, choose the blocks and launch once."""
+"""Launchers of the ``spiking_layer`` kernels: allocate the outputs, choose the blocks, launch once."""
 
 from __future__ import annotations
 
@@ -64,8 +64,16 @@ def _grid(call: LayerCall) -> tuple[int, int]:
     return call.B, triton.cdiv(call.N, _blocks(call)["BLOCK_N"])
 
 
-def _transposed(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.detach().t().contiguous()
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().contiguous()
+
+
+def _synapses(call: LayerCall, from_words: bool) -> tuple[Tensor | None, Tensor | None]:
+    """W^T and the bias for the kernels that gather; None where the current is given."""
+    if not from_words:
+        return None, None
+    assert call.weight is not None
+    return _flat(call.weight.t()), _flat(call.bias)
 
 
 def _input(call: LayerCall, current: Tensor | None) -> tuple[Tensor | None, bool]:
@@ -89,8 +97,8 @@ def forward(
 ) -> Forward:
     """Run the layer on ``current`` (T, B, N), or on ``in_words`` (T, B, ceil(M / 32)) and the call's weight.
 
-    ``words``, ``spikes``, ``mem`` and ``checkpoints`` say what to write; ``window`` counts the neuron-steps within
-    that distance of the threshold.
+    ``words``, ``spikes``, ``mem`` and ``checkpoints`` say what to write; ``window`` counts the neuron-steps
+    within that distance of the threshold.
     """
     T, B, N, like = call.T, call.B, call.N, call.v0.detach()
     n_words, synapse = triton.cdiv(N, 32), call.spec.synapse
@@ -112,14 +120,13 @@ def forward(
         spiking_layer_forward[_grid(call)](
             x,
             in_words,
-            None if in_words is None else _transposed(call.weight),
-            None if in_words is None else call.bias,
-            _transposed(call.rec_weight),
-            call.rec_bias,
-            call.rec0,
-            like.contiguous(),
-            call.i0,
-            call.params,
+            *_synapses(call, in_words is not None),
+            None if call.rec_weight is None else _flat(call.rec_weight.t()),
+            _flat(call.rec_bias),
+            _flat(call.rec0),
+            _flat(call.v0),
+            _flat(call.i0),
+            _flat(call.params),
             *out,
             T,
             B,
@@ -144,7 +151,10 @@ def backward(
     *,
     params: bool,
 ) -> Backward:
-    """Run the adjoint of :func:`forward`; ``words`` are the spikes of a recurrent layer, ``window`` None is exact."""
+    """Run the adjoint of :func:`forward`.
+
+    ``words`` are the layer's own spikes where it is recurrent; ``window`` is None for the exact surrogate.
+    """
     T, B, N, like = call.T, call.B, call.N, call.v0.detach()
     x, static = _input(call, current)
     scratch = like.new_empty(3 if params else 2, CHUNK, B, N)
@@ -162,16 +172,15 @@ def backward(
         spiking_layer_backward[_grid(call)](
             x,
             in_words,
-            None if in_words is None else _transposed(call.weight),
-            None if in_words is None else call.bias,
-            _transposed(call.rec_weight),
-            call.rec_weight,
-            call.rec_bias,
-            call.rec0,
+            *_synapses(call, in_words is not None),
+            None if call.rec_weight is None else _flat(call.rec_weight.t()),
+            _flat(call.rec_weight),
+            _flat(call.rec_bias),
+            _flat(call.rec0),
             words,
             *checkpoints,
-            call.params,
-            *(None if g is None else g.contiguous() for g in grads[1:]),
+            _flat(call.params),
+            *(_flat(g) for g in grads[1:]),
             scratch[0],
             scratch[1],
             scratch[2] if params else None,

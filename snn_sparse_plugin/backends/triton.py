@@ -1,7 +1,7 @@
 """The ``triton`` backend: one kernel launch walks all steps of a layer; spikes travel bit-packed.
 
-The forward keeps checkpoints of the state, the backward replays from them; weight and input gradients are matrix
-products with the gradient of the input current. Triton is imported on first use.
+The forward keeps checkpoints of the state, the backward replays from them; weight and input gradients are
+matrix products with the gradient of the input current. Triton is imported on first use.
 """
 
 from __future__ import annotations
@@ -66,11 +66,14 @@ class TritonBackend(Backend):
         calls[self.name, "forward"] += 1
         spec, size = call.spec, call.T * call.B * call.N
         threshold = call.threshold if spec.spiking and call.needs_grad else None
-        mem, words = call.want_mem, spec.spiking and (call.want_events or call.rec_weight is not None)
-        wanted = dict(
-            words=words, spikes=spec.spiking and call.want_spikes, mem=mem, checkpoints=call.needs_grad
+        out = self._forward(
+            call,
+            words=spec.spiking and (call.want_events or call.rec_weight is not None),
+            spikes=spec.spiking and call.want_spikes,
+            mem=call.want_mem,
+            checkpoints=call.needs_grad,
+            window=threshold,
         )
-        out = self._forward(call, window=threshold, **wanted)
         fraction = 1.0
         if threshold is not None:
             assert out.near is not None
@@ -106,37 +109,37 @@ class TritonBackend(Backend):
                 words = self._forward(
                     call, words=True, spikes=False, mem=False, checkpoints=False, window=None
                 ).words
-        need = InputGrads(*needs)
+        need = dict(zip(InputGrads._fields, needs, strict=True))
         current, in_words = _inputs(call)
         checkpoints = (saved.v_checkpoints, saved.i_checkpoints)
         window = saved.threshold if call.spec.spiking else None
         out = kernels.backward(
-            call, current, in_words, words, checkpoints, window, grads, params=bool(need.params)
+            call, current, in_words, words, checkpoints, window, grads, params=need["params"]
         )
         nu = out.nu
 
         found: dict[str, Tensor | None] = {}
-        if need.input:
+        if need["input"]:
             found["input"] = nu if call.train is None else _input_grad(call, nu)
-        if need.weight and call.weight is not None:
+        if need["weight"] and call.weight is not None:
             assert call.train is not None
             dense = None if in_words is not None else call.train._dense_data()
             found["weight"] = _outer(nu, in_words, dense, call.weight.shape[1])
-        if need.bias and call.bias is not None:
+        if need["bias"] and call.bias is not None:
             found["bias"] = nu.sum((0, 1))
         if call.rec_weight is not None:
-            if need.rec_weight:
+            if need["rec_weight"]:
                 assert words is not None
                 found["rec_weight"] = _outer(nu[1:], words[:-1], None, N)
-            if need.rec_bias and call.rec_bias is not None:
+            if need["rec_bias"] and call.rec_bias is not None:
                 found["rec_bias"] = nu[1:].sum((0, 1))
-            if need.rec0:
+            if need["rec0"]:
                 found["rec0"] = nu[0] if T else nu.new_zeros(B, N)
-        if need.v0:
+        if need["v0"]:
             found["v0"] = out.v0
-        if need.i0:
+        if need["i0"]:
             found["i0"] = out.i0
-        if need.params and out.params is not None:
+        if need["params"] and out.params is not None:
             found["params"] = out.params.sum(1)
         return InputGrads(**found)
 
@@ -145,8 +148,8 @@ class TritonBackend(Backend):
 
         if call.rec_weight is not None and call.N > kernels.MAX_RECURRENT:
             raise UnsupportedError(
-                f"the triton backend runs recurrent layers of up to {kernels.MAX_RECURRENT} neurons, got {call.N}: "
-                f'use backend="reference" for this layer.'
+                f"the triton backend runs recurrent layers of up to {kernels.MAX_RECURRENT} neurons, "
+                f'this one has {call.N}: ask for backend="reference".'
             )
         return kernels.forward(call, *_inputs(call), **wanted)
 
@@ -168,7 +171,7 @@ def _inputs(call: LayerCall) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _outer(nu: Tensor, words: Tensor | None, dense: Tensor | None, features: int) -> Tensor:
-    """sum over steps and samples of nu x spikes, (N, features); packed spikes are unpacked a tile at a time."""
+    """Sum over steps and samples of nu outer spikes, (N, features); words are unpacked a tile at a time."""
     T, B, N = nu.shape
     if words is None:
         assert dense is not None
@@ -182,7 +185,8 @@ def _outer(nu: Tensor, words: Tensor | None, dense: Tensor | None, features: int
 
 
 def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
-    assert call.weight is not None and call.train is not None
+    assert call.weight is not None
+    assert call.train is not None
     grad = nu @ call.weight.detach()
     active = call.train.active
     if active is None:

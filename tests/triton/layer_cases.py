@@ -1,7 +1,7 @@
 """The triton backend against the reference, the same cases under the interpreter and on a device.
 
-Weights are multiples of 2^-8 and inputs 0 or 1, so every order of summation gives the same current: spikes and
-membranes must be bit-equal, gradients equal to rounding.
+Weights are multiples of 2^-8 and inputs 0 or 1, so every order of summation gives the same current: spikes
+and membranes must be bit-equal, gradients equal to rounding.
 """
 
 from itertools import product
@@ -19,10 +19,10 @@ from snn_sparse_plugin.surrogates import Surrogate
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 UPDATES = {
-    "leaky": dict(update="decay"),
-    "synaptic": dict(update="decay", synapse=True),
-    "euler": dict(update="euler", synapse=True),
-    "box": dict(update="box"),
+    "leaky": {"update": "decay"},
+    "synaptic": {"update": "decay", "synapse": True},
+    "euler": {"update": "euler", "synapse": True},
+    "box": {"update": "box"},
 }
 
 
@@ -80,7 +80,7 @@ def grid(*shape, scale, generator, dtype):
 def make_inputs(spec, T, B, M, N, *, density=0.2, recurrent=False, dtype=torch.float32, device="cpu", seed=0):
     """All tensors of a layer, on the binary grid where they are summed."""
     g = torch.Generator().manual_seed(seed)
-    kind = dict(generator=g, dtype=dtype)
+    kind = {"generator": g, "dtype": dtype}
     decay = spec.update == "decay"
     drive = 0.6 if decay else 4.0  # Norse's rates scale the input down
     tensors = {
@@ -104,7 +104,7 @@ def make_inputs(spec, T, B, M, N, *, density=0.2, recurrent=False, dtype=torch.f
 
 def run(backend, spec, tensors, *, dense_input=False, surrogate=FAST_SIGMOID, **options):
     """One call and its backward with random upstream gradients: -> (outputs, gradients), by name."""
-    leaves = {name: x.detach().clone() for name, x in tensors.items()}
+    leaves = {name: x.detach().clone(memory_format=torch.preserve_format) for name, x in tensors.items()}
     for name, x in leaves.items():
         x.requires_grad_(name != "x" or dense_input)
     before = calls[backend, "forward"], calls[backend, "backward"]
@@ -215,7 +215,7 @@ class LayerTests:
     @pytest.mark.parametrize("name", RECURRENT)
     def test_recurrent(self, name, N, events):
         spec = RECURRENT[name]
-        options = dict(events=events, return_mem=False) if events else {}
+        options = {"events": True, "return_mem": False} if events else {}
         tensors = self.inputs(spec, 35, 1, 5, N, recurrent=True)
         _, grads = compare(spec, tensors, backprop_threshold=0.3, min_active=0, **options)
         assert grads["recurrent_weight"].abs().sum() > 0
@@ -242,9 +242,24 @@ class LayerTests:
         x = tensors["x"]
         weight = tensors["weight"].clone().requires_grad_()
         params = NeuronParams(mem=0.9, threshold=100.0)
-        options = dict(backprop_threshold=0.1, min_active=min_active, backend="triton")
+        options = {"backprop_threshold": 0.1, "min_active": min_active, "backend": "triton"}
         spiking_layer(x, weight, params=params, **options).spikes.sum().backward()
         assert bool((weight.grad != 0).any()) == exact
+
+    def test_strided_inputs(self):
+        spec = NeuronSpec()
+        tensors = self.inputs(spec, 8, 3, 20, 33, recurrent=True)
+        strided = tensors | {
+            "x": tensors["x"].transpose(0, 1).contiguous().transpose(0, 1),
+            "weight": tensors["weight"].t().contiguous().t(),
+            "bias": torch.stack([tensors["bias"]] * 2, 1)[:, 0],
+            "recurrent_weight": tensors["recurrent_weight"].t().contiguous().t(),
+        }
+        assert not any(strided[k].is_contiguous() for k in ("x", "weight", "bias", "recurrent_weight"))
+        expected, expected_grads = run("reference", spec, tensors, backprop_threshold=None)
+        got, got_grads = run("triton", spec, strided, backprop_threshold=None)
+        assert_outputs_equal(got, expected)
+        assert_grads_close(got_grads, expected_grads)
 
     def test_one_input_for_all_steps(self):
         tensors = self.inputs(NeuronSpec(), 1, 3, 5, 33)
@@ -293,7 +308,8 @@ class LayerTests:
         # the reference's train carries its gradient at active entries, this backend's densely
         first = self.inputs(NeuronSpec(), 12, 2, 20, 37, density=0.2)
         second = self.inputs(NeuronSpec(), 12, 2, 37, 34, seed=3)
-        options = dict(params=NeuronParams(mem=0.9, threshold=0.7), backprop_threshold=0.3, min_active=0)
+        params = NeuronParams(mem=0.9, threshold=0.7)
+        options = {"params": params, "backprop_threshold": 0.3, "min_active": 0}
 
         def train(backends):
             w1, w2 = (x["weight"].clone().requires_grad_() for x in (first, second))
@@ -338,7 +354,5 @@ class LayerTests:
         assert_grads_close({k: x.grad for k, x in leaves.items() if x.grad is not None}, expected_grads)
 
     def test_chosen_automatically(self):
-        what = dict(
-            device=torch.device(self.device), dtype=torch.float32, spec=NeuronSpec(), surrogate=FAST_SIGMOID
-        )
-        assert select("auto", "spiking_layer", **what).name == "triton"
+        what = {"dtype": torch.float32, "spec": NeuronSpec(), "surrogate": FAST_SIGMOID}
+        assert select("auto", "spiking_layer", device=torch.device(self.device), **what).name == "triton"

@@ -26,23 +26,23 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hsaco"),
 }
 
-DEFAULTS = dict(
-    WINDOW=0.2,
-    KIND="fast_sigmoid",
-    P0=25.0,
-    P1=0.0,
-    STATIC_INPUT=False,
-    UPDATE="decay",
-    SYNAPSE=False,
-    RESET="subtract",
-    TIMING="delayed",
-    SCOPE="state",
-    ATTACHED=False,
-    SPIKING=True,
-    CHUNK=32,
-    BLOCK_N=128,
-    TILE=32,
-)
+DEFAULTS = {
+    "WINDOW": 0.2,
+    "KIND": "fast_sigmoid",
+    "P0": 25.0,
+    "P1": 0.0,
+    "STATIC_INPUT": False,
+    "UPDATE": "decay",
+    "SYNAPSE": False,
+    "RESET": "subtract",
+    "TIMING": "delayed",
+    "SCOPE": "state",
+    "ATTACHED": False,
+    "SPIKING": True,
+    "CHUNK": 32,
+    "BLOCK_N": 128,
+    "TILE": 32,
+}
 WORDS = {"in_words_ptr", "weight_ptr", "bias_ptr"}
 CURRENT = {"x_ptr"}
 RECURRENT = {"rec_weight_ptr", "rec_weight_t_ptr", "rec_bias_ptr", "rec0_ptr", "words_ptr"}
@@ -81,6 +81,7 @@ CASES = {
         WORDS | RECURRENT | SYNAPSE,
         "fp64",
     ),
+    "one-neuron": ({"N": 1, "in_words": 1, "n_words": 1, "BLOCK_N": 32}, CURRENT, "fp32"),
     "readout": (
         {"UPDATE": "euler", "SYNAPSE": True, "RESET": "none", "TIMING": "immediate", "SPIKING": False},
         CURRENT | RECURRENT | {"spikes_ptr", "g_spikes_ptr", "near_ptr"},
@@ -90,11 +91,11 @@ CASES = {
 
 
 def compile_kernel(kernel, target, constants, absent, element):
-    signature, constexprs = {}, {}
+    signature, constexprs, fixed = {}, {}, DEFAULTS | constants
     for name in kernel.arg_names:
-        if name in DEFAULTS or name in absent:
+        if name in absent or name in fixed:
             signature[name] = "constexpr"
-            constexprs[name] = None if name in absent else (DEFAULTS | constants)[name]
+            constexprs[name] = None if name in absent else fixed[name]
         elif name.endswith("words_ptr"):
             signature[name] = "*i32"
         elif name == "near_ptr":
@@ -131,8 +132,14 @@ def test_no_multiply_add_is_contracted(case):
     assert "fma.rn" not in ptx
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_new_length_does_not_recompile(kernel):
+    free = {p.name for p in KERNELS[kernel].params if p.do_not_specialize}
+    assert {"T", "B"} <= free
+
+
 def test_the_list_of_kernels_is_complete():
-    # every @triton.jit function with pointers is a launched kernel or is called by one
+    # every @triton.jit function is a kernel above or a function one of them calls
     found = set()
     for module in (forward, backward, neuron, packed, surrogates):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}

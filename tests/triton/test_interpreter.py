@@ -1,4 +1,4 @@
-"""The kernels on CPU tensors, in a process of its own: TRITON_INTERPRET=1 must be set before they are imported."""
+"""The kernels on CPU tensors; TRITON_INTERPRET=1 must be set before they are imported."""
 
 import os
 

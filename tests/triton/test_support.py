@@ -1,0 +1,76 @@
+"""What the backend says it can do, and why not; needs no device."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from snn_sparse_plugin.backends import select
+from snn_sparse_plugin.backends.triton import TritonBackend, pack_events, unpack, unpack_events
+from snn_sparse_plugin.dynamics import NeuronSpec
+from snn_sparse_plugin.errors import UnsupportedError
+from snn_sparse_plugin.spikes import SpikeTrain
+from snn_sparse_plugin.surrogates import Surrogate
+
+CALL = {
+    "device": torch.device("cuda"),
+    "dtype": torch.float32,
+    "spec": NeuronSpec(),
+    "surrogate": Surrogate("atan", (2.0,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "reason"),
+    [
+        ("convolution", {}, "no op 'convolution'"),
+        ("spiking_layer", {"device": torch.device("meta")}, "not on meta"),
+        ("spiking_layer", {"dtype": torch.float16}, "not in torch.float16"),
+        ("spiking_layer", {"surrogate": Surrogate("custom", function=torch.sigmoid)}, "sigmoid"),
+    ],
+    ids=["op", "device", "dtype", "surrogate"],
+)
+def test_refuses_with_a_reason(op, change, reason):
+    ok, why = TritonBackend().supports(op, **(CALL | change))
+    assert not ok
+    assert reason in why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("recurrent", [False, True], ids=["feed-forward", "recurrent"])
+def test_supports_the_family_on_cuda(dtype, recurrent):
+    assert TritonBackend().supports("spiking_layer", **(CALL | {"dtype": dtype}), recurrent=recurrent) == (
+        True,
+        "",
+    )
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="the backend can run here"
+)
+def test_asked_for_by_name_without_a_device_it_raises():
+    assert not TritonBackend().available()[0]
+    with pytest.raises(UnsupportedError, match="'triton' cannot run"):
+        select("triton", "spiking_layer", **(CALL | {"device": torch.device("cpu")}))
+
+
+def test_importing_the_backend_leaves_triton_alone():
+    code = "import sys, snn_sparse_plugin.backends.triton; print('triton' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize(("T", "B"), [(0, 2), (7, 0), (7, 3)])
+def test_packed_words_round_trip(T, B, N):
+    dense = (torch.rand(T, B, N, generator=torch.Generator().manual_seed(N)) < 0.4).float()
+    train = SpikeTrain.from_dense(dense)
+    words = pack_events(train.indptr, train.indices, dense.shape)
+    assert words.dtype == torch.int32
+    assert words.shape == (T, B, (N + 31) // 32)
+    assert torch.equal(unpack(words, N), dense.int())
+    indptr, indices = unpack_events(words, N)
+    assert torch.equal(indptr, train.indptr)
+    assert torch.equal(indices, train.indices)
