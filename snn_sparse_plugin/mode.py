@@ -20,9 +20,9 @@ __all__ = ["Entry", "SparsityReport", "restore", "sparse_mode", "sparsify"]
 def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
     """Inside the block, unmodified snnTorch and Norse neurons are sparse; outside, exactly as before.
 
-    Holds for the thread (or asyncio task) that entered, nests (the inner block starts from the outer one's options)
-    and ends on any exit. What a forward inside the block saved stays sparse when backward runs after it. Import
-    snnTorch or Norse before the block. Also works as a decorator.
+    Holds for the thread (or asyncio task) that entered, nests (the inner block starts from the options of the
+    outer one) and ends on any exit. A forward inside the block has a sparse backward, wherever that runs.
+    Import snnTorch or Norse before the block. Also works as a decorator.
 
     Args:
         **overrides: options of :class:`~snn_sparse_plugin.SparseConfig`.
@@ -62,8 +62,8 @@ class Entry:
 class SparsityReport:
     """What :func:`sparsify` did with every neuron module of a model.
 
-    ``fused``: a member of the fused family, also sparse step by step. ``masked``: its own forward runs, with the
-    masked gradient. ``exact``: left alone, because it has no gradient to mask.
+    ``fused``: a member of the fused family, also sparse step by step. ``masked``: its own forward runs, with
+    the masked gradient. ``exact``: left alone, because it has no gradient to mask.
     """
 
     entries: tuple[Entry, ...]
@@ -99,8 +99,8 @@ class SparsityReport:
 def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
     """Make the neurons of this model sparse wherever it is called, in place; :func:`restore` undoes it.
 
-    Classes, parameters, buffers and ``state_dict`` stay as they are. Calling it again only changes the options.
-    The options stand over those of an enclosing :func:`sparse_mode`.
+    Classes, parameters, buffers and ``state_dict`` stay as they are. Calling it again only changes the
+    options, which stand over those of an enclosing :func:`sparse_mode`.
 
     Args:
         model: any module that contains snnTorch or Norse neurons.

@@ -1,8 +1,8 @@
 """Norse, sparse: ``import snn_sparse_plugin.norse as norse`` instead of ``import norse.torch as norse``.
 
-Every name of ``norse.torch`` is here; the LIF, LIFBox, IAF and LI families are subclasses of the originals that are
-always sparse, with the options of the enclosing ``sparse_mode``, or the defaults, and so is ``SequentialState``.
-Other neurons are sparse inside ``sparse_mode`` only, as the originals are.
+Every name of ``norse.torch`` is here; the LIF, LIFBox, IAF and LI families and ``SequentialState`` are
+subclasses of the originals that are always sparse, with the options of the enclosing ``sparse_mode``, or the
+defaults. Other neurons are sparse inside ``sparse_mode`` only, as the originals are.
 """
 
 from __future__ import annotations

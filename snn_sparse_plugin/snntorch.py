@@ -1,8 +1,8 @@
 """snnTorch, sparse: ``import snn_sparse_plugin.snntorch as snn`` instead of ``import snntorch as snn``.
 
-Every name of snnTorch is here; Leaky, Synaptic, RLeaky and RSynaptic are subclasses of the originals that are always
-sparse, with the options of the enclosing ``sparse_mode``, or the defaults. Other neurons are sparse inside
-``sparse_mode`` only, as the originals are.
+Every name of snnTorch is here; Leaky, Synaptic, RLeaky and RSynaptic are subclasses of the originals that are
+always sparse, with the options of the enclosing ``sparse_mode``, or the defaults. Other neurons are sparse
+inside ``sparse_mode`` only, as the originals are.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ __all__ = ["Adapter", "Mark", "Neuron", "adapter_of", "config_of", "entered", "l
 
 @dataclass(frozen=True, eq=False)
 class Neuron:
-    """A neuron module as the fused op sees it at this moment. Tensors are live, so gradients reach their owners.
+    """A neuron module as the fused op sees it now. Its tensors are live, so gradients reach their owners.
 
     Args:
         spec, params, surrogate: as :func:`snn_sparse_plugin.ops.spiking_layer` takes them.
@@ -58,7 +58,7 @@ class Adapter:
     """One upstream library. Register a subclass under ``snn_sparse_plugin.adapters``.
 
     The five methods from :meth:`neuron` on describe one neuron module; the executor of
-    :func:`snn_sparse_plugin.unroll` needs nothing else. A ``state`` is whatever the library's users know as one.
+    :func:`snn_sparse_plugin.unroll` needs nothing else. A ``state`` is what the library's users know as one.
     """
 
     name = "unnamed"
@@ -104,7 +104,7 @@ class Adapter:
         return "its adapter does not describe it"
 
     def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
-        """State before the first step, for an input like ``template``: -> (for the op, the library's own form)."""
+        """State before the first step, for an input like ``template``: -> (the op's form, the library's)."""
         raise NotImplementedError
 
     def final_state(self, module: nn.Module, state: NeuronState, initial: Any) -> Any:
@@ -147,13 +147,13 @@ class Mark:
 _explicit: ContextVar[dict[str, Any] | None] = ContextVar("snn_sparse_plugin.explicit", default=None)
 _lock = threading.Lock()
 _entered: list[str] = []
-# What is in force in any thread, as one string: a compiled graph can guard on it, while it cannot read a ContextVar.
+# What is in force in any thread, as one string: compiled graphs can guard on it, not on a ContextVar.
 _in_force = ""
 
 
 @contextmanager
 def entered(config: SparseConfig, explicit: dict[str, Any] | None = None) -> Iterator[SparseConfig]:
-    """Make ``config`` the active one in this thread; ``explicit`` options also win over a module's own mark."""
+    """Make ``config`` the active one here; ``explicit`` options also win over a module's own mark."""
     text = repr((config, explicit))
     token = _explicit.set(explicit or _explicit.get())
     _announce(text, enter=True)
@@ -198,9 +198,9 @@ def spike_in_graph(
     function: Callable[[Tensor], Tensor],
     recognise: Callable[[Any], Surrogate],
 ) -> Tensor:
-    """:func:`spike` for ``torch.compile``: its options become constants of the graph, as they are when it is traced.
+    """:func:`spike` for ``torch.compile``: its options become constants of the graph.
 
-    A graph is traced again when what is in force changes.
+    They are taken when the graph is traced; it is traced again when what is in force changes.
     """
     mark = getattr(module, MARK, None)
     if mark is None and not _in_force:
@@ -221,14 +221,14 @@ def _traced_window(
     return recognise(function).resolve(config.backprop_threshold), config.min_active
 
 
-# what torch.compiler.assume_constant_result does, without importing the compiler (and Triton) with this package
+# what torch.compiler.assume_constant_result does, but without importing the compiler (and Triton)
 _traced_window._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _blocked(
     x: Tensor, function: Callable[[Tensor], Tensor], threshold: float | None, min_active: float
 ) -> Tensor:
-    # the masked gradient without data-dependent shapes: upstream's own, blocked where the neuron is not active
+    # the masked gradient without data-dependent shapes: upstream's own, blocked where no neuron is active
     if threshold is None:
         return function(x)
     near = x.detach().abs() < threshold
@@ -245,7 +245,7 @@ def _window(surrogate: Surrogate, threshold: float | str | None) -> float | None
 
 
 class Runner(Protocol):
-    """Runs sequence modules fused; :mod:`snn_sparse_plugin.fusion.sequence` is one. None: not possible here."""
+    """Runs sequence modules fused (:mod:`snn_sparse_plugin.fusion.sequence`); None: not possible here."""
 
     def neuron(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None: ...
 

@@ -216,7 +216,7 @@ _METHODS = {"triangle": "triangle", "tanh": "tanh", "circ": "circ", "heavi_erfc"
 
 
 def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
-    """The surrogate of ``norse.torch.functional.threshold.threshold(x, method, alpha)``, or why there is none.
+    """The surrogate of Norse's ``threshold(x, method, alpha)``, or why there is none.
 
     Example:
         >>> surrogate_of("tanh", 2.0)

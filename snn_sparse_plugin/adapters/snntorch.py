@@ -90,7 +90,7 @@ class SnnTorchAdapter(Adapter):
             **recurrent,
         )
 
-    # Hidden states are non-persistent buffers in every class: a state is a dict of them under upstream's names.
+    # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
     def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
         given = state is not None
@@ -186,7 +186,7 @@ _recognised: WeakKeyDictionary[Any, Surrogate] = WeakKeyDictionary()
 
 
 def recognise(function: SpikeFunction) -> Surrogate:
-    """The surrogate behind a ``spike_grad``: by the code of snnTorch's factories, with the closure's parameters.
+    """The surrogate behind a ``spike_grad``, by the code and closure of snnTorch's factories.
 
     Anything unknown becomes ``Surrogate("custom")``, which evaluates the function's own gradient.
 

@@ -1,0 +1,196 @@
+"""Layers one after the other, each over all steps: Linear and neuron as one call of the fused op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Neuron, config_of, has_hooks
+from ..config import current_config
+from ..errors import InputError
+from ..ops import spiking_layer
+from ..spikes import SpikeTrain
+from .modules import is_plain_linear, keeps_events
+from .stepping import Flow, Layer, Passed, apply, check_features, loop
+
+# a one-to-one recurrence runs as a diagonal matrix: beyond this many neurons it is stepped instead
+MAX_DIAGONAL = 1024
+
+
+def run(
+    layers: list[Layer],
+    x: Flow,
+    states: list[Any],
+    *,
+    per_step: bool,
+    events: bool = False,
+    want_mem: bool = True,
+) -> tuple[Flow, Tensor | None, list[Any]]:
+    """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer)."""
+    if per_step and not current_config().fuse_time:
+        flow, mem, states = loop(layers, x.to_dense() if isinstance(x, SpikeTrain) else x, states)
+        return (_as_events(flow, layers) if events else flow), mem, states
+    neurons = [_fusable(layer, per_step) for layer in layers]
+    passed, index = Passed(x), 0
+    while index < len(layers):
+        linear = None
+        if _joins_next(layers, neurons, index, passed.flow, per_step):
+            linear = _linear(layers[index], per_step)
+            index += 1
+        layer, neuron, last = layers[index], neurons[index], index == len(layers) - 1
+        found = None
+        if neuron is not None:
+            name = layer.label if linear is None else f"{layers[index - 1].name}→{layer.name}"
+            call = _FusedCall(layer, neuron, linear, name, states[index], per_step)
+            as_events = events if last else _takes_events(layers, neurons, index + 1, per_step)
+            found = call.run(passed.flow, as_events, want_mem and last)
+        if found is None:
+            flow = passed.flow
+            if linear is not None:
+                flow = apply(layers[index - 1], flow, None, per_step).flow
+            found = apply(layer, flow, states[index], per_step, want_mem and last)
+        passed, states[index] = found, found.state
+        index += 1
+    flow = passed.flow
+    if events:
+        return _as_events(flow, layers), passed.mem, states
+    return (flow.to_dense() if isinstance(flow, SpikeTrain) else flow), passed.mem, states
+
+
+def run_neuron(layer: Layer, x: Tensor, state: Any) -> Passed | None:
+    """One sequence neuron on (T, B, N...), or None where upstream's forward must run."""
+    assert layer.adapter is not None
+    neuron = layer.adapter.neuron(layer.module)
+    if isinstance(neuron, str):
+        return None
+    # hooks of the module itself are run by the call that brought us here
+    return _FusedCall(layer, neuron, None, layer.label, state, per_step=False).run(x, False, False)
+
+
+# --- what can be fused ---
+
+
+def _fusable(layer: Layer, per_step: bool) -> Neuron | None:
+    if layer.adapter is None or has_hooks(layer.module):
+        return None
+    config = config_of(layer.module)
+    if config is None or not config.fuse_time or layer.adapter.takes_sequence(layer.module) == per_step:
+        return None
+    neuron = layer.adapter.neuron(layer.module)
+    return None if isinstance(neuron, str) else neuron
+
+
+def _linear(layer: Layer, per_step: bool) -> nn.Linear | None:
+    """The plain Linear of a layer, bare or inside a wrapper that applies it at every step."""
+    module: nn.Module | None = layer.module
+    if layer.wrapper is not None and not per_step and not has_hooks(layer.module):
+        module = layer.wrapper.unwrap(layer.module)
+    return module if isinstance(module, nn.Linear) and is_plain_linear(module) else None
+
+
+def _joins_next(
+    layers: list[Layer], neurons: list[Neuron | None], index: int, flow: Flow, per_step: bool
+) -> bool:
+    """Whether this layer is a Linear that runs inside the next layer's call."""
+    if index + 1 >= len(layers) or neurons[index] is not None or len(flow.shape) != 3:
+        return False
+    neuron = neurons[index + 1]
+    if neuron is None or neuron.input_weight is not None or _linear(layers[index], per_step) is None:
+        return False
+    # under autocast the product has another dtype: the Linear itself runs then
+    return not torch.is_autocast_enabled(flow.device.type)
+
+
+def _takes_events(layers: list[Layer], neurons: list[Neuron | None], index: int, per_step: bool) -> bool:
+    """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are."""
+    while index < len(layers) and neurons[index] is None and keeps_events(layers[index].module):
+        index += 1
+    if index >= len(layers):
+        return False
+    neuron = neurons[index]
+    if neuron is not None:
+        return neuron.input_weight is not None
+    following = neurons[index + 1] if index + 1 < len(layers) else None
+    joins = following is not None and following.input_weight is None
+    return joins and _linear(layers[index], per_step) is not None
+
+
+@dataclass
+class _FusedCall:
+    layer: Layer
+    neuron: Neuron
+    linear: nn.Linear | None
+    name: str
+    state: Any
+    per_step: bool
+
+    def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
+        """One call of the op; None where only upstream's own step does what upstream does."""
+        neuron, module, adapter = self.neuron, self.layer.module, self.layer.adapter
+        assert adapter is not None
+        weight, bias = neuron.input_weight, None
+        if self.linear is not None:
+            weight, bias = self.linear.weight, self.linear.bias
+        if weight is not None:
+            check_features(self.name, flow.shape, weight.shape[1])
+            if len(flow.shape) != 3 or torch.is_autocast_enabled(flow.device.type):
+                return None
+        T, B = flow.shape[:2]
+        features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0],)
+        recurrent = _recurrent_weight(neuron, features)
+        if neuron.recurrent and recurrent is None:
+            return None
+        # half precisions mix with float32 states and spikes in ways that differ from library to library
+        if flow.dtype not in (torch.float32, torch.float64):
+            return None
+        shape = (B, *features) if self.per_step else (T, B, *features)
+        template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
+        start, initial = adapter.initial_state(module, template, self.state)
+        if not _same_dtype(template, [*start, *neuron.params]):
+            return None
+        config = config_of(module)
+        out = spiking_layer(
+            flow,
+            weight,
+            bias,
+            spec=neuron.spec,
+            params=neuron.params,
+            surrogate=neuron.surrogate,
+            recurrent_weight=recurrent,
+            recurrent_bias=neuron.recurrent_bias,
+            state=start,
+            events=events and neuron.spec.spiking and neuron.scale is None,
+            return_mem=want_mem,
+            name=self.name,
+            **(vars(config) if config is not None else {}),
+        )
+        spikes = out.spikes if neuron.scale is None else out.spikes * neuron.scale
+        state = adapter.final_state(module, out.state, initial) if T else self.state
+        return Passed(spikes, out.mem, state)
+
+
+def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | None:
+    if neuron.recurrent_diagonal is not None:
+        diagonal = neuron.recurrent_diagonal.expand(features).reshape(-1)
+        return diagonal.diag_embed() if diagonal.numel() <= MAX_DIAGONAL else None
+    return neuron.recurrent_weight if len(features) == 1 else None
+
+
+def _same_dtype(template: Tensor, tensors: list[Any]) -> bool:
+    # a state or parameter of higher precision would promote upstream's membrane
+    present = [t for t in tensors if isinstance(t, Tensor)]
+    return all(torch.result_type(template, t) == template.dtype for t in present)
+
+
+def _as_events(flow: Flow, layers: list[Layer]) -> SpikeTrain:
+    if isinstance(flow, SpikeTrain):
+        return flow
+    last = layers[-1]
+    neuron = None if last.adapter is None else last.adapter.neuron(last.module)
+    if neuron is None or (isinstance(neuron, Neuron) and not neuron.spec.spiking):
+        raise InputError(f"events=True wants spikes, but the last layer {last.label} emits none.")
+    train = SpikeTrain.from_dense(flow)
+    return train._replace(carrier=flow.flatten(2)) if flow.requires_grad else train
