@@ -46,7 +46,7 @@ def step(
     R = ((v - threshold) > 0).to(v.dtype)
     drive = i
     if UPDATE == "decay":
-        if RESET == "zero" and TIMING != "immediate" and SCOPE == "state":
+        if TIMING != "immediate" and (RESET == "zero" and SCOPE == "state"):
             v = (1.0 - R) * v
         if SYNAPSE:
             i = syn * i + x

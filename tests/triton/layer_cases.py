@@ -11,7 +11,7 @@ import torch
 
 from snn_sparse_plugin.backends import calls, select
 from snn_sparse_plugin.dynamics import RESETS, SCOPES, TIMINGS, NeuronParams, NeuronSpec, NeuronState
-from snn_sparse_plugin.errors import ConfigError
+from snn_sparse_plugin.errors import ConfigError, UnsupportedError
 from snn_sparse_plugin.ops.spiking_layer import autograd, spiking_layer
 from snn_sparse_plugin.spikes import SpikeTrain
 from snn_sparse_plugin.surrogates import Surrogate
@@ -224,6 +224,14 @@ class LayerTests:
         tensors = self.inputs(NeuronSpec(), 6, 2, 5, 40, recurrent=True)
         del tensors["recurrent_bias"]
         compare(NeuronSpec(), tensors, backprop_threshold=None)
+
+    def test_recurrent_layer_too_wide_for_one_program(self, monkeypatch):
+        from snn_sparse_plugin.triton_kernels import spiking_layer as kernels
+
+        monkeypatch.setattr(kernels, "MAX_RECURRENT", 32)
+        tensors = self.inputs(NeuronSpec(), 3, 1, 5, 33, recurrent=True)
+        with pytest.raises(UnsupportedError, match="up to 32 neurons, this one has 33"):
+            run("triton", NeuronSpec(), tensors)
 
     @pytest.mark.parametrize("name", ["leaky-zero-delayed", "euler-value-immediate-attached"])
     def test_double_precision(self, name):

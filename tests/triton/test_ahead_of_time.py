@@ -111,6 +111,8 @@ def compile_kernel(kernel, target, constants, absent, element):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles(kernel, case, target):
+    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
+        pytest.skip("Triton 3.2 bundles no assembler for this target")
     gpu, binary = TARGETS[target]
     compiled = compile_kernel(KERNELS[kernel], gpu, *CASES[case])
     assert len(compiled.asm[binary]) > 0
