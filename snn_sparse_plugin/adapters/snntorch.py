@@ -36,20 +36,20 @@ class SnnTorchAdapter(Adapter):
             if not isinstance(vars(cls).get("spike_grad"), _MaskedAttribute):
                 cls.spike_grad = _MaskedAttribute()
 
-    def owns(self, module: nn.Module) -> bool:
+    def owns(self, module: Any) -> bool:
         snn = import_module("snntorch")
         return isinstance(module, snn.SpikingNeuron | snn.LeakyParallel)
 
-    def masks(self, module: nn.Module) -> str | None:
+    def masks(self, module: Any) -> str | None:
         function = vars(module).get("spike_grad") or module.spike_grad
         surrogate = recognise(function)
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
-    def takes_sequence(self, module: nn.Module) -> bool:
+    def takes_sequence(self, module: Any) -> bool:
         snn = import_module("snntorch")
         return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
 
-    def neuron(self, module: nn.Module) -> Neuron | str:
+    def neuron(self, module: Any) -> Neuron | str:
         snn = import_module("snntorch")
         family = (snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
         cls = next((c for c in family if isinstance(module, c)), None)
@@ -92,7 +92,7 @@ class SnnTorchAdapter(Adapter):
 
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
-    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
+    def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
         given = state is not None
         hidden = self.read_state(module) if state is None else state
 
@@ -103,24 +103,24 @@ class SnnTorchAdapter(Adapter):
 
         return NeuronState(fits("mem"), fits("syn"), fits("spk")), tuple(self.read_state(module))
 
-    def final_state(self, module: nn.Module, state: NeuronState, initial: Any) -> Any:
+    def final_state(self, module: Any, state: NeuronState, initial: Any) -> Any:
         values = {"mem": state.v, "syn": state.i, "spk": state.spikes}
         return {name: _own(values[name]) for name in initial}
 
-    def read_state(self, module: nn.Module) -> Any:
+    def read_state(self, module: Any) -> Any:
         names = module._non_persistent_buffers_set
         return {name: value for name, value in module._buffers.items() if name in names}
 
-    def write_state(self, module: nn.Module, state: Any) -> None:
+    def write_state(self, module: Any, state: Any) -> None:
         for name, value in state.items():
             setattr(module, name, value)
 
-    def step(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
+    def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out = module(x)
         spikes = out[0] if isinstance(out, tuple) else out
         return spikes, getattr(module, "mem", None), None
 
-    def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
+    def check_in_sequence(self, module: Any, last: bool) -> str | None:
         if last or self.takes_sequence(module):
             return None
         if not module.init_hidden:
@@ -135,14 +135,13 @@ def _own(x: Tensor | None) -> Tensor | None:
     return x.clone() if x is not None and x._is_view() else x
 
 
-def _spec(module: nn.Module, cls: type, snn: Any) -> NeuronSpec | str:
+def _spec(module: Any, cls: Any, snn: Any) -> NeuronSpec | str:
     # state_function is chosen at construction; only reset_delay=False also looks at reset_mechanism_val
-    functions = {cls._base_sub: "subtract", cls._base_zero: "zero", cls._base_int: "none"}  # type: ignore[attr-defined]
+    functions: dict[Any, Any] = {cls._base_sub: "subtract", cls._base_zero: "zero", cls._base_int: "none"}
     reset = functions.get(getattr(module.state_function, "__func__", None))
     if reset is None:
         return "its state_function was replaced"
     synapse = cls in (snn.Synaptic, snn.RSynaptic)
-    scope = "state" if cls is snn.Leaky else "sum"
     corrected = not module.reset_delay and reset != "none"
     if not module.reset_delay:
         if cls is snn.RSynaptic:
@@ -151,20 +150,20 @@ def _spec(module: nn.Module, cls: type, snn: Any) -> NeuronSpec | str:
             return "reset_mechanism was changed after construction, so that its two resets differ"
     return NeuronSpec(
         synapse=synapse,
-        reset=reset,  # type: ignore[arg-type]
+        reset=reset,
         timing="corrected" if corrected else "delayed",
-        scope=scope,  # type: ignore[arg-type]
+        scope="state" if cls is snn.Leaky else "sum",
         attached=corrected,
     )
 
 
-def _recurrence(module: nn.Module) -> dict[str, Tensor | None] | str:
+def _recurrence(module: Any) -> dict[str, Tensor | None] | str:
     if has_hooks(module):
         return "its recurrent layer has hooks"
     if type(module).forward is nn.Linear.forward:
-        return {"recurrent_weight": module.weight, "recurrent_bias": module.bias}  # type: ignore[dict-item]
+        return {"recurrent_weight": module.weight, "recurrent_bias": module.bias}
     if type(module).__name__ == "RecurrentOneToOne":
-        return {"recurrent_diagonal": module.V}  # type: ignore[dict-item]
+        return {"recurrent_diagonal": module.V}
     return f"its recurrence is a {type(module).__name__}"
 
 
@@ -204,19 +203,19 @@ def recognise(function: SpikeFunction) -> Surrogate:
     found = _by_code(function)
     if found is None:
         return _by_class(function) or Surrogate("custom", function=function)
-    if not any(isinstance(c.cell_contents, Tensor) for c in function.__closure__ or ()):  # type: ignore[attr-defined]
+    if not any(isinstance(c.cell_contents, Tensor) for c in function.__closure__ or ()):
         _recognised[function] = found
     return found
 
 
-def _by_code(function: SpikeFunction) -> Surrogate | None:
-    code = getattr(function, "__code__", None)
+def _by_code(function: Any) -> Surrogate | None:
+    code: Any = getattr(function, "__code__", None)
     if code is import_module("snntorch").SpikingNeuron._surrogate_bypass.__code__:
         return Surrogate("zero")
     if code not in _codes():
         return None
     kind, names = _codes()[code]
-    closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))  # type: ignore[attr-defined]
+    closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     return _surrogate(kind, *(closure[name] for name in names))
 
 
@@ -231,7 +230,7 @@ def _by_class(function: SpikeFunction) -> Surrogate | None:
     if cls is known.StraightThroughEstimator:
         return Surrogate("straight_through")
     if cls is import_module("snntorch").LeakyParallel.ATan:
-        return _surrogate("atan", inspect.signature(cls.forward).parameters["alpha"].default)  # type: ignore[attr-defined]
+        return _surrogate("atan", inspect.signature(cls.forward).parameters["alpha"].default)
     return None
 
 
@@ -273,7 +272,7 @@ class _Masked:
 
 
 def _masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def masked(self: nn.Module, *args: Any) -> Tensor:
+    def masked(self: Any, *args: Any) -> Tensor:
         function = self.spike_grad
         if torch.compiler.is_compiling():
             return upstream(_Masked(self, lambda x: spike_in_graph(x, self, function, recognise)), *args)
@@ -288,7 +287,7 @@ def _masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class _MaskedAttribute:
     """``spike_grad`` of a class that calls it directly: masked while the module is sparse."""
 
-    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+    def __get__(self, module: Any | None, owner: type | None = None) -> Any:
         if module is None:
             return self
         if "spike_grad" not in vars(module):  # a spike function that is a module lives in _modules
@@ -301,7 +300,7 @@ class _MaskedAttribute:
             return function
         return partial(spike, function=function, surrogate=recognise(function), config=config)
 
-    def __set__(self, module: nn.Module, function: SpikeFunction) -> None:
+    def __set__(self, module: Any, function: SpikeFunction) -> None:
         vars(module)["spike_grad"] = function
 
 
@@ -340,5 +339,5 @@ class _Factory:
         for name, (kind, parameters) in _FACTORIES.items():
             if kind == self.surrogate.kind:
                 factory = getattr(import_module("snntorch.surrogate"), name)
-                return factory(**dict(zip(parameters, self.surrogate.params, strict=True)))  # type: ignore[no-any-return]
+                return factory(**dict(zip(parameters, self.surrogate.params, strict=True)))
         return self.surrogate

@@ -31,8 +31,8 @@ def run(
 ) -> tuple[Flow, Tensor | None, list[Any]]:
     """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer)."""
     if per_step and not current_config().fuse_time:
-        flow, mem, states = loop(layers, x.to_dense() if isinstance(x, SpikeTrain) else x, states)
-        return (_as_events(flow, layers) if events else flow), mem, states
+        spikes, mem, states = loop(layers, _dense(x), states)
+        return (_as_events(spikes, layers) if events else spikes), mem, states
     neurons = [_fusable(layer, per_step) for layer in layers]
     passed, index = Passed(x), 0
     while index < len(layers):
@@ -54,10 +54,8 @@ def run(
             found = apply(layer, flow, states[index], per_step, want_mem and last)
         passed, states[index] = found, found.state
         index += 1
-    flow = passed.flow
-    if events:
-        return _as_events(flow, layers), passed.mem, states
-    return (flow.to_dense() if isinstance(flow, SpikeTrain) else flow), passed.mem, states
+    out = _as_events(passed.flow, layers) if events else _dense(passed.flow)
+    return out, passed.mem, states
 
 
 def run_neuron(layer: Layer, x: Tensor, state: Any) -> Passed | None:
@@ -183,6 +181,10 @@ def _same_dtype(template: Tensor, tensors: list[Any]) -> bool:
     # a state or parameter of higher precision would promote upstream's membrane
     present = [t for t in tensors if isinstance(t, Tensor)]
     return all(torch.result_type(template, t) == template.dtype for t in present)
+
+
+def _dense(flow: Flow) -> Tensor:
+    return flow.to_dense() if isinstance(flow, SpikeTrain) else flow
 
 
 def _as_events(flow: Flow, layers: list[Layer]) -> SpikeTrain:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def applies_per_sample(module: nn.Module) -> bool:
+def applies_per_sample(module: Any) -> bool:
     """Whether (T * B, ...) in one call gives what T calls on (B, ...) give."""
     if has_hooks(module):
         return False
@@ -31,7 +33,7 @@ def applies_per_sample(module: nn.Module) -> bool:
     if _is(module, _BATCH_NORM):
         return not module.training and module.running_mean is not None
     if _is(module, (nn.Flatten,)):
-        return module.start_dim >= 1  # type: ignore[operator]
+        return module.start_dim >= 1
     if _is(module, (nn.Unflatten,)):
         return isinstance(module.dim, int) and module.dim >= 1
     return _is(module, _PER_SAMPLE)
