@@ -1,6 +1,7 @@
 """The command line: ``snn-sparse doctor | plugins | demo | bench``.
 
-Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the commands.
+Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the
+commands.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def demo(
         Path | None, typer.Option(help="Folder of the idx files of mnist or fashion-mnist.")
     ] = None,
     library: Annotated[LibraryName, typer.Option(help="Whose neurons.")] = LibraryName.snntorch,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 8,
     samples: Annotated[int, typer.Option(min=0, help="Training images to use; 0 is all.")] = 6000,
     steps: Annotated[int, typer.Option(min=10, help="Time steps T.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Batch size B.")] = 64,

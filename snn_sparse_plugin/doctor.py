@@ -119,8 +119,8 @@ def _backend(name: str) -> dict[str, Any]:
 def check_backend(name: str, device: torch.device) -> dict[str, Any]:
     """Run a backend forward and backward against the reference, masked and exact.
 
-    The weights lie on a binary grid, so every order of summation gives the same currents and the spikes must be
-    equal; gradients may differ by rounding, a relative norm of 1e-5.
+    The weights lie on a binary grid, so every order of summation gives the same currents and the spikes
+    must be equal; gradients may differ by rounding, a relative norm of 1e-5.
     """
     row: dict[str, Any] = {"device": device.type, "state": "ok", "reason": ""}
     backend: Backend = registry.load("backends", name)
@@ -161,12 +161,12 @@ def _solve(backend: str, device: torch.device, threshold: float | None) -> tuple
     w1, w2, bias = grid(N, M, scale=0.4), grid(N, N, scale=0.4), grid(N, scale=0.1)
     w1, w2, bias = (w.to(device).requires_grad_() for w in (w1, w2, bias))
     upstream = torch.randn(T, B, N, generator=generator).to(device)
-    shared: dict[str, Any] = dict(
-        params=NeuronParams(mem=0.875),  # on the grid as well
-        surrogate=Surrogate("fast_sigmoid", (25.0,)),
-        backend=backend,
-        backprop_threshold=threshold,
-    )
+    shared: dict[str, Any] = {
+        "params": NeuronParams(mem=0.875),
+        "surrogate": Surrogate("fast_sigmoid", (25.0,)),
+        "backend": backend,
+        "backprop_threshold": threshold,
+    }
     hidden = spiking_layer(x, w1, bias, events=True, **shared).spikes
     spikes = spiking_layer(hidden, w2, **shared).spikes
     grads = torch.autograd.grad((spikes * upstream).sum(), (w1, w2, bias))

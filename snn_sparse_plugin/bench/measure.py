@@ -46,7 +46,8 @@ def set_threads(threads: int) -> None:
     import numba
 
     torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    started: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, started))
 
 
 def run_step(steps: Steps, clock: Callable[[], float] = perf_counter) -> tuple[float, float, float]:
@@ -65,7 +66,7 @@ def run_step(steps: Steps, clock: Callable[[], float] = perf_counter) -> tuple[f
 def time_alternating(
     cases: dict[str, Steps], rounds: int, device: str, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Timing]:
-    """All cases in turn, ``rounds`` times over, each round starting with another one; two warm-up steps each."""
+    """All cases in turn, ``rounds`` times over, each round starting with another; two warm-up steps each."""
 
     def clock() -> float:
         if device != "cpu":

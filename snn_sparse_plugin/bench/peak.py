@@ -1,4 +1,4 @@
-"""The child process of a peak-memory measurement: a request as JSON on stdin, ``{"peak": bytes}`` on stdout."""
+"""The child process of a peak-memory measurement: request as JSON on stdin, ``{"peak": bytes}`` on stdout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .providers import setup
 
 
 def measure_peak(request: dict[str, Any]) -> int | None:
-    """Highest memory during two steps minus what was in use before them, in bytes; None if it cannot be told."""
+    """Highest memory during two steps minus what was in use before, in bytes; None if it cannot be told."""
     raw = request["config"]
     config = Config(**(raw | {"layers": tuple(raw["layers"])}))
     set_threads(request["threads"])

@@ -58,7 +58,7 @@ class Config:
 
 
 class Problem(NamedTuple):
-    """``x`` (T, B, M), ``target`` (B,), per layer a weight (N, M), and ``grad`` (T, B, N) for the last spikes."""
+    """``x`` (T, B, M), ``target`` (B,), per layer a weight (N, M), ``grad`` (T, B, N) of the last spikes."""
 
     x: Tensor
     target: Tensor

@@ -29,7 +29,7 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Steps:
-    """What is timed: ``backward(forward())``. ``kept`` are tensors that live anyway: inputs and parameters."""
+    """What is timed: ``backward(forward())``. ``kept``: tensors that live anyway, inputs and parameters."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], None]
@@ -119,8 +119,9 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
     def build(config: Config, problem: Problem) -> Model:
         _require("snntorch", "snntorch")
         from .. import snntorch as snn
-        from .. import unroll
+        from ..fusion.sequence import unroll
 
+        reset = import_module("snntorch.utils").reset
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         neurons = [
             snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True) for _ in problem.weights
@@ -128,7 +129,12 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
         net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
         options: dict[str, Any] = {"backprop_threshold": None if exact else config.window, "backend": backend}
         x = SpikeTrain.from_dense(problem.x) if events else problem.x
-        return Model(lambda x: unroll(net, x, **options)[0], list(net.parameters()), x)
+
+        def spikes(x: Any) -> Tensor:
+            reset(net)
+            return unroll(net, x, **options).spikes
+
+        return Model(spikes, list(net.parameters()), x)
 
     return build
 
@@ -256,7 +262,7 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
         probe = forward()  # where the output is active does not change from run to run
         grad = problem.grad
         if probe.active is not None:
-            rows = SpikeTrain(*probe.active, probe.shape).rows()
+            rows = SpikeTrain(probe.active.indptr, probe.active.indices, probe.shape).rows()
             grad = grad[rows % config.steps, rows // config.steps, probe.active.indices.long()]
 
         def backward(out: Any) -> None:

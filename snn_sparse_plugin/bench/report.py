@@ -84,25 +84,27 @@ def show_rows(rows: list[dict[str, Any]], console: Console, *, baseline: str, ph
     """One table of providers, with how many times faster than the baseline each is."""
     timed = [row for row in rows if row["skipped"] is None]
     if timed:
-        console.print(_table(timed, baseline, phase))
+        console.print(_table(timed, baseline, phase, wide=console.width >= 100))
     _show_skipped(rows, console)
 
 
-def _table(rows: list[dict[str, Any]], baseline: str, phase: str) -> Table:
+def _table(rows: list[dict[str, Any]], baseline: str, phase: str, wide: bool) -> Table:
     shape = rows[0]["shape"]
     size = "-".join(str(n) for n in (shape["inputs"], *shape["layers"]))
     rates = ", ".join(f"{100 * r:.1f}" for r in rows[0]["layer_rates"])
+    first = rows[0]
+    spread = " (20th to 80th percentile)" if wide else ""
     table = Table(
-        title=f"{rows[0]['op']} {size}, T={shape['T']}, B={shape['B']}, input {100 * rows[0]['density']:g} %, "
-        f"layers {rates} %, {rows[0]['threads']} threads, {rows[0]['device']}",
+        title=f"{first['op']} {size}, T={shape['T']}, B={shape['B']}, input {100 * first['density']:g} %, "
+        f"layers {rates} %, {first['threads']} threads, {first['device']}",
         title_justify="left",
-        caption=f"ms: median (20th to 80th percentile). ratio: {phase} of {baseline} / {phase}. "
+        caption=f"ms: median{spread}. ratio: {phase} of {baseline} / {phase}. "
         "saved: bytes kept for backward, and per neuron-step.",
         caption_justify="left",
         box=None,
         pad_edge=False,
     )
-    table.add_column("provider")
+    table.add_column("provider", no_wrap=True)
     for column in ("forward", "backward", "step", "ratio", "saved", "B/n-s", "peak"):
         table.add_column(column, justify="right", no_wrap=True)
     base = next((row[f"{phase}_ms"]["median"] for row in rows if row["provider"] == baseline), math.nan)
@@ -114,7 +116,7 @@ def _table(rows: list[dict[str, Any]], baseline: str, phase: str) -> Table:
             row["provider"],
             f"{row['forward_ms']['median']:.2f}",
             f"{row['backward_ms']['median']:.2f}",
-            f"{whole['median']:.2f} ({whole['p20']:.2f}–{whole['p80']:.2f})",
+            f"{whole['median']:.2f}" + (f" ({whole['p20']:.2f}–{whole['p80']:.2f})" if wide else ""),
             "" if math.isnan(ratio) else f"{ratio:.1f}×",
             human_bytes(row["saved_bytes"]),
             "–" if per is None else f"{per:.2f}",
@@ -148,8 +150,9 @@ def show_crossover(rows: list[dict[str, Any]], sweep: str, console: Console) -> 
     points: dict[float, dict[str, float]] = {}
     for row in timed:
         points.setdefault(_point(row, sweep), {})[row["provider"]] = row["step_ms"]["median"]
+    over = "input density" if sweep == "density" else "layer size N"
     table = Table(
-        title=f"step in ms over {'input density' if sweep == 'density' else 'layer size N'}; the fastest is bold",
+        title=f"step in ms over {over}; the fastest is bold",
         title_justify="left",
         box=None,
         pad_edge=False,

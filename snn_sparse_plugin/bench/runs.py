@@ -71,7 +71,7 @@ def run_network(
 def run_s3gd(
     options: BenchOptions, console: Console, steps: int = 500, config: Config | None = None
 ) -> list[dict[str, Any]]:
-    """Backward of the second hidden layer alone, against the dense loop [Perez-Nieves & Goodman 2021, fig. 3].
+    """Backward of the second hidden layer alone, against the dense loop [Perez-Nieves & Goodman 2021].
 
     N = 200, B_th = 0.2, fast sigmoid of slope 100, B = 256, T = 500, both layers at 3 % spikes.
     """

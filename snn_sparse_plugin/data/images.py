@@ -53,8 +53,8 @@ def load_images(name: str = "digits", root: str | Path | None = None) -> ImageDa
     """An image set by name.
 
     ``"digits"`` is scikit-learn's 1797 handwritten 8x8 digits, 1437 for training and 360 for testing.
-    ``"mnist"`` and ``"fashion-mnist"`` are the published idx files, plain or gzipped, in ``root`` itself or in
-    torchvision's layout below it (``MNIST/raw``, ``FashionMNIST/raw``).
+    ``"mnist"`` and ``"fashion-mnist"`` are the published idx files, plain or gzipped, in ``root`` itself or
+    in torchvision's layout below it (``MNIST/raw``, ``FashionMNIST/raw``).
 
     Raises:
         ConfigError: an unknown name, or no ``root`` where one is needed.
@@ -145,6 +145,7 @@ def _read_idx(folder: Path, stem: str, magic: int) -> np.ndarray:
     body, expected = len(data) - header.nbytes, int(np.prod(shape, dtype=np.int64))
     if body != expected:
         raise InputError(
-            f"{path} holds {body} bytes of data, its header promises {expected} (shape {shape}); fetch it again."
+            f"{path} holds {body} bytes of data, its header promises {expected}, shape {shape}; "
+            f"fetch it again."
         )
     return np.frombuffer(data, dtype=np.uint8, offset=header.nbytes).reshape(shape)

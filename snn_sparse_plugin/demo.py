@@ -1,0 +1,318 @@
+"""``snn-sparse demo``: one network on real images, trained sparse and dense from the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from .adapters import adapter_of
+from .bench.measure import saved_bytes, set_threads
+from .bench.report import human_bytes
+from .data import ImageData, latency_spikes, load_images
+from .errors import MissingDependencyError, UnsupportedError
+from .fusion.sequence import unroll
+from .ops.spiking_layer import spiking_layer
+from .spikes import SpikeTrain
+
+Logits = Callable[[Any], Tensor]
+BETA, SLOPE, LEARNING_RATE = 0.95, 25.0, 2e-3
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What ``snn-sparse demo`` can be told."""
+
+    data: str = "digits"
+    root: Path | None = None
+    library: str = "snntorch"
+    epochs: int = 8
+    samples: int = 6000
+    steps: int = 100
+    batch: int = 64
+    hidden: int = 200
+    seed: int = 0
+    threads: int = 0
+    out: Path = Path("demo.png")
+
+
+@dataclass
+class Activity:
+    """Per layer, in the course of training: spikes, and neurons near threshold, per neuron-step."""
+
+    spikes: list[list[float]] = field(default_factory=list)
+    active: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Training:
+    """One trained network: test accuracy after each epoch, step time in ms, bytes kept for backward."""
+
+    accuracy: list[float] = field(default_factory=list)
+    step_ms: float = 0.0
+    saved_bytes: int = 0
+
+
+@dataclass
+class DemoResult:
+    """What the demo found. ``raster`` holds (t, neuron) of one sample for the input and each spiking layer."""
+
+    options: DemoOptions
+    sparse: Training
+    dense: Training
+    activity: Activity
+    raster: list[tuple[list[int], list[int], int]]
+    label: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        options = asdict(self.options) | {"root": self.options.root and str(self.options.root)}
+        return {
+            "options": options | {"out": str(self.options.out)},
+            "sparse": asdict(self.sparse),
+            "dense": asdict(self.dense),
+            "activity": asdict(self.activity),
+            "step_ratio": self.dense.step_ms / self.sparse.step_ms,
+            "saved_ratio": self.dense.saved_bytes / max(1, self.sparse.saved_bytes),
+        }
+
+
+def run_demo(options: DemoOptions, console: Console) -> DemoResult:
+    """Train sparse, train dense, write the picture.
+
+    Raises:
+        MissingDependencyError: the library, scikit-learn or matplotlib is not installed.
+    """
+    try:
+        from .plot import demo_figure
+    except ImportError as error:
+        raise MissingDependencyError("the demo draws with matplotlib: pip install matplotlib") from error
+    if options.threads:
+        set_threads(options.threads)
+    data = load_images(options.data, options.root).limited(options.samples)
+    sizes = (data.pixels, options.hidden, options.hidden, data.classes)
+    make = {"snntorch": _snntorch_net, "norse": _norse_net}[options.library]
+    sparse_net, dense_net = make(sizes, options.seed, True), make(sizes, options.seed, False)
+    console.print(
+        f"{data.name}: {len(data.train_y)} training and {len(data.test_y)} test images, "
+        f"latency-coded over T = {options.steps} steps; {options.library} network "
+        f"{'–'.join(map(str, sizes))}, B = {options.batch}"
+    )
+    activity = Activity()
+    coded = partial(latency_spikes, steps=options.steps, tau=0.4 * options.steps)
+
+    def sparse(x: Any) -> Tensor:
+        _reset(sparse_net, options.library)
+        _, mem, _ = unroll(sparse_net, x)
+        return mem.mean(0)
+
+    def dense(x: Any) -> Tensor:
+        _reset(dense_net, options.library)
+        return step_loop(dense_net, x, options.library).mean(0)
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task("compiling kernels", total=1, note="once per machine")
+        _warm_up(sparse_net, sparse, coded(data.train_x[:2]))
+        progress.update(task, completed=1)
+        probe = coded(data.test_x[:256])
+
+        def observe() -> None:
+            layers = _layers(sparse_net, probe)
+            activity.spikes.append([train.density for train, _ in layers])
+            activity.active.append([active for _, active in layers])
+
+        trained = _train("sparse", sparse_net, sparse, coded, data, options, progress, observe)
+        compared = _train("dense", dense_net, dense, lambda x: coded(x).to_dense(), data, options, progress)
+    sample = coded(data.test_x[:1])
+    raster = _raster([sample, *(train for train, _ in _layers(sparse_net, sample))])
+    result = DemoResult(options, trained, compared, activity, raster, int(data.test_y[0]))
+    demo_figure(result).savefig(options.out, dpi=150)
+    return result
+
+
+def _snntorch_net(sizes: tuple[int, ...], seed: int, sparse: bool) -> nn.Sequential:
+    try:
+        import snntorch
+        from snntorch.surrogate import fast_sigmoid
+    except ImportError as error:
+        raise MissingDependencyError("snnTorch is not installed: pip install snntorch") from error
+    Leaky = snntorch.Leaky
+    if sparse:
+        from .snntorch import Leaky
+    options: dict[str, Any] = {"beta": BETA, "spike_grad": fast_sigmoid(slope=SLOPE), "init_hidden": True}
+    torch.manual_seed(seed)
+    first, second, third = _linears(sizes)
+    readout = Leaky(**options, reset_mechanism="none", output=True)
+    return nn.Sequential(first, Leaky(**options), second, Leaky(**options), third, readout)
+
+
+def _norse_net(sizes: tuple[int, ...], seed: int, sparse: bool) -> nn.Sequential:
+    try:
+        import norse.torch as norse
+    except ImportError as error:
+        raise MissingDependencyError("Norse is not installed: pip install norse") from error
+    if sparse:
+        from . import norse  # type: ignore[no-redef]
+    # a membrane of 20 steps and a synapse of 5; the steep "super" surrogate is flat in Norse 1.1, "tanh" is not
+    p = norse.LIFParameters(
+        tau_mem_inv=torch.tensor(50.0),
+        tau_syn_inv=torch.tensor(200.0),
+        v_th=torch.tensor(0.2),
+        method="tanh",
+        alpha=torch.tensor(20.0),
+    )
+    torch.manual_seed(seed)
+    first, second, third = _linears(sizes)
+    return norse.SequentialState(first, norse.LIFCell(p), second, norse.LIFCell(p), third, norse.LICell())
+
+
+def _linears(sizes: tuple[int, ...]) -> list[nn.Linear]:
+    """Weights large enough for every layer to fire from the start."""
+    layers = [nn.Linear(m, n, bias=False) for m, n in zip(sizes, sizes[1:], strict=False)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=1.5 / layer.in_features**0.5)
+    return layers
+
+
+def step_loop(net: nn.Module, x: Tensor, library: str) -> Tensor:
+    """The membrane of the output layer (T, B, N), as upstream's tutorials compute it: step by step."""
+    if library == "norse":
+        state, membranes = None, []
+        for step in x.unbind(0):
+            membrane, state = net(step, state)
+            membranes.append(membrane)
+        return torch.stack(membranes)
+    return torch.stack([net(step)[1] for step in x.unbind(0)])
+
+
+def _reset(net: nn.Module, library: str) -> None:
+    if library == "snntorch":  # whose neurons keep their state between calls
+        from snntorch import utils
+
+        utils.reset(net)
+
+
+def _warm_up(net: nn.Module, logits: Logits, x: SpikeTrain) -> None:
+    logits(x).sum().backward()
+    net.zero_grad()
+
+
+def _train(
+    name: str,
+    net: nn.Module,
+    logits: Logits,
+    encode: Callable[[Tensor], Any],
+    data: ImageData,
+    options: DemoOptions,
+    progress: Progress,
+    after_epoch: Callable[[], None] = lambda: None,
+) -> Training:
+    """Adam on the cross entropy of the mean output membrane. A step is forward, loss and backward."""
+    found = Training()
+    optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(options.seed)
+    batches = -(-len(data.train_y) // options.batch)
+    task = progress.add_task(f"training {name}", total=options.epochs * batches, note="")
+    seconds = []
+    after_epoch()
+    for _ in range(options.epochs):
+        for index in torch.randperm(len(data.train_y), generator=generator).split(options.batch):
+            x, y = encode(data.train_x[index]), data.train_y[index]
+            if not seconds:
+                inputs = [x.indptr, x.indices] if isinstance(x, SpikeTrain) else [x]
+                found.saved_bytes, _ = saved_bytes(partial(logits, x), [*inputs, *net.parameters()])
+            start = perf_counter()
+            optimizer.zero_grad()
+            loss = F.cross_entropy(logits(x), y)
+            loss.backward()
+            seconds.append(perf_counter() - start)
+            optimizer.step()
+            progress.advance(task)
+        found.accuracy.append(_accuracy(logits, encode, data))
+        progress.update(task, note=f"test accuracy {100 * found.accuracy[-1]:.1f} %")
+        after_epoch()
+    found.step_ms = 1e3 * median(seconds)
+    return found
+
+
+@torch.no_grad()
+def _accuracy(logits: Logits, encode: Callable[[Tensor], Any], data: ImageData) -> float:
+    correct = 0
+    for x, y in zip(data.test_x.split(256), data.test_y.split(256), strict=True):
+        correct += int((logits(encode(x)).argmax(1) == y).sum())
+    return correct / len(data.test_y)
+
+
+def _layers(net: nn.Sequential, x: SpikeTrain) -> list[tuple[SpikeTrain, float]]:
+    """Of every spiking layer: its spikes, and the share of neuron-steps that pass a gradient."""
+    modules, found = list(net), []
+    for linear, module in zip(modules[:-2:2], modules[1:-2:2], strict=True):
+        adapter = adapter_of(module)
+        neuron = adapter.neuron(module) if adapter is not None else "it has no adapter"
+        if isinstance(neuron, str):
+            raise UnsupportedError(f"{type(module).__name__} cannot be observed: {neuron}.")
+        out = spiking_layer(
+            x,
+            linear.weight,
+            spec=neuron.spec,
+            params=neuron.params,
+            surrogate=neuron.surrogate,
+            events=True,
+        )
+        x = out.spikes.detach()
+        found.append((x, out.active_fraction))
+    return found
+
+
+def _raster(trains: list[SpikeTrain]) -> list[tuple[list[int], list[int], int]]:
+    """Times, neurons and number of neurons of each train, for a batch of one."""
+    return [(train.rows().tolist(), train.indices.tolist(), train.features) for train in trains]
+
+
+def show(result: DemoResult, console: Console) -> None:
+    """The comparison as a table."""
+    sparse, dense = result.sparse, result.dense
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for column in ("sparse", "dense", "ratio"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        "test accuracy", f"{100 * sparse.accuracy[-1]:.1f} %", f"{100 * dense.accuracy[-1]:.1f} %", ""
+    )
+    table.add_row(
+        "step, forward and backward",
+        f"{sparse.step_ms:.1f} ms",
+        f"{dense.step_ms:.1f} ms",
+        f"[bold]{dense.step_ms / sparse.step_ms:.1f}×[/]",
+    )
+    table.add_row(
+        "saved for backward",
+        human_bytes(sparse.saved_bytes),
+        human_bytes(dense.saved_bytes),
+        f"[bold]{dense.saved_bytes / max(1, sparse.saved_bytes):.1f}×[/]",
+    )
+    for k, (spikes, active) in enumerate(
+        zip(result.activity.spikes[-1], result.activity.active[-1], strict=True), start=1
+    ):
+        table.add_row(
+            f"hidden layer {k}", f"{100 * spikes:.1f} % spikes", "", f"{100 * active:.1f} % pass a gradient"
+        )
+    console.print(table)
+    console.print(f"picture: {result.options.out}")
