@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -24,7 +25,7 @@ from .data import ImageData, latency_spikes, load_images
 from .errors import MissingDependencyError, UnsupportedError
 from .fusion.sequence import unroll
 from .ops.spiking_layer import spiking_layer
-from .spikes import SpikeTrain
+from .spikes import SpikeTrain, coordinates
 
 Logits = Callable[[Any], Tensor]
 BETA, SLOPE, LEARNING_RATE = 0.95, 25.0, 2e-3
@@ -66,7 +67,7 @@ class Training:
 
 @dataclass
 class DemoResult:
-    """What the demo found. ``raster`` holds (t, neuron) of one sample for the input and each spiking layer."""
+    """What the demo found. ``raster``: times, neurons and their number, of input and spiking layers."""
 
     options: DemoOptions
     sparse: Training
@@ -114,7 +115,8 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
 
     def sparse(x: Any) -> Tensor:
         _reset(sparse_net, options.library)
-        _, mem, _ = unroll(sparse_net, x)
+        mem = unroll(sparse_net, x).mem
+        assert mem is not None  # the last layer has a membrane
         return mem.mean(0)
 
     def dense(x: Any) -> Tensor:
@@ -170,7 +172,7 @@ def _norse_net(sizes: tuple[int, ...], seed: int, sparse: bool) -> nn.Sequential
         raise MissingDependencyError("Norse is not installed: pip install norse") from error
     if sparse:
         from . import norse  # type: ignore[no-redef]
-    # a membrane of 20 steps and a synapse of 5; the steep "super" surrogate is flat in Norse 1.1, "tanh" is not
+    # a membrane of 20 steps and a synapse of 5; Norse 1.1 ignores alpha with "super", so "tanh" it is
     p = norse.LIFParameters(
         tau_mem_inv=torch.tensor(50.0),
         tau_syn_inv=torch.tensor(200.0),
@@ -185,7 +187,7 @@ def _norse_net(sizes: tuple[int, ...], seed: int, sparse: bool) -> nn.Sequential
 
 def _linears(sizes: tuple[int, ...]) -> list[nn.Linear]:
     """Weights large enough for every layer to fire from the start."""
-    layers = [nn.Linear(m, n, bias=False) for m, n in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(m, n, bias=False) for m, n in pairwise(sizes)]
     for layer in layers:
         nn.init.normal_(layer.weight, std=1.5 / layer.in_features**0.5)
     return layers
@@ -230,7 +232,7 @@ def _train(
     generator = torch.Generator().manual_seed(options.seed)
     batches = -(-len(data.train_y) // options.batch)
     task = progress.add_task(f"training {name}", total=options.epochs * batches, note="")
-    seconds = []
+    seconds: list[float] = []
     after_epoch()
     for _ in range(options.epochs):
         for index in torch.randperm(len(data.train_y), generator=generator).split(options.batch):
@@ -270,7 +272,7 @@ def _layers(net: nn.Sequential, x: SpikeTrain) -> list[tuple[SpikeTrain, float]]
             raise UnsupportedError(f"{type(module).__name__} cannot be observed: {neuron}.")
         out = spiking_layer(
             x,
-            linear.weight,
+            linear.weight,  # type: ignore[arg-type]
             spec=neuron.spec,
             params=neuron.params,
             surrogate=neuron.surrogate,
@@ -283,7 +285,8 @@ def _layers(net: nn.Sequential, x: SpikeTrain) -> list[tuple[SpikeTrain, float]]
 
 def _raster(trains: list[SpikeTrain]) -> list[tuple[list[int], list[int], int]]:
     """Times, neurons and number of neurons of each train, for a batch of one."""
-    return [(train.rows().tolist(), train.indices.tolist(), train.features) for train in trains]
+    rows = [coordinates(train.indptr, train.indices)[0].tolist() for train in trains]
+    return [(row, train.indices.tolist(), train.features) for row, train in zip(rows, trains, strict=True)]
 
 
 def show(result: DemoResult, console: Console) -> None:

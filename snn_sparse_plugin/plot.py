@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from .demo import DemoResult
@@ -18,9 +20,11 @@ INK = "#2b2a28"
 
 def demo_figure(result: DemoResult) -> Figure:
     """Four panels: one sample's spikes, activity over training, accuracy, and time and memory of a step."""
-    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    figure = Figure(
+        figsize=(11, 6.6),
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.06),
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.06)  # type: ignore[union-attr]
     grid = figure.add_gridspec(2, 6, height_ratios=(1.25, 1))
     _raster(figure.add_subplot(grid[0, :4]), result)
     _accuracy(figure.add_subplot(grid[0, 4:]), result)
@@ -95,7 +99,7 @@ def _accuracy(axes: Axes, result: DemoResult) -> None:
         )
     axes.legend(frameon=False, loc="lower right", fontsize=9, labelcolor=INK, reverse=True)
     axes.set(xlabel="epoch", ylabel="%", ylim=(None, 101))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _activity(axes: Axes, result: DemoResult) -> None:
@@ -113,12 +117,12 @@ def _activity(axes: Axes, result: DemoResult) -> None:
         frameon=False, fontsize=8, loc="upper left", labelcolor=INK, handlelength=1.6, labelspacing=0.25
     )
     axes.set(xlabel="epoch", ylabel="% of neuron-steps")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _bars(axes: Axes, title: str, sparse: float, dense: float, unit: str) -> None:
     _clean(axes, title)
-    values: Any = [dense, sparse]
+    values = [dense, sparse]
     bars = axes.barh(["dense", "sparse"], values, color=[DENSE, SPARSE], height=0.55)
     axes.bar_label(bars, labels=[f"{v:.3g} {unit}" for v in values], padding=4, color=INK, fontsize=9.5)
     axes.set_xlim(0, 1.3 * max(values))

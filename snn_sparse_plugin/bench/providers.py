@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..dynamics import NeuronParams
 from ..errors import ConfigError, MissingDependencyError, UnsupportedError
 from ..ops.spiking_layer import spiking_layer
-from ..spikes import SpikeTrain
+from ..spikes import SpikeTrain, coordinates
 from ..surrogates import Surrogate
 from .problem import Config, Problem, make_problem
 
@@ -182,7 +182,7 @@ class TutorialNet(nn.Module):
         self.lif = nn.ModuleList(snntorch.Leaky(beta=config.beta, spike_grad=spike_grad) for _ in self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
-        mems = [lif.reset_mem() for lif in self.lif]
+        mems = [lif.reset_mem() for lif in self.lif]  # type: ignore[operator]
         record = []
         for spikes in x.unbind(0):
             for k, (fc, lif) in enumerate(zip(self.fc, self.lif, strict=True)):
@@ -237,7 +237,7 @@ def _spikingjelly(config: Config, problem: Problem) -> Model:
 
     def spikes(x: Tensor) -> Tensor:
         functional.reset_net(net)
-        return net(x)
+        return net(x)  # type: ignore[no-any-return]
 
     return Model(spikes, list(net.parameters()), problem.x)
 
@@ -262,8 +262,8 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
         probe = forward()  # where the output is active does not change from run to run
         grad = problem.grad
         if probe.active is not None:
-            rows = SpikeTrain(probe.active.indptr, probe.active.indices, probe.shape).rows()
-            grad = grad[rows % config.steps, rows // config.steps, probe.active.indices.long()]
+            rows, columns = coordinates(*probe.active)
+            grad = grad[rows % config.steps, rows // config.steps, columns]
 
         def backward(out: Any) -> None:
             torch.autograd.grad(out.carrier, (weight, bias, train.carrier), grad)
@@ -275,7 +275,7 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
         kept = [x]
 
         def forward() -> Any:
-            return net(x)
+            return net(x)  # type: ignore[no-any-return]
 
         def backward(out: Any) -> None:
             torch.autograd.grad(out, (weight, bias, x), problem.grad)
