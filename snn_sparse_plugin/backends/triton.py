@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dynamics import NeuronSpec
 from ..errors import InputError, UnsupportedError
-from ..spikes import MAX_EVENTS, SpikeTrain
+from ..spikes import MAX_EVENTS, coordinates
 from ..surrogates import KINDS, Surrogate
 from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
 
@@ -33,14 +33,14 @@ class TritonBackend(Backend):
 
     def available(self) -> tuple[bool, str]:
         try:
-            import triton
+            from triton import __version__
         except ImportError as error:
             return False, f"triton is not installed ({error}): pip install snn-sparse-plugin[triton]"
         if _interpreting():
-            return True, f"triton {triton.__version__} (interpreter)"
+            return True, f"triton {__version__} (interpreter)"
         if not torch.cuda.is_available():
             return False, "torch sees no CUDA or ROCm device"
-        return True, f"triton {triton.__version__}"
+        return True, f"triton {__version__}"
 
     def supports(
         self,
@@ -191,19 +191,19 @@ def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
     active = call.train.active
     if active is None:
         return grad
-    rows = SpikeTrain(*active, call.train.shape).rows()
-    return grad[rows % call.T, rows // call.T, active.indices.long()]
+    rows, columns = coordinates(*active)
+    return grad[rows % call.T, rows // call.T, columns]
 
 
 def pack_events(indptr: Tensor, indices: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """CSR events over rows b * T + t as bit-packed words (T, B, ceil(N / 32)) int32."""
     T, B, N = shape
     n_words = -(-N // 32)
-    rows = SpikeTrain(indptr, indices, shape).rows()
+    rows, columns = coordinates(indptr, indices)
     row = (rows % max(1, T)) * B + rows // max(1, T)
     bit = torch.ones_like(indices) << (indices % 32)
     words = torch.zeros(T * B * n_words, dtype=torch.int32, device=indices.device)
-    return words.index_add_(0, row * n_words + indices // 32, bit).view(T, B, n_words)
+    return words.index_add_(0, row * n_words + columns // 32, bit).view(T, B, n_words)
 
 
 def unpack(words: Tensor, features: int) -> Tensor:

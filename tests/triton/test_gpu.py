@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the triton extra is not installed")
+pytest.importorskip("triton.language", reason="the triton extra is not installed")
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA or ROCm device and no TRITON_INTERPRET", allow_module_level=True)
 

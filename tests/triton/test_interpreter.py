@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-pytest.importorskip("triton", reason="the triton extra is not installed")
+pytest.importorskip("triton.language", reason="the triton extra is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
