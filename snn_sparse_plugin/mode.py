@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import MARK, Adapter, Mark, entered, loaded_adapters
+from .adapters import MARK, Adapter, Mark, entered, install_adapters, loaded_adapters
 from .config import SparseConfig, current_config
 from .errors import InputError
 
@@ -22,7 +22,7 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
 
     Holds for the thread (or asyncio task) that entered, nests (the inner block starts from the options of the
     outer one) and ends on any exit. A forward inside the block has a sparse backward, wherever that runs.
-    Import snnTorch or Norse before the block. Also works as a decorator.
+    Also works as a decorator.
 
     Args:
         **overrides: options of :class:`~snn_sparse_plugin.SparseConfig`.
@@ -43,7 +43,7 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
         True
     """
     config = current_config().updated(**overrides)
-    loaded_adapters()
+    install_adapters()
     with entered(config):
         yield config
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -141,7 +144,7 @@ class Mark:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a sparse model unpickled in a fresh process must find the hooks in place
         self.__dict__.update(state)
-        install_loaded()
+        install_adapters()
 
 
 _explicit: ContextVar[dict[str, Any] | None] = ContextVar("snn_sparse_plugin.explicit", default=None)
@@ -264,13 +267,43 @@ def loaded_adapters() -> list[Adapter]:
     """Adapters whose library has been imported, with their hooks in place."""
     found = [a for a in registry.load_all("adapters").values() if a.package in sys.modules]
     for adapter in found:
-        adapter.install()
+        if adapter not in _installed:
+            adapter.install()
+            _installed.append(adapter)
     return found
 
 
-def install_loaded() -> None:
-    """Hook every supported library that has been imported so far."""
-    loaded_adapters()
+_installed: list[Adapter] = []
+
+
+class _LateImports(MetaPathFinder):
+    """Hooks a library that is imported only after sparse mode was entered."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        if name not in {adapter.package for adapter in registry.load_all("adapters").values()}:
+            return None
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target) if finder is not self else None
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+
+                def exec_module(module: ModuleType) -> None:
+                    execute(module)  # noqa: B023, the loop ends here
+                    loaded_adapters()
+
+                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+                return spec
+        return None
+
+
+_late_imports = _LateImports()
+
+
+def install_adapters() -> None:
+    """Hook every supported library, those that are not imported yet as soon as they are."""
+    missing = len(loaded_adapters()) < len(registry.load_all("adapters"))
+    if missing and _late_imports not in sys.meta_path:
+        sys.meta_path.insert(0, _late_imports)
 
 
 def adapter_of(module: nn.Module, adapters: list[Adapter] | None = None) -> Adapter | None:

@@ -92,7 +92,7 @@ SEQUENCES = {
 
 
 def learnable(entry):
-    """A neuron and its parameters, per neuron but for the leak, with which sequences fill their first state."""
+    """A neuron and its parameters, all but the leak per neuron: sequences fill their first state with it."""
     make, unused = entry
     p = params(20)
     p["v_leak"] = torch.tensor(0.0625, requires_grad=True)
