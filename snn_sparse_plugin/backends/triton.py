@@ -58,6 +58,8 @@ class TritonBackend(Backend):
             return False, f"runs on CUDA and ROCm devices, not on {device.type}"
         if dtype not in (torch.float32, torch.float64):
             return False, f"computes in float32 and float64, not in {dtype}"
+        if recurrent and not spec.spiking:
+            return False, "feeds spikes back, and a readout has none"
         if surrogate.kind not in KINDS:
             return False, f"has no kernel for {surrogate!r}; its formula is known to Python only"
         return True, ""

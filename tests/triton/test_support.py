@@ -29,8 +29,13 @@ CALL = {
         ("spiking_layer", {"device": torch.device("meta")}, "not on meta"),
         ("spiking_layer", {"dtype": torch.float16}, "not in torch.float16"),
         ("spiking_layer", {"surrogate": Surrogate("custom", function=torch.sigmoid)}, "sigmoid"),
+        (
+            "spiking_layer",
+            {"spec": NeuronSpec(reset="none", spiking=False), "recurrent": True},
+            "a readout has none",
+        ),
     ],
-    ids=["op", "device", "dtype", "surrogate"],
+    ids=["op", "device", "dtype", "surrogate", "recurrent readout"],
 )
 def test_refuses_with_a_reason(op, change, reason):
     ok, why = TritonBackend().supports(op, **(CALL | change))
