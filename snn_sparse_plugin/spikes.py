@@ -123,18 +123,11 @@ class SpikeTrain:
 
     # --- forms ---
 
-    def rows(self) -> Tensor:
-        """The row ``b * T + t`` of every event, int64 (events,)."""
-        counts = (self.indptr[1:] - self.indptr[:-1]).long()
-        return torch.repeat_interleave(
-            torch.arange(counts.numel(), device=self.device), counts, output_size=self.events
-        )
-
     def _dense_data(self) -> Tensor:
         out = torch.zeros(self.T, self.B, self.features, dtype=self.dtype, device=self.device)
-        rows = self.rows()
+        rows, columns = coordinates(self.indptr, self.indices)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
-        out[rows % max(self.T, 1), rows // max(self.T, 1), self.indices.long()] = values.detach()
+        out[rows % max(self.T, 1), rows // max(self.T, 1), columns] = values.detach()
         return out.view(self.shape)
 
     def to_dense(self) -> Tensor:
@@ -278,12 +271,15 @@ class _ToDense(torch.autograd.Function):
         T, B = ctx.shape[:2]
         if ctx.active is None:
             return grad.reshape(T, B, -1), None
-        indptr, indices = ctx.active
-        counts = (indptr[1:] - indptr[:-1]).long()
-        rows = torch.repeat_interleave(
-            torch.arange(counts.numel(), device=grad.device), counts, output_size=indices.numel()
-        )
-        return grad.reshape(T, B, -1)[rows % T, rows // T, indices.long()], None
+        rows, columns = coordinates(*ctx.active)
+        return grad.reshape(T, B, -1)[rows % T, rows // T, columns], None
+
+
+def coordinates(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Row ``b * T + t`` and column of every entry of a CSR pattern, int64."""
+    counts = (indptr[1:] - indptr[:-1]).long()
+    rows = torch.arange(counts.numel(), device=counts.device)
+    return torch.repeat_interleave(rows, counts, output_size=indices.numel()), indices.long()
 
 
 def as_spike_train(x: Any, batch_size: int | None = None) -> SpikeTrain:

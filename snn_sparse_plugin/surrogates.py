@@ -214,7 +214,11 @@ class _MaskedSpike(torch.autograd.Function):
 
 
 def masked_spike(
-    x: Tensor, function: Callable[[Tensor], Tensor], surrogate: Surrogate, threshold: float | None, min_active: float
+    x: Tensor,
+    function: Callable[[Tensor], Tensor],
+    surrogate: Surrogate,
+    threshold: float | None,
+    min_active: float,
 ) -> Tensor:
     """``function(x)`` with its gradient set to zero where ``|x| >= threshold`` [Perez-Nieves & Goodman, Def. 2].
 

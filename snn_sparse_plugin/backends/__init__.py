@@ -163,8 +163,9 @@ def select(
     spec: NeuronSpec,
     surrogate: Surrogate,
     recurrent: bool = False,
+    without: str = "",
 ) -> Backend:
-    """The backend for a call: the named one, or the first by priority that supports it.
+    """The backend for a call: the named one, or the first by priority (``without`` one) that supports it.
 
     Raises:
         UnsupportedError: the named backend is unknown, missing or cannot do this; the message says why.
@@ -176,7 +177,8 @@ def select(
         if not ok:
             raise UnsupportedError(f"backend {name!r} cannot run {op} on {device} in {dtype}: {reason}")
         return backend
-    found = sorted(registry.load_all("backends").values(), key=lambda b: -b.priority)
+    loaded = registry.load_all("backends").items()
+    found = sorted((b for n, b in loaded if n != without), key=lambda b: -b.priority)
     reasons = []
     for backend in found:
         ok, reason = _verdict(backend, op, what)
@@ -190,5 +192,8 @@ def select(
 
 
 def _verdict(backend: Backend, op: str, what: dict) -> tuple[bool, str]:
-    ok, reason = backend.available()
-    return backend.supports(op, **what) if ok else (ok, reason)
+    try:
+        ok, reason = backend.available()
+        return backend.supports(op, **what) if ok else (ok, reason)
+    except Exception as error:  # a third-party backend must not take the others down
+        return False, f"its own check failed with {type(error).__name__}: {error}"

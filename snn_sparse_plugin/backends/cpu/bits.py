@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -29,28 +31,25 @@ def _splat(builder: Any, vector: Any, scalar: Any) -> Any:
     return builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), zeros)
 
 
-@intrinsic
-def nonzero16(typingctx: Any, row: Any, offset: Any) -> Any:
-    """Bit k is set where ``row[offset + k] != 0``; NaN counts as nonzero."""
+def _compare(operator: str, constant: float, ordered: bool) -> Any:
+    """A mask function (row, offset) of one comparison with a constant."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes, vector = _lanes(context, builder, signature.args[0], *args)
-        mask = builder.fcmp_unordered("!=", lanes, ir.Constant(vector, None))
-        return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), ir.IntType(32))
+    def compare(typingctx: Any, row: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            lanes, vector = _lanes(context, builder, signature.args[0], *args)
+            other = ir.Constant(vector, [vector.element(constant)] * LANES)
+            test = builder.fcmp_ordered if ordered else builder.fcmp_unordered
+            mask = builder.bitcast(test(operator, lanes, other), ir.IntType(LANES))
+            return builder.zext(mask, ir.IntType(32))
 
-    return types.uint32(row, types.intp), codegen
+        return types.uint32(row, types.intp), codegen
+
+    return intrinsic(compare)
 
 
-@intrinsic
-def above16(typingctx: Any, row: Any, offset: Any) -> Any:
-    """Bit k is set where ``row[offset + k] > 0``."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes, vector = _lanes(context, builder, signature.args[0], *args)
-        mask = builder.fcmp_ordered(">", lanes, ir.Constant(vector, None))
-        return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), ir.IntType(32))
-
-    return types.uint32(row, types.intp), codegen
+nonzero16 = _compare("!=", 0.0, ordered=False)  # bit k: row[offset + k] != 0; NaN counts as nonzero
+ones16 = _compare("==", 1.0, ordered=True)
+above16 = _compare(">", 0.0, ordered=True)
 
 
 @intrinsic
@@ -91,3 +90,89 @@ def count_bits(typingctx: Any, mask: Any) -> Any:
         return builder.zext(builder.ctpop(args[0]), ir.IntType(64))
 
     return types.intp(types.uint32), codegen
+
+
+# AVX-512 packs the chosen lanes in one instruction; a loop over set bits mispredicts at every spike.
+_HAS_COMPRESS = bool(llvm.get_host_cpu_features().get("avx512f", False))
+
+
+def _compress(builder: Any, lanes: Any, vector: Any, mask: Any, name: str) -> Any:
+    bits = builder.bitcast(builder.trunc(mask, ir.IntType(LANES)), ir.VectorType(ir.IntType(1), LANES))
+    kind = ir.FunctionType(vector, [vector, vector, bits.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.mask.compress.{name}")
+    return builder.call(function, [lanes, ir.Constant(vector, None), bits])
+
+
+def _store(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, lanes: Any) -> None:
+    data = context.make_array(array_type)(context, builder, array).data
+    pointer = builder.bitcast(builder.gep(data, [offset]), lanes.type.as_pointer())
+    builder.store(lanes, pointer, align=array_type.dtype.bitwidth // 8)
+
+
+@intrinsic
+def _compress_columns(typingctx: Any, mask: Any, column: Any, out: Any, n: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        chosen, first, array, at = args
+        i32 = ir.IntType(32)
+        vector = ir.VectorType(i32, LANES)
+        lanes = builder.add(
+            _splat(builder, vector, builder.trunc(first, i32)), ir.Constant(vector, list(range(LANES)))
+        )
+        packed = _compress(builder, lanes, vector, chosen, "v16i32")
+        _store(context, builder, signature.args[2], array, at, packed)
+        return context.get_dummy_value()
+
+    return types.none(types.uint32, types.intp, out, types.intp), codegen
+
+
+@intrinsic
+def _compress_floats(typingctx: Any, mask: Any, row: Any, column: Any, out: Any, n: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        chosen, source, first, array, at = args
+        lanes, vector = _lanes(context, builder, signature.args[1], source, first)
+        packed = _compress(builder, lanes, vector, chosen, "v16f32")
+        _store(context, builder, signature.args[3], array, at, packed)
+        return context.get_dummy_value()
+
+    return types.none(types.uint32, row, types.intp, out, types.intp), codegen
+
+
+def _append_packed(mask, column, out, n):  # type: ignore[no-untyped-def]
+    _compress_columns(mask, column, out, n)
+    return n + count_bits(mask)
+
+
+def _append_looped(mask, column, out, n):  # type: ignore[no-untyped-def]
+    while mask != 0:
+        out[n] = column + lowest_bit(mask)
+        n += 1
+        mask &= mask - np.uint32(1)
+    return n
+
+
+def _pick_packed(mask, row, column, out, n):  # type: ignore[no-untyped-def]
+    _compress_floats(mask, row, column, out, n)
+
+
+def _pick_looped(mask, row, column, out, n):  # type: ignore[no-untyped-def]
+    while mask != 0:
+        out[n] = row[column + lowest_bit(mask)]
+        n += 1
+        mask &= mask - np.uint32(1)
+
+
+_inline = njit(nogil=True, forceinline=True)
+
+append_columns = _inline(_append_packed if _HAS_COMPRESS else _append_looped)
+"""``append_columns(mask, column, out, n)``: append ``column + k`` for every set bit k; returns the new ``n``.
+
+May write up to 16 entries past the new end: ``out`` needs that much slack.
+"""
+
+
+def pick_values(dtype: np.dtype) -> Any:
+    """The function ``(mask, row, column, out, n)`` that writes ``row[column + k]`` for every set bit k at ``n``."""
+    return _pick[_HAS_COMPRESS and dtype == np.float32]
+
+
+_pick = {True: _inline(_pick_packed), False: _inline(_pick_looped)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...spikes import MAX_EVENTS
-from .bits import LANES, lowest_bit, nonzero16
+from .bits import LANES, append_columns, nonzero16, ones16
 from .threads import parallel, split
 
 
@@ -23,18 +23,15 @@ def _scan(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-def]
     whole = M - M % LANES
     binary = True
     for r in range(first, last):
-        if n + M > out.shape[0]:
+        if n + M + LANES > out.shape[0]:
             return r, n, binary
         row = x[r]
         start = n
         for k in range(0, whole, LANES):
             mask = nonzero16(row, k)
-            while mask != 0:
-                column = k + lowest_bit(mask)
-                binary &= row[column] == 1
-                out[n] = column
-                n += 1
-                mask &= mask - np.uint32(1)
+            if mask != 0:
+                binary &= mask == ones16(row, k)
+                n = append_columns(mask, k, out, n)
         for column in range(whole, M):
             if row[column] != 0:
                 binary &= row[column] == 1
@@ -71,10 +68,10 @@ def events_from_dense(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     M = rows.shape[1]
 
     def scan(first: int, last: int) -> tuple[np.ndarray, bool]:
-        out = np.empty((last - first) * M // 16 + M, dtype=np.int32)
+        out = np.empty((last - first) * M // 16 + M + LANES, dtype=np.int32)
         at, n, binary = _scan(rows, first, last, T, B, counts, out, 0)
         while at < last:
-            grown = np.empty(2 * out.size + M, dtype=np.int32)
+            grown = np.empty(2 * out.size + M + LANES, dtype=np.int32)
             grown[:n] = out[:n]
             out = grown
             at, n, more = _scan(rows, at, last, T, B, counts, out, n)

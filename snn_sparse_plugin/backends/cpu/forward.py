@@ -2,119 +2,121 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import numpy as np
 from numba import njit
 
 from ...backends import CHUNK
-from .bits import LANES, above16, count_bits, lowest_bit, within16
-from .rows import add_rows, advance
+from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
+from .rows import Code, add_rows, advance, copy_row
 
 
-@njit(nogil=True, cache=True)
-def forward(  # type: ignore[no-untyped-def]
-    code,
-    first,
-    last,
-    T,
-    window,  # half-width of the active window, < 0: nothing is active
-    params,  # (5, N)
-    current,  # (T or 1, B, N) or empty
-    indptr,
-    indices,
-    values,
-    weight,  # (M, N): rows of W^T, or empty
-    bias,  # (N,)
-    rec_weight,  # (N, N): rows of W_rec^T, or empty
-    rec_bias,  # (N,)
-    rec0,  # (B, N)
-    v_state,  # (B, N), in place
-    i_state,
-    v_checkpoints,  # (chunks, B, N) or empty
-    i_checkpoints,
-    spikes,  # (T, B, N) or empty
-    mem,
-    out_ptr,  # (B * T + 1,): running counts of this range
-    out_idx,
-    act_ptr,
-    act_idx,
-    act_x,
-    counts,  # int64: events, active kept, active seen
-):
-    """Returns the sample it stopped before: ``last``, or earlier where a buffer could overflow."""
-    B, N = v_state.shape
-    dtype = v_state.dtype
-    x = np.empty(N, dtype)
-    rec = np.empty(N, dtype)
-    reset = np.zeros(N, dtype)
-    padded = -(-N // LANES) * LANES
-    distance = np.full(padded, -np.inf, dtype)
-    from_events = weight.shape[0] > 0
-    recurrent = rec_weight.shape[0] > 0
-    keep_events = out_idx.shape[0] > 0
-    keep_active = act_idx.shape[0] > 0
-    keep_chunks = v_checkpoints.shape[0] > 0
-    keep_spikes = spikes.shape[0] > 0
-    keep_mem = mem.shape[0] > 0
-    limit = dtype.type(window)
-    spiking = code[6] != 0
-    still = current.shape[0] == 1  # the same current at every step
-    n, n_act, seen = counts[0], counts[1], counts[2]
-    empty = np.empty(0, dtype)
+@cache
+def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
+    """The forward of one member of the neuron family; its branches are resolved at compile time."""
+    _, synapse, _, _, _, _, spiking, recurrent = code
+    pick = pick_values(dtype)
 
-    for b in range(first, last):
-        if keep_events and n + T * N > out_idx.shape[0]:
-            counts[0], counts[1], counts[2] = n, n_act, seen
-            return b
-        v, i = v_state[b], i_state[b]
-        previous = n  # where the spikes of the previous step begin
-        for t in range(T):
-            r = b * T + t
-            if keep_chunks and t % CHUNK == 0:
-                v_checkpoints[t // CHUNK, b] = v
-                if code[1]:
-                    i_checkpoints[t // CHUNK, b] = i
-            if from_events:
-                x[:] = bias
-                add_rows(x, weight, indices, values, indptr[r], indptr[r + 1])
-            else:
-                x[:] = current[0 if still else t, b]
-            if recurrent:
-                if t == 0:
-                    rec[:] = rec0[b]
+    @njit(nogil=True, cache=True)
+    def forward(  # type: ignore[no-untyped-def]
+        first,
+        last,
+        T,
+        window,  # half-width of the active window, < 0: nothing is active
+        params,  # (5, N)
+        current,  # (T or 1, B, N) or empty
+        indptr,
+        indices,
+        values,
+        weight,  # (M, N): rows of W^T, or empty
+        bias,  # (N,)
+        rec_weight,  # (N, N): rows of W_rec^T, or empty
+        rec_bias,  # (N,)
+        rec0,  # (B, N)
+        v_state,  # (B, N), in place
+        i_state,
+        v_checkpoints,  # (chunks, B, N) or empty
+        i_checkpoints,
+        spikes,  # (T, B, N) or empty
+        mem,
+        out_ptr,  # (B * T + 1,): running counts of this range
+        out_idx,
+        act_ptr,
+        act_idx,
+        act_x,
+        counts,  # int64: events, active kept, active seen
+    ):
+        """Returns the sample it stopped before: ``last``, or earlier where a buffer could overflow."""
+        B, N = v_state.shape
+        dtype = v_state.dtype
+        x = np.empty(N, dtype)
+        rec = np.empty(N, dtype)
+        reset = np.zeros(N, dtype)
+        padded = -(-N // LANES) * LANES
+        distance = np.full(padded, -np.inf, dtype)
+        from_events = weight.shape[0] > 0
+        keep_events = out_idx.shape[0] > 0
+        keep_active = act_idx.shape[0] > 0
+        keep_chunks = v_checkpoints.shape[0] > 0
+        keep_spikes = spikes.shape[0] > 0
+        keep_mem = mem.shape[0] > 0
+        limit = dtype.type(window)
+        one, zero = dtype.type(1), dtype.type(0)
+        still = current.shape[0] == 1  # the same current at every step
+        n, n_act, seen = counts[0], counts[1], counts[2]
+        empty = np.empty(0, dtype)
+
+        for b in range(first, last):
+            if keep_events and n + T * N + LANES > out_idx.shape[0]:
+                counts[0], counts[1], counts[2] = n, n_act, seen
+                return b
+            v, i = v_state[b], i_state[b]
+            previous = n  # where the spikes of the previous step begin
+            for t in range(T):
+                r = b * T + t
+                if keep_chunks and t % CHUNK == 0:
+                    copy_row(v_checkpoints[t // CHUNK, b], v)
+                    if synapse:
+                        copy_row(i_checkpoints[t // CHUNK, b], i)
+                if from_events:
+                    copy_row(x, bias)
+                    add_rows(x, weight, indices, values, indptr[r], indptr[r + 1])
                 else:
-                    rec[:] = rec_bias
-                    add_rows(rec, rec_weight, out_idx, empty, previous, n)
-                previous = n
-            advance(code, params, x, rec, recurrent, v, i, reset, distance)
-            if keep_mem:
-                mem[t, b] = v
-            if not spiking:
-                continue
-            if keep_spikes:
-                row = spikes[t, b]
-                for j in range(N):
-                    row[j] = 1 if distance[j] > 0 else 0
-            if keep_events:
-                for k in range(0, padded, LANES):
-                    mask = above16(distance, k)
-                    while mask != 0:
-                        out_idx[n] = k + lowest_bit(mask)
-                        n += 1
-                        mask &= mask - np.uint32(1)
-                out_ptr[r + 1] = n
-            if window >= 0:
-                room = keep_active and n_act + N <= act_idx.shape[0]
-                for k in range(0, padded, LANES):
-                    mask = within16(distance, k, limit)
-                    seen += count_bits(mask)
-                    if room:
-                        while mask != 0:
-                            j = k + lowest_bit(mask)
-                            act_idx[n_act] = j
-                            act_x[n_act] = distance[j]
-                            n_act += 1
-                            mask &= mask - np.uint32(1)
-                if keep_active:
-                    act_ptr[r + 1] = n_act
-    counts[0], counts[1], counts[2] = n, n_act, seen
-    return last
+                    copy_row(x, current[0 if still else t, b])
+                if recurrent:
+                    if t == 0:
+                        copy_row(rec, rec0[b])
+                    else:
+                        copy_row(rec, rec_bias)
+                        add_rows(rec, rec_weight, out_idx, empty, previous, n)
+                    previous = n
+                advance(code, params, x, rec, v, i, reset, distance)
+                if keep_mem:
+                    copy_row(mem[t, b], v)
+                if not spiking:
+                    continue
+                if keep_spikes:
+                    row = spikes[t, b]
+                    for j in range(N):
+                        row[j] = one if distance[j] > zero else zero
+                if keep_events:
+                    for k in range(0, padded, LANES):
+                        n = append_columns(above16(distance, k), k, out_idx, n)
+                    out_ptr[r + 1] = n
+                if window >= 0:
+                    room = keep_active and n_act + padded + LANES <= act_idx.shape[0]
+                    for k in range(0, padded, LANES):
+                        mask = within16(distance, k, limit)
+                        seen += count_bits(mask)
+                        if room:
+                            pick(mask, distance, k, act_x, n_act)
+                            n_act = append_columns(mask, k, act_idx, n_act)
+                    if keep_active:
+                        act_ptr[r + 1] = n_act
+        counts[0], counts[1], counts[2] = n, n_act, seen
+        return last
+
+    return forward

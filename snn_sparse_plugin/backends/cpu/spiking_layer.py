@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends import CHUNK, InputGrads, LayerCall, LayerResult, OutputGrads, Saved
+from ...backends import CHUNK, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
 from ...dynamics import NeuronSpec
 from ...errors import InputError
 from ...spikes import MAX_EVENTS, Active
-from .backward import backward_active, backward_replay
-from .forward import forward
-from .rows import encode, surrogate_row
+from .bits import LANES
+from .backward import backward_active_kernel
+from .forward import forward_kernel
+from .replay import backward_replay_kernel
+from .rows import Code, encode, surrogate_row
 from .threads import parallel, split
 
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
@@ -43,25 +45,25 @@ def run_forward(call: LayerCall) -> LayerResult:
     act_ptr = np.zeros(B * T + 1 if want_list else 0, dtype=np.int32)
     inputs = _inputs(call, np_dtype)
     window = -1.0 if call.threshold is None or not call.needs_grad or not spec.spiking else call.threshold
-    code, params = encode(spec), _numpy(call.params)
+    forward, params = forward_kernel(_code(call), np_dtype), _numpy(call.params)
     states = [_numpy(x) for x in (v, i, v_checkpoints, i_checkpoints)]
     records = [_array(spikes, np_dtype, 3), _array(mem, np_dtype, 3)]
 
     def run(first: int, last: int) -> list[Any]:
         size = (last - first) * T * N
-        events = np.empty(size // 16 + T * N if want_events else 0, dtype=np.int32)
-        room = int(LIST_BELOW * size) + N if want_list else 0
+        events = np.empty(size // 16 + T * N + LANES if want_events else 0, dtype=np.int32)
+        room = int(LIST_BELOW * size) + N + 2 * LANES if want_list else 0
         act_idx, act_x = np.empty(room, dtype=np.int32), np.empty(room, dtype=np_dtype)
         counts = np.zeros(3, dtype=np.int64)
         at = first
         while True:
             at = forward(
-                *(code, at, last, T, window, params, *inputs, *states, *records),
+                *(at, last, T, window, params, *inputs, *states, *records),
                 *(out_ptr, events, act_ptr, act_idx, act_x, counts),
             )
             if at == last:
                 return [events[: counts[0]], act_idx[: counts[1]], act_x[: counts[1]], counts]
-            grown = np.empty(2 * events.size + T * N, dtype=np.int32)
+            grown = np.empty(2 * events.size + T * N + LANES, dtype=np.int32)
             grown[: counts[0]] = events[: counts[0]]
             events = grown
 
@@ -129,19 +131,23 @@ def run_backward(
     dense = [_array(grads.spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
     shared_in = [_numpy(cv), _numpy(ci)]
     shared_out = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
-    code, params = encode(call.spec), _numpy(call.params)
+    code, params = _code(call), _numpy(call.params)
     current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0 = inputs
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
     want_params = need["params"] and call.params_grad
     use_list = saved.u is not None and not want_params and not _needs_replay(call.spec)
+    calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
     u = phi = np.empty(0, np_dtype)
     if use_list:
         assert saved.u is not None
         u = _numpy(saved.u)
         phi = np.empty_like(u)
         parallel(
-            [lambda r=r: surrogate_row(surrogate, p, q, -1.0, u[slice(*r)], phi[slice(*r)]) for r in split(u.size)]  # type: ignore[misc]
+            [
+                lambda r=r: surrogate_row(surrogate, p, q, -1.0, u[slice(*r)], phi[slice(*r)])
+                for r in split(u.size)
+            ]  # type: ignore[misc]
         )
 
     def run(first: int, last: int) -> list[np.ndarray]:
@@ -156,8 +162,8 @@ def run_backward(
         g_params = zeros(want_params, 5, N)
         outs = [g_weight, g_bias, *shared_out, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2)]
         if use_list:
-            backward_active(
-                *(code, first, last, T, params, _numpy(call.v0), indptr, indices, values, weight),
+            backward_active_kernel(code)(
+                *(first, last, T, params, _numpy(call.v0), indptr, indices, values, weight),
                 *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, phi),
                 *(g_out, *dense, *shared_in, *outs),
             )
@@ -166,10 +172,10 @@ def run_backward(
                 _array(saved.v_checkpoints, np_dtype, 3),
                 _array(saved.i_checkpoints, np_dtype, 3),
             )
-            backward_replay(
-                *(code, first, last, T, window, surrogate, p, q, params, *checkpoints),
+            backward_replay_kernel(code)(
+                *(first, last, T, window, surrogate, p, q, params, *checkpoints),
                 *(current, indptr, indices, values, weight, bias, in_ptr, in_idx),
-                *(rec_weight, rec_bias, rec0, out_ptr, out_idx, act_ptr, g_out, act_idx),
+                *(rec_weight, rec_bias, rec0, out_ptr, out_idx, act_ptr, act_idx, g_out),
                 *(*dense, *shared_in, *outs, g_params),
             )
         return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
@@ -195,6 +201,10 @@ def run_backward(
 def _needs_replay(spec: NeuronSpec) -> bool:
     """Whether the adjoint needs the state itself, not only the spikes and the active list."""
     return spec.timing == "corrected" and spec.reset == "zero"
+
+
+def _code(call: LayerCall) -> Code:
+    return encode(call.spec, call.rec_weight is not None)
 
 
 def _inputs(call: LayerCall, dtype: np.dtype) -> tuple[np.ndarray, ...]:

@@ -16,6 +16,8 @@ from ...errors import InputError, UnsupportedError
 from ...spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from ...surrogates import Surrogate
 from . import autograd
+from .library import spiking_layer_op
+from .products import events_or_product
 
 __all__ = ["SpikingLayerOutput", "spiking_layer"]
 
@@ -80,22 +82,31 @@ def spiking_layer(
     """
     spec = spec or NeuronSpec()
     surrogate = surrogate or Surrogate("atan", (2.0,))
-    config = current_config().updated(**overrides) if overrides else current_config()
     train, dense = _input(x, weight, name)
     first = train if train is not None else dense
     assert first is not None
     dtype, device, (T, B) = first.dtype, first.device, first.shape[:2]
     features = (weight.shape[0],) if weight is not None else tuple(first.shape[2:])
     N = math.prod(features)
-    _check_tensors(
-        name, dtype, device, N, first, weight, bias, recurrent_weight, recurrent_bias, check=config.check
-    )
+    _check_tensors(name, dtype, device, N, weight, bias, recurrent_weight, recurrent_bias)
     packed = _pack_params(params, features, dtype, device, name)
     v0, i0, s0 = _pack_state(state, spec, recurrent_weight is not None, (B, *features), dtype, device, name)
-    threshold = surrogate.resolve(config.backprop_threshold)
     rec0 = None
     if recurrent_weight is not None:
         rec0 = F.linear(s0.to(dtype), recurrent_weight, recurrent_bias)  # type: ignore[union-attr]
+    if torch.compiler.is_compiling():
+        if events or dense is None:
+            raise UnsupportedError(f"{name}: inside torch.compile the op takes and returns dense tensors.")
+        if surrogate.kind == "custom":
+            raise UnsupportedError(f"{name}: a custom surrogate function cannot enter a compiled graph.")
+        flat = dense if weight is not None else dense.reshape(T, B, N)
+        inputs = (flat, weight, bias, recurrent_weight, recurrent_bias, rec0, v0, i0, packed)
+        spikes, mem, v, i = spiking_layer_op(inputs, spec, surrogate, overrides)
+        return _output(spikes, mem if return_mem else None, v, i, s0 is not None, (T, B), features, math.nan)
+
+    config = current_config().updated(**overrides) if overrides else current_config()
+    if config.check:
+        _check_finite(name, input=dense, weight=weight, bias=bias, recurrent_weight=recurrent_weight)
     chosen = select(
         config.backend,
         "spiking_layer",
@@ -106,32 +117,12 @@ def spiking_layer(
         recurrent=recurrent_weight is not None,
     )
 
-    if torch.compiler.is_compiling():
-        if events or train is not None:
-            raise UnsupportedError(f"{name}: inside torch.compile the op takes and returns dense tensors.")
-        assert dense is not None
-        flat = dense if weight is not None else dense.reshape(T, B, N)
-        spikes, mem, v, i = autograd.compiled(
-            flat,
-            weight,
-            bias,
-            (recurrent_weight, recurrent_bias, rec0),
-            (v0, i0),
-            packed,
-            spec,
-            surrogate,
-            threshold,
-            config.min_active,
-            chosen.name,
-        )
-        return _output(spikes, mem if return_mem else None, v, i, s0 is not None, (T, B), features, math.nan)
-
     current = None
     if train is not None and 0 in (*train.shape, N):
         train, dense = None, train.to_dense()
     if weight is not None and train is None:
         assert dense is not None
-        train, current = _events_or_product(dense, weight, bias)
+        train, current = events_or_product(dense, weight, bias)
     elif weight is None:
         current = (train.to_dense() if train is not None else dense).reshape(T, B, N)  # type: ignore[union-attr]
         train = None
@@ -144,7 +135,7 @@ def spiking_layer(
     call = LayerCall(
         spec=spec,
         surrogate=surrogate,
-        threshold=threshold,
+        threshold=surrogate.resolve(config.backprop_threshold),
         min_active=config.min_active,
         T=T,
         B=B,
@@ -227,7 +218,11 @@ def _input(x: Any, weight: Tensor | None, name: str) -> tuple[SpikeTrain | None,
 
 
 def _check_tensors(
-    name: str, dtype: torch.dtype, device: torch.device, N: int, first: Any, *tensors: Tensor | None, check: bool
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    N: int,
+    *tensors: Tensor | None,
 ) -> None:
     labels = ("weight", "bias", "recurrent_weight", "recurrent_bias")
     shapes = (None, (N,), (N, N), (N,))
@@ -240,10 +235,12 @@ def _check_tensors(
             raise InputError(f"{name}: {label} is on {tensor.device}, the input on {device}.")
         if shape is not None and tuple(tensor.shape) != shape:
             raise InputError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected {shape}.")
-        if check and not bool(torch.isfinite(tensor).all()):
+
+
+def _check_finite(name: str, **tensors: Tensor | None) -> None:
+    for label, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name}: {label} has NaN or infinite values.")
-    if check and isinstance(first, Tensor) and not bool(torch.isfinite(first).all()):
-        raise InputError(f"{name}: input has NaN or infinite values.")
 
 
 def _pack_params(
@@ -296,23 +293,3 @@ def _pack_state(
         one("i", state.i) if spec.synapse else None,
         one("spikes", state.spikes) if recurrent else None,
     )
-
-
-def _events_or_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[SpikeTrain | None, Tensor | None]:
-    """Events of a sparse input, or the dense product: for dense, constant or differentiable inputs."""
-    if x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
-        return None, F.linear(x, weight, bias)
-    if x.shape[0] > 1 and x.stride(0) == 0:  # the same tensor at every step: multiply once
-        return None, F.linear(x[0], weight, bias).expand(x.shape[0], -1, -1)
-    if _looks_dense(x):
-        return None, F.linear(x, weight, bias)
-    return SpikeTrain.from_dense(x), None
-
-
-def _looks_dense(x: Tensor) -> bool:
-    """Whether a sample of the rows is denser than where adding rows beats a matrix product."""
-    rows = x.reshape(-1, x.shape[-1]) if x.is_contiguous() else x.flatten(0, 1)
-    sample = rows[:: max(1, rows.shape[0] // 64)]
-    return float(sample.count_nonzero()) > autograd.DENSE_ABOVE * sample.numel()

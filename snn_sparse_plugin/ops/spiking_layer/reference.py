@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import CHUNK, Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
+from ...backends import (
+    CHUNK,
+    Backend,
+    InputGrads,
+    LayerCall,
+    LayerResult,
+    OutputGrads,
+    Saved,
+    calls,
+)
 from ...dynamics import NeuronSpec
-from ...spikes import Active, SpikeTrain
+from ...spikes import Active, SpikeTrain, coordinates
 
 Spike = Callable[[Tensor], Tensor]
 
@@ -146,6 +156,21 @@ class ReferenceBackend(Backend):
         needs: tuple[bool, ...],
     ) -> InputGrads:
         calls[self.name, "backward"] += 1
+        arguments = (call, saved, events, grads, needs)
+        if _autograd_works():
+            return self._backward(*arguments)
+        # inside a torch.library op nothing is recorded on this thread, and gradients would silently be zero
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(self._backward, *arguments).result()
+
+    def _backward(
+        self,
+        call: LayerCall,
+        saved: Saved,
+        events: tuple[Tensor, Tensor] | None,
+        grads: OutputGrads,
+        needs: tuple[bool, ...],
+    ) -> InputGrads:
         surrogate, threshold = call.surrogate, saved.threshold
 
         def spike(x: Tensor) -> Tensor:
@@ -183,12 +208,17 @@ class ReferenceBackend(Backend):
 
         grad_input = result(dense, needs[0])
         if grad_input is not None and call.train is not None and call.train.active is not None:
-            rows, columns = _coordinates(call.train.active)
+            rows, columns = coordinates(*call.train.active)
             T = call.T
             grad_input = grad_input[rows % T, rows // T, columns]
         return InputGrads(
             grad_input, *(result(inputs[name], need) for name, need in zip(_FIELDS, needs[1:], strict=True))
         )
+
+
+def _autograd_works() -> bool:
+    with torch.enable_grad():
+        return (torch.zeros((), requires_grad=True) * 1).requires_grad
 
 
 class _Replay(torch.autograd.Function):
@@ -211,9 +241,3 @@ def _csr(mask: Tensor) -> tuple[Tensor, Tensor]:
     indptr = torch.zeros(mask.shape[0] * mask.shape[1] + 1, dtype=torch.int32, device=mask.device)
     indptr[1:] = torch.bincount(rows, minlength=indptr.numel() - 1).cumsum(0)
     return indptr, columns.to(torch.int32)
-
-
-def _coordinates(active: Active) -> tuple[Tensor, Tensor]:
-    counts = (active.indptr[1:] - active.indptr[:-1]).long()
-    rows = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-    return rows, active.indices.long()

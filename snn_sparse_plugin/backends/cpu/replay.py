@@ -1,0 +1,252 @@
+"""Backward kernel that recomputes each chunk of steps from its checkpoint.
+
+For exact mode, for windows so wide that a list of active entries would be larger than the states, and for gradients
+of decays and thresholds, which need the states themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from ...backends import CHUNK
+from .backward import carry, emit, emit_recurrent
+from .rows import (
+    CORRECTED,
+    DECAY,
+    DELAYED,
+    EULER,
+    IMMEDIATE,
+    LEAK,
+    MEM,
+    RESET_VALUE,
+    STATE,
+    SUBTRACT,
+    SUM,
+    SYN,
+    THRESHOLD,
+    VALUE,
+    ZERO,
+    Code,
+    add_rows,
+    advance,
+    copy_row,
+    dot,
+    reset_row,
+    surrogate_row,
+)
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _params_grad(code, params, phi, g, mu, lam, reset, carried, distance, v, i, jump, ci, out):  # type: ignore[no-untyped-def]
+    """Add one step to the gradients of decays, threshold, leak and reset value."""
+    update, _, kind, timing, scope, _, spiking, _ = code
+    N = lam.shape[0]
+    one, zero = lam.dtype.type(1), lam.dtype.type(0)
+    mem, leak = params[MEM], params[LEAK]
+    if spiking:
+        for j in range(N):
+            s = one if distance[j] > zero else zero
+            out[THRESHOLD, j] -= phi[j] * g[j]
+            if kind == SUBTRACT and timing != DELAYED:
+                out[THRESHOLD, j] -= (s - reset[j]) * mu[j]
+            elif kind == VALUE:
+                out[RESET_VALUE, j] += s * mu[j]
+    if carried and kind == SUBTRACT:
+        for j in range(N):
+            out[THRESHOLD, j] -= reset[j] * lam[j]
+    for j in range(N):
+        passed = lam[j]
+        if carried and kind == ZERO:  # neither the state nor, with scope sum, the sum passes a reset
+            passed = (one - reset[j]) * passed
+        if update == DECAY:
+            out[MEM, j] += passed * v[j]
+            through = passed if scope == SUM else lam[j]
+            out[SYN, j] += (through + ci[j]) * i[j]
+        else:
+            out[MEM, j] += lam[j] * ((leak[j] - v[j]) + jump[j])
+            out[LEAK, j] += lam[j] * mem[j]
+            out[SYN, j] -= ci[j] * jump[j]
+
+
+@cache
+def backward_replay_kernel(code: Code) -> Callable[..., Any]:
+    """The backward that replays, for one member of the neuron family."""
+    update, synapse, kind, timing, scope, attached, spiking, recurrent = code
+
+    @njit(nogil=True, cache=True)
+    def backward_replay(  # type: ignore[no-untyped-def]
+        first,
+        last,
+        T,
+        window,
+        surrogate,
+        first_param,
+        second_param,
+        params,
+        v_checkpoints,
+        i_checkpoints,
+        current,
+        indptr,
+        indices,
+        values,
+        weight,
+        bias,
+        in_ptr,
+        in_idx,
+        rec_weight,
+        rec_bias,
+        rec0,
+        out_ptr,
+        out_idx,
+        act_ptr,
+        act_idx,
+        g_out,
+        g_spikes,
+        g_mem,
+        cv_state,
+        ci_state,
+        g_weight,
+        g_bias,
+        g_active,
+        g_current,
+        g_rec_weight,
+        g_rec_bias,
+        g_rec0,
+        g_params,  # (5, N) of this range, or empty
+    ):
+        N = cv_state.shape[1]
+        dtype = cv_state.dtype
+        one, zero = dtype.type(1), dtype.type(0)
+        threshold, reset_value = params[THRESHOLD], params[RESET_VALUE]
+        # the replayed chunk: states before each step, what was added to the current, u - threshold
+        v_rows, i_rows = np.empty((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
+        jumps, distances = np.zeros((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
+        v, i, x, rec = np.empty(N, dtype), np.zeros(N, dtype), np.empty(N, dtype), np.zeros(N, dtype)
+        reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
+        mu, lam, nu = np.empty(N, dtype), np.empty(N, dtype), np.zeros(N, dtype)
+        has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
+        from_events = indptr.shape[0] > 0
+        want_params = g_params.shape[0] > 0
+        still = current.shape[0] == 1
+        for b in range(first, last):
+            cv, ci = cv_state[b], ci_state[b]
+            for chunk in range((T - 1) // CHUNK, -1, -1):
+                start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
+                copy_row(v, v_checkpoints[chunk, b])
+                if synapse:
+                    copy_row(i, i_checkpoints[chunk, b])
+                for t in range(start, stop):
+                    r, k = b * T + t, t - start
+                    if from_events:
+                        copy_row(x, bias)
+                        add_rows(x, weight, indices, values, indptr[r], indptr[r + 1])
+                    else:
+                        copy_row(x, current[0 if still else t, b])
+                    if recurrent:
+                        if t == 0:
+                            copy_row(rec, rec0[b])
+                        else:
+                            copy_row(rec, rec_bias)
+                            add_rows(rec, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r])
+                    copy_row(v_rows[k], v)
+                    if synapse:
+                        copy_row(i_rows[k], i)
+                    if want_params and update != DECAY:
+                        jump = jumps[k]
+                        for j in range(N):
+                            jump[j] = x[j] + rec[j]
+                        if update == EULER:
+                            for j in range(N):
+                                jump[j] = i[j] + jump[j]
+                    advance(code, params, x, rec, v, i, reset, distances[k])
+
+                for t in range(stop - 1, start - 1, -1):
+                    r, k = b * T + t, t - start
+                    distance, v_before = distances[k], v_rows[k]
+                    copy_row(mu, cv)
+                    if has_mem:
+                        row = g_mem[t, b]
+                        for j in range(N):
+                            mu[j] += row[j]
+                    carried = reset_row(code, params, v_before, reset)
+                    copy_row(lam, mu)
+                    if spiking:
+                        surrogate_row(surrogate, first_param, second_param, window, distance, phi)
+                        if has_spikes:
+                            copy_row(g, g_spikes[t, b])
+                        else:
+                            for j in range(N):
+                                g[j] = zero
+                        if has_out:
+                            for a in range(act_ptr[r], act_ptr[r + 1]):
+                                g[act_idx[a]] += g_out[a]
+                        if recurrent and t < T - 1:
+                            for j in range(N):
+                                if phi[j] != 0:
+                                    g[j] += dot(rec_weight[j], nu)
+                        if attached:
+                            for j in range(N):
+                                u = distance[j] + threshold[j]
+                                if kind == SUBTRACT:
+                                    g[j] -= threshold[j] * mu[j]
+                                elif kind == VALUE:
+                                    g[j] += (reset_value[j] - u) * mu[j]
+                                elif kind == ZERO:
+                                    g[j] -= u * mu[j]
+                        if timing == IMMEDIATE and (kind == VALUE or kind == ZERO):
+                            for j in range(N):
+                                lam[j] = zero if distance[j] > zero else mu[j]
+                        elif timing == CORRECTED and kind == ZERO:
+                            for j in range(N):
+                                lam[j] = (one - ((one if distance[j] > zero else zero) - reset[j])) * mu[j]
+                        for j in range(N):
+                            lam[j] += phi[j] * g[j]
+                    if want_params:
+                        _params_grad(
+                            code,
+                            params,
+                            phi,
+                            g,
+                            mu,
+                            lam,
+                            reset,
+                            carried,
+                            distance,
+                            v_before,
+                            i_rows[k],
+                            jumps[k],
+                            ci,
+                            g_params,
+                        )
+                    if carried and kind == ZERO and scope == SUM:
+                        for j in range(N):
+                            lam[j] = (one - reset[j]) * lam[j]
+                    carry(code, params, lam, cv, ci, nu)
+                    if carried and kind == ZERO and scope == STATE:
+                        for j in range(N):
+                            cv[j] = (one - reset[j]) * cv[j]
+                    emit(
+                        t,
+                        b,
+                        r,
+                        nu,
+                        indptr,
+                        indices,
+                        values,
+                        weight,
+                        in_ptr,
+                        in_idx,
+                        g_weight,
+                        g_bias,
+                        g_active,
+                        g_current,
+                    )
+                    if recurrent:
+                        emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
+
+    return backward_replay

@@ -1,0 +1,33 @@
+"""How an input meets its weights: as events whose rows are added, or as one dense product."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...spikes import SpikeTrain
+
+DENSE_ABOVE = (
+    0.25  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
+)
+
+
+def events_or_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[SpikeTrain | None, Tensor | None]:
+    """Events of a sparse input (T, B, M), or the current (T, B, N) of a dense, constant or differentiable one."""
+    if x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
+        return None, F.linear(x, weight, bias)
+    if x.shape[0] > 1 and x.stride(0) == 0:  # the same tensor at every step: multiply once
+        return None, F.linear(x[0], weight, bias).expand(x.shape[0], -1, -1)
+    if _looks_dense(x):
+        return None, F.linear(x, weight, bias)
+    return SpikeTrain.from_dense(x), None
+
+
+def _looks_dense(x: Tensor) -> bool:
+    """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
+    rows = x.flatten(0, 1)
+    sample = rows[:: max(1, rows.shape[0] // 64)]
+    return float(sample.count_nonzero()) > DENSE_ABOVE * sample.numel()

@@ -1,0 +1,45 @@
+"""What several test files need: weights on a binary grid, relative norms, the neuron family."""
+
+import torch
+
+from snn_sparse_plugin import NeuronSpec
+
+STEP = 2.0**-8  # sums of 0/1 inputs times multiples of this are exact in float32, in any order
+
+
+def on_grid(*shape, scale=1.0):
+    """Random multiples of 2^-8 in [-scale, scale]."""
+    return torch.round((2 * torch.rand(shape) - 1) * scale / STEP) * STEP
+
+
+def spikes(*shape, p=0.1):
+    return (torch.rand(shape) < p).float()
+
+
+def relative(a, b):
+    """Norm of the difference relative to the norm of b."""
+    scale = b.norm()
+    return ((a - b).norm() / scale).item() if scale > 0 else a.norm().item()
+
+
+def family():
+    """Every member of the canonical family."""
+    found = []
+    for synapse in (False, True):
+        for reset, scope in [("none", "state"), ("subtract", "state"), ("zero", "state"), ("zero", "sum")]:
+            found.append(NeuronSpec("decay", synapse, reset, "delayed", scope))
+            if reset != "none":
+                found.append(NeuronSpec("decay", synapse, reset, "corrected", scope, attached=True))
+                found.append(NeuronSpec("decay", synapse, reset, "corrected", scope))
+    for update in ("decay", "euler", "box"):
+        for reset in ("none", "subtract", "zero", "value"):
+            for attached in (False, True):
+                found.append(NeuronSpec(update, update == "euler", reset, "immediate", attached=attached))
+        found.append(NeuronSpec(update, update == "euler", "none", spiking=False))
+    return found
+
+
+def name(spec):
+    parts = [spec.update, "synapse" if spec.synapse else "", spec.reset, spec.timing, spec.scope]
+    parts += ["attached" if spec.attached else "", "" if spec.spiking else "readout"]
+    return "-".join(p for p in parts if p)

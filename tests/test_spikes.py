@@ -1,0 +1,151 @@
+"""SpikeTrain: forms, gradients, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import spikes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snn_sparse_plugin import InputError, MissingDependencyError, SpikeTrain
+from snn_sparse_plugin.spikes import Active, _events_from_dense, as_spike_train
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.integers(0, 5),
+    B=st.integers(0, 4),
+    features=st.lists(st.sampled_from([0, 1, 3, 15, 16, 17, 40]), min_size=1, max_size=3),
+    p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    graded=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16]),
+)
+def test_round_trip(T, B, features, p, graded, dtype):
+    x = spikes(T, B, *features, p=p).to(dtype)
+    if graded:
+        x = x * torch.rand_like(x).clamp(min=0.1)
+    train = SpikeTrain.from_dense(x)
+    assert torch.equal(train.to_dense(), x)
+    assert train.dtype == dtype
+    assert train.shape == x.shape
+    assert train.events == int((x != 0).sum())
+    for a, b in zip(_events_from_dense(x), (train.indptr, train.indices, train.values), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_other_sparse_forms_round_trip():
+    x = spikes(7, 3, 11) * 2.0
+    train = SpikeTrain.from_dense(x)
+    csr = train.to_sparse_csr()
+    assert csr.shape == (21, 11)
+    assert torch.equal(csr.to_dense()[1 * 7 + 4], x[4, 1])  # row b * T + t
+    assert torch.equal(SpikeTrain.from_sparse_csr(csr, batch_size=3).to_dense(), x)
+    assert torch.equal(as_spike_train(csr, batch_size=3).to_dense(), x)
+    assert torch.equal(as_spike_train(x.to_sparse()).to_dense(), x)
+    assert as_spike_train(train) is train
+
+
+def test_batched_csr():
+    x = torch.zeros(4, 2, 6)
+    x[:, :, 3] = 1  # batched CSR wants the same number of entries in every matrix
+    assert torch.equal(as_spike_train(x.to_sparse_csr()).to_dense(), x)
+
+
+def test_coo_keeps_order_of_columns_and_drops_stored_zeros():
+    indices = torch.tensor([[0, 0, 1], [0, 0, 0], [4, 1, 2]])
+    train = as_spike_train(torch.sparse_coo_tensor(indices, torch.tensor([1.0, 1.0, 0.0]), (2, 1, 5)))
+    assert train.indices.tolist() == [1, 4]
+    assert train.indptr.tolist() == [0, 2, 2]
+
+
+def test_torch_sparse_round_trip():
+    pytest.importorskip("torch_sparse", reason="torch_sparse is not installed")
+    x = spikes(7, 3, 11)
+    matrix = SpikeTrain.from_dense(x).to_torch_sparse()
+    assert torch.equal(as_spike_train(matrix, batch_size=3).to_dense(), x)
+
+
+def test_torch_sparse_missing_says_what_to_install():
+    try:
+        import torch_sparse  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingDependencyError, match=r"snn-sparse-plugin\[torch-sparse\]"):
+            SpikeTrain.from_dense(spikes(2, 2, 2)).to_torch_sparse()
+    else:
+        pytest.skip("torch_sparse is installed")
+
+
+def test_views_share_events():
+    train = SpikeTrain.from_dense(spikes(4, 2, 3, 5))
+    flat = train.flatten()
+    assert flat.shape == (4, 2, 15)
+    assert flat.indices is train.indices
+    assert train.view(5, -1).shape == (4, 2, 5, 3)
+    assert torch.equal(flat.to_dense(), train.to_dense().flatten(2))
+
+
+def test_non_contiguous_and_expanded_inputs():
+    x = spikes(3, 5, 20).transpose(0, 1)
+    assert torch.equal(SpikeTrain.from_dense(x).to_dense(), x)
+    still = spikes(1, 5, 20).expand(6, -1, -1)
+    assert torch.equal(SpikeTrain.from_dense(still).to_dense(), still)
+
+
+def test_gradient_reaches_active_entries_only():
+    active = Active(torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([2, 0, 1], dtype=torch.int32))
+    carrier = torch.zeros(3, requires_grad=True)
+    train = SpikeTrain(
+        torch.tensor([0, 1, 1], dtype=torch.int32),
+        torch.tensor([0], dtype=torch.int32),
+        (1, 2, 3),
+        carrier=carrier,
+        active=active,
+    )
+    weight = torch.arange(6.0).view(1, 2, 3)
+    (train.to_dense() * weight).sum().backward()
+    assert carrier.grad.tolist() == [2.0, 3.0, 4.0]
+
+
+def test_minus_zero_is_no_spike():
+    assert SpikeTrain.from_dense(torch.full((2, 2, 20), -0.0)).events == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [3, 17])
+def test_non_finite_input_raises(bad, column):
+    x = torch.zeros(2, 2, 18)
+    x[1, 0, column] = bad
+    with pytest.raises(InputError, match="NaN or infinite"):
+        SpikeTrain.from_dense(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SpikeTrain.from_dense(torch.ones(3, 4)), r"\(T, B, N...\)"),
+        (lambda: SpikeTrain.from_dense(torch.ones(3, 4, 5, dtype=torch.int64)), "floating dtype"),
+        (lambda: SpikeTrain.from_dense(torch.full((3, 4, 5), 0.5), binary=True), "must be 0 or 1, found 0.5"),
+        (lambda: as_spike_train(torch.eye(6).to_sparse_csr()), "batch_size"),
+        (lambda: as_spike_train(torch.eye(6).to_sparse_csr(), batch_size=4), "do not divide"),
+        (lambda: as_spike_train(np.zeros((2, 2, 2))), "got ndarray"),
+        (lambda: as_spike_train(torch.eye(6).to_sparse()), r"COO tensor \(T, B, N...\)"),
+        (lambda: SpikeTrain(torch.zeros(3), torch.zeros(0), (1, 2, 3)), "must be int32"),
+        (
+            lambda: SpikeTrain(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), (1, 2, 3)),
+            r"B \* T \+ 1 = 3",
+        ),
+    ],
+    ids=["2d", "integer", "not-binary", "csr-without-batch", "csr-batch", "numpy", "coo-2d", "dtype", "indptr"],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_a_train_with_a_gradient_does_not_move():
+    train = SpikeTrain.from_dense(spikes(2, 2, 3))
+    train.carrier = torch.zeros(2, 2, 3, requires_grad=True)
+    with pytest.raises(InputError, match="detach"):
+        train.to("meta")
+    assert not train.detach().requires_grad
+    assert "density" in repr(train)
