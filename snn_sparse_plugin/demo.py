@@ -103,7 +103,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         set_threads(options.threads)
     data = load_images(options.data, options.root).limited(options.samples)
     sizes = (data.pixels, options.hidden, options.hidden, data.classes)
-    make = {"snntorch": _snntorch_net, "norse": _norse_net}[options.library]
+    make = NETWORKS[options.library]
     sparse_net, dense_net = make(sizes, options.seed, True), make(sizes, options.seed, False)
     console.print(
         f"{data.name}: {len(data.train_y)} training and {len(data.test_y)} test images, "
@@ -114,13 +114,13 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     coded = partial(latency_spikes, steps=options.steps, tau=0.4 * options.steps)
 
     def sparse(x: Any) -> Tensor:
-        _reset(sparse_net, options.library)
+        reset(sparse_net, options.library)
         mem = unroll(sparse_net, x).mem
         assert mem is not None  # the last layer has a membrane
         return mem.mean(0)
 
     def dense(x: Any) -> Tensor:
-        _reset(dense_net, options.library)
+        reset(dense_net, options.library)
         return step_loop(dense_net, x, options.library).mean(0)
 
     with Progress(
@@ -185,6 +185,12 @@ def _norse_net(sizes: tuple[int, ...], seed: int, sparse: bool) -> nn.Sequential
     return norse.SequentialState(first, norse.LIFCell(p), second, norse.LIFCell(p), third, norse.LICell())
 
 
+NETWORKS: dict[str, Callable[[tuple[int, ...], int, bool], nn.Sequential]] = {
+    "snntorch": _snntorch_net,
+    "norse": _norse_net,
+}
+
+
 def _linears(sizes: tuple[int, ...]) -> list[nn.Linear]:
     """Weights large enough for every layer to fire from the start."""
     layers = [nn.Linear(m, n, bias=False) for m, n in pairwise(sizes)]
@@ -204,7 +210,8 @@ def step_loop(net: nn.Module, x: Tensor, library: str) -> Tensor:
     return torch.stack([net(step)[1] for step in x.unbind(0)])
 
 
-def _reset(net: nn.Module, library: str) -> None:
+def reset(net: nn.Module, library: str) -> None:
+    """Forget the state of the last batch."""
     if library == "snntorch":  # whose neurons keep their state between calls
         from snntorch import utils
 

@@ -32,7 +32,7 @@ class Steps:
     """What is timed: ``backward(forward())``. ``kept``: tensors that live anyway, inputs and parameters."""
 
     forward: Callable[[], Any]
-    backward: Callable[[Any], None]
+    backward: Callable[[Any], Any]
     parameters: list[Tensor]
     kept: list[Tensor]
 
@@ -265,8 +265,8 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
             rows, columns = coordinates(*probe.active)
             grad = grad[rows % config.steps, rows // config.steps, columns]
 
-        def backward(out: Any) -> None:
-            torch.autograd.grad(out.carrier, (weight, bias, train.carrier), grad)
+        def backward(out: Any) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out.carrier, (weight, bias, train.carrier), grad)
 
     else:
         net = TutorialNet(config, problem._replace(weights=(second,))).to(config.device)
@@ -277,8 +277,8 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
         def forward() -> Any:
             return net(x)  # type: ignore[no-any-return]
 
-        def backward(out: Any) -> None:
-            torch.autograd.grad(out, (weight, bias, x), problem.grad)
+        def backward(out: Any) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, (weight, bias, x), problem.grad)
 
     return Steps(forward, backward, [weight, bias], [weight, bias, *kept])
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything, on a quiet machine: rows go to results/, tables to the terminal. Arguments go to every run.
+set -euo pipefail
+cd "$(dirname "$0")"
+mkdir -p results
+bench=(python -m snn_sparse_plugin bench)
+
+"${bench[@]}" "$@" --json results/network.json
+"${bench[@]}" "$@" --steps 100 --providers sparse,snntorch,compile --no-peak --json results/compile.json
+"${bench[@]}" "$@" --sweep density --no-peak --json results/density.json
+"${bench[@]}" "$@" --sweep size --no-peak --json results/size.json
+"${bench[@]}" "$@" --protocol s3gd --json results/s3gd.json

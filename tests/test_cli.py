@@ -1,0 +1,148 @@
+"""The command line, as a user or a script calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from snn_sparse_plugin import __version__, registry
+from snn_sparse_plugin.backends import LayerCall, LayerResult
+from snn_sparse_plugin.cli import app
+from snn_sparse_plugin.ops.spiking_layer.reference import ReferenceBackend
+
+runner = CliRunner()
+
+
+def add_backend(monkeypatch: pytest.MonkeyPatch, name: str, value: str, instance: object = None) -> None:
+    plugin = registry.Plugin("backends", name, value, "toy", "1.0", _instance=instance)
+    monkeypatch.setitem(registry.plugins("backends"), name, plugin)
+
+
+class SilentBackend(ReferenceBackend):
+    """Loses the last spike of every neuron."""
+
+    name = "silent"
+
+    def spiking_layer(self, call: LayerCall) -> LayerResult:
+        found = super().spiking_layer(call)
+        if found.spikes is not None:
+            found.spikes[-1] = 0
+        return found
+
+
+class RefusingBackend(ReferenceBackend):
+    name = "refusing"
+
+    def supports(self, op: str, **_: object) -> tuple[bool, str]:
+        return False, "only on Sundays"
+
+
+def test_doctor_reports_and_checks_every_backend() -> None:
+    result = runner.invoke(app, ["doctor", "--json"])
+    found = json.loads(result.stdout)
+    states = {b["name"]: b["state"] for b in found["backends"]}
+    assert set(states) >= {"cpu", "triton", "torch_sparse", "reference"}
+    assert states["reference"] == "ok"
+    assert states["cpu"] == "ok", found["backends"]
+    (check,) = (
+        c for b in found["backends"] if b["name"] == "cpu" for c in b["checks"] if c["device"] == "cpu"
+    )
+    assert check["differing_spikes"] == 0
+    assert check["gradient_error"] <= 1e-5
+    assert found["versions"]["torch"]
+    assert result.exit_code == (0 if found["ok"] else 1)
+
+
+def test_doctor_draws_tables() -> None:
+    result = runner.invoke(app, ["doctor"])
+    assert "spikes equal" in " ".join(result.stdout.split())
+    assert "snn-sparse-plugin" in result.stdout
+
+
+def test_doctor_finds_a_backend_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_backend(monkeypatch, "silent", "toy:Silent", SilentBackend())
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    (row,) = (b for b in found["backends"] if b["name"] == "silent")
+    assert not found["ok"]
+    assert row["state"] == "failed"
+    assert row["checks"][0]["differing_spikes"] > 0
+
+
+def test_doctor_tells_why_a_backend_has_nothing_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_backend(monkeypatch, "refusing", "toy:Refusing", RefusingBackend())
+    found = json.loads(runner.invoke(app, ["doctor", "--json"]).stdout)
+    (row,) = (b for b in found["backends"] if b["name"] == "refusing")
+    assert row["state"] == "idle"
+    assert "only on Sundays" in row["reason"]
+
+
+def test_a_broken_plugin_is_shown_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_backend(monkeypatch, "broken", "no_such_module_anywhere:Backend")
+    listing = runner.invoke(app, ["plugins", "--json"])
+    assert listing.exit_code == 0
+    rows = {(r["group"], r["name"]): r for r in json.loads(listing.stdout)}
+    assert rows["backends", "broken"]["state"] == "broken"
+    assert "no_such_module_anywhere" in rows["backends", "broken"]["reason"]
+    assert rows["backends", "reference"]["state"] == "loaded"
+    assert rows["adapters", "snntorch"]["version"]
+    checked = runner.invoke(app, ["doctor", "--json"])
+    assert checked.exit_code == 1
+    (row,) = (b for b in json.loads(checked.stdout)["backends"] if b["name"] == "broken")
+    assert row["state"] == "broken"
+
+
+def test_plugins_draws_a_table() -> None:
+    result = runner.invoke(app, ["plugins"])
+    assert result.exit_code == 0
+    assert "reference" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--data", "cifar"],
+        ["bench", "--rounds", "0"],
+        ["nothing"],
+        ["bench", "--providers", "tensorflow"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_an_error_of_the_package_is_one_line(tmp_path: Path) -> None:
+    result = runner.invoke(
+        app, ["demo", "--data", "mnist", "--root", str(tmp_path), "--out", str(tmp_path / "x.png")]
+    )
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: no mnist files in")
+    assert "Traceback" not in result.output
+    shown = runner.invoke(app, ["--debug", "demo", "--data", "mnist", "--root", str(tmp_path)])
+    assert type(shown.exception).__name__ == "InputError"
+
+
+def test_version_and_help() -> None:
+    assert (
+        runner.invoke(app, ["--version"]).stdout.strip() == registry.plugins("backends")["reference"].version
+    )
+    listing = runner.invoke(app, ["--help"])
+    assert all(command in listing.stdout for command in ("doctor", "plugins", "demo", "bench"))
+
+
+def test_the_module_is_the_command_and_starts_light() -> None:
+    code = (
+        "import sys, snn_sparse_plugin.cli\n"
+        "heavy = {'snntorch', 'norse', 'triton', 'matplotlib', 'sklearn', 'spikingjelly'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "snn_sparse_plugin", "--version"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == __version__
