@@ -107,7 +107,7 @@ class TritonBackend(Backend):
         if call.rec_weight is not None and call.spec.spiking:
             if events is not None:
                 words = pack_events(*events, (T, B, N))
-            else:  # a compiled graph keeps no events
+            else:  # a caller that kept no events
                 words = self._forward(
                     call, words=True, spikes=False, mem=False, checkpoints=False, window=None
                 ).words

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from snn_sparse_plugin.backends import calls, select
+from snn_sparse_plugin.backends.triton import TritonBackend
 from snn_sparse_plugin.dynamics import RESETS, SCOPES, TIMINGS, NeuronParams, NeuronSpec, NeuronState
 from snn_sparse_plugin.errors import ConfigError, UnsupportedError
-from snn_sparse_plugin.ops.spiking_layer import autograd, spiking_layer
+from snn_sparse_plugin.ops.spiking_layer import spiking_layer
+from snn_sparse_plugin.ops.spiking_layer.library import spiking_layer_op
 from snn_sparse_plugin.spikes import SpikeTrain
 from snn_sparse_plugin.surrogates import Surrogate
 
@@ -220,6 +222,17 @@ class LayerTests:
         _, grads = compare(spec, tensors, backprop_threshold=0.3, min_active=0, **options)
         assert grads["recurrent_weight"].abs().sum() > 0
 
+    def test_recurrent_spikes_are_computed_again_where_none_were_kept(self, monkeypatch):
+        backward = TritonBackend.spiking_layer_backward
+
+        def without_events(self, call, saved, events, *rest):
+            assert events is not None
+            return backward(self, call, saved, None, *rest)
+
+        monkeypatch.setattr(TritonBackend, "spiking_layer_backward", without_events)
+        spec = RECURRENT["lif-recurrent"]
+        compare(spec, self.inputs(spec, 34, 2, 5, 9, recurrent=True), backprop_threshold=0.3, min_active=0)
+
     def test_recurrent_without_bias(self):
         tensors = self.inputs(NeuronSpec(), 6, 2, 5, 40, recurrent=True)
         del tensors["recurrent_bias"]
@@ -336,25 +349,18 @@ class LayerTests:
     @pytest.mark.parametrize("density", [0.1, 0.6], ids=["events", "product"])
     @pytest.mark.parametrize("name", ["rleaky", "lif-recurrent"])
     def test_as_an_op_of_a_graph(self, name, density):
-        # torch.compile's node keeps checkpoints and no events: recurrent spikes are computed again
+        # torch.compile's node has static shapes and lives by the checkpoints alone
         spec = RECURRENT[name]
         tensors = self.inputs(spec, 34, 1, 12, 33, density=density, recurrent=True)
-        expected, expected_grads = run("reference", spec, tensors, backprop_threshold=0.3, min_active=0)
+        options = {"backprop_threshold": 0.3, "min_active": 0}
+        expected, expected_grads = run("reference", spec, tensors, **options)
         leaves = {k: x.detach().clone().requires_grad_(k != "x") for k, x in tensors.items()}
         weights = (leaves["recurrent_weight"], leaves["recurrent_bias"])
-        outs = autograd.compiled(
-            leaves["x"],
-            leaves["weight"],
-            leaves["bias"],
-            (*weights, torch.nn.functional.linear(leaves["spikes"], *weights)),
-            (leaves["v"], leaves["i"] if spec.synapse else None),
-            torch.stack([leaves[k] for k in NeuronParams._fields]),
-            spec,
-            FAST_SIGMOID,
-            0.3,
-            0.0,
-            "triton",
-        )
+        rec0 = torch.nn.functional.linear(leaves["spikes"], *weights)
+        state = (leaves["v"], leaves["i"] if spec.synapse else None)
+        params = torch.stack([leaves[k] for k in NeuronParams._fields])
+        inputs = (leaves["x"], leaves["weight"], leaves["bias"], *weights, rec0, *state, params)
+        outs = spiking_layer_op(inputs, spec, FAST_SIGMOID, options | {"backend": "triton"})
         outputs = {k: x for k, x in zip(("spikes", "mem", "v", "i"), outs, strict=True) if x is not None}
         backward_from_random(outputs)
         del expected["active_fraction"]
