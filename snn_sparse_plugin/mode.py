@@ -22,7 +22,8 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
 
     Holds for the thread (or asyncio task) that entered, nests (the inner block starts from the options of the
     outer one) and ends on any exit. A forward inside the block has a sparse backward, wherever that runs.
-    Also works as a decorator.
+    Also works as a decorator. ``torch.compile`` traces snnTorch's neurons sparse; Norse's keep the exact
+    gradient in a compiled graph.
 
     Args:
         **overrides: options of :class:`~snn_sparse_plugin.SparseConfig`.

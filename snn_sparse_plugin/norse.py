@@ -7,9 +7,11 @@ defaults. Other neurons are sparse inside ``sparse_mode`` only, as the originals
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .adapters.faces import import_upstream, passthrough, sparse_class
+from torch import nn
+
+from .adapters.faces import as_upstream, import_upstream, passthrough, sparse_class
 
 _upstream = import_upstream("norse.torch", "norse")
 
@@ -25,6 +27,7 @@ __all__ = [
     "LIFRecurrentCell",
     "LILinearCell",
     "SequentialState",
+    "to_nir",
 ]
 
 if TYPE_CHECKING:
@@ -42,7 +45,16 @@ if TYPE_CHECKING:
         SequentialState,
     )
 else:
-    globals().update((_name, sparse_class(getattr(_upstream, _name), __name__)) for _name in __all__)
+    globals().update(
+        (_name, sparse_class(getattr(_upstream, _name), __name__)) for _name in __all__ if _name != "to_nir"
+    )
+
+
+def to_nir(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Norse's ``to_nir``, whose table of classes knows only Norse's own."""
+    with as_upstream(module):
+        return _upstream.to_nir(module, *args, **kwargs)
+
 
 __path__: list[str] = []  # lets `import snn_sparse_plugin.norse.functional` find Norse's own
 __getattr__, __dir__ = passthrough(__name__, _upstream)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from torch import nn
 
 from ..errors import MissingDependencyError
 from . import MARK, Mark, loaded_adapters
@@ -33,6 +36,21 @@ def sparse_class(upstream: type, face: str) -> type:
     """A subclass of the same name whose instances are always sparse."""
     namespace = {"__doc__": upstream.__doc__, "__module__": face, "__qualname__": upstream.__qualname__}
     return type(upstream)(upstream.__name__, (upstream,), namespace | {MARK: Mark()})
+
+
+@contextmanager
+def as_upstream(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model's face modules have upstream's own classes, for code that compares them."""
+    changed: list[tuple[Any, Any]] = [
+        (m, type(m)) for m in model.modules() if isinstance(vars(type(m)).get(MARK), Mark)
+    ]
+    try:
+        for module, cls in changed:
+            module.__class__ = cls.__base__
+        yield
+    finally:
+        for module, cls in changed:
+            module.__class__ = cls
 
 
 def passthrough(face: str, upstream: ModuleType) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import Neuron, config_of, has_hooks
 from ..config import current_config
+from ..dynamics import NeuronParams
 from ..errors import InputError
 from ..ops import spiking_layer
 from ..spikes import SpikeTrain
@@ -142,7 +143,7 @@ class _FusedCall:
         if neuron.recurrent and recurrent is None:
             return None
         # half precisions mix with float32 states and spikes in ways that differ from library to library
-        if flow.dtype not in (torch.float32, torch.float64):
+        if flow.dtype not in (torch.float32, torch.float64) or not _per_neuron(neuron.params, features):
             return None
         shape = (B, *features) if self.per_step else (T, B, *features)
         template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
@@ -175,6 +176,16 @@ def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | Non
         diagonal = neuron.recurrent_diagonal.expand(features).reshape(-1)
         return diagonal.diag_embed() if diagonal.numel() <= MAX_DIAGONAL else None
     return neuron.recurrent_weight if len(features) == 1 else None
+
+
+def _per_neuron(params: NeuronParams, features: tuple[int, ...]) -> bool:
+    # upstream also takes a parameter per sample, and has its own words for one that fits nothing
+    shapes = [p.shape for p in params if isinstance(p, Tensor)]
+    return all(
+        len(shape) <= len(features)
+        and all(n in (1, N) for n, N in zip(reversed(shape), reversed(features), strict=False))
+        for shape in shapes
+    )
 
 
 def _same_dtype(template: Tensor, tensors: list[Any]) -> bool:

@@ -360,6 +360,36 @@ class TestContainers:
         assert torch.equal(state[0][1].v, expected_state[0][1].v)
         assert forwards() == 2
 
+    def test_a_nested_container_of_cells_is_stepped(self):
+        inner = norse.SequentialState(on_grid(nn.Linear(30, 20)), norse.LIFCell(dt=DT))
+        net, x = (
+            norse.SequentialState(inner, on_grid(nn.Linear(20, 4)), norse.LICell(dt=DT)),
+            spikes(12, 3, 30),
+        )
+        expected, expected_state = norse_loop(net, x)
+        out = unroll(net, x)
+        assert torch.equal(out.spikes, expected)
+        assert torch.equal(out.state[0][1].v, expected_state[0][1].v)
+        assert forwards() == 1
+
+    def test_parameters_per_sample_are_upstreams(self):
+        p = norse.LIFParameters(v_th=torch.linspace(0.2, 1.0, 3)[:, None])
+        neuron, x = norse.LIF(p, dt=DT), 2 * torch.rand(12, 3, 20)
+        expected, _ = neuron(x)
+        with ssp.sparse_mode():
+            assert torch.equal(neuron(x)[0], expected)
+
+    def test_function_transforms(self):
+        cell, x = norse.LIFBoxCell(), torch.linspace(8, 12, 50)
+        state = norse.LIFBoxFeedForwardState(torch.zeros(50))
+
+        def total(x):
+            return cell(x, state)[0].sum()
+
+        with ssp.sparse_mode(backprop_threshold=0.1, min_active=0):
+            grad = torch.func.grad(total)(x)
+        assert torch.equal(grad != 0, (0.1 * x - 1).abs() < 0.1)
+
     def test_without_time_fusion_upstreams_forward_runs(self):
         net, x = sequence_net(), spikes(12, 3, 30)
         expected, _ = net(x)
