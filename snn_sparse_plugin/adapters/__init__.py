@@ -1,8 +1,8 @@
-"""What the package must know about an upstream library's neurons, and which of them are sparse right now.
+"""What the package must know about an upstream library's neurons.
 
-A library is described by one :class:`Adapter` in one file. Sparse or not is decided per module and call by
-:func:`config_of`: a mark on the module (``sparsify``), a mark on its class (the import-swap faces), or the
-active sparse mode of this thread.
+A library is described by one :class:`Adapter` in one file. Which of its neurons are sparse now is
+decided per module and call by :func:`config_of`: a mark on the module (``sparsify``), on its class (the
+import-swap faces), or the active sparse mode of this thread.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
@@ -20,15 +18,32 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from .. import registry
-from ..config import SparseConfig, active_config, current_config, use_config
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
-from ..surrogates import Surrogate, masked_spike
+from ..surrogates import Surrogate
+from .active import MARK, Mark, config_of, entered, spike, spike_in_graph
 
-__all__ = ["Adapter", "Mark", "Neuron", "adapter_of", "config_of", "entered", "loaded_adapters", "spike"]
+__all__ = [
+    "MARK",
+    "Adapter",
+    "Mark",
+    "Neuron",
+    "adapter_of",
+    "config_of",
+    "entered",
+    "has_hooks",
+    "hook",
+    "install_adapters",
+    "installed_version",
+    "loaded_adapters",
+    "runner",
+    "spike",
+    "spike_in_graph",
+]
+
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +75,7 @@ class Neuron:
 class Adapter:
     """One upstream library. Register a subclass under ``snn_sparse_plugin.adapters``.
 
-    The five methods from :meth:`neuron` on describe one neuron module; the executor of
+    The methods from :meth:`neuron` on describe one neuron module; the executor of
     :func:`snn_sparse_plugin.unroll` needs nothing else. A ``state`` is what the library's users know as one.
     """
 
@@ -128,120 +143,6 @@ class Adapter:
     def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
         """Why the module cannot stand in an ``nn.Sequential`` at that place, or None."""
         return None
-
-
-# --- which module is sparse ---
-
-MARK = "_snn_sparse"
-
-
-@dataclass
-class Mark:
-    """Says that a module, or all modules of a class, are sparse, with these options over the active ones."""
-
-    overrides: dict[str, Any] = field(default_factory=dict)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # a sparse model unpickled in a fresh process must find the hooks in place
-        self.__dict__.update(state)
-        install_adapters()
-
-
-_explicit: ContextVar[dict[str, Any] | None] = ContextVar("snn_sparse_plugin.explicit", default=None)
-_lock = threading.Lock()
-_entered: list[str] = []
-# What is in force in any thread, as one string: compiled graphs can guard on it, not on a ContextVar.
-_in_force = ""
-
-
-@contextmanager
-def entered(config: SparseConfig, explicit: dict[str, Any] | None = None) -> Iterator[SparseConfig]:
-    """Make ``config`` the active one here; ``explicit`` options also win over a module's own mark."""
-    text = repr((config, explicit))
-    token = _explicit.set(explicit or _explicit.get())
-    _announce(text, enter=True)
-    try:
-        with use_config(config):
-            yield config
-    finally:
-        _announce(text, enter=False)
-        _explicit.reset(token)
-
-
-def _announce(text: str, *, enter: bool) -> None:
-    global _in_force
-    with _lock:
-        _entered.append(text) if enter else _entered.remove(text)
-        _in_force = "|".join(sorted(set(_entered)))
-
-
-def config_of(module: nn.Module) -> SparseConfig | None:
-    """The options under which this module runs now, or None if it is not sparse."""
-    mark = getattr(module, MARK, None)
-    if mark is None:
-        return active_config() if _in_force else None
-    overrides = mark.overrides | (_explicit.get() or {})
-    config = current_config()
-    return config.updated(**overrides) if overrides else config
-
-
-def spike(
-    x: Tensor, function: Callable[[Tensor], Tensor], surrogate: Surrogate, config: SparseConfig
-) -> Tensor:
-    """``function(x)`` as upstream makes it, its gradient masked as ``config`` says."""
-    threshold = _window(surrogate, config.backprop_threshold)
-    if torch._C._are_functorch_transforms_active():
-        return _blocked(x, function, threshold, config.min_active)
-    return masked_spike(x, function, surrogate, threshold, config.min_active)
-
-
-def spike_in_graph(
-    x: Tensor,
-    module: nn.Module,
-    function: Callable[[Tensor], Tensor],
-    recognise: Callable[[Any], Surrogate],
-) -> Tensor:
-    """:func:`spike` for ``torch.compile``: its options become constants of the graph.
-
-    They are taken when the graph is traced; it is traced again when what is in force changes.
-    """
-    mark = getattr(module, MARK, None)
-    if mark is None and not _in_force:
-        return function(x)
-    overrides = None if mark is None else tuple(mark.overrides.items())
-    threshold, min_active = _traced_window(function, recognise, overrides)
-    return _blocked(x, function, threshold, min_active)
-
-
-def _traced_window(
-    function: Callable[[Tensor], Tensor],
-    recognise: Callable[[Any], Surrogate],
-    overrides: tuple[tuple[str, Any], ...] | None,
-) -> tuple[float | None, float]:
-    config = active_config() if overrides is None else current_config().updated(**dict(overrides))
-    if config is None:  # another thread's mode is what is in force
-        return None, 0.0
-    return recognise(function).resolve(config.backprop_threshold), config.min_active
-
-
-# what torch.compiler.assume_constant_result does, but without importing the compiler (and Triton)
-_traced_window._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _blocked(
-    x: Tensor, function: Callable[[Tensor], Tensor], threshold: float | None, min_active: float
-) -> Tensor:
-    # the masked gradient without data-dependent shapes: upstream's own, blocked where no neuron is active
-    if threshold is None:
-        return function(x)
-    near = x.detach().abs() < threshold
-    keep = near | (near.sum() < min_active * near.numel())
-    return function(torch.where(keep, x, x.detach()))
-
-
-@functools.lru_cache(maxsize=256)
-def _window(surrogate: Surrogate, threshold: float | str | None) -> float | None:
-    return surrogate.resolve(threshold)
 
 
 # --- the layer above ---

@@ -1,0 +1,130 @@
+"""Which neurons are sparse right now, and their spike functions with the masked gradient."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseConfig, active_config, current_config, use_config
+from ..surrogates import Surrogate, masked_spike
+
+MARK = "_snn_sparse"
+
+
+@dataclass
+class Mark:
+    """Says that a module, or all modules of a class, are sparse, with these options over the active ones."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a sparse model unpickled in a fresh process must find the hooks in place
+        from . import install_adapters
+
+        self.__dict__.update(state)
+        install_adapters()
+
+
+_explicit: ContextVar[dict[str, Any] | None] = ContextVar("snn_sparse_plugin.explicit", default=None)
+_lock = threading.Lock()
+_entered: list[str] = []
+# What is in force in any thread, as one string: compiled graphs can guard on it, not on a ContextVar.
+_in_force = ""
+
+
+@contextmanager
+def entered(config: SparseConfig, explicit: dict[str, Any] | None = None) -> Iterator[SparseConfig]:
+    """Make ``config`` the active one here; ``explicit`` options also win over a module's own mark."""
+    text = repr((config, explicit))
+    token = _explicit.set(explicit or _explicit.get())
+    _announce(text, enter=True)
+    try:
+        with use_config(config):
+            yield config
+    finally:
+        _announce(text, enter=False)
+        _explicit.reset(token)
+
+
+def _announce(text: str, *, enter: bool) -> None:
+    global _in_force
+    with _lock:
+        _entered.append(text) if enter else _entered.remove(text)
+        _in_force = "|".join(sorted(set(_entered)))
+
+
+def config_of(module: nn.Module) -> SparseConfig | None:
+    """The options under which this module runs now, or None if it is not sparse."""
+    mark = getattr(module, MARK, None)
+    if mark is None:
+        return active_config() if _in_force else None
+    overrides = mark.overrides | (_explicit.get() or {})
+    config = current_config()
+    return config.updated(**overrides) if overrides else config
+
+
+def spike(
+    x: Tensor, function: Callable[[Tensor], Tensor], surrogate: Surrogate, config: SparseConfig
+) -> Tensor:
+    """``function(x)`` as upstream makes it, its gradient masked as ``config`` says."""
+    threshold = _window(surrogate, config.backprop_threshold)
+    if torch._C._are_functorch_transforms_active():
+        return _blocked(x, function, threshold, config.min_active)
+    return masked_spike(x, function, surrogate, threshold, config.min_active)
+
+
+def spike_in_graph(
+    x: Tensor,
+    module: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    recognise: Callable[[Any], Surrogate],
+) -> Tensor:
+    """:func:`spike` for ``torch.compile``: its options become constants of the graph.
+
+    They are taken when the graph is traced; it is traced again when what is in force changes.
+    """
+    mark = getattr(module, MARK, None)
+    if mark is None and not _in_force:
+        return function(x)
+    overrides = None if mark is None else tuple(mark.overrides.items())
+    threshold, min_active = _traced_window(function, recognise, overrides)
+    return _blocked(x, function, threshold, min_active)
+
+
+def _traced_window(
+    function: Callable[[Tensor], Tensor],
+    recognise: Callable[[Any], Surrogate],
+    overrides: tuple[tuple[str, Any], ...] | None,
+) -> tuple[float | None, float]:
+    config = active_config() if overrides is None else current_config().updated(**dict(overrides))
+    if config is None:  # another thread's mode is what is in force
+        return None, 0.0
+    return recognise(function).resolve(config.backprop_threshold), config.min_active
+
+
+# what torch.compiler.assume_constant_result does, but without importing the compiler (and Triton)
+_traced_window._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _blocked(
+    x: Tensor, function: Callable[[Tensor], Tensor], threshold: float | None, min_active: float
+) -> Tensor:
+    # the masked gradient without data-dependent shapes: upstream's own, blocked where no neuron is active
+    if threshold is None:
+        return function(x)
+    near = x.detach().abs() < threshold
+    keep = near | (near.sum() < min_active * near.numel())
+    return function(torch.where(keep, x, x.detach()))
+
+
+@functools.lru_cache(maxsize=256)
+def _window(surrogate: Surrogate, threshold: float | str | None) -> float | None:
+    return surrogate.resolve(threshold)
