@@ -130,6 +130,8 @@ class _FusedCall:
         """One call of the op; None where only upstream's own step does what upstream does."""
         neuron, module, adapter = self.neuron, self.layer.module, self.layer.adapter
         assert adapter is not None
+        if len(flow.shape) < 3:
+            return None
         weight, bias = neuron.input_weight, None
         if self.linear is not None:
             weight, bias = self.linear.weight, self.linear.bias

@@ -11,23 +11,44 @@ from ..adapters import has_hooks
 from ..spikes import SpikeTrain
 
 _PER_SAMPLE = (
-    nn.Linear,
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
-    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.LayerNorm, nn.GroupNorm),
+    *(nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.LayerNorm, nn.GroupNorm),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold),
-    *(nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.Upsample, nn.PixelShuffle),
 )
+# by spatial dimensions: these also take a single sample without a batch, which must not be taken for one
+_SPATIAL = {
+    1: (
+        nn.Conv1d,
+        nn.ConvTranspose1d,
+        nn.MaxPool1d,
+        nn.AvgPool1d,
+        nn.AdaptiveAvgPool1d,
+        nn.AdaptiveMaxPool1d,
+    ),
+    2: (
+        *(
+            nn.Conv2d,
+            nn.ConvTranspose2d,
+            nn.MaxPool2d,
+            nn.AvgPool2d,
+            nn.AdaptiveAvgPool2d,
+            nn.AdaptiveMaxPool2d,
+        ),
+        *(nn.ZeroPad2d, nn.ConstantPad2d, nn.PixelShuffle, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    ),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.AvgPool3d),
+}
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def applies_per_sample(module: Any) -> bool:
-    """Whether (T * B, ...) in one call gives what T calls on (B, ...) give."""
-    if has_hooks(module):
+def applies_per_sample(module: Any, dims: int) -> bool:
+    """Whether one call on (T * B, ...) gives what T calls on (B, ...) give, for an input of ``dims`` dimensions."""
+    if has_hooks(module) or dims < 3:
         return False
+    for spatial, classes in _SPATIAL.items():
+        if _is(module, classes):
+            return dims == spatial + 3
     if _is(module, _DROPOUT):
         return not module.training
     if _is(module, _BATCH_NORM):
@@ -36,6 +57,8 @@ def applies_per_sample(module: Any) -> bool:
         return module.start_dim >= 1
     if _is(module, (nn.Unflatten,)):
         return isinstance(module.dim, int) and module.dim >= 1
+    if _is(module, (nn.LayerNorm,)):
+        return len(module.normalized_shape) <= dims - 2
     return _is(module, _PER_SAMPLE)
 
 

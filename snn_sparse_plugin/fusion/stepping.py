@@ -63,13 +63,13 @@ def apply(layer: Layer, flow: Flow, state: Any, per_step: bool, want_mem: bool =
         check_features(layer.label, flow.shape, module.in_features)
     if not per_step:
         inner = layer.wrapper.unwrap(module) if layer.wrapper is not None and not hooked else None
-        if inner is not None and applies_per_sample(inner):
+        if inner is not None and applies_per_sample(inner, flow.dim()):
             return Passed(_once(inner, flow))
         if layer.adapter is None and not layer.stateful:
             return Passed(module(flow))
         out, state = module(flow, state)
         return Passed(out, state=state)
-    if layer.adapter is None and not layer.stateful and applies_per_sample(module):
+    if layer.adapter is None and not layer.stateful and applies_per_sample(module, flow.dim()):
         return Passed(_once(module, flow))
     return _steps(layer, flow, state, want_mem)
 

@@ -346,6 +346,21 @@ class TestContainers:
         assert torch.equal(out, expected)
         assert forwards() == 2
 
+    def test_samples_without_a_batch(self):
+        net = norse.SequentialState(
+            norse.Lift(on_grid(nn.Conv2d(1, 3, 3))),
+            norse.LIF(dt=DT),
+            norse.Lift(nn.MaxPool2d(2)),
+            nn.Flatten(1),
+            norse.Lift(on_grid(nn.Linear(27, 4))),
+            norse.LIF(dt=DT),
+        )
+        x = spikes(12, 1, 8, 8)
+        expected, _ = net(x)
+        with ssp.sparse_mode():
+            out, _ = net(x)
+        assert torch.equal(out, expected)
+
     def test_a_nested_container(self):
         net = norse.SequentialState(
             norse.SequentialState(on_grid(nn.Linear(30, 20)), norse.LIF(dt=DT)),

@@ -147,6 +147,21 @@ class TestModulesBetween:
         compare(net, spikes(6, 2, 1, 8, 8))
         assert forwards() == 3
 
+    def test_samples_without_a_batch(self):
+        net = nn.Sequential(
+            on_grid(nn.Conv2d(1, 3, 3)),
+            nn.LayerNorm((3, 6, 6)),
+            snntorch.Leaky(0.9, init_hidden=True),
+            nn.Flatten(0),
+            on_grid(nn.Linear(108, 5)),
+            snntorch.Leaky(0.9, init_hidden=True, output=True),
+        )
+        x, twin = 4 * torch.rand(6, 1, 8, 8), copy.deepcopy(net)
+        expected, mem = snntorch_loop(twin, x)
+        out = unroll(net, x)
+        assert torch.equal(out.spikes, expected)
+        assert torch.equal(out.mem, mem)
+
     def test_dropout_in_training_is_drawn_at_every_step(self):
         net = nn.Sequential(*leaky_net())
         net.insert(2, nn.Dropout(0.5))
