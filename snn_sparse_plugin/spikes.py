@@ -254,7 +254,7 @@ class SpikeTrain:
         )
 
     def _replace(self, **changes: Any) -> SpikeTrain:
-        fields = dict(shape=self.shape, carrier=self.carrier, active=self.active) | changes
+        fields = {"shape": self.shape, "carrier": self.carrier, "active": self.active} | changes
         shape = fields.pop("shape")
         return SpikeTrain(self.indptr, self.indices, shape, self.values, dtype=self.dtype, **fields)
 
@@ -267,12 +267,12 @@ class _ToDense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        T, B = ctx.shape[:2]
+        T, B, *features = ctx.shape
+        grad = grads[0].reshape(T, B, math.prod(features))
         if ctx.active is None:
-            return grad.reshape(T, B, -1), None
+            return grad, None
         rows, columns = coordinates(*ctx.active)
-        return grad.reshape(T, B, -1)[rows % T, rows // T, columns], None
+        return grad[rows % max(T, 1), rows // max(T, 1), columns], None
 
 
 def coordinates(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

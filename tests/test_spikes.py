@@ -131,11 +131,23 @@ def test_non_finite_input_raises(bad, column):
         (lambda: as_spike_train(torch.eye(6).to_sparse()), r"COO tensor \(T, B, N...\)"),
         (lambda: SpikeTrain(torch.zeros(3), torch.zeros(0), (1, 2, 3)), "must be int32"),
         (
-            lambda: SpikeTrain(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), (1, 2, 3)),
+            lambda: SpikeTrain(
+                torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), (1, 2, 3)
+            ),
             r"B \* T \+ 1 = 3",
         ),
     ],
-    ids=["2d", "integer", "not-binary", "csr-without-batch", "csr-batch", "numpy", "coo-2d", "dtype", "indptr"],
+    ids=[
+        "2d",
+        "integer",
+        "not-binary",
+        "csr-without-batch",
+        "csr-batch",
+        "numpy",
+        "coo-2d",
+        "dtype",
+        "indptr",
+    ],
 )
 def test_bad_input_is_named(make, message):
     with pytest.raises(InputError, match=message):

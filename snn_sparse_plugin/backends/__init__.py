@@ -170,7 +170,13 @@ def select(
     Raises:
         UnsupportedError: the named backend is unknown, missing or cannot do this; the message says why.
     """
-    what = dict(device=device, dtype=dtype, spec=spec, surrogate=surrogate, recurrent=recurrent)
+    what = {
+        "device": device,
+        "dtype": dtype,
+        "spec": spec,
+        "surrogate": surrogate,
+        "recurrent": recurrent,
+    }
     if name != "auto":
         backend: Backend = registry.load("backends", name)
         ok, reason = _verdict(backend, op, what)

@@ -1,5 +1,7 @@
 """The CPU backend against the reference: spikes and states equal, every gradient to rounding."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import family, name, on_grid, relative, spikes
@@ -216,7 +218,7 @@ def test_chain_of_layers_equals_one_dense_graph():
     """Gradients through events, layer by layer, equal the reference's dense ones."""
     sizes, surrogate = [40, 33, 17, 5], Surrogate("fast_sigmoid", (25.0,))
     x = spikes(60, 4, 40)
-    weights = [on_grid(n, m, scale=0.5) for m, n in zip(sizes, sizes[1:], strict=False)]
+    weights = [on_grid(n, m, scale=0.5) for m, n in itertools.pairwise(sizes)]
     upstream = torch.randn(60, 4, 5)
     found = {}
     for backend in ("reference", "cpu"):

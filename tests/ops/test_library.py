@@ -9,6 +9,12 @@ from snn_sparse_plugin.config import SparseConfig, use_config
 from snn_sparse_plugin.ops import spiking_layer
 from snn_sparse_plugin.ops.spiking_layer.library import encode_spec
 
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
 SPECS = {
     "leaky": NeuronSpec(),
     "lif": NeuronSpec("euler", True, "value", "immediate", attached=True),
@@ -54,7 +60,11 @@ def test_opcheck_recurrent():
 @pytest.mark.parametrize("recurrent", [False, True], ids=["feedforward", "recurrent"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_compiled_equals_eager_without_a_graph_break(backend, recurrent, threshold):
-    x, w, beta = spikes(40, 3, 20, p=0.2), on_grid(9, 20).requires_grad_(), torch.tensor(0.875, requires_grad=True)
+    x, w, beta = (
+        spikes(40, 3, 20, p=0.2),
+        on_grid(9, 20).requires_grad_(),
+        torch.tensor(0.875, requires_grad=True),
+    )
     rec = on_grid(9, 9, scale=0.25).requires_grad_() if recurrent else None
     g_spikes, g_mem = torch.randn(40, 3, 9), torch.randn(40, 3, 9)
 
@@ -106,7 +116,9 @@ def test_events_do_not_enter_a_graph():
     train = SpikeTrain.from_dense(spikes(5, 2, 6))
     with pytest.raises(Exception, match="dense tensors"):
         torch.compile(
-            lambda: spiking_layer(train, torch.zeros(4, 6), params=NeuronParams(0.9)), fullgraph=True, backend="eager"
+            lambda: spiking_layer(train, torch.zeros(4, 6), params=NeuronParams(0.9)),
+            fullgraph=True,
+            backend="eager",
         )()
 
 
@@ -115,6 +127,8 @@ def test_custom_surrogates_do_not_enter_a_graph():
     x = spikes(5, 2, 6)
     with pytest.raises(Exception, match="custom surrogate"):
         torch.compile(
-            lambda: spiking_layer(x, params=NeuronParams(0.9), surrogate=surrogate), fullgraph=True, backend="eager"
+            lambda: spiking_layer(x, params=NeuronParams(0.9), surrogate=surrogate),
+            fullgraph=True,
+            backend="eager",
         )()
     assert issubclass(UnsupportedError, RuntimeError)

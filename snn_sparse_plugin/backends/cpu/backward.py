@@ -153,7 +153,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                         lam[j] += row[j]
                 if attached:
                     copy_row(mu, lam)
-                if timing == IMMEDIATE and (kind == VALUE or kind == ZERO):
+                if timing == IMMEDIATE and kind in (VALUE, ZERO):
                     for e in range(out_ptr[r], out_ptr[r + 1]):
                         lam[out_idx[e]] = 0
                 for a in range(act_ptr[r], act_ptr[r + 1]):

@@ -50,7 +50,7 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         counts,  # int64: events, active kept, active seen
     ):
         """Returns the sample it stopped before: ``last``, or earlier where a buffer could overflow."""
-        B, N = v_state.shape
+        N = v_state.shape[1]
         dtype = v_state.dtype
         x = np.empty(N, dtype)
         rec = np.empty(N, dtype)

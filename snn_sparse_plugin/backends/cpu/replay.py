@@ -198,7 +198,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                                     g[j] += (reset_value[j] - u) * mu[j]
                                 elif kind == ZERO:
                                     g[j] -= u * mu[j]
-                        if timing == IMMEDIATE and (kind == VALUE or kind == ZERO):
+                        if timing == IMMEDIATE and kind in (VALUE, ZERO):
                             for j in range(N):
                                 lam[j] = zero if distance[j] > zero else mu[j]
                         elif timing == CORRECTED and kind == ZERO:

@@ -16,8 +16,8 @@ from ...backends import CHUNK, InputGrads, LayerCall, LayerResult, OutputGrads, 
 from ...dynamics import NeuronSpec
 from ...errors import InputError
 from ...spikes import MAX_EVENTS, Active
-from .bits import LANES
 from .backward import backward_active_kernel
+from .bits import LANES
 from .forward import forward_kernel
 from .replay import backward_replay_kernel
 from .rows import Code, encode, surrogate_row

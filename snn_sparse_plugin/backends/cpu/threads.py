@@ -60,7 +60,7 @@ def split(n: int, parts: int | None = None) -> list[tuple[int, int]]:
     """``n`` items as contiguous ranges, one per torch thread (at least one, possibly empty)."""
     parts = max(1, min(parts or torch.get_num_threads(), n))
     bounds = [n * k // parts for k in range(parts + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:

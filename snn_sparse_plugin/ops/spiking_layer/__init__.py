@@ -101,8 +101,9 @@ def spiking_layer(
             raise UnsupportedError(f"{name}: a custom surrogate function cannot enter a compiled graph.")
         flat = dense if weight is not None else dense.reshape(T, B, N)
         inputs = (flat, weight, bias, recurrent_weight, recurrent_bias, rec0, v0, i0, packed)
-        spikes, mem, v, i = spiking_layer_op(inputs, spec, surrogate, overrides)
-        return _output(spikes, mem if return_mem else None, v, i, s0 is not None, (T, B), features, math.nan)
+        node, membrane, v, i = spiking_layer_op(inputs, spec, surrogate, overrides)
+        mem = membrane if return_mem else None
+        return _output(node, mem, v, i, s0 is not None, (T, B), features, math.nan)
 
     config = current_config().updated(**overrides) if overrides else current_config()
     if config.check:
@@ -117,9 +118,9 @@ def spiking_layer(
         recurrent=recurrent_weight is not None,
     )
 
-    current = None
+    current: Tensor | None = None
     if train is not None and 0 in (*train.shape, N):
-        train, dense = None, train.to_dense()
+        dense, train = train.to_dense(), None
     if weight is not None and train is None:
         assert dense is not None
         train, current = events_or_product(dense, weight, bias)
@@ -165,8 +166,8 @@ def spiking_layer(
         assert result.events is not None
         active = result.saved.active if result.saved is not None else None
         spikes = SpikeTrain(*result.events, (T, B, N), dtype=dtype, carrier=carrier, active=active)
-    mem = result.mem if return_mem else None
     recurrent = recurrent_weight is not None
+    mem = result.mem if return_mem else None
     return _output(spikes, mem, result.v, result.i, recurrent, (T, B), features, result.active_fraction)
 
 

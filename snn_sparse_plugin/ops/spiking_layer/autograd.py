@@ -47,7 +47,8 @@ class _SpikingLayer(torch.autograd.Function):
         if train is not None:
             kept += [train.indptr, train.indices, train.values, *(train.active or (None, None))]
         ctx.save_for_backward(*kept)
-        ctx.call = replace(call, train=None, **dict.fromkeys(_LEAVES))
+        nothing: dict[str, Any] = dict.fromkeys(_LEAVES)
+        ctx.call = replace(call, train=None, **nothing)
         carrier = None
         if call.want_events:
             shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
@@ -59,7 +60,8 @@ class _SpikingLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         n = len(_LEAVES)
-        call = replace(ctx.call, **dict(zip(_LEAVES, kept[:n], strict=True)))
+        leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
+        call = replace(ctx.call, **leaves)
         u, v_checkpoints, i_checkpoints, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 7]
         if ctx.train_like is not None:
             indptr, indices, values, in_ptr, in_idx = kept[n + 7 :]

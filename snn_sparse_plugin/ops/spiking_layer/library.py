@@ -38,7 +38,9 @@ def _prepare(
     inputs: tuple[Tensor | None, ...], spec: str, surrogate: str, numbers: list[float], backend: str
 ) -> tuple[LayerCall, Backend]:
     x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params = inputs
-    assert x is not None and v0 is not None and params is not None
+    assert x is not None
+    assert v0 is not None
+    assert params is not None
     threshold, min_active, *surrogate_params = numbers
     overrides: dict[str, Any] = {}
     if not math.isnan(threshold):
@@ -109,7 +111,9 @@ def _forward(
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend)
     out = chosen.spiking_layer(call)
     saved, empty = out.saved, v0.new_empty(0)
-    assert saved is not None and saved.v_checkpoints is not None and out.mem is not None
+    assert saved is not None
+    assert saved.v_checkpoints is not None
+    assert out.mem is not None
     return [
         out.mem.clone() if out.spikes is None else out.spikes,
         out.mem,

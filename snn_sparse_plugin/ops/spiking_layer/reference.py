@@ -37,7 +37,7 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One step of the canonical neuron, in upstream's order of operations: -> (u - threshold, spikes, v, i)."""
     mem, syn, threshold, leak, reset_value = params
-    reset = None  # R: what was above threshold before the update resets now
+    reset: Any = None  # R: what was above threshold before the update resets now
     if spec.reset != "none" and spec.timing != "immediate":
         reset = ((v - threshold) > 0).to(v.dtype).detach()
 
@@ -81,10 +81,11 @@ def step(
 
 
 def run(
-    call: LayerCall, spike: Spike, current: Tensor, inputs: dict[str, Tensor | None]
+    call: LayerCall, spike: Spike, current: Tensor, inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The loop over T: -> (distances, spikes, membranes) each (T, B, N), and the final v and i."""
-    v, i, s = inputs["v0"], inputs["i0"], None
+    v, i = inputs["v0"], inputs["i0"]
+    s: Any = None
     distances, spikes, mems = [], [], []
     for t, x in enumerate(current.unbind(0)):
         rec = None
@@ -117,11 +118,11 @@ class ReferenceBackend(Backend):
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:
         calls[self.name, "forward"] += 1
-        inputs = {name: getattr(call, name) for name in _FIELDS}
+        inputs: dict[str, Any] = {name: getattr(call, name) for name in _FIELDS}
         with torch.no_grad():
-            current = call.current
+            current: Any = call.current
             if call.train is not None:
-                current = F.linear(call.train._dense_data().flatten(2), call.weight, call.bias)
+                current = F.linear(call.train._dense_data().flatten(2), inputs["weight"], call.bias)
             distances, spikes, mems, v, i = run(call, lambda x: (x > 0).to(x.dtype), current, inputs)
         active, fraction, threshold = None, 1.0, call.threshold
         if call.spec.spiking and threshold is not None and call.needs_grad:
@@ -177,7 +178,7 @@ class ReferenceBackend(Backend):
             return _Replay.apply(x, surrogate, threshold)
 
         with torch.enable_grad():
-            inputs = {
+            inputs: dict[str, Any] = {
                 name: None if (x := getattr(call, name)) is None else x.detach().requires_grad_()
                 for name in _FIELDS
             }
@@ -195,7 +196,7 @@ class ReferenceBackend(Backend):
             leaves = [dense, *(x for x in inputs.values() if x is not None)]
             if pairs:
                 outs, gs = zip(*pairs, strict=True)
-                found = torch.autograd.grad(outs, leaves, gs, allow_unused=True)
+                found: Any = torch.autograd.grad(outs, leaves, gs, allow_unused=True)
             else:
                 found = (None,) * len(leaves)
         by_leaf = {id(leaf): g for leaf, g in zip(leaves, found, strict=True)}

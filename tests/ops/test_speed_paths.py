@@ -1,0 +1,170 @@
+"""What makes it fast, checked without a clock: which path ran, what was saved, the guard, threads and fork."""
+
+import os
+import threading
+
+import pytest
+import torch
+from helpers import on_grid, relative, spikes
+
+from snn_sparse_plugin import NeuronParams, SpikeTrain, Surrogate
+from snn_sparse_plugin.backends.cpu import threads
+from snn_sparse_plugin.ops import spiking_layer
+from snn_sparse_plugin.ops.spiking_layer.products import events_or_product
+
+FAST = Surrogate("fast_sigmoid", (100.0,))
+
+
+def saved_bytes(run):
+    """Bytes kept for backward by ``run()``, each storage once."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept = run()
+    del kept
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("threshold", "limit"), [("auto", 1.0), (None, 2.0)], ids=["masked", "exact"])
+def test_bytes_saved_per_neuron_step(threshold, limit):
+    T, B, N = 128, 16, 100
+    train = SpikeTrain.from_dense(spikes(T, B, N, p=0.03))
+    weight = (torch.randn(N, N) * 0.3).requires_grad_()
+
+    def run():
+        return spiking_layer(
+            train, weight, params=NeuronParams(0.9), surrogate=FAST, backprop_threshold=threshold, events=True
+        )
+
+    out = run()
+    assert 0.005 < out.spikes.density < 0.1
+    constant = weight.numel() * 4 + train.indices.numel() * 4 + train.indptr.numel() * 4
+    assert (saved_bytes(run) - constant) / (T * B * N) < limit
+
+
+def test_a_silent_layer_learns_through_the_guard_and_not_without():
+    x, upstream = spikes(30, 4, 20), torch.randn(30, 4, 6)
+    weight = (on_grid(6, 20, scale=0.02)).requires_grad_()  # far below threshold: nothing is near it
+
+    def gradient(**options):
+        out = spiking_layer(x, weight, params=NeuronParams(0.9), surrogate=FAST, **options)
+        assert out.spikes.sum() == 0
+        return torch.autograd.grad((out.spikes * upstream).sum(), weight)[0]
+
+    exact = gradient(backprop_threshold=None)
+    guarded = gradient(backprop_threshold=0.2)
+    cut = gradient(backprop_threshold=0.2, min_active=0)
+    assert exact.norm() > 0
+    assert relative(guarded, exact) < 1e-6
+    assert cut.norm() == 0
+
+
+def test_dense_inputs_take_the_product_and_sparse_ones_events():
+    weight = on_grid(5, 40)
+    for x, sparse in [
+        (spikes(10, 8, 40, p=0.02), True),
+        (spikes(10, 8, 40, p=0.6), False),
+        (torch.rand(10, 8, 40), False),
+        (spikes(1, 8, 40, p=0.02).expand(10, -1, -1), False),
+        (spikes(10, 8, 40, p=0.02).requires_grad_(), False),
+    ]:
+        train, current = events_or_product(x, weight, None)
+        assert (train is not None) == sparse
+        assert (current is None) == sparse
+
+
+def test_a_constant_input_is_multiplied_once():
+    weight = on_grid(5, 40).requires_grad_()
+    image = torch.rand(1, 8, 40)
+    _, current = events_or_product(image.expand(25, -1, -1), weight, None)
+    assert current.stride(0) == 0
+    found, expected = [
+        torch.autograd.grad(
+            spiking_layer(
+                x, weight, params=NeuronParams(0.9), backprop_threshold=None, return_mem=True
+            ).mem.sum(),
+            weight,
+        )[0]
+        for x in (image.expand(25, -1, -1), image.repeat(25, 1, 1))
+    ]
+    assert relative(found, expected) < 1e-5
+
+
+def test_graded_spikes_multiply_the_weights(counted):
+    x = spikes(30, 4, 20) * torch.randint(1, 5, (30, 4, 20)) / 4
+    weight = on_grid(6, 20, scale=0.5).requires_grad_()
+    found = []
+    for backend in ("reference", "cpu"):
+        out = spiking_layer(SpikeTrain.from_dense(x), weight, params=NeuronParams(0.875), backend=backend)
+        found.append((out.spikes, torch.autograd.grad(out.spikes.sum(), weight)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert relative(found[1][1], found[0][1]) < 1e-5
+
+
+def test_input_gradient_of_a_dense_input():
+    weight, spec_input, upstream = on_grid(6, 20, scale=0.5), spikes(30, 4, 20), torch.randn(30, 4, 6)
+    grads = []
+    for backend in ("reference", "cpu"):
+        x = spec_input.clone().requires_grad_()
+        out = spiking_layer(x, weight, params=NeuronParams(0.875), backend=backend)
+        grads.append(torch.autograd.grad((out.spikes * upstream).sum(), x)[0])
+    assert grads[0].shape == (30, 4, 20)
+    assert grads[0].norm() > 0
+    assert relative(grads[1], grads[0]) < 1e-5
+
+
+def _train_once(results, k):
+    weight = on_grid(9, 20, scale=0.5).requires_grad_()
+    out = spiking_layer(X, weight, params=NeuronParams(0.9), surrogate=FAST, backend="cpu")
+    out.spikes.sum().backward()
+    results[k] = out.spikes.sum().item()
+
+
+X = (torch.rand(50, 8, 20, generator=torch.Generator().manual_seed(1)) < 0.1).float()
+
+
+def test_many_python_threads_at_once():
+    results = [None] * 8
+    workers = [threading.Thread(target=_train_once, args=(results, k)) for k in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert None not in results
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_fork():
+    _train_once([None], 0)  # threads exist in the parent
+    pid = os.fork()
+    if pid == 0:
+        done = [None]
+        worker = threading.Thread(target=_train_once, args=(done, 0), daemon=True)
+        worker.start()
+        worker.join(60)
+        os._exit(0 if done[0] is not None else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("team", ["openmp", "pool"])
+def test_parallel_runs_every_task_in_order_and_raises(team, monkeypatch):
+    monkeypatch.setattr(threads, "_forked", team == "pool")
+    assert threads.parallel([lambda k=k: k * k for k in range(5)]) == [0, 1, 4, 9, 16]
+
+    def fail():
+        raise ValueError("from a task")
+
+    with pytest.raises(ValueError, match="from a task"):
+        threads.parallel([lambda: 1, fail, lambda: 3])
+
+
+def test_ranges_cover_everything_once():
+    for n in (0, 1, 2, 7):
+        for parts in (1, 2, 5):
+            ranges = threads.split(n, parts)
+            assert [k for first, last in ranges for k in range(first, last)] == list(range(n))
