@@ -1,0 +1,94 @@
+"""Plugins: found through entry points, loaded on first use, a broken one skipped with one warning."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from snn_sparse_plugin import UnsupportedError, registry
+from snn_sparse_plugin.registry import Plugin
+
+
+def test_our_own_plugins_are_registered_and_load():
+    assert {"cpu", "triton", "torch_sparse", "reference"} <= set(registry.plugins("backends"))
+    assert {"snntorch", "norse"} <= set(registry.plugins("adapters"))
+    for group in ("backends", "adapters"):
+        for name in registry.plugins(group):
+            assert registry.load(group, name).name == name
+
+
+def test_loading_twice_gives_the_same_object():
+    assert registry.load("backends", "cpu") is registry.load("backends", "cpu")
+
+
+@pytest.fixture
+def broken():
+    registry.refresh()
+    plugin = Plugin("backends", "broken", "no_such_module_at_all:Backend", "toy", "0.1")
+    registry.plugins("backends")["broken"] = plugin
+    yield plugin
+    registry.refresh()
+
+
+def test_a_broken_plugin_is_skipped_with_one_warning(broken):
+    with pytest.warns(UserWarning, match="'broken' of toy 0.1 cannot be loaded: ModuleNotFoundError"):
+        loaded = registry.load_all("backends")
+    assert "broken" not in loaded
+    assert "cpu" in loaded
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.load_all("backends")
+
+
+def test_a_broken_plugin_asked_for_by_name_raises(broken):
+    with pytest.raises(UnsupportedError, match="'broken' of toy 0.1 cannot be loaded"):
+        registry.load("backends", "broken")
+
+
+def test_unknown_names_and_groups_say_what_there_is():
+    with pytest.raises(UnsupportedError, match="Registered: .*norse"):
+        registry.load("adapters", "brian")
+    with pytest.raises(UnsupportedError, match="groups are backends"):
+        registry.plugins("flowers")
+
+
+def test_a_backend_whose_own_check_fails_is_passed_over(counted):
+    import torch
+
+    from snn_sparse_plugin import NeuronParams
+    from snn_sparse_plugin.backends import Backend
+    from snn_sparse_plugin.ops import spiking_layer
+
+    class Fragile(Backend):
+        name, priority = "fragile", 1000
+
+        def available(self):
+            raise OSError("no device file")
+
+    registry.refresh()
+    registry.plugins("backends")["fragile"] = Plugin("backends", "fragile", "", "toy", "1", _instance=Fragile())
+    try:
+        spiking_layer(torch.zeros(2, 2, 3), params=NeuronParams(0.9))
+        assert counted["cpu", "forward"] == 1
+        with pytest.raises(UnsupportedError, match="OSError: no device file"):
+            spiking_layer(torch.zeros(2, 2, 3), params=NeuronParams(0.9), backend="fragile")
+    finally:
+        registry.refresh()
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, snn_sparse_plugin\n"
+        "heavy = ('triton', 'numba', 'snntorch', 'norse', 'matplotlib', 'torchvision', 'rich', 'typer')\n"
+        "sys.exit(' '.join(m for m in heavy if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernel_folder_is_a_sub_package():
+    """Installed under our own name: the top-level name ``triton_kernels`` belongs to others."""
+    code = "import snn_sparse_plugin.triton_kernels as k; print(k.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.stdout.strip() == "snn_sparse_plugin.triton_kernels", done.stderr

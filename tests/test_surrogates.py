@@ -1,0 +1,90 @@
+"""Surrogates: areas, windows, masked spikes."""
+
+import pickle
+
+import pytest
+import torch
+from helpers import relative
+
+from snn_sparse_plugin import Surrogate
+from snn_sparse_plugin.surrogates import masked_spike
+
+WINDOWED = [
+    ("fast_sigmoid", (100.0,)),
+    ("fast_sigmoid", (25.0,)),
+    ("atan", (2.0,)),
+    ("sigmoid", (25.0,)),
+    ("triangle", (0.3,)),
+    ("tanh", (3.0,)),
+    ("circ", (0.5,)),
+    ("erfc", (2.0,)),
+    ("spike_rate_escape", (1.0, 25.0)),
+    ("sparse_fast_sigmoid", (25.0, 0.1)),
+]
+
+
+@pytest.mark.parametrize(("kind", "params"), WINDOWED)
+def test_auto_cuts_five_percent_of_the_area(kind, params):
+    surrogate = Surrogate(kind, params)
+    window = surrogate.auto_threshold()
+    # the tails go as far as 1/x^2: integrate in log spacing, far out
+    x = torch.logspace(-7, 7, 400_001, dtype=torch.float64)
+    area = sum(surrogate.grad(s * x) for s in (1, -1))
+    whole = torch.trapezoid(area, x)
+    outside = torch.trapezoid(area * (x > window), x)
+    assert outside / whole == pytest.approx(0.05, rel=2e-3)
+
+
+def test_the_published_window():
+    assert Surrogate("fast_sigmoid", (100.0,)).auto_threshold() == 0.19
+
+
+@pytest.mark.parametrize("kind", ["zero", "straight_through", "heaviside"])
+def test_surrogates_without_a_finite_area_stay_exact(kind):
+    assert Surrogate(kind).auto_threshold() is None
+    assert Surrogate(kind).resolve(0.2) == 0.2
+
+
+def test_the_window_of_an_unknown_function_is_measured():
+    known = Surrogate("sigmoid", (5.0,))
+    found = Surrogate("custom", function=known).auto_threshold()
+    assert found == pytest.approx(known.auto_threshold(), rel=0.02)
+    assert Surrogate("custom", function=Surrogate("straight_through")).auto_threshold() is None
+
+
+@pytest.mark.parametrize(("kind", "params"), [*WINDOWED, ("triangular", (1.0,)), ("heaviside", ())])
+def test_the_spike_function_has_the_gradient_of_the_formula(kind, params):
+    surrogate = Surrogate(kind, params)
+    x = torch.randn(1000, dtype=torch.float64, requires_grad=True)
+    spikes = surrogate(x)
+    assert torch.equal(spikes, (x > 0).double())
+    upstream = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(spikes, x, upstream)
+    assert torch.equal(grad, upstream * surrogate.grad(x.detach()))
+    assert pickle.loads(pickle.dumps(surrogate)) == surrogate
+
+
+def test_sigmoid_does_not_overflow_far_below_threshold():
+    grad = Surrogate("sigmoid", (25.0,)).grad(torch.tensor([-100.0, -4.0, 4.0, 100.0]))
+    assert torch.isfinite(grad).all()
+    assert grad[1] == grad[2]
+
+
+def test_masked_spike_keeps_only_active_elements():
+    surrogate = Surrogate("fast_sigmoid", (10.0,))
+    x = torch.randn(40, 50, requires_grad=True)
+    upstream = torch.randn_like(x)
+    spikes = masked_spike(x, surrogate, surrogate, 0.3, 0.01)
+    (grad,) = torch.autograd.grad(spikes, x, upstream)
+    near = x.detach().abs() < 0.3
+    assert torch.equal(spikes, (x > 0).float())
+    assert relative(grad, upstream * surrogate.grad(x.detach()) * near) < 1e-6
+    assert not grad[~near].any()
+
+
+def test_masked_spike_runs_exact_where_too_few_are_active():
+    surrogate = Surrogate("fast_sigmoid", (10.0,))
+    x = (torch.rand(40, 50) - 5).requires_grad_()
+    for min_active, silent in ((0.01, False), (0.0, True)):
+        (grad,) = torch.autograd.grad(masked_spike(x, surrogate, surrogate, 0.3, min_active).sum(), x)
+        assert (grad == 0).all().item() == silent
