@@ -22,7 +22,7 @@ parser.add_argument("--samples", type=int, default=0, help="training images; 0 i
 args = parser.parse_args()
 
 torch.manual_seed(0)
-neuron = {"beta": 0.95, "spike_grad": surrogate.fast_sigmoid(slope=25), "init_hidden": True}
+neuron = {"beta": 0.95, "spike_grad": surrogate.fast_sigmoid(slope=50), "init_hidden": True}
 net = nn.Sequential(
     nn.Linear(64, 200, bias=False),
     snn.Leaky(**neuron),

@@ -28,7 +28,7 @@ from .ops.spiking_layer import spiking_layer
 from .spikes import SpikeTrain, coordinates
 
 Logits = Callable[[Any], Tensor]
-BETA, SLOPE, LEARNING_RATE = 0.95, 25.0, 2e-3
+BETA, SLOPE, LEARNING_RATE = 0.95, 50.0, 2e-3
 
 
 @dataclass(frozen=True)
