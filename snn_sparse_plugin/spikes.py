@@ -136,6 +136,22 @@ class SpikeTrain:
             return self._dense_data()
         return _ToDense.apply(self.carrier, self)
 
+    def step(self, t: int) -> Tensor:
+        """Step ``t`` as a dense tensor (B, N...), differentiable; no other step is made dense."""
+        t = range(self.T)[t]
+        starts = torch.arange(self.B, device=self.device) * self.T + t
+        if not self.requires_grad:
+            return self._dense_step(starts)
+        return _Step.apply(self.carrier, self, starts)
+
+    def _dense_step(self, rows: Tensor) -> Tensor:
+        picked = _entries(self.indptr, rows)
+        out = torch.zeros(self.B, self.features, dtype=self.dtype, device=self.device)
+        values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
+        columns = self.indices.long()[picked.positions]
+        out[picked.row, columns] = values if self.values is None else values[picked.positions]
+        return out.view(self.shape[1:])
+
     @classmethod
     def from_dense(cls, x: Tensor, *, binary: bool = False) -> SpikeTrain:
         """Events of a dense (T, B, N...) tensor; values other than 0 and 1 make a graded train.
@@ -273,6 +289,39 @@ class _ToDense(torch.autograd.Function):
             return grad, None
         rows, columns = coordinates(*ctx.active)
         return grad[rows % max(T, 1), rows // max(T, 1), columns], None
+
+
+class _Picked(NamedTuple):
+    row: Tensor
+    positions: Tensor
+
+
+def _entries(indptr: Tensor, rows: Tensor) -> _Picked:
+    """The entries of some rows of a CSR pattern: which of the rows, and position in ``indices``."""
+    first = indptr[rows].long()
+    counts = indptr[rows + 1].long() - first
+    row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
+    before = counts.cumsum(0) - counts
+    return _Picked(row, torch.arange(len(row), device=rows.device) - before[row] + first[row])
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain, rows: Tensor) -> Tensor:
+        ctx.active, ctx.shape, ctx.rows = train.active, carrier.shape, rows
+        ctx.steps = train.T
+        return train._dense_step(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0].flatten(1)
+        out = grad.new_zeros(ctx.shape)
+        if ctx.active is None:
+            out[ctx.rows % ctx.steps, ctx.rows // ctx.steps] = grad
+        else:
+            picked = _entries(ctx.active.indptr, ctx.rows)
+            out[picked.positions] = grad[picked.row, ctx.active.indices.long()[picked.positions]]
+        return out, None, None
 
 
 def coordinates(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

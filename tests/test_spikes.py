@@ -106,6 +106,32 @@ def test_gradient_reaches_active_entries_only():
     assert carrier.grad.tolist() == [2.0, 3.0, 4.0]
 
 
+@pytest.mark.parametrize("graded", [False, True])
+def test_one_step(graded):
+    x = spikes(6, 3, 4, 5, p=0.4) * (2.5 if graded else 1)
+    train = SpikeTrain.from_dense(x)
+    for t in (0, 3, -1):
+        assert torch.equal(train.step(t), x[t])
+    with pytest.raises(IndexError):
+        train.step(6)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["active", "dense"])
+def test_the_gradient_of_one_step_is_that_of_the_dense_form(listed):
+    x = spikes(6, 3, 7, p=0.4)
+    train = SpikeTrain.from_dense(x)
+    near = SpikeTrain.from_dense(spikes(6, 3, 7, p=0.5))
+    train.active = Active(near.indptr, near.indices) if listed else None
+    train.carrier = torch.zeros(near.events if listed else (6, 3, 7), requires_grad=True)
+    upstream = torch.randn(3, 7)
+    found = [
+        torch.autograd.grad((step * upstream).sum(), train.carrier)[0]
+        for step in (train.step(4), train.to_dense()[4])
+    ]
+    assert found[1].norm() > 0
+    assert torch.equal(*found)
+
+
 def test_minus_zero_is_no_spike():
     assert SpikeTrain.from_dense(torch.full((2, 2, 20), -0.0)).events == 0
 

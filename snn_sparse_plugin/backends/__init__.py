@@ -21,7 +21,8 @@ log = logging.getLogger("snn_sparse_plugin")
 CHUNK = 32  # steps between two checkpoints of the state; backward replays one chunk at a time
 
 calls: Counter[tuple[str, str]] = Counter()
-"""How often each backend ran: ``calls["cpu", "forward"]``. Tests use it to prove that the fast path ran."""
+"""How often each backend ran, ``calls["cpu", "forward"]``, and how often ``min_active`` made a layer's call exact,
+``calls["guard", "fc1→lif1"]``. Tests use it to prove that the fast path ran."""
 
 
 @dataclass

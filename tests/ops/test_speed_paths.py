@@ -46,7 +46,7 @@ def test_bytes_saved_per_neuron_step(threshold, limit):
     assert (saved_bytes(run) - constant) / (T * B * N) < limit
 
 
-def test_a_silent_layer_learns_through_the_guard_and_not_without():
+def test_a_silent_layer_learns_through_the_guard_and_not_without(counted):
     x, upstream = spikes(30, 4, 20), torch.randn(30, 4, 6)
     weight = (on_grid(6, 20, scale=0.02)).requires_grad_()  # far below threshold: nothing is near it
 
@@ -61,6 +61,7 @@ def test_a_silent_layer_learns_through_the_guard_and_not_without():
     assert exact.norm() > 0
     assert relative(guarded, exact) < 1e-6
     assert cut.norm() == 0
+    assert counted["guard", "spiking_layer"] == 1
 
 
 def test_dense_inputs_take_the_product_and_sparse_ones_events():
@@ -151,16 +152,21 @@ def test_after_fork():
     assert os.waitpid(pid, 0)[1] == 0
 
 
-@pytest.mark.parametrize("team", ["openmp", "pool"])
-def test_parallel_runs_every_task_in_order_and_raises(team, monkeypatch):
-    monkeypatch.setattr(threads, "_forked", team == "pool")
-    assert threads.parallel([lambda k=k: k * k for k in range(5)]) == [0, 1, 4, 9, 16]
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_parallel_runs_every_task_in_order_and_raises(tasks):
+    assert threads.parallel([lambda k=k: k * k for k in range(tasks)]) == [k * k for k in range(tasks)]
 
     def fail():
         raise ValueError("from a task")
 
     with pytest.raises(ValueError, match="from a task"):
-        threads.parallel([lambda: 1, fail, lambda: 3])
+        threads.parallel([fail, *[lambda: 1] * (tasks - 1)])
+
+
+def test_the_caller_does_the_work_when_no_thread_is_free(monkeypatch):
+    monkeypatch.setattr(threads, "_ensure_workers", lambda wanted: None)
+    monkeypatch.setattr(threads, "_jobs", threads.queue.SimpleQueue())
+    assert threads.parallel([lambda k=k: k for k in range(4)]) == [0, 1, 2, 3]
 
 
 def test_ranges_cover_everything_once():

@@ -47,6 +47,16 @@ def copy_row(out, row):  # type: ignore[no-untyped-def]
         out[j] = row[j]
 
 
+@njit(nogil=True, cache=True)
+def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
+    """``out[:, first:last] = x[first:last].T``, in blocks that stay in cache."""
+    for i in range(first, last, 16):
+        for j in range(0, x.shape[1], 16):
+            for k in range(i, min(i + 16, last)):
+                for m in range(j, min(j + 16, x.shape[1])):
+                    out[m, k] = x[k, m]
+
+
 @njit(nogil=True, cache=True, forceinline=True)
 def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``out += value * weight[index]`` for the events first..last; four rows at a time to save passes over out."""

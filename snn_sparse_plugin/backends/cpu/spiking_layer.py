@@ -20,7 +20,7 @@ from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
 from .replay import backward_replay_kernel
-from .rows import Code, encode, surrogate_row
+from .rows import Code, encode, surrogate_row, transpose
 from .threads import parallel, split
 
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
@@ -113,7 +113,10 @@ def run_backward(
     train = call.train
     M = 0 if call.weight is None else call.weight.shape[1]
     sparse_input = train is not None and train.active is not None
-    inputs = _inputs(call, np_dtype)
+    want_params = need["params"] and call.params_grad
+    use_list = saved.u is not None and not want_params and not _needs_replay(call.spec)
+    # a list without input gradients is the one case that never looks at the weights
+    inputs = _inputs(call, np_dtype, rows=sparse_input or not use_list)
     cv = torch.zeros(B, N, dtype=dtype) if grads.v is None else grads.v.clone()
     ci = torch.zeros(B, N, dtype=dtype) if grads.i is None else grads.i.clone()
     dense_nu = need["input"] and not sparse_input
@@ -135,8 +138,6 @@ def run_backward(
     current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0 = inputs
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
-    want_params = need["params"] and call.params_grad
-    use_list = saved.u is not None and not want_params and not _needs_replay(call.spec)
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
     u = phi = np.empty(0, np_dtype)
     if use_list:
@@ -181,20 +182,22 @@ def run_backward(
         return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
 
     parts = parallel([lambda r=r: run(*r) for r in split(B)])  # type: ignore[misc]
-    g_weight, g_bias, g_rec_weight, g_rec_bias, g_params = (_sum(group) for group in zip(*parts, strict=True))
+    totals = [_sum(group) for group in zip(*parts, strict=True)]
+    weights = [torch.from_numpy(_flip(x)) if x.size else None for x in (totals[0], totals[2])]
+    vectors = [torch.from_numpy(x) if x.size else None for x in (totals[1], totals[3], totals[4])]
     grad_input = g_active
     if nu is not None:
         grad_input = nu if train is None else nu @ call.weight  # type: ignore[operator]
     return InputGrads(
         grad_input,
-        None if g_weight is None else g_weight.t(),
-        g_bias,
-        None if g_rec_weight is None else g_rec_weight.t(),
-        g_rec_bias,
+        weights[0],
+        vectors[0],
+        weights[1],
+        vectors[1],
         g_rec0,
         cv if need["v0"] else None,
         ci if need["i0"] and call.spec.synapse else None,
-        g_params,
+        vectors[2],
     )
 
 
@@ -207,7 +210,7 @@ def _code(call: LayerCall) -> Code:
     return encode(call.spec, call.rec_weight is not None)
 
 
-def _inputs(call: LayerCall, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.ndarray, ...]:
     """current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0; empty where absent."""
     N = call.N
     current = call.current
@@ -225,12 +228,40 @@ def _inputs(call: LayerCall, dtype: np.dtype) -> tuple[np.ndarray, ...]:
         indptr,
         indices,
         values,
-        _array(None if call.weight is None else call.weight.t().contiguous(), dtype, 2),
+        _transposed(call.weight if rows else None, dtype),
         zeros if call.bias is None else _numpy(call.bias),
-        _array(None if call.rec_weight is None else call.rec_weight.t().contiguous(), dtype, 2),
+        _transposed(call.rec_weight, dtype),
         zeros if call.rec_bias is None else _numpy(call.rec_bias),
         _array(call.rec0, dtype, 2),
     )
+
+
+# The three below are numpy and numba on purpose: torch would use its OpenMP threads, which then spin for milliseconds
+# on the cores that our threads need (measured: up to twice the time of a step on two cores).
+
+
+def _transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
+    """Rows of W^T, contiguous."""
+    if weight is None:
+        return np.empty((0, 0), dtype)
+    return _flip(_numpy(weight))
+
+
+def _flip(x: np.ndarray) -> np.ndarray:
+    out = np.empty(x.shape[::-1], x.dtype)
+    parallel([lambda r=r: transpose(x, *r, out) for r in split(x.shape[0], _worthwhile(x.size))])  # type: ignore[misc]
+    return out
+
+
+def _worthwhile(size: int) -> int | None:
+    return 1 if size < 1 << 15 else None
+
+
+def _sum(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -258,15 +289,6 @@ def _join_ptr(
         if base > MAX_EVENTS:
             raise InputError(f"more than {MAX_EVENTS} events in one layer; split the batch.")
     return torch.from_numpy(ptr)
-
-
-def _sum(parts: tuple[np.ndarray, ...]) -> Tensor | None:
-    if parts[0].size == 0 and 0 in parts[0].shape[:1]:
-        return None
-    total = torch.from_numpy(parts[0])
-    for part in parts[1:]:
-        total += torch.from_numpy(part)
-    return total
 
 
 def _blame(call: LayerCall) -> str:

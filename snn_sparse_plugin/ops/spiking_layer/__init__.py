@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import LayerCall, select
+from ...backends import LayerCall, calls, select
 from ...config import current_config
 from ...dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
 from ...errors import InputError, UnsupportedError
@@ -159,6 +159,8 @@ def spiking_layer(
         name=name,
     )
     result, carrier = autograd.apply(call, chosen)
+    if result.saved is not None and result.saved.threshold is None and call.threshold is not None:
+        calls["guard", name] += 1  # min_active made this call exact
     spikes: Any = result.spikes
     if not spec.spiking:
         spikes = result.mem
@@ -184,10 +186,10 @@ def _output(
     B = steps[1]
     last = None
     if recurrent:
-        if isinstance(spikes, SpikeTrain):
-            last = spikes.to_dense()[-1] if steps[0] else v.new_zeros(v.shape)
+        if not steps[0]:
+            last = v.new_zeros(v.shape)
         else:
-            last = spikes[-1] if steps[0] else v.new_zeros(v.shape)
+            last = spikes.step(-1) if isinstance(spikes, SpikeTrain) else spikes[-1]
         last = last.view(B, *features)
     spikes = spikes.view(*features) if isinstance(spikes, SpikeTrain) else spikes.view(*steps, *features)
     state = NeuronState(v.view(B, *features), None if i is None else i.view(B, *features), last)

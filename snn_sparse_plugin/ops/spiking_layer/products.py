@@ -29,5 +29,6 @@ def events_or_product(
 def _looks_dense(x: Tensor) -> bool:
     """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
     rows = x.flatten(0, 1)
-    sample = rows[:: max(1, rows.shape[0] // 64)]
+    # few enough values for torch to count them on this thread
+    sample = rows[:: max(1, rows.shape[0] // max(1, min(64, 16384 // x.shape[-1])))]
     return float(sample.count_nonzero()) > DENSE_ABOVE * sample.numel()
