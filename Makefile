@@ -1,6 +1,5 @@
 # Needs only Python >= 3.10 and make. Everything is installed into .venv.
-# Without a GPU, torch's smaller CPU build will do:
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_FLAGS goes to every pip install, e.g. an index with a smaller build of torch.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -42,12 +42,12 @@ def test_a_broken_plugin_is_skipped_with_one_warning(broken):
 
 
 def test_a_broken_plugin_asked_for_by_name_raises(broken):
-    with pytest.raises(UnsupportedError, match="'broken' of toy 0.1 cannot be loaded"):
+    with pytest.raises(UnsupportedError, match=r"'broken' of toy 0.1 cannot be loaded"):
         registry.load("backends", "broken")
 
 
 def test_unknown_names_and_groups_say_what_there_is():
-    with pytest.raises(UnsupportedError, match="Registered: .*norse"):
+    with pytest.raises(UnsupportedError, match=r"Registered: .*norse"):
         registry.load("adapters", "brian")
     with pytest.raises(UnsupportedError, match="groups are backends"):
         registry.plugins("flowers")
@@ -67,7 +67,9 @@ def test_a_backend_whose_own_check_fails_is_passed_over(counted):
             raise OSError("no device file")
 
     registry.refresh()
-    registry.plugins("backends")["fragile"] = Plugin("backends", "fragile", "", "toy", "1", _instance=Fragile())
+    registry.plugins("backends")["fragile"] = Plugin(
+        "backends", "fragile", "", "toy", "1", _instance=Fragile()
+    )
     try:
         spiking_layer(torch.zeros(2, 2, 3), params=NeuronParams(0.9))
         assert counted["cpu", "forward"] == 1

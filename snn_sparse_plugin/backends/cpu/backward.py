@@ -2,8 +2,8 @@
 
 The adjoint runs back in time per sample, in a few vectors of N values:
 
-    mu   = dE/dv_t        lam = dE/du_t       nu = dE/d(input current at t)
-    cv, ci                what step t + 1 sends to the membrane and the synaptic current of step t
+    mu = dE/dv_t        lam = dE/du_t        nu = dE/d(input current at t)
+    ci                  what step t + 1 sends to the synaptic current of step t
 """
 
 from __future__ import annotations
@@ -33,24 +33,8 @@ from .rows import (
     copy_row,
     dot,
     scatter_rows,
+    surrogate_row,
 )
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def emit(  # type: ignore[no-untyped-def]
-    t, b, r, nu, indptr, indices, values, weight, in_ptr, in_idx, g_weight, g_bias, g_active, g_current
-):
-    """Everything that leaves from nu_t: weight, bias and input gradients."""
-    if g_weight.shape[0] > 0:
-        scatter_rows(g_weight, nu, indices, values, indptr[r], indptr[r + 1])
-    if g_bias.shape[0] > 0:
-        for j in range(nu.shape[0]):
-            g_bias[j] += nu[j]
-    if g_active.shape[0] > 0:
-        for a in range(in_ptr[r], in_ptr[r + 1]):
-            g_active[a] = dot(weight[in_idx[a]], nu)
-    if g_current.shape[0] > 0:
-        copy_row(g_current[t, b], nu)
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -70,8 +54,8 @@ def emit_recurrent(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, forceinline=True)
-def carry(code, params, lam, cv, ci, nu):  # type: ignore[no-untyped-def]
-    """nu_t, and what flows to step t - 1."""
+def input_grad(code, params, lam, ci, nu):  # type: ignore[no-untyped-def]
+    """nu_t from lam_t, and what flows to the synaptic current of step t - 1."""
     N = lam.shape[0]
     one = lam.dtype.type(1)
     mem, syn = params[MEM], params[SYN]
@@ -83,25 +67,34 @@ def carry(code, params, lam, cv, ci, nu):  # type: ignore[no-untyped-def]
                 ci[j] = syn[j] * nu[j]
         else:
             copy_row(nu, lam)
-        for j in range(N):
-            cv[j] = mem[j] * lam[j]
     elif code[0] == EULER:
         for j in range(N):
             ci[j] = mem[j] * lam[j] + (one - syn[j]) * ci[j]
         copy_row(nu, ci)
-        for j in range(N):
-            cv[j] = (one - mem[j]) * lam[j]
     else:
         for j in range(N):
             nu[j] = mem[j] * lam[j]
-        for j in range(N):
-            cv[j] = (one - mem[j]) * lam[j]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def decay_back(code, params, lam):  # type: ignore[no-untyped-def]
+    """lam_t becomes what flows to the membrane of step t - 1, in place."""
+    one = lam.dtype.type(1)
+    mem = params[MEM]
+    if code[0] == DECAY:
+        for j in range(lam.shape[0]):
+            lam[j] = mem[j] * lam[j]
+    else:
+        for j in range(lam.shape[0]):
+            lam[j] = (one - mem[j]) * lam[j]
 
 
 @cache
 def backward_active_kernel(code: Code) -> Callable[..., Any]:
     """The backward over the active list, for one member of the neuron family."""
-    _, _, kind, timing, scope, attached, _, recurrent = code
+    update, synapse, kind, timing, scope, attached, _, recurrent = code
+    # then nu is lam itself: a copy less at every step
+    shared = update == DECAY and not synapse and not recurrent
 
     @njit(nogil=True, cache=True)
     def backward_active(  # type: ignore[no-untyped-def]
@@ -122,11 +115,14 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         act_ptr,
         act_idx,
         act_x,
-        phi,  # sigma' of every active entry
+        surrogate,
+        first_param,
+        second_param,
+        phi,  # sigma' of every active entry, filled here
         g_out,  # gradient of every active entry, or empty
         g_spikes,  # (T, B, N) or empty
         g_mem,
-        cv_state,  # (B, N): gradient of the final state in, of the initial state out
+        lam_state,  # (B, N): gradient of the final state in, of the initial state out
         ci_state,
         g_weight,  # (M, N) of this range, and so on: empty where not wanted
         g_bias,
@@ -140,13 +136,23 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         dtype = v0.dtype
         zero = dtype.type(0)
         threshold, reset_value = params[THRESHOLD], params[RESET_VALUE]
-        mu, lam, nu = np.empty(N, dtype), np.empty(N, dtype), np.zeros(N, dtype)
+        mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         for b in range(first, last):
-            cv, ci = cv_state[b], ci_state[b]
+            lam, ci = lam_state[b], ci_state[b]
+            if shared:
+                nu = lam
+            first_active, last_active = act_ptr[b * T], act_ptr[b * T + T]
+            surrogate_row(
+                surrogate,
+                first_param,
+                second_param,
+                -1.0,
+                act_x[first_active:last_active],
+                phi[first_active:last_active],
+            )
             for t in range(T - 1, -1, -1):
                 r = b * T + t
-                copy_row(lam, cv)
                 if has_mem:
                     row = g_mem[t, b]
                     for j in range(N):
@@ -162,7 +168,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                     if has_spikes:
                         g += g_spikes[t, b, j]
                     if recurrent and t < T - 1:
-                        g += dot(rec_weight[j], nu)
+                        g += dot(rec_weight, j, nu)
                     if attached:
                         if kind == SUBTRACT:
                             g -= threshold[j] * mu[j]
@@ -179,31 +185,28 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                     else:
                         for j in range(N):
                             lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
-                carry(code, params, lam, cv, ci, nu)
+                if not shared:
+                    input_grad(code, params, lam, ci, nu)
+                # written out in both kernels: as a function its array arguments are counted at every step, 0.1 us each
+                if g_weight.shape[0] > 0:
+                    scatter_rows(g_weight, nu, indices, values, indptr[r], indptr[r + 1])
+                if g_bias.shape[0] > 0:
+                    for j in range(N):
+                        g_bias[j] += nu[j]
+                if g_active.shape[0] > 0:
+                    for a in range(in_ptr[r], in_ptr[r + 1]):
+                        g_active[a] = dot(weight, in_idx[a], nu)
+                if g_current.shape[0] > 0:
+                    copy_row(g_current[t, b], nu)
+                if recurrent:
+                    emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
+                decay_back(code, params, lam)
                 if timing == DELAYED and kind == ZERO and scope == STATE:
                     if t > 0:
                         for e in range(out_ptr[r - 1], out_ptr[r]):
-                            cv[out_idx[e]] = 0
+                            lam[out_idx[e]] = 0
                     else:
                         for j in range(N):
-                            cv[j] = zero if v0[b, j] - threshold[j] > zero else cv[j]
-                emit(
-                    t,
-                    b,
-                    r,
-                    nu,
-                    indptr,
-                    indices,
-                    values,
-                    weight,
-                    in_ptr,
-                    in_idx,
-                    g_weight,
-                    g_bias,
-                    g_active,
-                    g_current,
-                )
-                if recurrent:
-                    emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
+                            lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
 
     return backward_active

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from ...backends import CHUNK
-from .backward import carry, emit, emit_recurrent
+from .backward import decay_back, emit_recurrent, input_grad
 from .rows import (
     CORRECTED,
     DECAY,
@@ -37,6 +37,7 @@ from .rows import (
     copy_row,
     dot,
     reset_row,
+    scatter_rows,
     surrogate_row,
 )
 
@@ -108,7 +109,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         g_out,
         g_spikes,
         g_mem,
-        cv_state,
+        lam_state,
         ci_state,
         g_weight,
         g_bias,
@@ -119,8 +120,8 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         g_rec0,
         g_params,  # (5, N) of this range, or empty
     ):
-        N = cv_state.shape[1]
-        dtype = cv_state.dtype
+        N = lam_state.shape[1]
+        dtype = lam_state.dtype
         one, zero = dtype.type(1), dtype.type(0)
         threshold, reset_value = params[THRESHOLD], params[RESET_VALUE]
         # the replayed chunk: states before each step, what was added to the current, u - threshold
@@ -128,13 +129,13 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         jumps, distances = np.zeros((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
         v, i, x, rec = np.empty(N, dtype), np.zeros(N, dtype), np.empty(N, dtype), np.zeros(N, dtype)
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
-        mu, lam, nu = np.empty(N, dtype), np.empty(N, dtype), np.zeros(N, dtype)
+        mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         from_events = indptr.shape[0] > 0
         want_params = g_params.shape[0] > 0
         still = current.shape[0] == 1
         for b in range(first, last):
-            cv, ci = cv_state[b], ci_state[b]
+            lam, ci = lam_state[b], ci_state[b]
             for chunk in range((T - 1) // CHUNK, -1, -1):
                 start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
                 copy_row(v, v_checkpoints[chunk, b])
@@ -168,13 +169,12 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                 for t in range(stop - 1, start - 1, -1):
                     r, k = b * T + t, t - start
                     distance, v_before = distances[k], v_rows[k]
-                    copy_row(mu, cv)
                     if has_mem:
                         row = g_mem[t, b]
                         for j in range(N):
-                            mu[j] += row[j]
+                            lam[j] += row[j]
+                    copy_row(mu, lam)
                     carried = reset_row(code, params, v_before, reset)
-                    copy_row(lam, mu)
                     if spiking:
                         surrogate_row(surrogate, first_param, second_param, window, distance, phi)
                         if has_spikes:
@@ -188,7 +188,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                         if recurrent and t < T - 1:
                             for j in range(N):
                                 if phi[j] != 0:
-                                    g[j] += dot(rec_weight[j], nu)
+                                    g[j] += dot(rec_weight, j, nu)
                         if attached:
                             for j in range(N):
                                 u = distance[j] + threshold[j]
@@ -226,27 +226,23 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                     if carried and kind == ZERO and scope == SUM:
                         for j in range(N):
                             lam[j] = (one - reset[j]) * lam[j]
-                    carry(code, params, lam, cv, ci, nu)
-                    if carried and kind == ZERO and scope == STATE:
+                    input_grad(code, params, lam, ci, nu)
+                    # as in backward.py, and written out for the same reason
+                    if g_weight.shape[0] > 0:
+                        scatter_rows(g_weight, nu, indices, values, indptr[r], indptr[r + 1])
+                    if g_bias.shape[0] > 0:
                         for j in range(N):
-                            cv[j] = (one - reset[j]) * cv[j]
-                    emit(
-                        t,
-                        b,
-                        r,
-                        nu,
-                        indptr,
-                        indices,
-                        values,
-                        weight,
-                        in_ptr,
-                        in_idx,
-                        g_weight,
-                        g_bias,
-                        g_active,
-                        g_current,
-                    )
+                            g_bias[j] += nu[j]
+                    if g_active.shape[0] > 0:
+                        for a in range(in_ptr[r], in_ptr[r + 1]):
+                            g_active[a] = dot(weight, in_idx[a], nu)
+                    if g_current.shape[0] > 0:
+                        copy_row(g_current[t, b], nu)
                     if recurrent:
                         emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
+                    decay_back(code, params, lam)
+                    if carried and kind == ZERO and scope == STATE:
+                        for j in range(N):
+                            lam[j] = (one - reset[j]) * lam[j]
 
     return backward_replay

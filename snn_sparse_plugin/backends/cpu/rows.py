@@ -57,6 +57,10 @@ def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
                     out[m, k] = x[k, m]
 
 
+# Rows are indexed, not sliced (a slice is an array object and counts references), and by unsigned integers, which
+# cannot be negative and so need no test for counting from the end.
+
+
 @njit(nogil=True, cache=True, forceinline=True)
 def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``out += value * weight[index]`` for the events first..last; four rows at a time to save passes over out."""
@@ -64,20 +68,20 @@ def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-unty
     k = first
     if values.shape[0] > 0:
         for e in range(first, last):
-            row, value = weight[indices[e]], values[e]
+            a, value = np.uint32(indices[e]), values[e]
             for j in range(N):
-                out[j] += value * row[j]
+                out[j] += value * weight[a, j]
         return
     while k + 4 <= last:
-        a, b = weight[indices[k]], weight[indices[k + 1]]
-        c, d = weight[indices[k + 2]], weight[indices[k + 3]]
+        a, b = np.uint32(indices[k]), np.uint32(indices[k + 1])
+        c, d = np.uint32(indices[k + 2]), np.uint32(indices[k + 3])
         for j in range(N):
-            out[j] += (a[j] + b[j]) + (c[j] + d[j])
+            out[j] += (weight[a, j] + weight[b, j]) + (weight[c, j] + weight[d, j])
         k += 4
     while k < last:
-        a = weight[indices[k]]
+        a = np.uint32(indices[k])
         for j in range(N):
-            out[j] += a[j]
+            out[j] += weight[a, j]
         k += 1
 
 
@@ -85,22 +89,25 @@ def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-unty
 def scatter_rows(weight, row, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``weight[index] += value * row`` for the events first..last: the weight gradient."""
     N = row.shape[0]
-    for e in range(first, last):
-        out = weight[indices[e]]
-        if values.shape[0] > 0:
-            value = values[e]
+    if values.shape[0] > 0:
+        for e in range(first, last):
+            i, value = np.uint32(indices[e]), values[e]
             for j in range(N):
-                out[j] += value * row[j]
-        else:
+                weight[i, j] += value * row[j]
+    else:
+        for e in range(first, last):
+            i = np.uint32(indices[e])
             for j in range(N):
-                out[j] += row[j]
+                weight[i, j] += row[j]
 
 
 @njit(nogil=True, cache=True, forceinline=True, fastmath={"reassoc", "nsz", "contract"})
-def dot(a, b):  # type: ignore[no-untyped-def]
-    total = a.dtype.type(0)
-    for j in range(a.shape[0]):
-        total += a[j] * b[j]
+def dot(weight, index, b):  # type: ignore[no-untyped-def]
+    """``weight[index] @ b``, the one sum that may be reordered to vectorise."""
+    i = np.uint32(index)
+    total = b.dtype.type(0)
+    for j in range(b.shape[0]):
+        total += weight[i, j] * b[j]
     return total
 
 

@@ -20,7 +20,7 @@ from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
 from .replay import backward_replay_kernel
-from .rows import Code, encode, surrogate_row, transpose
+from .rows import Code, encode, transpose
 from .threads import parallel, split
 
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
@@ -144,12 +144,6 @@ def run_backward(
         assert saved.u is not None
         u = _numpy(saved.u)
         phi = np.empty_like(u)
-        parallel(
-            [
-                lambda r=r: surrogate_row(surrogate, p, q, -1.0, u[slice(*r)], phi[slice(*r)])
-                for r in split(u.size)
-            ]  # type: ignore[misc]
-        )
 
     def run(first: int, last: int) -> list[np.ndarray]:
         def zeros(wanted: bool, *shape: int) -> np.ndarray:
@@ -165,7 +159,7 @@ def run_backward(
         if use_list:
             backward_active_kernel(code)(
                 *(first, last, T, params, _numpy(call.v0), indptr, indices, values, weight),
-                *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, phi),
+                *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, surrogate, p, q, phi),
                 *(g_out, *dense, *shared_in, *outs),
             )
         else:

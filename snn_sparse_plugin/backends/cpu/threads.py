@@ -4,15 +4,20 @@ The calling thread takes tasks itself until none is left, and then waits only fo
 begun: where the cores are busy it does all the work rather than wait for a thread to be scheduled. numba's own
 parallel layers cannot serve here: workqueue aborts when two threads enter it, OpenMP hangs after a fork, and its
 barriers made a step ten times slower as soon as one other process was running.
+
+After each of torch's parallel operations its OpenMP threads spin for milliseconds, on the cores that our threads
+need. So they are sent home first, which costs 0.05 ms: on two cores a training step takes 6.3 instead of 8.9 ms.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +27,13 @@ T = TypeVar("T")
 _jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 _workers = 0
 _lock = threading.Lock()
+_forked = False
 
 
 def _after_fork() -> None:
-    global _jobs, _workers, _lock
-    _jobs, _workers, _lock = queue.SimpleQueue(), 0, threading.Lock()  # the child has none of the threads
+    # the child has none of the threads, and asking OpenMP to end those it remembers would hang
+    global _jobs, _workers, _lock, _forked
+    _jobs, _workers, _lock, _forked = queue.SimpleQueue(), 0, threading.Lock(), True
 
 
 if hasattr(os, "register_at_fork"):
@@ -61,6 +68,9 @@ def parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
             if next(ended) == len(tasks):
                 done.release()
 
+    end_spinning = _openmp_pause()
+    if end_spinning is not None and not _forked:
+        end_spinning(_PAUSE_SOFT)
     _ensure_workers(len(tasks) - 1)
     for _ in range(len(tasks) - 1):
         _jobs.put(work)
@@ -69,6 +79,28 @@ def parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
     if errors:
         raise errors[0]
     return results
+
+
+_PAUSE_SOFT = 1  # omp_pause_soft: threads end, settings stay; the next parallel operation starts them again
+
+
+@cache
+def _openmp_pause() -> Any:
+    """``omp_pause_resource_all`` (OpenMP 5.0) of the runtime that torch has loaded, or None."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split()[-1] for line in maps if "omp" in line and ".so" in line}
+    except OSError:
+        return None
+    for path in sorted(paths):
+        if os.path.basename(path).startswith(("libgomp", "libiomp5", "libomp")):
+            try:
+                function = ctypes.PyDLL(path).omp_pause_resource_all
+            except (OSError, AttributeError):
+                continue
+            function.argtypes, function.restype = (ctypes.c_int,), ctypes.c_int
+            return function
+    return None
 
 
 def _ensure_workers(wanted: int) -> None:
