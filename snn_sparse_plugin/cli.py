@@ -136,9 +136,7 @@ def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
         memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
         facts.add_row(device["device"], device["name"] + memory)
     threads = found["threads"]
-    facts.add_row(
-        "threads", f"torch {threads['torch']}, numba {threads['numba']}, of {threads['cores']} cores"
-    )
+    facts.add_row("threads", f"{threads['torch']} of {threads['cores']} cores")
     console.print(facts)
 
     optional = Table(title="optional libraries", title_justify="left", box=None, pad_edge=False)

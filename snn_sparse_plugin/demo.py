@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .adapters import adapter_of
-from .bench.measure import saved_bytes, set_threads
+from .bench.measure import saved_bytes
 from .bench.report import human_bytes
 from .data import ImageData, latency_spikes, load_images
 from .errors import MissingDependencyError, UnsupportedError
@@ -100,7 +100,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     except ImportError as error:
         raise MissingDependencyError("the demo draws with matplotlib: pip install matplotlib") from error
     if options.threads:
-        set_threads(options.threads)
+        torch.set_num_threads(options.threads)
     data = load_images(options.data, options.root).limited(options.samples)
     sizes = (data.pixels, options.hidden, options.hidden, data.classes)
     make = NETWORKS[options.library]

@@ -48,7 +48,7 @@ def diagnose() -> dict[str, Any]:
         },
         "optional": {name: {"version": installed(name), "for": use} for name, use in OPTIONAL.items()},
         "devices": _devices(),
-        "threads": {"cores": os.cpu_count(), "torch": torch.get_num_threads(), "numba": _numba_threads()},
+        "threads": {"cores": os.cpu_count(), "torch": torch.get_num_threads()},
         "backends": backends,
         "ok": all(b["state"] in ("ok", "unavailable", "idle") for b in backends),
     }
@@ -60,14 +60,6 @@ def installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _numba_threads() -> int | None:
-    try:
-        import numba
-    except ImportError:
-        return None
-    return int(numba.get_num_threads())
 
 
 def _devices() -> list[dict[str, Any]]:

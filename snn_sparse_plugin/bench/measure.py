@@ -41,15 +41,6 @@ class Timing(NamedTuple):
     step: Spread
 
 
-def set_threads(threads: int) -> None:
-    """The same number of threads for torch and numba, as far as numba was started with that many."""
-    import numba
-
-    torch.set_num_threads(threads)
-    started: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(threads, started))
-
-
 def run_step(steps: Steps, clock: Callable[[], float] = perf_counter) -> tuple[float, float, float]:
     """One step: seconds of forward, backward and the whole."""
     start = clock()
@@ -66,7 +57,11 @@ def run_step(steps: Steps, clock: Callable[[], float] = perf_counter) -> tuple[f
 def time_alternating(
     cases: dict[str, Steps], rounds: int, device: str, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Timing]:
-    """All cases in turn, ``rounds`` times over, each round starting with another; two warm-up steps each."""
+    """All cases in turn, ``rounds`` times over, each round starting with another; two warm-up steps each.
+
+    In its turn a case makes one step that is not timed and one that is: a training loop repeats the same step, and
+    so none pays for the caches that another has filled or for freeing the graph that another has left.
+    """
 
     def clock() -> float:
         if device != "cpu":
@@ -85,6 +80,7 @@ def time_alternating(
         for k in range(rounds):
             first = k % len(names)
             for name in names[first:] + names[:first]:
+                run_step(cases[name], clock)
                 seconds[name].append(run_step(cases[name], clock))
             advance()
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .measure import run_step, set_threads
+from .measure import run_step
 from .problem import Config
 from .providers import setup
 
@@ -21,7 +21,7 @@ def measure_peak(request: dict[str, Any]) -> int | None:
     """Highest memory during two steps minus what was in use before, in bytes; None if it cannot be told."""
     raw = request["config"]
     config = Config(**(raw | {"layers": tuple(raw["layers"])}))
-    set_threads(request["threads"])
+    torch.set_num_threads(request["threads"])
     provider = request["provider"]
     run_step(setup(replace(config, steps=3, batch=2), provider))  # compiles kernels, loads libraries
     steps = setup(config, provider)

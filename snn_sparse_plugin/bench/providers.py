@@ -242,6 +242,31 @@ def _spikingjelly(config: Config, problem: Problem) -> Model:
     return Model(spikes, list(net.parameters()), problem.x)
 
 
+class IndexedLayer(nn.Module):
+    """The dense loop as published with [Perez-Nieves & Goodman 2021]: ``h[:, t]`` at every step.
+
+    Under autograd each index makes a zero tensor of the size of ``h``, so its backward grows with T squared.
+    """
+
+    def __init__(self, config: Config, weight: Tensor) -> None:
+        super().__init__()
+        self.fc = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+        with torch.no_grad():
+            self.fc.weight.copy_(weight)
+            self.fc.bias.zero_()
+        self.beta, self.spike = config.beta, Surrogate("fast_sigmoid", (config.slope,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x.transpose(0, 1))
+        mem = torch.zeros_like(h[:, 0])
+        record = []
+        for t in range(h.shape[1]):
+            reset = (mem.detach() > 1).to(mem.dtype)
+            mem = self.beta * mem + h[:, t] - reset
+            record.append(self.spike(mem - 1))
+        return torch.stack(record)
+
+
 def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
     """Backward of the second layer alone: weight, bias and, where layer 1 is active, input gradients.
 
@@ -269,8 +294,14 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
             return torch.autograd.grad(out.carrier, (weight, bias, train.carrier), grad)
 
     else:
-        net = TutorialNet(config, problem._replace(weights=(second,))).to(config.device)
-        weight, bias = net.fc[0].weight, net.fc[0].bias  # type: ignore[assignment]
+        net: nn.Module
+        if provider == "indexed":
+            net = IndexedLayer(config, second)
+            linear = net.fc
+        else:
+            net = TutorialNet(config, problem._replace(weights=(second,))).to(config.device)
+            linear = net.fc[0]  # type: ignore[assignment]
+        weight, bias = linear.weight, linear.bias
         x = train.to_dense().detach().requires_grad_()
         kept = [x]
 
@@ -295,6 +326,9 @@ PROVIDERS: dict[str, Provider] = {
     "spikingjelly": Provider(_spikingjelly, "spikingjelly", "multi-step modules", ("network", "layer")),
     "compile": Provider(
         _compiled, "snntorch", "tutorial loop under torch.compile", ("network", "layer"), opt_in=True
+    ),
+    "indexed": Provider(
+        _snntorch, "torch", "dense loop as published: h[:, t] at every step", ("s3gd",), opt_in=True
     ),
     "reference": Provider(
         _unrolled(backend="reference"), "snn-sparse-plugin", "unroll, reference backend", opt_in=True

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import ConfigError, MissingDependencyError
-from .measure import Timing, peak_bytes, saved_bytes, set_threads, time_alternating
+from .measure import Timing, peak_bytes, saved_bytes, time_alternating
 from .problem import Config, make_problem
 from .providers import PROVIDERS, Steps, get, setup
 from .report import result_row, show_crossover, show_rows
@@ -116,7 +116,7 @@ def run_sweep(
 
 def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[str, Any]]:
     """All providers on one config."""
-    set_threads(options.threads)
+    torch.set_num_threads(options.threads)
     names = options.names(config.op)
     found: dict[str, Measured] = {}
     cases: dict[str, Steps] = {}
