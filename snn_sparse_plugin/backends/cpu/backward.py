@@ -33,6 +33,8 @@ from .rows import (
     copy_row,
     dot,
     scatter_rows,
+    store2,
+    store3,
     surrogate_row,
 )
 
@@ -44,7 +46,7 @@ def emit_recurrent(  # type: ignore[no-untyped-def]
     """What leaves into the recurrent weights, which the spikes of step t - 1 drove."""
     if t == 0:
         if g_rec0.shape[0] > 0:
-            copy_row(g_rec0[b], nu)
+            store2(g_rec0, b, nu)
         return
     if g_rec_weight.shape[0] > 0:
         scatter_rows(g_rec_weight, nu, out_idx, nu[:0], out_ptr[r - 1], out_ptr[r])
@@ -154,9 +156,9 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
             for t in range(T - 1, -1, -1):
                 r = b * T + t
                 if has_mem:
-                    row = g_mem[t, b]
+                    at, sample = np.uint64(t), np.uint64(b)
                     for j in range(N):
-                        lam[j] += row[j]
+                        lam[j] += g_mem[at, sample, j]
                 if attached:
                     copy_row(mu, lam)
                 if timing == IMMEDIATE and kind in (VALUE, ZERO):
@@ -197,7 +199,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                     for a in range(in_ptr[r], in_ptr[r + 1]):
                         g_active[a] = dot(weight, in_idx[a], nu)
                 if g_current.shape[0] > 0:
-                    copy_row(g_current[t, b], nu)
+                    store3(g_current, t, b, nu)
                 if recurrent:
                     emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
                 decay_back(code, params, lam)

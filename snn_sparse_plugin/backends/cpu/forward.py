@@ -11,7 +11,7 @@ from numba import njit
 
 from ...backends import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
-from .rows import Code, add_rows, advance, copy_row
+from .rows import Code, add_rows, advance, copy_row, load2, load3, store3
 
 
 @cache
@@ -78,30 +78,30 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
             for t in range(T):
                 r = b * T + t
                 if keep_chunks and t % CHUNK == 0:
-                    copy_row(v_checkpoints[t // CHUNK, b], v)
+                    store3(v_checkpoints, t // CHUNK, b, v)
                     if synapse:
-                        copy_row(i_checkpoints[t // CHUNK, b], i)
+                        store3(i_checkpoints, t // CHUNK, b, i)
                 if from_events:
                     copy_row(x, bias)
                     add_rows(x, weight, indices, values, indptr[r], indptr[r + 1])
                 else:
-                    copy_row(x, current[0 if still else t, b])
+                    load3(x, current, 0 if still else t, b)
                 if recurrent:
                     if t == 0:
-                        copy_row(rec, rec0[b])
+                        load2(rec, rec0, b)
                     else:
                         copy_row(rec, rec_bias)
                         add_rows(rec, rec_weight, out_idx, empty, previous, n)
                     previous = n
                 advance(code, params, x, rec, v, i, reset, distance)
                 if keep_mem:
-                    copy_row(mem[t, b], v)
+                    store3(mem, t, b, v)
                 if not spiking:
                     continue
                 if keep_spikes:
-                    row = spikes[t, b]
+                    at, sample = np.uint64(t), np.uint64(b)
                     for j in range(N):
-                        row[j] = one if distance[j] > zero else zero
+                        spikes[at, sample, j] = one if distance[j] > zero else zero
                 if keep_events:
                     for k in range(0, padded, LANES):
                         n = append_columns(above16(distance, k), k, out_idx, n)

@@ -36,8 +36,12 @@ from .rows import (
     advance,
     copy_row,
     dot,
+    load2,
+    load3,
     reset_row,
     scatter_rows,
+    store2,
+    store3,
     surrogate_row,
 )
 
@@ -130,6 +134,8 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         v, i, x, rec = np.empty(N, dtype), np.zeros(N, dtype), np.empty(N, dtype), np.zeros(N, dtype)
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
+        v_before, i_before = np.empty(N, dtype), np.zeros(N, dtype)
+        jump, distance = np.zeros(N, dtype), np.zeros(N, dtype)
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         from_events = indptr.shape[0] > 0
         want_params = g_params.shape[0] > 0
@@ -138,47 +144,51 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
             lam, ci = lam_state[b], ci_state[b]
             for chunk in range((T - 1) // CHUNK, -1, -1):
                 start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
-                copy_row(v, v_checkpoints[chunk, b])
+                load3(v, v_checkpoints, chunk, b)
                 if synapse:
-                    copy_row(i, i_checkpoints[chunk, b])
+                    load3(i, i_checkpoints, chunk, b)
                 for t in range(start, stop):
                     r, k = b * T + t, t - start
                     if from_events:
                         copy_row(x, bias)
                         add_rows(x, weight, indices, values, indptr[r], indptr[r + 1])
                     else:
-                        copy_row(x, current[0 if still else t, b])
+                        load3(x, current, 0 if still else t, b)
                     if recurrent:
                         if t == 0:
-                            copy_row(rec, rec0[b])
+                            load2(rec, rec0, b)
                         else:
                             copy_row(rec, rec_bias)
                             add_rows(rec, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r])
-                    copy_row(v_rows[k], v)
+                    store2(v_rows, k, v)
                     if synapse:
-                        copy_row(i_rows[k], i)
+                        store2(i_rows, k, i)
                     if want_params and update != DECAY:
-                        jump = jumps[k]
                         for j in range(N):
                             jump[j] = x[j] + rec[j]
                         if update == EULER:
                             for j in range(N):
                                 jump[j] = i[j] + jump[j]
-                    advance(code, params, x, rec, v, i, reset, distances[k])
+                        store2(jumps, k, jump)
+                    advance(code, params, x, rec, v, i, reset, distance)
+                    if spiking:
+                        store2(distances, k, distance)
 
                 for t in range(stop - 1, start - 1, -1):
                     r, k = b * T + t, t - start
-                    distance, v_before = distances[k], v_rows[k]
+                    load2(v_before, v_rows, k)
+                    if spiking:
+                        load2(distance, distances, k)
                     if has_mem:
-                        row = g_mem[t, b]
+                        at, sample = np.uint64(t), np.uint64(b)
                         for j in range(N):
-                            lam[j] += row[j]
+                            lam[j] += g_mem[at, sample, j]
                     copy_row(mu, lam)
                     carried = reset_row(code, params, v_before, reset)
                     if spiking:
                         surrogate_row(surrogate, first_param, second_param, window, distance, phi)
                         if has_spikes:
-                            copy_row(g, g_spikes[t, b])
+                            load3(g, g_spikes, t, b)
                         else:
                             for j in range(N):
                                 g[j] = zero
@@ -207,6 +217,8 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                         for j in range(N):
                             lam[j] += phi[j] * g[j]
                     if want_params:
+                        load2(i_before, i_rows, k)
+                        load2(jump, jumps, k)
                         _params_grad(
                             code,
                             params,
@@ -218,8 +230,8 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             carried,
                             distance,
                             v_before,
-                            i_rows[k],
-                            jumps[k],
+                            i_before,
+                            jump,
                             ci,
                             g_params,
                         )
@@ -237,7 +249,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                         for a in range(in_ptr[r], in_ptr[r + 1]):
                             g_active[a] = dot(weight, in_idx[a], nu)
                     if g_current.shape[0] > 0:
-                        copy_row(g_current[t, b], nu)
+                        store3(g_current, t, b, nu)
                     if recurrent:
                         emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
                     decay_back(code, params, lam)

@@ -47,6 +47,42 @@ def copy_row(out, row):  # type: ignore[no-untyped-def]
         out[j] = row[j]
 
 
+# Rows of larger arrays are indexed, not sliced: a slice is an array object and counts references at every step. The
+# indices are unsigned, so that there is no test for counting from the end.
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def load2(out, x, k):  # type: ignore[no-untyped-def]
+    """``out[:] = x[k]``"""
+    i = np.uint64(k)
+    for j in range(out.shape[0]):
+        out[j] = x[i, j]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def load3(out, x, t, b):  # type: ignore[no-untyped-def]
+    """``out[:] = x[t, b]``"""
+    i, k = np.uint64(t), np.uint64(b)
+    for j in range(out.shape[0]):
+        out[j] = x[i, k, j]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def store2(x, k, row):  # type: ignore[no-untyped-def]
+    """``x[k] = row``"""
+    i = np.uint64(k)
+    for j in range(row.shape[0]):
+        x[i, j] = row[j]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def store3(x, t, b, row):  # type: ignore[no-untyped-def]
+    """``x[t, b] = row``"""
+    i, k = np.uint64(t), np.uint64(b)
+    for j in range(row.shape[0]):
+        x[i, k, j] = row[j]
+
+
 @njit(nogil=True, cache=True)
 def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
     """``out[:, first:last] = x[first:last].T``, in blocks that stay in cache."""
@@ -55,10 +91,6 @@ def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
             for k in range(i, min(i + 16, last)):
                 for m in range(j, min(j + 16, x.shape[1])):
                     out[m, k] = x[k, m]
-
-
-# Rows are indexed, not sliced (a slice is an array object and counts references), and by unsigned integers, which
-# cannot be negative and so need no test for counting from the end.
 
 
 @njit(nogil=True, cache=True, forceinline=True)

@@ -115,6 +115,13 @@ def run_backward(
     sparse_input = train is not None and train.active is not None
     want_params = need["params"] and call.params_grad
     use_list = saved.u is not None and not want_params and not _needs_replay(call.spec)
+    if not (use_list or want_params) and _only_decays(call, grads, events):
+        # the loss sees the membrane alone, as in many readouts: an empty list says so, and nothing is replayed
+        empty = torch.empty(0, dtype=torch.int32)
+        saved = Saved(
+            None, Active(torch.zeros(B * T + 1, dtype=torch.int32), empty), torch.empty(0, dtype=dtype)
+        )
+        use_list = True
     # a list without input gradients is the one case that never looks at the weights
     inputs = _inputs(call, np_dtype, rows=sparse_input or not use_list)
     cv = torch.zeros(B, N, dtype=dtype) if grads.v is None else grads.v.clone()
@@ -198,6 +205,14 @@ def run_backward(
 def _needs_replay(spec: NeuronSpec) -> bool:
     """Whether the adjoint needs the state itself, not only the spikes and the active list."""
     return spec.timing == "corrected" and spec.reset == "zero"
+
+
+def _only_decays(call: LayerCall, grads: OutputGrads, events: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether no gradient passes a surrogate, and spikes that reset are known where they matter."""
+    spec = call.spec
+    silent = grads.active is None and grads.spikes is None and call.rec_weight is None and not spec.attached
+    known = spec.reset in ("none", "subtract") or events is not None
+    return silent and known and not _needs_replay(spec)
 
 
 def _code(call: LayerCall) -> Code:
