@@ -112,6 +112,20 @@ def test_a_compiled_graph_obeys_the_context_it_runs_in():
     assert relative(*found) > 1e-2
 
 
+def test_backward_outside_the_context_uses_what_forward_decided():
+    x, w = spikes(80, 3, 20, p=0.2), on_grid(9, 20).requires_grad_()
+    upstream = torch.randn(80, 3, 9)
+    layer = torch.compile(
+        lambda x, w: spiking_layer(x, w, params=NeuronParams(0.875)).spikes, fullgraph=True, backend="aot_eager"
+    )
+    with use_config(SparseConfig(backend="reference", backprop_threshold=None)):
+        out = layer(x, w)
+        (inside,) = torch.autograd.grad((out * upstream).sum(), w, retain_graph=True)
+    (outside,) = torch.autograd.grad((out * upstream).sum(), w)
+    assert inside.norm() > 0
+    assert torch.equal(inside, outside)
+
+
 def test_events_do_not_enter_a_graph():
     train = SpikeTrain.from_dense(spikes(5, 2, 6))
     with pytest.raises(Exception, match="dense tensors"):

@@ -82,6 +82,8 @@ def spiking_layer(
     """
     spec = spec or NeuronSpec()
     surrogate = surrogate or Surrogate("atan", (2.0,))
+    if recurrent_weight is not None and not spec.spiking:
+        raise InputError(f"{name}: a readout emits no spikes, so it takes no recurrent_weight.")
     train, dense = _input(x, weight, name)
     first = train if train is not None else dense
     assert first is not None
@@ -103,7 +105,7 @@ def spiking_layer(
         inputs = (flat, weight, bias, recurrent_weight, recurrent_bias, rec0, v0, i0, packed)
         node, membrane, v, i = spiking_layer_op(inputs, spec, surrogate, overrides)
         mem = membrane if return_mem else None
-        return _output(node, mem, v, i, s0 is not None, (T, B), features, math.nan)
+        return _output(node, mem, v, i, s0, (T, B), features, math.nan)
 
     config = current_config().updated(**overrides) if overrides else current_config()
     if config.check:
@@ -168,9 +170,8 @@ def spiking_layer(
         assert result.events is not None
         active = result.saved.active if result.saved is not None else None
         spikes = SpikeTrain(*result.events, (T, B, N), dtype=dtype, carrier=carrier, active=active)
-    recurrent = recurrent_weight is not None
     mem = result.mem if return_mem else None
-    return _output(spikes, mem, result.v, result.i, recurrent, (T, B), features, result.active_fraction)
+    return _output(spikes, mem, result.v, result.i, s0, (T, B), features, result.active_fraction)
 
 
 def _output(
@@ -178,16 +179,17 @@ def _output(
     mem: Tensor | None,
     v: Tensor,
     i: Tensor | None,
-    recurrent: bool,
+    s0: Tensor | None,
     steps: tuple[int, ...],
     features: tuple[int, ...],
     active_fraction: float,
 ) -> SpikingLayerOutput:
     B = steps[1]
     last = None
-    if recurrent:
+    if s0 is not None:
         if not steps[0]:
-            last = v.new_zeros(v.shape)
+            assert s0 is not None
+            last = s0
         else:
             last = spikes.step(-1) if isinstance(spikes, SpikeTrain) else spikes[-1]
         last = last.view(B, *features)
@@ -284,6 +286,10 @@ def _pack_state(
     def one(label: str, value: Tensor | None) -> Tensor:
         if value is None:
             return torch.zeros(flat, dtype=dtype, device=device)
+        if value.device != device and value.dim():
+            raise InputError(f"{name}: state {label!r} is on {value.device}, the input on {device}.")
+        if torch.promote_types(value.dtype, dtype) != dtype:
+            raise InputError(f"{name}: state {label!r} is {value.dtype}, the input {dtype}; convert one of them.")
         try:
             return value.to(device=device, dtype=dtype).expand(shape).reshape(flat).contiguous()
         except RuntimeError as error:

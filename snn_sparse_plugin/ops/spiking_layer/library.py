@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ...backends import CHUNK, Backend, LayerCall, OutputGrads, Saved, select
-from ...config import current_config
+from ...config import SparseConfig, current_config
 from ...dynamics import NeuronSpec
 from ...spikes import SpikeTrain
 from ...surrogates import Surrogate
 from .products import events_or_product
 
+NAME_BYTES = 64  # the backend's name travels from forward to backward as a tensor of this size
 UNSET, EXACT, AUTO = math.nan, -1.0, -2.0  # what the float option ``threshold`` says beside a window
 
 
@@ -35,8 +36,14 @@ def _decode_spec(text: str) -> NeuronSpec:
 
 
 def _prepare(
-    inputs: tuple[Tensor | None, ...], spec: str, surrogate: str, numbers: list[float], backend: str
+    inputs: tuple[Tensor | None, ...],
+    spec: str,
+    surrogate: str,
+    numbers: list[float],
+    backend: str,
+    decided: str | None = None,
 ) -> tuple[LayerCall, Backend]:
+    """The call and its backend. In backward ``decided`` names the one that ran forward: no context is looked at."""
     x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params = inputs
     assert x is not None
     assert v0 is not None
@@ -49,7 +56,7 @@ def _prepare(
         overrides["min_active"] = min_active
     if backend:
         overrides["backend"] = backend
-    config = current_config().updated(**overrides)
+    config = current_config().updated(**overrides) if decided is None else SparseConfig(backend=decided)
     train, current = None, x
     if weight is not None:
         train, product = events_or_product(x.detach(), weight, bias)
@@ -90,6 +97,10 @@ def _prepare(
     return call, chosen
 
 
+def _name_tensor(name: str) -> Tensor:
+    return torch.tensor(list(name.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8)
+
+
 @torch.library.custom_op("snn_sparse_plugin::spiking_layer", mutates_args=())
 def _forward(
     x: Tensor,
@@ -106,7 +117,7 @@ def _forward(
     numbers: list[float],
     backend: str,
 ) -> list[Tensor]:
-    """spikes, mem (T, B, N), v, i (B, N), checkpoints of v and i, and the window that was used (-1: exact)."""
+    """spikes, mem (T, B, N), v, i (B, N), checkpoints of v and i, what forward decided: window (-1: exact), backend."""
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend)
     out = chosen.spiking_layer(call)
@@ -122,6 +133,7 @@ def _forward(
         saved.v_checkpoints,
         saved.i_checkpoints if call.spec.synapse and saved.i_checkpoints is not None else empty.clone(),
         torch.tensor(EXACT if saved.threshold is None else saved.threshold, dtype=torch.float64),
+        _name_tensor(chosen.name),
     ]
 
 
@@ -138,6 +150,7 @@ def _(x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, *_):  # type: ignore[
         v0.new_empty(chunks, B, N),
         v0.new_empty(i_chunks),
         torch.empty((), dtype=torch.float64),
+        torch.empty(NAME_BYTES, dtype=torch.uint8),
     ]
 
 
@@ -160,6 +173,7 @@ def _backward(
     v_checkpoints: Tensor,
     i_checkpoints: Tensor,
     window: Tensor,
+    name: Tensor,
     spec: str,
     surrogate: str,
     numbers: list[float],
@@ -167,7 +181,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the nine tensor inputs; an empty tensor for an absent one."""
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
-    call, chosen = _prepare(inputs, spec, surrogate, numbers, backend)
+    decided = bytes(name.tolist()).rstrip(b"\0").decode()
+    call, chosen = _prepare(inputs, spec, surrogate, numbers, backend, decided)
     used = float(window)
     saved = Saved(
         None if used == EXACT else used, None, None, v_checkpoints, i_checkpoints if i0 is not None else None
