@@ -23,7 +23,8 @@ class SparseConfig:
             outside which at most 5 % of the surrogate's area lies; ``None`` is exact mode: nothing is cut.
         backend: ``"auto"``, or the name of a registered backend (``snn-sparse plugins`` lists them).
         min_active: a call in which a smaller fraction of the layer's neuron-steps is active runs with the exact
-            surrogate, so that a window cannot silence a layer. 0 turns the guard off.
+            surrogate, so that a window cannot silence a layer. A call is one step of a loop, or all steps of a fused
+            layer, so that gradients of the two can differ where the guard acts. 0 turns it off.
         fuse_time: run sequence modules and :func:`snn_sparse_plugin.unroll` as one fused op over all steps.
             ``False`` steps through upstream's own code with the masked gradient.
         check: also make checks that cost a pass over the data (finite inputs and weights on every path).

@@ -21,7 +21,8 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
     """Inside the block, unmodified snnTorch and Norse neurons are sparse; outside, exactly as before.
 
     Holds for the thread (or asyncio task) that entered, nests (the inner block starts from the options of the
-    outer one) and ends on any exit. A forward inside the block has a sparse backward, wherever that runs.
+    outer one) and ends on any exit. A forward inside the block has a sparse backward, wherever that runs; activation
+    checkpointing runs the forward again in backward, so keep its backward inside the block too, or use ``sparsify``.
     Also works as a decorator. ``torch.compile`` traces snnTorch's neurons sparse; Norse's keep the exact
     gradient in a compiled graph.
 

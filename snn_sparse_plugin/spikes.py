@@ -29,6 +29,7 @@ class SpikeTrain:
         indices: int32, (events,), flat feature index, increasing within a row.
         shape: (T, B, N...).
         values: graded spike values (events,), or None where every spike is 1.
+        check: look at every row and index; False trusts the caller, and wrong indices are then out-of-bounds accesses.
         dtype: dtype of the dense form; taken from ``values`` where given.
 
     ``carrier`` and ``active`` tie the train to autograd: the gradient of a train is one number per active
@@ -53,6 +54,7 @@ class SpikeTrain:
         dtype: torch.dtype = torch.float32,
         carrier: Tensor | None = None,
         active: Active | None = None,
+        check: bool = True,
     ) -> None:
         self.shape = torch.Size(shape)
         if len(self.shape) < 3:
@@ -69,6 +71,8 @@ class SpikeTrain:
             raise InputError(
                 f"values {tuple(values.shape)} and indices {tuple(indices.shape)} differ in shape."
             )
+        if check:
+            _check_csr(indptr, indices, math.prod(self.shape[2:]))
         self.indptr, self.indices, self.values = indptr, indices, values
         self.dtype = values.dtype if values is not None else dtype
         self.carrier, self.active = carrier, active
@@ -163,6 +167,10 @@ class SpikeTrain:
             InputError: fewer than three dimensions, an integer dtype, a NaN or infinity, or a broken promise.
         """
         check_float(x, "a spike tensor")
+        if x.layout != torch.strided:
+            raise InputError(
+                f"from_dense takes a dense tensor, got {x.layout}; see as_spike_train for sparse ones."
+            )
         if x.dim() < 3:
             raise InputError(f"a SpikeTrain is made from (T, B, N...), got shape {tuple(x.shape)}.")
         if x.numel() > 0 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
@@ -176,7 +184,10 @@ class SpikeTrain:
                 raise InputError("input has NaN or infinite values; spikes must be finite.")
             if binary:
                 raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
-        return cls(indptr, indices, x.shape, values, dtype=x.dtype)
+        train = cls(indptr, indices, x.shape, values, dtype=x.dtype, check=False)
+        if x.requires_grad and torch.is_grad_enabled():
+            train.carrier = x.reshape(*x.shape[:2], train.features)
+        return train
 
     def to_sparse_csr(self) -> Tensor:
         """A torch CSR matrix (B * T, N), row ``b * T + t``."""
@@ -195,7 +206,8 @@ class SpikeTrain:
             )
         if batch_size < 1 or x.shape[0] % batch_size:
             raise InputError(f"{x.shape[0]} rows do not divide into a batch of {batch_size}.")
-        values = x.values().detach()
+        check_float(x, "a spike matrix")
+        values = _leaf_values(x, x.values())
         return cls(
             _int32(x.crow_indices()),
             _int32(x.col_indices()),
@@ -210,6 +222,7 @@ class SpikeTrain:
         if x.dim() < 3 or x.dense_dim():
             raise InputError(f"expected a COO tensor (T, B, N...), got shape {tuple(x.shape)}.")
         check_float(x, "a spike tensor")
+        _leaf_values(x, x._values())
         x = x.detach().coalesce()
         T, B, features = x.shape[0], x.shape[1], x.shape[2:]
         coordinates, values = x.indices(), x.values()
@@ -272,7 +285,39 @@ class SpikeTrain:
     def _replace(self, **changes: Any) -> SpikeTrain:
         fields = {"shape": self.shape, "carrier": self.carrier, "active": self.active} | changes
         shape = fields.pop("shape")
-        return SpikeTrain(self.indptr, self.indices, shape, self.values, dtype=self.dtype, **fields)
+        return SpikeTrain(
+            self.indptr, self.indices, shape, self.values, dtype=self.dtype, check=False, **fields
+        )
+
+
+def _check_csr(indptr: Tensor, indices: Tensor, features: int) -> None:
+    """Raise :class:`InputError` unless every row lies inside ``indices`` and rises strictly below ``features``."""
+    counts = indptr[1:] - indptr[:-1]
+    if int(indptr[0]) != 0 or bool((counts < 0).any()) or int(indptr[-1]) != indices.numel():
+        raise InputError(
+            f"indptr must rise from 0 to the number of events, {indices.numel()}; "
+            f"it goes from {int(indptr[0])} to {int(indptr[-1])}{' and falls' if bool((counts < 0).any()) else ''}."
+        )
+    if not indices.numel():
+        return
+    if int(indices.min()) < 0 or int(indices.max()) >= features:
+        raise InputError(
+            f"indices must lie in 0…{features - 1}, found {int(indices.min())}…{int(indices.max())}."
+        )
+    rises = indices[1:] > indices[:-1]
+    rises[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < indices.numel())].long() - 1] = True  # a new row
+    if not bool(rises.all()):
+        raise InputError("indices must increase within a row, each neuron at most once.")
+
+
+def _leaf_values(x: Tensor, values: Tensor) -> Tensor:
+    """The values of a sparse input, finite and without a gradient to lose."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InputError("a sparse input passes no gradient on: detach() it, or give a dense tensor.")
+    values = values.detach()
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("input has NaN or infinite values; spikes must be finite.")
+    return values
 
 
 class _ToDense(torch.autograd.Function):
@@ -344,7 +389,10 @@ def as_spike_train(x: Any, batch_size: int | None = None) -> SpikeTrain:
         return x
     if isinstance(x, Tensor) and x.layout == torch.sparse_coo:
         return SpikeTrain.from_sparse_coo(x)
-    two_dimensional = "a two-dimensional sparse matrix (B * T, N) needs batch_size= to know T and B."
+    two_dimensional = (
+        "a two-dimensional sparse matrix (B * T, N) does not say what T and B are: make it a SpikeTrain with "
+        "as_spike_train(x, batch_size=B), or pass batch_size= to unroll."
+    )
     if isinstance(x, Tensor) and x.layout == torch.sparse_csr:
         if x.dim() == 3:
             return SpikeTrain.from_sparse_coo(x.to_sparse_coo())
@@ -356,14 +404,15 @@ def as_spike_train(x: Any, batch_size: int | None = None) -> SpikeTrain:
             raise InputError(two_dimensional)
         return SpikeTrain.from_torch_sparse(x, batch_size)
     raise InputError(
-        f"expected a SpikeTrain, torch COO or CSR tensor or torch_sparse.SparseTensor, got {type(x).__name__}."
+        f"expected a SpikeTrain, torch COO or CSR tensor or torch_sparse.SparseTensor, "
+        f"got {x.layout if isinstance(x, Tensor) else type(x).__name__}."
     )
 
 
 def is_sparse_input(x: Any) -> bool:
     """Whether ``x`` is one of the sparse forms :func:`as_spike_train` takes."""
     if isinstance(x, Tensor):
-        return x.layout in (torch.sparse_coo, torch.sparse_csr)
+        return x.layout != torch.strided
     return isinstance(x, SpikeTrain) or type(x).__name__ == "SparseTensor"
 
 

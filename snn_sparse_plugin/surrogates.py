@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 
@@ -200,6 +201,7 @@ class _MaskedSpike(torch.autograd.Function):
         return spikes.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if ctx.exact:
@@ -211,6 +213,17 @@ class _MaskedSpike(torch.autograd.Function):
             flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
             out = flat.view(ctx.shape)
         return out, None, None, None, None
+
+
+def blocked_spike(
+    x: Tensor, function: Callable[[Tensor], Tensor], threshold: float | None, min_active: float
+) -> Tensor:
+    """:func:`masked_spike` with upstream's own gradient, blocked where no neuron is active: all shapes static."""
+    if threshold is None:
+        return function(x)
+    near = x.detach().abs() < threshold
+    keep = near | (near.sum() < min_active * near.numel())
+    return function(torch.where(keep, x, x.detach()))
 
 
 def masked_spike(
@@ -231,6 +244,8 @@ def masked_spike(
     """
     if threshold is None or not (torch.is_grad_enabled() and x.requires_grad):
         return function(x)
+    if surrogate.kind == "custom":  # its gradient may depend on where an element stands
+        return blocked_spike(x, function, threshold, min_active)
     with torch.no_grad():
         spikes = function(x)
     return _MaskedSpike.apply(x, spikes, surrogate, threshold, min_active)

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import spikes
+from helpers import relative, spikes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn_sparse_plugin import InputError, MissingDependencyError, SpikeTrain
+from snn_sparse_plugin import InputError, MissingDependencyError, NeuronParams, SpikeTrain
+from snn_sparse_plugin.ops import spiking_layer
 from snn_sparse_plugin.spikes import Active, _events_from_dense, as_spike_train
 
 
@@ -178,6 +179,54 @@ def test_non_finite_input_raises(bad, column):
 def test_bad_input_is_named(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("indptr", "indices", "message"),
+    [
+        ([0, 1], [5000], "lie in 0…2, found 5000"),
+        ([0, 1], [-1], "found -1"),
+        ([0, 1000], [1], "number of events, 1; it goes from 0 to 1000"),
+        ([1, 1], [1], "must rise from 0"),
+        ([0, 2], [1, 1], "at most once"),
+        ([0, 2], [2, 1], "increase within a row"),
+    ],
+)
+def test_indices_that_would_leave_the_weights_are_refused(indptr, indices, message):
+    with pytest.raises(InputError, match=message):
+        SpikeTrain(
+            torch.tensor(indptr, dtype=torch.int32), torch.tensor(indices, dtype=torch.int32), (1, 1, 3)
+        )
+
+
+def test_a_dense_input_keeps_its_gradient_and_a_sparse_one_must_be_detached():
+    x = spikes(6, 3, 7, p=0.3).requires_grad_()
+    weight = torch.randn(4, 7)
+    train = SpikeTrain.from_dense(x)
+    found = []
+    for form in (train, x):
+        out = spiking_layer(form, weight, params=NeuronParams(0.9), backprop_threshold=None, return_mem=True)
+        found.append(torch.autograd.grad(out.mem.square().sum(), x)[0])
+    assert found[0].norm() > 0
+    assert relative(*found) < 1e-5
+    with pytest.raises(InputError, match="passes no gradient"):
+        as_spike_train(x.detach().to_sparse().requires_grad_())
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: x.to_sparse_csr()], ids=["coo", "csr"])
+def test_sparse_inputs_are_checked_as_dense_ones(make):
+    x = torch.zeros(3, 2, 4)
+    x[..., 1] = 1
+    x[1, 1, 1] = float("nan")
+    with pytest.raises(InputError, match="NaN or infinite"):
+        as_spike_train(make(x))
+
+
+def test_layouts_that_are_not_taken_are_named():
+    with pytest.raises(InputError, match="sparse_csc"):
+        as_spike_train(torch.eye(4).to_sparse_csc())
+    with pytest.raises(InputError, match="dense tensor, got torch.sparse_coo"):
+        SpikeTrain.from_dense(torch.zeros(2, 2, 2).to_sparse())
 
 
 def test_a_train_with_a_gradient_does_not_move():

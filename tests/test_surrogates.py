@@ -88,3 +88,34 @@ def test_masked_spike_runs_exact_where_too_few_are_active():
     for min_active, silent in ((0.01, False), (0.0, True)):
         (grad,) = torch.autograd.grad(masked_spike(x, surrogate, surrogate, 0.3, min_active).sum(), x)
         assert (grad == 0).all().item() == silent
+
+
+def test_a_spike_function_whose_slope_differs_by_neuron():
+    slopes = torch.linspace(1, 50, 20)
+
+    class PerNeuron(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return (x > 0).float()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return grad / (slopes * x.abs() + 1) ** 2
+
+    x = torch.randn(7, 20, requires_grad=True)
+    surrogate = Surrogate("custom", function=PerNeuron.apply)
+    (grad,) = torch.autograd.grad(masked_spike(x, PerNeuron.apply, surrogate, 0.5, 0.01).sum(), x)
+    near = x.detach().abs() < 0.5
+    assert torch.allclose(grad, near / (slopes * x.detach().abs() + 1) ** 2)
+
+
+def test_a_second_derivative_of_the_masked_gradient_is_refused():
+    surrogate = Surrogate("fast_sigmoid", (10.0,))
+    x = torch.randn(7, 20, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        masked_spike(x, surrogate, surrogate, 0.5, 0.01).sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        torch.autograd.grad(grad.sum(), x)

@@ -73,6 +73,7 @@ class Saved(NamedTuple):
     u: Tensor | None = None
     v_checkpoints: Tensor | None = None  # (ceil(T / CHUNK), B, N)
     i_checkpoints: Tensor | None = None
+    needs_current: bool = True  # False: the backward never reads the input current, so it is not kept
 
 
 class LayerResult(NamedTuple):

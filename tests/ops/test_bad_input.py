@@ -81,6 +81,46 @@ def test_non_finite_values_are_never_silent(where, bad):
         )
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NeuronSpec(reset="value", timing="immediate", attached=True),
+        NeuronSpec(reset="zero", timing="immediate"),
+    ],
+    ids=["value", "zero"],
+)
+def test_an_infinite_current_is_not_reset_away(spec):
+    current = torch.zeros(10, 3, 5)
+    current[3, 1, 2] = float("inf")
+    with pytest.raises(InputError, match="input current has NaN or infinite"):
+        spiking_layer(current, params=LEAKY, spec=spec, backend="cpu")
+
+
+def test_a_nan_threshold_is_not_silence():
+    with pytest.raises(InputError, match="decay or threshold has NaN"):
+        layer(params=NeuronParams(0.9, threshold=float("nan")), backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_readout_takes_no_recurrence(backend):
+    with pytest.raises(InputError, match="emits no spikes"):
+        layer(spec=NeuronSpec(reset="none", spiking=False), recurrent_weight=torch.eye(5), backend=backend)
+
+
+def test_states_are_not_moved_or_rounded_in_silence():
+    with pytest.raises(InputError, match="state 'v' is torch.float64, the input torch.float32"):
+        layer(state=NeuronState(torch.zeros(3, 5, dtype=torch.float64)))
+    with pytest.raises(InputError, match="state 'v' is on meta"):
+        layer(state=NeuronState(torch.zeros(3, 5, device="meta")))
+
+
+def test_no_steps_leave_the_state_as_it_was():
+    state = NeuronState(torch.rand(3, 5), None, (torch.rand(3, 5) > 0.5).float())
+    out = layer(torch.zeros(0, 3, 8), recurrent_weight=on_grid(5, 5), state=state)
+    assert torch.equal(out.state.v, state.v)
+    assert torch.equal(out.state.spikes, state.spikes)
+
+
 def test_check_looks_at_every_tensor():
     weight = on_grid(5, 8)
     weight[0, 0] = float("nan")

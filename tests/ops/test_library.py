@@ -116,7 +116,9 @@ def test_backward_outside_the_context_uses_what_forward_decided():
     x, w = spikes(80, 3, 20, p=0.2), on_grid(9, 20).requires_grad_()
     upstream = torch.randn(80, 3, 9)
     layer = torch.compile(
-        lambda x, w: spiking_layer(x, w, params=NeuronParams(0.875)).spikes, fullgraph=True, backend="aot_eager"
+        lambda x, w: spiking_layer(x, w, params=NeuronParams(0.875)).spikes,
+        fullgraph=True,
+        backend="aot_eager",
     )
     with use_config(SparseConfig(backend="reference", backprop_threshold=None)):
         out = layer(x, w)

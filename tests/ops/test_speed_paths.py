@@ -46,6 +46,23 @@ def test_bytes_saved_per_neuron_step(threshold, limit):
     assert (saved_bytes(run) - constant) / (T * B * N) < limit
 
 
+def test_the_input_current_is_not_kept_where_nothing_replays():
+    T, B, N = 128, 16, 100
+    current = torch.randn(T, B, N).mul_(0.3).requires_grad_()
+
+    def run():
+        # a product of the current, so that it is no leaf that lives anyway
+        return spiking_layer(current * 1.0, params=NeuronParams(0.9), surrogate=FAST, events=True)
+
+    assert saved_bytes(run) / (T * B * N) < 1.0
+    upstream = torch.randn(T, B, N)
+    found = []
+    for backend in ("cpu", "reference"):
+        out = spiking_layer(current, params=NeuronParams(0.9), surrogate=FAST, backend=backend)
+        found.append(torch.autograd.grad((out.spikes * upstream).sum(), current)[0])
+    assert relative(*found) < 1e-5
+
+
 def test_a_silent_layer_learns_through_the_guard_and_not_without(counted):
     x, upstream = spikes(30, 4, 20), torch.randn(30, 4, 6)
     weight = (on_grid(6, 20, scale=0.02)).requires_grad_()  # far below threshold: nothing is near it

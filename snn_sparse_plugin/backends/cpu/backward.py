@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from .jit import kernel
 from .rows import (
     DECAY,
     DELAYED,
@@ -39,7 +39,7 @@ from .rows import (
 )
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def emit_recurrent(  # type: ignore[no-untyped-def]
     t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0
 ):
@@ -55,7 +55,7 @@ def emit_recurrent(  # type: ignore[no-untyped-def]
             g_rec_bias[j] += nu[j]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def input_grad(code, params, lam, ci, nu):  # type: ignore[no-untyped-def]
     """nu_t from lam_t, and what flows to the synaptic current of step t - 1."""
     N = lam.shape[0]
@@ -78,7 +78,7 @@ def input_grad(code, params, lam, ci, nu):  # type: ignore[no-untyped-def]
             nu[j] = mem[j] * lam[j]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def decay_back(code, params, lam):  # type: ignore[no-untyped-def]
     """lam_t becomes what flows to the membrane of step t - 1, in place."""
     one = lam.dtype.type(1)
@@ -98,7 +98,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
     # then nu is lam itself: a copy less at every step
     shared = update == DECAY and not synapse and not recurrent
 
-    @njit(nogil=True, cache=True)
+    @kernel()
     def backward_active(  # type: ignore[no-untyped-def]
         first,
         last,

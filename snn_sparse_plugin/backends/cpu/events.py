@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from ...errors import InputError
 from ...spikes import MAX_EVENTS
 from .bits import LANES, append_columns, nonzero16, ones16
+from .jit import kernel
 from .threads import parallel, split
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _scan(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-def]
     """Append the nonzero columns of rows first..last (in memory order) to ``out``; stop where it is full.
 
@@ -41,7 +41,7 @@ def _scan(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-def]
     return last, n, binary
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _place(first, last, T, B, found, indptr, indices):  # type: ignore[no-untyped-def]
     """Copy events found in memory order (t, b) to row order (b, t)."""
     n = 0
@@ -52,7 +52,7 @@ def _place(first, last, T, B, found, indptr, indices):  # type: ignore[no-untype
             n += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _values(x, first, last, T, B, indptr, indices, values):  # type: ignore[no-untyped-def]
     for r in range(first, last):
         target = (r % B) * T + r // B

@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ...backends import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
+from .jit import kernel
 from .rows import Code, add_rows, advance, copy_row, load2, load3, store3
 
 
@@ -20,7 +20,7 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
     _, synapse, _, _, _, _, spiking, recurrent = code
     pick = pick_values(dtype)
 
-    @njit(nogil=True, cache=True)
+    @kernel()
     def forward(  # type: ignore[no-untyped-def]
         first,
         last,

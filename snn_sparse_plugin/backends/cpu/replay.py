@@ -11,10 +11,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ...backends import CHUNK
 from .backward import decay_back, emit_recurrent, input_grad
+from .jit import kernel
 from .rows import (
     CORRECTED,
     DECAY,
@@ -46,7 +46,7 @@ from .rows import (
 )
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def _params_grad(code, params, phi, g, mu, lam, reset, carried, distance, v, i, jump, ci, out):  # type: ignore[no-untyped-def]
     """Add one step to the gradients of decays, threshold, leak and reset value."""
     update, _, kind, timing, scope, _, spiking, _ = code
@@ -83,7 +83,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
     """The backward that replays, for one member of the neuron family."""
     update, synapse, kind, timing, scope, attached, spiking, recurrent = code
 
-    @njit(nogil=True, cache=True)
+    @kernel()
     def backward_replay(  # type: ignore[no-untyped-def]
         first,
         last,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from ...dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
+from .jit import kernel
 
 DECAY, EULER, BOX = (UPDATES.index(x) for x in ("decay", "euler", "box"))
 NONE, SUBTRACT, ZERO, VALUE = (RESETS.index(x) for x in ("none", "subtract", "zero", "value"))
@@ -40,7 +40,7 @@ def encode(spec: NeuronSpec, recurrent: bool) -> Code:
     )
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def copy_row(out, row):  # type: ignore[no-untyped-def]
     """``out[:] = row``, vectorised: numba's own assignment checks for broadcasting and overlap."""
     for j in range(out.shape[0]):
@@ -51,7 +51,7 @@ def copy_row(out, row):  # type: ignore[no-untyped-def]
 # indices are unsigned, so that there is no test for counting from the end.
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def load2(out, x, k):  # type: ignore[no-untyped-def]
     """``out[:] = x[k]``"""
     i = np.uint64(k)
@@ -59,7 +59,7 @@ def load2(out, x, k):  # type: ignore[no-untyped-def]
         out[j] = x[i, j]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def load3(out, x, t, b):  # type: ignore[no-untyped-def]
     """``out[:] = x[t, b]``"""
     i, k = np.uint64(t), np.uint64(b)
@@ -67,7 +67,7 @@ def load3(out, x, t, b):  # type: ignore[no-untyped-def]
         out[j] = x[i, k, j]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def store2(x, k, row):  # type: ignore[no-untyped-def]
     """``x[k] = row``"""
     i = np.uint64(k)
@@ -75,7 +75,7 @@ def store2(x, k, row):  # type: ignore[no-untyped-def]
         x[i, j] = row[j]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def store3(x, t, b, row):  # type: ignore[no-untyped-def]
     """``x[t, b] = row``"""
     i, k = np.uint64(t), np.uint64(b)
@@ -83,7 +83,7 @@ def store3(x, t, b, row):  # type: ignore[no-untyped-def]
         x[i, k, j] = row[j]
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
     """``out[:, first:last] = x[first:last].T``, in blocks that stay in cache."""
     for i in range(first, last, 16):
@@ -93,7 +93,7 @@ def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
                     out[m, k] = x[k, m]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``out += value * weight[index]`` for the events first..last; four rows at a time to save passes over out."""
     N = out.shape[0]
@@ -117,7 +117,7 @@ def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-unty
         k += 1
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def scatter_rows(weight, row, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``weight[index] += value * row`` for the events first..last: the weight gradient."""
     N = row.shape[0]
@@ -133,7 +133,7 @@ def scatter_rows(weight, row, indices, values, first, last):  # type: ignore[no-
                 weight[i, j] += row[j]
 
 
-@njit(nogil=True, cache=True, forceinline=True, fastmath={"reassoc", "nsz", "contract"})
+@kernel(forceinline=True, fastmath={"reassoc", "nsz", "contract"})
 def dot(weight, index, b):  # type: ignore[no-untyped-def]
     """``weight[index] @ b``, the one sum that may be reordered to vectorise."""
     i = np.uint32(index)
@@ -143,7 +143,7 @@ def dot(weight, index, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def reset_row(code, params, v, reset):  # type: ignore[no-untyped-def]
     """R: 1 where the state is above threshold before a delayed or corrected update. Whether there is one."""
     if code[2] == NONE or code[3] == IMMEDIATE:
@@ -155,7 +155,7 @@ def reset_row(code, params, v, reset):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def _subtract_row(mem, threshold, x, subtract, v, distance):  # type: ignore[no-untyped-def]
     """The commonest step (delayed reset by subtraction, or none) in one pass: a third of the time of five."""
     zero = v.dtype.type(0)
@@ -172,7 +172,7 @@ def _subtract_row(mem, threshold, x, subtract, v, distance):  # type: ignore[no-
             distance[j] = u - threshold[j]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@kernel(forceinline=True)
 def advance(code, params, x, rec, v, i, reset, distance):  # type: ignore[no-untyped-def]
     """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold."""
     update, synapse, kind, timing, scope, _, spiking, recurrent = code
@@ -253,13 +253,14 @@ def advance(code, params, x, rec, v, i, reset, distance):  # type: ignore[no-unt
             v[j] = distance[j] if distance[j] > zero else v[j]
     elif kind == VALUE:
         for j in range(N):
-            v[j] = reset_value[j] if distance[j] > zero else v[j]
+            # zero * v: an infinite membrane becomes NaN, as upstream's, and is seen at the end
+            v[j] = zero * v[j] + reset_value[j] if distance[j] > zero else v[j]
     else:
         for j in range(N):
-            v[j] = zero if distance[j] > zero else v[j]
+            v[j] = zero * v[j] if distance[j] > zero else v[j]
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyped-def]
     """sigma'(x) of ``surrogates.py``, zero where ``abs(x) >= window`` (window < 0: nowhere)."""
     N = out.shape[0]

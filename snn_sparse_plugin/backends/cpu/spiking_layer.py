@@ -69,7 +69,7 @@ def run_forward(call: LayerCall) -> LayerResult:
 
     ranges = split(B)
     parts = parallel([lambda r=r: run(*r) for r in ranges])  # type: ignore[misc]
-    if not np.isfinite(states[0]).all():
+    if not (np.isfinite(states[0]).all() and np.isfinite(params).all()):
         raise InputError(f"{call.name}: the membrane is NaN or infinite. {_blame(call)}")
 
     seen = sum(int(part[3][2]) for part in parts)
@@ -90,6 +90,7 @@ def run_forward(call: LayerCall) -> LayerResult:
             u,
             v_checkpoints if replays else None,
             i_checkpoints if replays and spec.synapse else None,
+            needs_current=replays,
         )
     events_out = None
     if want_events:

@@ -92,7 +92,8 @@ def _openmp_pause() -> Any:
             paths = {line.split()[-1] for line in maps if "omp" in line and ".so" in line}
     except OSError:
         return None
-    for path in sorted(paths):
+    beside_torch = os.path.dirname(torch.__file__)  # other packages bring runtimes of their own
+    for path in sorted(paths, key=lambda path: (not path.startswith(beside_torch), path)):
         if os.path.basename(path).startswith(("libgomp", "libiomp5", "libomp")):
             try:
                 function = ctypes.PyDLL(path).omp_pause_resource_all

@@ -169,7 +169,9 @@ def spiking_layer(
     elif events:
         assert result.events is not None
         active = result.saved.active if result.saved is not None else None
-        spikes = SpikeTrain(*result.events, (T, B, N), dtype=dtype, carrier=carrier, active=active)
+        spikes = SpikeTrain(
+            *result.events, (T, B, N), dtype=dtype, carrier=carrier, active=active, check=False
+        )
     mem = result.mem if return_mem else None
     return _output(spikes, mem, result.v, result.i, s0, (T, B), features, result.active_fraction)
 
@@ -289,7 +291,9 @@ def _pack_state(
         if value.device != device and value.dim():
             raise InputError(f"{name}: state {label!r} is on {value.device}, the input on {device}.")
         if torch.promote_types(value.dtype, dtype) != dtype:
-            raise InputError(f"{name}: state {label!r} is {value.dtype}, the input {dtype}; convert one of them.")
+            raise InputError(
+                f"{name}: state {label!r} is {value.dtype}, the input {dtype}; convert one of them."
+            )
         try:
             return value.to(device=device, dtype=dtype).expand(shape).reshape(flat).contiguous()
         except RuntimeError as error:

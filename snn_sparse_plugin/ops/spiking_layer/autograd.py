@@ -42,6 +42,8 @@ class _SpikingLayer(torch.autograd.Function):
         if train is not None:
             ctx.train_like = (train.shape, train.dtype)
         kept: list[Tensor | None] = [getattr(call, name) for name in _LEAVES]
+        if not saved.needs_current:
+            kept[0] = None
         kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
@@ -67,7 +69,7 @@ class _SpikingLayer(torch.autograd.Function):
             indptr, indices, values, in_ptr, in_idx = kept[n + 7 :]
             shape, dtype = ctx.train_like
             active = None if in_ptr is None else Active(in_ptr, in_idx)
-            call.train = SpikeTrain(indptr, indices, shape, values, dtype=dtype, active=active)
+            call.train = SpikeTrain(indptr, indices, shape, values, dtype=dtype, active=active, check=False)
         active = None if act_ptr is None else Active(act_ptr, act_idx)
         saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints)
         carrier_grad, g_spikes, g_mem, g_v, g_i = grads

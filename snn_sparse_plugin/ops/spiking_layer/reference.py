@@ -136,7 +136,9 @@ class ReferenceBackend(Backend):
         saved = None
         if call.needs_grad:
             chunks = torch.zeros(-(-call.T // CHUNK), call.B, call.N, dtype=v.dtype, device=v.device)
-            static = {} if call.save_active else {"v_checkpoints": chunks, "i_checkpoints": chunks.clone()}
+            static: dict[str, Any] = (
+                {} if call.save_active else {"v_checkpoints": chunks, "i_checkpoints": chunks.clone()}
+            )
             saved = Saved(threshold, active, **static)
         return LayerResult(
             spikes if call.want_spikes else None,
