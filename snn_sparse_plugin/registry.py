@@ -6,6 +6,7 @@ A broken third-party plugin is named in one warning and skipped; asked for by na
 from __future__ import annotations
 
 import importlib
+import threading
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
@@ -36,7 +37,10 @@ _BUILTIN = {
 
 @dataclass
 class Plugin:
-    """One registered plugin: a class or factory, instantiated once by :meth:`load`."""
+    """One registered plugin: a class or factory, instantiated once by :meth:`load`.
+
+    ``error`` is why that failed: it is not tried again before :func:`refresh`.
+    """
 
     group: str
     name: str
@@ -45,21 +49,34 @@ class Plugin:
     version: str
     error: str | None = None
     _instance: Any = field(default=None, repr=False)
+    _loader: int | None = field(default=None, repr=False)  # the thread that loads it now
 
     def load(self) -> Any:
         """The plugin's object; raises :class:`UnsupportedError` naming the plugin if it cannot be loaded."""
         if self._instance is None:
+            if self.error is not None:
+                raise UnsupportedError(self._failure())
+            self._loader = threading.get_ident()
             try:
                 module, _, attribute = self.value.partition(":")
                 factory = getattr(importlib.import_module(module), attribute)
                 self._instance = factory()
             except Exception as error:  # third-party code may fail in any way
                 self.error = f"{type(error).__name__}: {error}"
-                raise UnsupportedError(
-                    f"{self.group[:-1]} {self.name!r} of {self.distribution} {self.version} "
-                    f"cannot be loaded: {self.error}"
-                ) from error
+                raise UnsupportedError(self._failure()) from error
+            finally:
+                self._loader = None
         return self._instance
+
+    def loading(self) -> bool:
+        """Whether this thread is inside :meth:`load`, e.g. in an import that the plugin makes."""
+        return self._loader == threading.get_ident()
+
+    def _failure(self) -> str:
+        return (
+            f"{self.group[:-1]} {self.name!r} of {self.distribution} {self.version} "
+            f"cannot be loaded: {self.error}"
+        )
 
 
 @cache
@@ -110,6 +127,8 @@ def load_all(group: str) -> dict[str, Any]:
     """Every plugin of the group that loads; a broken one is reported once and skipped."""
     loaded = {}
     for name, plugin in plugins(group).items():
+        if plugin.loading():  # it imports a library that is hooked: that asks for every adapter again
+            continue
         reported = plugin.error is not None
         try:
             loaded[name] = plugin.load()
@@ -120,5 +139,5 @@ def load_all(group: str) -> dict[str, Any]:
 
 
 def refresh() -> None:
-    """Forget what was found, so that a distribution installed since is seen."""
+    """Forget what was found and what failed, so that a distribution installed or repaired since is seen."""
     plugins.cache_clear()

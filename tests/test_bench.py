@@ -124,7 +124,7 @@ def test_time_is_measured_in_alternating_rounds() -> None:
 
     cases = {name: steps(name) for name in "ab"}
     timings = time_alternating(cases, 3, "cpu")
-    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
+    assert "".join(order) == "aabb" + "aabb" + "bbaa" + "aabb"
     for timing in timings.values():
         assert 0 < timing.step.p20 <= timing.step.median <= timing.step.p80
         assert timing.forward.median <= timing.step.median

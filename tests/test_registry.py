@@ -46,6 +46,32 @@ def test_a_broken_plugin_asked_for_by_name_raises(broken):
         registry.load("backends", "broken")
 
 
+def test_a_broken_plugin_is_not_tried_again(broken, monkeypatch):
+    tried = []
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: tried.append(name) or object())
+    for _ in range(3):
+        with pytest.raises(UnsupportedError, match=r"'broken' of toy 0.1 cannot be loaded: AttributeError"):
+            broken.load()
+    assert tried == ["no_such_module_at_all"]
+
+
+def test_a_plugin_that_asks_for_its_own_group_while_it_loads(monkeypatch):
+    seen = []
+
+    class Module:
+        @staticmethod
+        def Backend():
+            seen.append(registry.load_all("backends"))
+            return "loaded"
+
+    registry.refresh()
+    registry.plugins("backends")["asking"] = Plugin("backends", "asking", "asking:Backend", "toy", "0.1")
+    monkeypatch.setitem(sys.modules, "asking", Module)
+    assert registry.load_all("backends")["asking"] == "loaded"
+    assert ["asking" in loaded for loaded in seen] == [False]
+    registry.refresh()
+
+
 def test_unknown_names_and_groups_say_what_there_is():
     with pytest.raises(UnsupportedError, match=r"Registered: .*norse"):
         registry.load("adapters", "brian")

@@ -180,9 +180,21 @@ _installed: list[Adapter] = []
 class _LateImports(MetaPathFinder):
     """Hooks a library that is imported only after sparse mode was entered."""
 
+    def __init__(self) -> None:
+        # asked at every import of the process: the names are found once, by install_adapters
+        self.packages: frozenset[str] = frozenset()
+        self._here = threading.local()
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-        if name not in {adapter.package for adapter in registry.load_all("adapters").values()}:
+        if name not in self.packages or getattr(self._here, "searching", False):
             return None
+        self._here.searching = True
+        try:
+            return self._hooked(name, path, target)
+        finally:
+            self._here.searching = False
+
+    def _hooked(self, name: str, path: Sequence[str] | None, target: Any) -> ModuleSpec | None:
         for finder in sys.meta_path:
             spec = finder.find_spec(name, path, target) if finder is not self else None
             if spec is not None and spec.loader is not None:
@@ -202,8 +214,10 @@ _late_imports = _LateImports()
 
 def install_adapters() -> None:
     """Hook every supported library, those that are not imported yet as soon as they are."""
-    missing = len(loaded_adapters()) < len(registry.load_all("adapters"))
-    if missing and _late_imports not in sys.meta_path:
+    hooked = loaded_adapters()
+    adapters = registry.load_all("adapters").values()
+    _late_imports.packages = frozenset(adapter.package for adapter in adapters)
+    if len(hooked) < len(adapters) and _late_imports not in sys.meta_path:
         sys.meta_path.insert(0, _late_imports)
 
 

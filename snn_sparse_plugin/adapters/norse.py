@@ -14,7 +14,7 @@ from ..config import active_config, use_config
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import MARK, Adapter, Neuron, config_of, hook, installed_version, runner, spike
+from . import MARK, Adapter, Neuron, _lock, config_of, hook, installed_version, runner, spike
 
 
 class NorseAdapter(Adapter):
@@ -28,10 +28,12 @@ class NorseAdapter(Adapter):
 
     def install(self) -> None:
         norse, snn = import_module("norse.torch"), import_module("norse.torch.module.snn")
-        for function, method in _functions().items():
-            if function not in _apply:
-                _apply[function] = function.apply
-                function.apply = staticmethod(_masked_apply(function.apply, method))
+        functions = _functions()
+        with _lock:
+            for function, method in functions.items():
+                if function not in _apply:
+                    _apply[function] = function.apply
+                    function.apply = staticmethod(_masked_apply(function.apply, method))
         for cls in (snn.SNNCell, snn.SNNRecurrentCell, norse.LILinearCell):
             hook(cls, "forward", _in_own_mode)
         for cls in (snn.SNN, snn.SNNRecurrent):

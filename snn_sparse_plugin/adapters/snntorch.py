@@ -272,14 +272,16 @@ class _Masked:
 
 
 def _masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def masked(self: Any, *args: Any) -> Tensor:
+    def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         function = self.spike_grad
         if torch.compiler.is_compiling():
-            return upstream(_Masked(self, lambda x: spike_in_graph(x, self, function, recognise)), *args)
+            in_graph = _Masked(self, lambda x: spike_in_graph(x, self, function, recognise))
+            return upstream(in_graph, *args, **kwargs)
         config = config_of(self)
         if config is None:
-            return upstream(self, *args)
-        return upstream(_Masked(self, lambda x: spike(x, function, recognise(function), config)), *args)
+            return upstream(self, *args, **kwargs)
+        seen = _Masked(self, lambda x: spike(x, function, recognise(function), config))
+        return upstream(seen, *args, **kwargs)
 
     return masked
 

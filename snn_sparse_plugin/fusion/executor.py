@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ def run(
     want_mem: bool = True,
 ) -> tuple[Flow, Tensor | None, list[Any]]:
     """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer)."""
-    if per_step and not current_config().fuse_time:
+    if per_step and (not current_config().fuse_time or _shares_state(layers)):
         spikes, mem, states = loop(layers, _dense(x), states)
         return (_as_events(spikes, layers) if events else spikes), mem, states
     neurons = [_fusable(layer, per_step) for layer in layers]
@@ -70,6 +71,16 @@ def run_neuron(layer: Layer, x: Tensor, state: Any) -> Passed | None:
 
 
 # --- what can be fused ---
+
+
+def _shares_state(layers: list[Layer]) -> bool:
+    """Whether a neuron that keeps its state inside stands at two places: they take turns at every step."""
+    uses = Counter(module for layer in layers for module in layer.module.modules())
+    return any(
+        uses[layer.module] > 1
+        for layer in layers
+        if layer.adapter is not None and layer.adapter.read_state(layer.module) is not None
+    )
 
 
 def _fusable(layer: Layer, per_step: bool) -> Neuron | None:
@@ -137,8 +148,11 @@ class _FusedCall:
             weight, bias = self.linear.weight, self.linear.bias
         if weight is not None:
             check_features(self.name, flow.shape, weight.shape[1])
-            if len(flow.shape) != 3 or torch.is_autocast_enabled(flow.device.type):
+            if len(flow.shape) != 3:
                 return None
+        # the products with the weights have another dtype under autocast
+        if torch.is_autocast_enabled(flow.device.type) and (weight is not None or neuron.recurrent):
+            return None
         T, B = flow.shape[:2]
         features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0],)
         recurrent = _recurrent_weight(neuron, features)
@@ -169,7 +183,9 @@ class _FusedCall:
             **(vars(config) if config is not None else {}),
         )
         spikes = out.spikes if neuron.scale is None else out.spikes * neuron.scale
-        state = adapter.final_state(module, out.state, initial) if T else self.state
+        # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then
+        moved = T > 0 or not self.per_step
+        state = adapter.final_state(module, out.state, initial) if moved else self.state
         return Passed(spikes, out.mem, state)
 
 

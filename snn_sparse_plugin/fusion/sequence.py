@@ -185,6 +185,8 @@ def _hooked_container(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor,
 
 
 def _fits(module: nn.Module, x: Any) -> bool:
+    if torch._C._are_functorch_transforms_active():  # the fused op's backward is no functorch rule
+        return False
     config = config_of(module)
     strided = isinstance(x, Tensor) and x.layout == torch.strided
     return config is not None and config.fuse_time and strided and x.dim() >= 3 and x.is_floating_point()

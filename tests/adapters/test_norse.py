@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
+import time
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from norse.torch.functional.threshold import threshold  # noqa: E402
 
 import snn_sparse_plugin as ssp  # noqa: E402
 from snn_sparse_plugin import InputError, SpikeTrain, unroll  # noqa: E402
+from snn_sparse_plugin.adapters import norse as adapter_module  # noqa: E402
 from snn_sparse_plugin.adapters.norse import NorseAdapter, surrogate_of  # noqa: E402
 from snn_sparse_plugin.backends import calls  # noqa: E402
 
@@ -52,6 +55,33 @@ def test_surrogates_are_the_threshold_methods(method, alpha, dtype):
     x = torch.linspace(-2, 2, 401, dtype=dtype).requires_grad_()
     threshold(x, method, alpha).sum().backward()
     assert relative(surrogate_of(method, alpha).grad(x.detach()), x.grad) < 1e-6
+
+
+def test_two_threads_hook_a_threshold_once(monkeypatch):
+    def upstream(x, alpha):
+        return x
+
+    class Function:
+        apply = staticmethod(upstream)
+
+    class Slow(dict):
+        """Answers late, and each thread at another time."""
+
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            time.sleep(0.1 if threading.current_thread().name == "first" else 0.3)
+            return found
+
+    known = Slow()
+    monkeypatch.setattr(adapter_module, "_apply", known)
+    monkeypatch.setattr(adapter_module, "_functions", lambda: {Function: "super"})
+    threads = [threading.Thread(target=NorseAdapter().install, name=name) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert known[Function] is upstream
+    assert Function.apply is not upstream
 
 
 def test_heaviside_has_no_gradient():
@@ -404,6 +434,29 @@ class TestContainers:
         with ssp.sparse_mode(backprop_threshold=0.1, min_active=0):
             grad = torch.func.grad(total)(x)
         assert torch.equal(grad != 0, (0.1 * x - 1).abs() < 0.1)
+
+    def test_function_transforms_of_a_sequence(self):
+        neuron, x = norse.LIF(dt=DT), 2 * torch.rand(12, 3, 20)
+        state = norse.LIFFeedForwardState(torch.zeros(3, 20), torch.zeros(3, 20))
+
+        def total(x):
+            return neuron(x, state)[0].sum()
+
+        expected = torch.func.grad(total)(x)
+        with ssp.sparse_mode(backprop_threshold=None):
+            assert torch.equal(torch.func.grad(total)(x), expected)
+        assert expected.any()
+
+    def test_no_steps_leave_the_initial_state(self):
+        neuron = norse.LIF(dt=DT)
+        with ssp.sparse_mode():
+            out, state = neuron(torch.zeros(0, 3, 20))
+            _, after = neuron(spikes(4, 3, 20), state)
+            _, expected = neuron(spikes(4, 3, 20))
+        assert out.shape == (0, 3, 20)
+        assert isinstance(state, norse.LIFFeedForwardState)
+        for ours, theirs in zip(after, expected, strict=True):
+            assert torch.equal(ours, theirs)
 
     def test_without_time_fusion_upstreams_forward_runs(self):
         net, x = sequence_net(), spikes(12, 3, 30)

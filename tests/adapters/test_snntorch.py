@@ -281,3 +281,10 @@ def test_a_changed_reset_follows_the_state_function():
     neuron = snntorch.Leaky(0.9)
     neuron.reset_mechanism = "zero"
     assert SnnTorchAdapter().neuron(neuron).spec.reset == "subtract"
+
+
+def test_fire_takes_its_keywords():
+    lif, mem = snntorch.Leaky(0.9), torch.tensor([[0.5, 1.5]])
+    with ssp.sparse_mode():
+        assert torch.equal(lif.fire(mem=mem), torch.tensor([[0.0, 1.0]]))
+    assert torch.equal(lif.fire(mem=mem), torch.tensor([[0.0, 1.0]]))

@@ -110,3 +110,39 @@ def test_an_outside_adapter_and_backend_are_used(site):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("adapter 'broken' of toy-spikes 1.0 cannot be loaded") == 1
+
+
+def test_broken_adapters_are_tried_once_and_imports_stay_as_they_were(tmp_path):
+    pytest.importorskip("norse.torch")
+    info = tmp_path / "broken_spikes-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-spikes\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[snn_sparse_plugin.adapters]\none = brokenone:Adapter\ntwo = brokentwo:Adapter\n"
+    )
+    for name in ("one", "two"):
+        (tmp_path / f"broken{name}.py").write_text(
+            f"print('trying {name}')\nimport colorsys, no_such_{name}\n"
+        )
+    code = f"""
+        import sys, warnings
+        sys.path.insert(0, {str(tmp_path)!r})
+        warnings.simplefilter("ignore")
+        import snn_sparse_plugin as ssp
+        from snn_sparse_plugin import registry
+        with ssp.sparse_mode():
+            import mailbox, norse.torch
+        assert hasattr(norse.torch.SequentialState.forward, "_snn_sparse_hook"), "the late import is not hooked"
+        registry.refresh()
+        with ssp.sparse_mode():
+            pass
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["trying one", "trying two"] * 2

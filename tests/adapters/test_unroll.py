@@ -451,6 +451,18 @@ class TestInput:
         assert (out.spikes.dtype, out.mem.dtype) == (expected.dtype, mem.dtype)
         assert torch.equal(out.spikes, expected)
 
+    def test_recurrence_without_a_linear_under_autocast_is_upstreams(self):
+        net = nn.Sequential(
+            nn.Flatten(), snntorch.RLeaky(0.9, linear_features=30, init_hidden=True, output=True)
+        )
+        twin, x = copy.deepcopy(net), spikes(12, 3, 5, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, mem = snntorch_loop(twin, x)
+            out = unroll(net, x)
+        assert (out.spikes.dtype, out.mem.dtype) == (expected.dtype, mem.dtype)
+        assert torch.equal(out.spikes, expected)
+        assert torch.equal(out.mem, mem)
+
     @pytest.mark.parametrize(
         ("x", "message"),
         [
@@ -549,6 +561,32 @@ class TestModes:
         utils.reset(net)
         train = unroll(net, x, events=True, fuse_time=False).spikes
         assert relative(torch.autograd.grad(train.to_dense().square().sum(), net[0].weight)[0], dense) < 1e-5
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["twice", "inside another module"])
+def test_a_neuron_at_two_places_shares_its_membrane(wrapped):
+    class Block(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    neuron = snntorch.Leaky(0.9, init_hidden=True)
+    net = on_grid(
+        nn.Sequential(
+            *(nn.Linear(30, 20), neuron, nn.Linear(20, 20), Block(neuron) if wrapped else neuron),
+            *(nn.Linear(20, 7), snntorch.Leaky(0.9, init_hidden=True, output=True)),
+        )
+    )
+    twin, x = copy.deepcopy(net), spikes(12, 3, 30)
+    expected, mem = snntorch_loop(twin, x)
+    out = unroll(net, x)
+    assert expected.sum() > 0
+    assert torch.equal(out.spikes, expected)
+    assert torch.equal(out.mem, mem)
+    assert torch.equal(neuron.mem, twin[1].mem)
 
 
 def test_a_silent_layer_learns_thanks_to_min_active():
