@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparseConfig, active_config, current_config, use_config
-from ..surrogates import Surrogate, masked_spike
+from ..surrogates import Surrogate, blocked_spike, masked_spike
 
 MARK = "_snn_sparse"
 
@@ -77,7 +77,7 @@ def spike(
     """``function(x)`` as upstream makes it, its gradient masked as ``config`` says."""
     threshold = _window(surrogate, config.backprop_threshold)
     if torch._C._are_functorch_transforms_active():
-        return _blocked(x, function, threshold, config.min_active)
+        return blocked_spike(x, function, threshold, config.min_active)
     return masked_spike(x, function, surrogate, threshold, config.min_active)
 
 
@@ -96,7 +96,7 @@ def spike_in_graph(
         return function(x)
     overrides = None if mark is None else tuple(mark.overrides.items())
     threshold, min_active = _traced_window(function, recognise, overrides)
-    return _blocked(x, function, threshold, min_active)
+    return blocked_spike(x, function, threshold, min_active)
 
 
 def _traced_window(
@@ -112,17 +112,6 @@ def _traced_window(
 
 # what torch.compiler.assume_constant_result does, but without importing the compiler (and Triton)
 _traced_window._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _blocked(
-    x: Tensor, function: Callable[[Tensor], Tensor], threshold: float | None, min_active: float
-) -> Tensor:
-    # the masked gradient without data-dependent shapes: upstream's own, blocked where no neuron is active
-    if threshold is None:
-        return function(x)
-    near = x.detach().abs() < threshold
-    keep = near | (near.sum() < min_active * near.numel())
-    return function(torch.where(keep, x, x.detach()))
 
 
 @functools.lru_cache(maxsize=256)

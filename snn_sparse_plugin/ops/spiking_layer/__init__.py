@@ -50,7 +50,7 @@ def spiking_layer(
     name: str = "spiking_layer",
     **overrides: Any,
 ) -> SpikingLayerOutput:
-    """Synapses and neurons of one layer over T steps, with the sparse surrogate gradient of math section 2.
+    """Synapses and neurons of one layer over T steps, with the sparse surrogate gradient [Perez-Nieves & Goodman 2021].
 
     Args:
         x: input, (T, B, M) with ``weight``, the neurons' input current (T, B, N...) without. Dense, SpikeTrain,
