@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .jit import kernel
+from .outgoing import deliver
 from .rows import (
     DECAY,
     DELAYED,
@@ -32,27 +33,9 @@ from .rows import (
     Code,
     copy_row,
     dot,
-    scatter_rows,
     store2,
-    store3,
     surrogate_row,
 )
-
-
-@kernel(forceinline=True)
-def emit_recurrent(  # type: ignore[no-untyped-def]
-    t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0
-):
-    """What leaves into the recurrent weights, which the spikes of step t - 1 drove."""
-    if t == 0:
-        if g_rec0.shape[0] > 0:
-            store2(g_rec0, b, nu)
-        return
-    if g_rec_weight.shape[0] > 0:
-        scatter_rows(g_rec_weight, nu, out_idx, nu[:0], out_ptr[r - 1], out_ptr[r])
-    if g_rec_bias.shape[0] > 0:
-        for j in range(nu.shape[0]):
-            g_rec_bias[j] += nu[j]
 
 
 @kernel(forceinline=True)
@@ -76,6 +59,17 @@ def input_grad(code, params, lam, ci, nu):  # type: ignore[no-untyped-def]
     else:
         for j in range(N):
             nu[j] = mem[j] * lam[j]
+
+
+@kernel(forceinline=True)
+def keep_and_decay(params, lam, block, k):  # type: ignore[no-untyped-def]
+    """``block[k] = lam`` and ``decay_back`` in one pass, where nu is lam."""
+    k = np.uint64(k)
+    mem = params[MEM]
+    for j in range(lam.shape[0]):
+        nu = lam[j]
+        block[k, j] = nu
+        lam[j] = mem[j] * nu
 
 
 @kernel(forceinline=True)
@@ -120,7 +114,8 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         surrogate,
         first_param,
         second_param,
-        phi,  # sigma' of every active entry, filled here
+        phi,  # space for sigma' of the active entries of one sample
+        block,  # space for rows of nu, zero beyond column N
         g_out,  # gradient of every active entry, or empty
         g_spikes,  # (T, B, N) or empty
         g_mem,
@@ -139,11 +134,10 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         zero = dtype.type(0)
         threshold, reset_value = params[THRESHOLD], params[RESET_VALUE]
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
+        until = last * T
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
-        for b in range(first, last):
+        for b in range(last - 1, first - 1, -1):
             lam, ci = lam_state[b], ci_state[b]
-            if shared:
-                nu = lam
             first_active, last_active = act_ptr[b * T], act_ptr[b * T + T]
             surrogate_row(
                 surrogate,
@@ -151,10 +145,11 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                 second_param,
                 -1.0,
                 act_x[first_active:last_active],
-                phi[first_active:last_active],
+                phi[: last_active - first_active],
             )
             for t in range(T - 1, -1, -1):
                 r = b * T + t
+                k = r % block.shape[0]
                 if has_mem:
                     at, sample = np.uint64(t), np.uint64(b)
                     for j in range(N):
@@ -178,7 +173,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                             g += (reset_value[j] - (act_x[a] + threshold[j])) * mu[j]
                         elif kind == ZERO:
                             g -= (act_x[a] + threshold[j]) * mu[j]
-                    lam[j] += phi[a] * g
+                    lam[j] += phi[a - first_active] * g
                 # what spiked at t - 1 passes nothing on to its state or, with scope sum, to anything
                 if timing == DELAYED and kind == ZERO and scope == SUM:
                     if t > 0:
@@ -187,22 +182,12 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                     else:
                         for j in range(N):
                             lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
-                if not shared:
+                if shared:
+                    keep_and_decay(params, lam, block, k)
+                else:
                     input_grad(code, params, lam, ci, nu)
-                # written out in both kernels: as a function its array arguments are counted at every step, 0.1 us each
-                if g_weight.shape[0] > 0:
-                    scatter_rows(g_weight, nu, indices, values, indptr[r], indptr[r + 1])
-                if g_bias.shape[0] > 0:
-                    for j in range(N):
-                        g_bias[j] += nu[j]
-                if g_active.shape[0] > 0:
-                    for a in range(in_ptr[r], in_ptr[r + 1]):
-                        g_active[a] = dot(weight, in_idx[a], nu)
-                if g_current.shape[0] > 0:
-                    store3(g_current, t, b, nu)
-                if recurrent:
-                    emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
-                decay_back(code, params, lam)
+                    store2(block, k, nu)
+                    decay_back(code, params, lam)
                 if timing == DELAYED and kind == ZERO and scope == STATE:
                     if t > 0:
                         for e in range(out_ptr[r - 1], out_ptr[r]):
@@ -210,5 +195,28 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                     else:
                         for j in range(N):
                             lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
+                if k == 0 or r == first * T:
+                    deliver(
+                        block,
+                        r,
+                        until,
+                        T,
+                        indptr,
+                        indices,
+                        values,
+                        weight,
+                        in_ptr,
+                        in_idx,
+                        out_ptr,
+                        out_idx,
+                        g_weight,
+                        g_bias,
+                        g_active,
+                        g_current,
+                        g_rec_weight,
+                        g_rec_bias,
+                        g_rec0,
+                    )
+                    until = r
 
     return backward_active

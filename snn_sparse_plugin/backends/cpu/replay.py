@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ...backends import CHUNK
-from .backward import decay_back, emit_recurrent, input_grad
+from .backward import decay_back, input_grad
 from .jit import kernel
+from .outgoing import deliver
 from .rows import (
     CORRECTED,
     DECAY,
@@ -39,9 +40,7 @@ from .rows import (
     load2,
     load3,
     reset_row,
-    scatter_rows,
     store2,
-    store3,
     surrogate_row,
 )
 
@@ -123,6 +122,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         g_rec_bias,
         g_rec0,
         g_params,  # (5, N) of this range, or empty
+        block,  # space for rows of nu, zero beyond column N
     ):
         N = lam_state.shape[1]
         dtype = lam_state.dtype
@@ -131,16 +131,20 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         # the replayed chunk: states before each step, what was added to the current, u - threshold
         v_rows, i_rows = np.empty((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
         jumps, distances = np.zeros((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
-        v, i, x, rec = np.empty(N, dtype), np.zeros(N, dtype), np.empty(N, dtype), np.zeros(N, dtype)
+        padded = block.shape[1]
+        x_row, rec_row = np.zeros((1, padded), dtype), np.zeros((1, padded), dtype)
+        x, rec = x_row[0, :N], rec_row[0, :N]
+        v, i = np.empty(N, dtype), np.zeros(N, dtype)
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
         v_before, i_before = np.empty(N, dtype), np.zeros(N, dtype)
         jump, distance = np.zeros(N, dtype), np.zeros(N, dtype)
+        until = last * T
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         from_events = indptr.shape[0] > 0
         want_params = g_params.shape[0] > 0
         still = current.shape[0] == 1
-        for b in range(first, last):
+        for b in range(last - 1, first - 1, -1):
             lam, ci = lam_state[b], ci_state[b]
             for chunk in range((T - 1) // CHUNK, -1, -1):
                 start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
@@ -151,7 +155,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                     r, k = b * T + t, t - start
                     if from_events:
                         copy_row(x, bias)
-                        add_rows(x, weight, indices, values, indptr[r], indptr[r + 1])
+                        add_rows(x_row, 0, weight, indices, values, indptr[r], indptr[r + 1])
                     else:
                         load3(x, current, 0 if still else t, b)
                     if recurrent:
@@ -159,7 +163,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             load2(rec, rec0, b)
                         else:
                             copy_row(rec, rec_bias)
-                            add_rows(rec, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r])
+                            add_rows(rec_row, 0, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r])
                     store2(v_rows, k, v)
                     if synapse:
                         store2(i_rows, k, i)
@@ -239,22 +243,33 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                         for j in range(N):
                             lam[j] = (one - reset[j]) * lam[j]
                     input_grad(code, params, lam, ci, nu)
-                    # as in backward.py, and written out for the same reason
-                    if g_weight.shape[0] > 0:
-                        scatter_rows(g_weight, nu, indices, values, indptr[r], indptr[r + 1])
-                    if g_bias.shape[0] > 0:
-                        for j in range(N):
-                            g_bias[j] += nu[j]
-                    if g_active.shape[0] > 0:
-                        for a in range(in_ptr[r], in_ptr[r + 1]):
-                            g_active[a] = dot(weight, in_idx[a], nu)
-                    if g_current.shape[0] > 0:
-                        store3(g_current, t, b, nu)
-                    if recurrent:
-                        emit_recurrent(t, b, r, nu, out_ptr, out_idx, g_rec_weight, g_rec_bias, g_rec0)
+                    store2(block, r % block.shape[0], nu)
                     decay_back(code, params, lam)
                     if carried and kind == ZERO and scope == STATE:
                         for j in range(N):
                             lam[j] = (one - reset[j]) * lam[j]
+                    if r % block.shape[0] == 0 or r == first * T:
+                        deliver(
+                            block,
+                            r,
+                            until,
+                            T,
+                            indptr,
+                            indices,
+                            values,
+                            weight,
+                            in_ptr,
+                            in_idx,
+                            out_ptr,
+                            out_idx,
+                            g_weight,
+                            g_bias,
+                            g_active,
+                            g_current,
+                            g_rec_weight,
+                            g_rec_bias,
+                            g_rec0,
+                        )
+                        until = r
 
     return backward_replay

@@ -1,7 +1,7 @@
 """The equations on one row of N neurons: synaptic input, one step of the neuron, the surrogate's derivative.
 
 Rows are short and stay in cache, so each line is its own loop: the compiler vectorises all of them. The neuron
-keeps upstream's order of float operations (see ``ops/spiking_layer/reference.py``); only ``dot`` may reorder.
+keeps upstream's order of float operations (see ``ops/spiking_layer/reference.py``); only dot products may reorder.
 """
 
 from __future__ import annotations
@@ -85,62 +85,78 @@ def store3(x, t, b, row):  # type: ignore[no-untyped-def]
 
 @kernel()
 def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
-    """``out[:, first:last] = x[first:last].T``, in blocks that stay in cache."""
+    """``out[:, first:last] = x[first:last].T``, in blocks that stay in cache; columns of x beyond out are padding."""
+    columns = min(x.shape[1], out.shape[0])
     for i in range(first, last, 16):
-        for j in range(0, x.shape[1], 16):
+        for j in range(0, columns, 16):
             for k in range(i, min(i + 16, last)):
-                for m in range(j, min(j + 16, x.shape[1])):
+                for m in range(j, min(j + 16, columns)):
                     out[m, k] = x[k, m]
 
 
 @kernel(forceinline=True)
-def add_rows(out, weight, indices, values, first, last):  # type: ignore[no-untyped-def]
-    """``out += value * weight[index]`` for the events first..last; four rows at a time to save passes over out."""
-    N = out.shape[0]
-    k = first
+def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
+    """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out."""
+    N, k = out.shape[1], np.uint32(k)
     if values.shape[0] > 0:
         for e in range(first, last):
             a, value = np.uint32(indices[e]), values[e]
             for j in range(N):
-                out[j] += value * weight[a, j]
+                out[k, j] += value * x[a, j]
         return
-    while k + 4 <= last:
-        a, b = np.uint32(indices[k]), np.uint32(indices[k + 1])
-        c, d = np.uint32(indices[k + 2]), np.uint32(indices[k + 3])
+    e = first
+    while e + 4 <= last:
+        a, b = np.uint32(indices[e]), np.uint32(indices[e + 1])
+        c, d = np.uint32(indices[e + 2]), np.uint32(indices[e + 3])
         for j in range(N):
-            out[j] += (weight[a, j] + weight[b, j]) + (weight[c, j] + weight[d, j])
-        k += 4
-    while k < last:
-        a = np.uint32(indices[k])
+            out[k, j] += (x[a, j] + x[b, j]) + (x[c, j] + x[d, j])
+        e += 4
+    while e < last:
+        a = np.uint32(indices[e])
         for j in range(N):
-            out[j] += weight[a, j]
-        k += 1
+            out[k, j] += x[a, j]
+        e += 1
 
 
-@kernel(forceinline=True)
-def scatter_rows(weight, row, indices, values, first, last):  # type: ignore[no-untyped-def]
-    """``weight[index] += value * row`` for the events first..last: the weight gradient."""
-    N = row.shape[0]
-    if values.shape[0] > 0:
-        for e in range(first, last):
-            i, value = np.uint32(indices[e]), values[e]
-            for j in range(N):
-                weight[i, j] += value * row[j]
-    else:
-        for e in range(first, last):
-            i = np.uint32(indices[e])
-            for j in range(N):
-                weight[i, j] += row[j]
+# the sums below are the only ones that may be reordered, to vectorise
+_reordered = kernel(forceinline=True, fastmath={"reassoc", "nsz", "contract"})
 
 
-@kernel(forceinline=True, fastmath={"reassoc", "nsz", "contract"})
+@_reordered
 def dot(weight, index, b):  # type: ignore[no-untyped-def]
-    """``weight[index] @ b``, the one sum that may be reordered to vectorise."""
+    """``weight[index] @ b``"""
     i = np.uint32(index)
     total = b.dtype.type(0)
     for j in range(b.shape[0]):
         total += weight[i, j] * b[j]
     return total
+
+
+@_reordered
+def dots(weight, indices, first, last, x, k, out):  # type: ignore[no-untyped-def]
+    """``out[e] = weight[indices[e]] @ x[k]`` for the entries first..last, four at a time to load x once."""
+    k = np.uint32(k)
+    zero = out.dtype.type(0)
+    e = first
+    while e + 4 <= last:
+        a, b = np.uint32(indices[e]), np.uint32(indices[e + 1])
+        c, d = np.uint32(indices[e + 2]), np.uint32(indices[e + 3])
+        p, q, r, s = zero, zero, zero, zero
+        for j in range(weight.shape[1]):
+            y = x[k, j]
+            p += weight[a, j] * y
+            q += weight[b, j] * y
+            r += weight[c, j] * y
+            s += weight[d, j] * y
+        out[e], out[e + 1], out[e + 2], out[e + 3] = p, q, r, s
+        e += 4
+    while e < last:
+        a = np.uint32(indices[e])
+        p = zero
+        for j in range(weight.shape[1]):
+            p += weight[a, j] * x[k, j]
+        out[e] = p
+        e += 1
 
 
 @kernel(forceinline=True)

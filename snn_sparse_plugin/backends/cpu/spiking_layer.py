@@ -19,6 +19,7 @@ from ...spikes import MAX_EVENTS, Active
 from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
+from .outgoing import block_rows
 from .replay import backward_replay_kernel
 from .rows import Code, encode, transpose
 from .threads import parallel, split
@@ -147,28 +148,31 @@ def run_backward(
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
-    u = phi = np.empty(0, np_dtype)
-    if use_list:
-        assert saved.u is not None
-        u = _numpy(saved.u)
-        phi = np.empty_like(u)
+    u = _array(saved.u if use_list else None, np_dtype, 1)
+    longest = int(np.diff(act_ptr[::T]).max(initial=0)) if use_list and T else 0
 
     def run(first: int, last: int) -> list[np.ndarray]:
         def zeros(wanted: bool, *shape: int) -> np.ndarray:
             return np.zeros(shape if wanted else (0,) * len(shape), np_dtype)
 
-        g_weight = zeros(need["weight"] and train is not None, M, N)
+        def rows(wanted: bool, count: int) -> np.ndarray:
+            out = _aligned(count if wanted else 0, _padded(N), np_dtype)
+            out.fill(0)
+            return out
+
+        g_weight = rows(need["weight"] and train is not None, M)
         g_bias = zeros(need["bias"] and call.bias is not None, N)
         recurrent = call.rec_weight is not None
-        g_rec_weight = zeros(need["rec_weight"] and recurrent, N, N)
+        g_rec_weight = rows(need["rec_weight"] and recurrent, N)
         g_rec_bias = zeros(need["rec_bias"] and call.rec_bias is not None, N)
         g_params = zeros(want_params, 5, N)
+        block = rows(True, block_rows(_padded(N)))
         outs = [g_weight, g_bias, *shared_out, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2)]
         if use_list:
             backward_active_kernel(code)(
                 *(first, last, T, params, _numpy(call.v0), indptr, indices, values, weight),
-                *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, surrogate, p, q, phi),
-                *(g_out, *dense, *shared_in, *outs),
+                *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, surrogate, p, q),
+                *(np.empty(longest, np_dtype), block, g_out, *dense, *shared_in, *outs),
             )
         else:
             checkpoints = (
@@ -179,13 +183,16 @@ def run_backward(
                 *(first, last, T, window, surrogate, p, q, params, *checkpoints),
                 *(current, indptr, indices, values, weight, bias, in_ptr, in_idx),
                 *(rec_weight, rec_bias, rec0, out_ptr, out_idx, act_ptr, act_idx, g_out),
-                *(*dense, *shared_in, *outs, g_params),
+                *(*dense, *shared_in, *outs, g_params, block),
             )
         return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
 
     parts = parallel([lambda r=r: run(*r) for r in split(B)])  # type: ignore[misc]
     totals = [_sum(group) for group in zip(*parts, strict=True)]
-    weights = [torch.from_numpy(_flip(x)) if x.size else None for x in (totals[0], totals[2])]
+    weights = [
+        torch.from_numpy(_flip(x, np.empty((N, len(x)), np_dtype))) if x.size else None
+        for x in (totals[0], totals[2])
+    ]
     vectors = [torch.from_numpy(x) if x.size else None for x in (totals[1], totals[3], totals[4])]
     grad_input = g_active
     if nu is not None:
@@ -254,11 +261,25 @@ def _transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     """Rows of W^T, contiguous."""
     if weight is None:
         return np.empty((0, 0), dtype)
-    return _flip(_numpy(weight))
+    n, m = weight.shape
+    out = _aligned(m, _padded(n), dtype)
+    out[:, n:] = 0
+    _flip(_numpy(weight), out)
+    return out
 
 
-def _flip(x: np.ndarray) -> np.ndarray:
-    out = np.empty(x.shape[::-1], x.dtype)
+def _padded(n: int) -> int:
+    """The length of a row of ``n`` neurons in whole vectors, so that no loop over it has a remainder."""
+    return -(-n // LANES) * LANES
+
+
+def _aligned(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+    """Memory from torch, which aligns to cache lines: vectors that lie across two lines take twice the time."""
+    return torch.empty(rows, columns, dtype=torch.float32 if dtype == np.float32 else torch.float64).numpy()
+
+
+def _flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """``out = x.T``, but for the padding of rows."""
     parallel([lambda r=r: transpose(x, *r, out) for r in split(x.shape[0], _worthwhile(x.size))])  # type: ignore[misc]
     return out
 
