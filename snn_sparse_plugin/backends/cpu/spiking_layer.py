@@ -279,13 +279,9 @@ def _aligned(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """``out = x.T``, but for the padding of rows."""
-    parallel([lambda r=r: transpose(x, *r, out) for r in split(x.shape[0], _worthwhile(x.size))])  # type: ignore[misc]
+    """``out = x.T``, but for the padding of rows. A weight is too small to be worth waking a thread."""
+    transpose(x, 0, x.shape[0], out)
     return out
-
-
-def _worthwhile(size: int) -> int | None:
-    return 1 if size < 1 << 15 else None
 
 
 def _sum(parts: tuple[np.ndarray, ...]) -> np.ndarray:
