@@ -242,8 +242,8 @@ def masked_spike(
         threshold: the window B_th; None is exact and returns ``function(x)`` itself.
         min_active: below this active fraction the call is exact.
     """
-    if threshold is None or not (torch.is_grad_enabled() and x.requires_grad):
-        return function(x)
+    if threshold is None or surrogate.kind == "zero" or not (torch.is_grad_enabled() and x.requires_grad):
+        return function(x)  # spikes without a gradient stay outside the graph, as upstream's
     if surrogate.kind == "custom":  # its gradient may depend on where an element stands
         return blocked_spike(x, function, threshold, min_active)
     with torch.no_grad():
