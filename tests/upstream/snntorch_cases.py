@@ -172,7 +172,7 @@ def observe(
     leaves = tree_leaves(returned)
     differentiable = [leaf for leaf in leaves if leaf.requires_grad]
     seen: dict[str, Any] = {"structure": [_shape_of(out) for out in returned], "outputs": leaves}
-    seen["hidden"] = {name: value for name, value in module.named_buffers()}
+    seen["hidden"] = dict(module.named_buffers())
     if differentiable:
         generator = torch.Generator().manual_seed(3)
         loss = sum((leaf * torch.rand(leaf.shape, generator=generator)).sum() for leaf in differentiable)
@@ -222,3 +222,14 @@ def fires(seen: dict[str, Any]) -> bool:
     """Whether there are spikes and silences among the first outputs of the steps."""
     spikes = seen["outputs"][0]
     return bool((spikes == 0).any()) and any(bool((o != 0).any()) for o in seen["outputs"])
+
+
+def spike_gradient(module, case):
+    """Gradient of the spikes of two steps, which is zero where every neuron is masked."""
+    x = case.inputs()[:2].requires_grad_()
+    if (
+        case.name == "AssociativeLeaky"
+    ):  # with a projection the output also depends on the input without spikes
+        module.use_q_projection = False
+    outs = steps(module, case, x)
+    return torch.autograd.grad(sum((o[0] if isinstance(o, tuple) else o).sum() for o in outs), x)[0]

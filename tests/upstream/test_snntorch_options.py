@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from snntorch_cases import CASES, Case, assert_same, every_class, every_way, fires, observe, outcome, snntorch
+from snntorch_cases import (
+    CASES,
+    Case,
+    assert_same,
+    every_class,
+    every_way,
+    fires,
+    observe,
+    outcome,
+    snntorch,
+    spike_gradient,
+)
+from torch import nn
 
 from snntorch import surrogate  # isort: skip, after the check that it is there
 from snntorch.functional import quant  # isort: skip
+from snn_sparse_plugin import sparse_mode, sparsify  # isort: skip
 
 
 def per_neuron(low: float, high: float):
@@ -19,6 +32,13 @@ def per_neuron(low: float, high: float):
 
     build.per_case = True
     return build
+
+
+class SpikeModule(nn.Module):
+    """A spike function that is a module: torch keeps it among the submodules."""
+
+    def forward(self, x):
+        return surrogate.fast_sigmoid(25)(x)
 
 
 OPTIONS = {
@@ -58,6 +78,7 @@ OPTIONS = {
     "random-surrogate": {"spike_grad": surrogate.SSO()},
     "broken-surrogate": {"spike_grad": surrogate.LSO()},
     "custom-surrogate": {"spike_grad": surrogate.custom_surrogate(lambda x, grad, out: grad * (1 + out))},
+    "module-surrogate": {"spike_grad": SpikeModule()},
     "unknown-reset": {"reset_mechanism": "halve"},
     # one class only
     "one-to-one": {"all_to_all": False, "linear_features": None, "V": per_neuron(-0.5, 0.5)},
@@ -125,3 +146,20 @@ def test_option(case, option, way):
 @every_class
 def test_the_inputs_make_it_fire(case):
     assert fires(observe(case.hidden(), case))
+
+
+MASKABLE = [case for case in CASES.values() if case.knows("spike_grad")]
+
+
+@every_way
+@pytest.mark.parametrize("case", MASKABLE, ids=[case.name for case in MASKABLE])
+@pytest.mark.parametrize("function", [surrogate.atan(), SpikeModule()], ids=["closure", "module"])
+def test_the_window_reaches_every_spike_function(case, function, way):
+    module = way.ready(case.hidden(way.library, spike_grad=function))
+    assert spike_gradient(case.hidden(spike_grad=function), case).any()
+    if way.marked:
+        sparsify(module, backprop_threshold=1e-6, min_active=0)
+        assert not spike_gradient(module, case).any()
+    else:
+        with sparse_mode(backprop_threshold=1e-6, min_active=0):
+            assert not spike_gradient(module, case).any()
