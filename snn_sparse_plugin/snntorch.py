@@ -14,6 +14,7 @@ from .adapters.snntorch import picklable_state, restored_state
 _upstream = import_upstream("snntorch", "snntorch")
 
 __all__ = [
+    "SLSTM",
     "Alpha",
     "AssociativeLeaky",
     "DeltaLeaky",
@@ -24,7 +25,6 @@ __all__ = [
     "RLeaky",
     "RSynaptic",
     "SConv2dLSTM",
-    "SLSTM",
     "StateLeaky",
     "Synaptic",
 ]
