@@ -58,7 +58,8 @@ class TestCompile:
             compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
             return observe(compiled, case, steps if case.sequence else explicit_steps)
 
-        assert same_outcome(run, case, way) == ""
+        # Dynamo refuses the nn.RNN inside LeakyParallel
+        assert bool(same_outcome(run, case, way)) == (name == "LeakyParallel")
 
     @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
     @pytest.mark.parametrize("name", some_slow(STEPPED, {"Synaptic"}))
@@ -82,7 +83,10 @@ class TestCompile:
         assert same_outcome(run, case, way, reset_delay=False) != ""
 
     @pytest.mark.parametrize(
-        "name", some_slow([n for n in CASES if CASES[n].knows("spike_grad")], {"DeltaLeaky"})
+        "name",
+        some_slow(
+            [n for n in CASES if CASES[n].knows("spike_grad") and n != "LeakyParallel"], {"DeltaLeaky"}
+        ),
     )
     def test_the_window_is_in_the_graph(self, name):
         case = CASES[name]
@@ -96,6 +100,8 @@ class TestCompile:
             return observe(called, case, steps if case.sequence else explicit_steps)
 
         eager, graph = run(False), run(True)
+        names = {name: name.removeprefix("_orig_mod.") for name in graph["grads"]}
+        graph["grads"] = {names[name]: grad for name, grad in graph["grads"].items()}
         assert_same({**graph, "hidden": {}}, {**eager, "hidden": {}})
         plain = observe(
             case.build(spike_grad=surrogate.fast_sigmoid(5)), case, steps if case.sequence else explicit_steps
@@ -211,7 +217,8 @@ class TestOnnx:
             )
         assert failed == error, ours
         if not error:
-            assert ours[0] == theirs[0]
+            if options:  # else the window is part of the graph
+                assert ours[0] == theirs[0]
             assert all(equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
 
     @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
