@@ -210,7 +210,8 @@ def recognise(function: SpikeFunction) -> Surrogate:
 
 def _by_code(function: Any) -> Surrogate | None:
     code: Any = getattr(function, "__code__", None)
-    if code is import_module("snntorch").SpikingNeuron._surrogate_bypass.__code__:
+    snn = import_module("snntorch")
+    if code in (cls._surrogate_bypass.__code__ for cls in (snn.SpikingNeuron, snn.LeakyParallel)):
         return Surrogate("zero")
     if code not in _codes():
         return None
