@@ -191,8 +191,9 @@ class _MaskedSpike(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, spikes: Tensor, surrogate: Surrogate, threshold: float, min_active: float
     ) -> Tensor:
-        active = (x.abs() < threshold).flatten().nonzero().squeeze(1)
-        ctx.exact = active.numel() < min_active * x.numel()
+        keep = _kept(x, threshold, min_active)
+        active = keep.flatten().nonzero().squeeze(1)
+        ctx.exact = active.numel() == x.numel()
         ctx.surrogate, ctx.shape = surrogate, x.shape
         if ctx.exact:
             ctx.save_for_backward(x)
@@ -221,9 +222,19 @@ def blocked_spike(
     """:func:`masked_spike` with upstream's own gradient, blocked where no neuron is active: all shapes static."""
     if threshold is None:
         return function(x)
-    near = x.detach().abs() < threshold
-    keep = near | (near.sum() < min_active * near.numel())
+    keep = _kept(x.detach(), threshold, min_active)
     return function(torch.where(keep, x, x.detach()))
+
+
+def _kept(x: Tensor, threshold: float, min_active: float) -> Tensor:
+    """Which elements keep their gradient: those near threshold, and whole neurons that the window would silence.
+
+    A neuron is active in a fraction of its samples (dimension 0); without samples the layer counts as one.
+    """
+    near = x.abs() < threshold
+    if near.dim() < 2:
+        return near | (near.sum() < min_active * near.numel())
+    return near | (near.sum(0) < min_active * near.shape[0])
 
 
 def masked_spike(
@@ -240,7 +251,7 @@ def masked_spike(
         function: upstream's spike function; it alone makes the spikes, so dtype and values are upstream's.
         surrogate: the surrogate recognised from ``function``; its gradient is evaluated at active elements only.
         threshold: the window B_th; None is exact and returns ``function(x)`` itself.
-        min_active: below this active fraction the call is exact.
+        min_active: a neuron that is active in a smaller fraction of the samples (dimension 0) keeps its gradient.
     """
     if threshold is None or surrogate.kind == "zero" or not (torch.is_grad_enabled() and x.requires_grad):
         return function(x)  # spikes without a gradient stay outside the graph, as upstream's

@@ -46,7 +46,7 @@ def run(
         found = None
         if neuron is not None:
             name = layer.label if linear is None else f"{layers[index - 1].name}→{layer.name}"
-            call = _FusedCall(layer, neuron, linear, name, states[index], per_step)
+            call = _FusedCall(layer, neuron, linear, name, states[index], per_step, last)
             as_events = events if last else _takes_events(layers, neurons, index + 1, per_step)
             found = call.run(passed.flow, as_events, want_mem and last)
         if found is None:
@@ -136,6 +136,7 @@ class _FusedCall:
     name: str
     state: Any
     per_step: bool
+    last: bool = False
 
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
@@ -167,6 +168,9 @@ class _FusedCall:
         if not _same_dtype(template, [*start, *neuron.params]):
             return None
         config = config_of(module)
+        if self.last and config is not None and config.min_active > 0:
+            # the fraction that min_active looks at does not notice a single class that fell silent
+            config = config.updated(backprop_threshold=None)
         out = spiking_layer(
             flow,
             weight,
