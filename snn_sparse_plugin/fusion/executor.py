@@ -186,10 +186,16 @@ class _FusedCall:
             name=self.name,
             **(vars(config) if config is not None else {}),
         )
-        spikes = out.spikes if neuron.scale is None else out.spikes * neuron.scale
+        spikes, ended = out.spikes, out.state
+        if neuron.spec.spiking and neuron.surrogate.kind == "zero":
+            # upstream's spikes have no gradient then: parameters behind them get None, not zeros
+            spikes = spikes.detach()
+            ended = ended._replace(spikes=None if ended.spikes is None else ended.spikes.detach())
+        if neuron.scale is not None:
+            spikes = spikes * neuron.scale
         # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then
         moved = T > 0 or not self.per_step
-        state = adapter.final_state(module, out.state, initial) if moved else self.state
+        state = adapter.final_state(module, ended, initial) if moved else self.state
         return Passed(spikes, out.mem, state)
 
 

@@ -602,6 +602,26 @@ def test_the_last_layer_is_exact_while_the_guard_is_on():
     assert relative(grads["bare"], grads["exact"]) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["Leaky", "RSynaptic"])
+def test_a_disabled_surrogate_stops_the_gradient_as_upstreams_does(name):
+    net, x = two_layers(CLASSES[name], spike_grad=None, surrogate_disable=True), spikes(12, 3, 30)
+    twin = copy.deepcopy(net)
+    expected, expected_mem = snntorch_loop(twin, x)
+    out = unroll(net, x)
+    assert forwards() == 2
+    assert torch.equal(out.spikes, expected)
+    assert out.spikes.requires_grad == expected.requires_grad is False
+    out.mem.square().sum().backward()
+    expected_mem.square().sum().backward()
+    assert net[0].weight.grad is None
+    assert worst((p.grad for p in net.parameters()), (p.grad for p in twin.parameters())) < 1e-5
+    hidden = (
+        (a.mem.requires_grad, getattr(a, "spk", a.mem).requires_grad) for n in (net, twin) for a in n[1::2]
+    )
+    hidden = list(hidden)
+    assert hidden[:2] == hidden[2:]
+
+
 def test_a_silent_neuron_of_a_step_loop_keeps_its_gradient():
     x = torch.tensor([[0.9, -3.0, -3.0], [-3.0, -3.0, 0.9]]).requires_grad_()
     for least, expected in ((0.01, [[1, 1, 0], [0, 1, 1]]), (0, [[1, 0, 0], [0, 0, 1]])):
