@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..equations import Equations
 from ..dynamics import NeuronSpec
 from ..errors import InputError, UnsupportedError
 from ..spikes import MAX_EVENTS, coordinates
@@ -48,7 +49,7 @@ class TritonBackend(Backend):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spec: NeuronSpec,
+        spec: NeuronSpec | Equations,
         surrogate: Surrogate,
         recurrent: bool = False,
     ) -> tuple[bool, str]:
