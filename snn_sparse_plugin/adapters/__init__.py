@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
@@ -21,7 +21,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .. import registry
-from ..dynamics import NeuronParams, NeuronSpec, NeuronState
+from ..dynamics import NeuronParams, NeuronSpec
+from ..equations import Equations
 from ..surrogates import Surrogate
 from .active import MARK, Mark, config_of, entered, spike, spike_in_graph
 
@@ -52,20 +53,26 @@ class Neuron:
 
     Args:
         spec, params, surrogate: as :func:`snn_sparse_plugin.ops.spiking_layer` takes them.
-        input_weight: (N, M), of a neuron that holds its own synapses (Norse's recurrent cells).
+        input_weight: (N, M), of a neuron that holds its own synapses (Norse's recurrent cells); ``input_bias`` (N,).
         recurrent_weight: (N, N); ``recurrent_bias``: (N,).
         recurrent_diagonal: broadcasts to the neurons: each neuron is fed with its own last spike.
         scale: factor on the emitted spikes (snnTorch's graded spikes), or None for 1.
     """
 
-    spec: NeuronSpec
-    params: NeuronParams
+    spec: NeuronSpec | Equations
+    params: NeuronParams | Mapping[str, Tensor | float]
     surrogate: Surrogate = field(default_factory=lambda: Surrogate("zero"))
     input_weight: Tensor | None = None
+    input_bias: Tensor | None = None
     recurrent_weight: Tensor | None = None
     recurrent_bias: Tensor | None = None
     recurrent_diagonal: Tensor | None = None
     scale: Tensor | None = None
+
+    @property
+    def values(self) -> list[Tensor | float]:
+        """All parameters."""
+        return list(self.params.values()) if isinstance(self.params, Mapping) else list(self.params)
 
     @property
     def recurrent(self) -> bool:
@@ -121,11 +128,14 @@ class Adapter:
         """The neuron as a member of the fusable family, or why it is none."""
         return "its adapter does not describe it"
 
-    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
-        """State before the first step, for an input like ``template``: -> (the op's form, the library's)."""
+    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[Any, Any]:
+        """State before the first step, for an input like ``template``: -> (the op's form, the library's).
+
+        The op's form is a ``NeuronState``, or with equations a dict of their states and ``"spikes"``.
+        """
         raise NotImplementedError
 
-    def final_state(self, module: nn.Module, state: NeuronState, initial: Any) -> Any:
+    def final_state(self, module: nn.Module, state: Any, initial: Any) -> Any:
         """The library's own form of the op's final state."""
         raise NotImplementedError
 

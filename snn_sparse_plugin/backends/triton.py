@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..equations import Equations
 from ..dynamics import NeuronSpec
+from ..equations import Equations
 from ..errors import InputError, UnsupportedError
 from ..spikes import MAX_EVENTS, coordinates
 from ..surrogates import KINDS, Surrogate

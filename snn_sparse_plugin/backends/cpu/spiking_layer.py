@@ -6,6 +6,7 @@ added in order. With another number of threads sums are rounded in another order
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,7 @@ def run_forward(call: LayerCall) -> LayerResult:
     records = [_array(spikes, np_dtype, 3), _array(mem, np_dtype, 3)]
 
     def run(first: int, last: int) -> list[Any]:
-        if programmed:
-            forward = forward_of(call, _padded(N), np_dtype)
-        else:
-            forward = forward_kernel(_code(call), np_dtype)
+        forward = _forward(call, np_dtype)
         size = (last - first) * T * N
         events = np.empty(size // 16 + T * N + LANES if want_events else 0, dtype=np.int32)
         room = int(LIST_BELOW * size) + N + 2 * LANES if want_list else 0
@@ -183,15 +181,11 @@ def run_backward(
                 *(np.empty(longest, np_dtype), block, g_out, *dense, *shared_in, *outs),
             )
         else:
-            programmed = isinstance(call.spec, Equations)
-            replay = (
-                backward_of(call, _padded(N), np_dtype) if programmed else backward_replay_kernel(_code(call))
-            )
             checkpoints = (
                 _array(saved.v_checkpoints, np_dtype, 3),
                 _array(saved.i_checkpoints, np_dtype, 3),
             )
-            replay(
+            _replay(call, np_dtype)(
                 *(first, last, T, window, surrogate, p, q, params, *checkpoints),
                 *(current, indptr, indices, values, weight, bias, in_ptr, in_idx),
                 *(rec_weight, rec_bias, rec0, out_ptr, out_idx, act_ptr, act_idx, g_out),
@@ -235,6 +229,18 @@ def _only_decays(call: LayerCall, grads: OutputGrads, events: tuple[Tensor, Tens
     silent = grads.active is None and grads.spikes is None and call.rec_weight is None and not spec.attached
     known = spec.reset in ("none", "subtract") or events is not None
     return silent and known and not _needs_replay(spec)
+
+
+def _forward(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
+    if isinstance(call.spec, Equations):
+        return forward_of(call, _padded(call.N), dtype)
+    return forward_kernel(_code(call), dtype)  # type: ignore[no-any-return]
+
+
+def _replay(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
+    if isinstance(call.spec, Equations):
+        return backward_of(call, _padded(call.N), dtype)
+    return backward_replay_kernel(_code(call))  # type: ignore[no-any-return]
 
 
 def _code(call: LayerCall) -> Code:
