@@ -207,11 +207,13 @@ class _Compiler:
         before = {out: key for key, out in self.ops.items()}
         if len(uses) == 1 and uses[0].kind == "add" and uses[0].b == rec:
             total = uses[0].a
-            kind, a, b = before.get(total, ("", -1, -1))
             readers = [key for key in self.ops if total in key[1:]]
-            if len(readers) == 1 and (total == x or (kind == "add" and x in (a, b))):
+            of_x = [key for key in self.ops if x in key[1:]]
+            joined = total == x or of_x == [before.get(total)]
+            kept = {self.values[name] for name in self.equations.states} & {x, rec, total}
+            if len(readers) == 1 and not kept and joined and (total == x or of_x[0][0] == "add"):
                 return
-        raise ConfigError("rec must be used once, added right after x: `... + x + rec`.")
+        raise ConfigError("x and rec must each be used once, one right after the other: `... + x + rec`.")
 
     def _error(self, node: ast.stmt | ast.expr, what: str) -> ConfigError:
         return ConfigError(f"equations: {what}, in: {ast.unparse(node)}")
@@ -238,24 +240,24 @@ def step(
     spike: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
     """One step on tensors, differentiable: -> (argument of the first spike, s, next states)."""
-    values: list[Tensor | float | None] = [*states.values(), x, rec, *params.unbind(0), *program.constants]
+    numbers = [torch.tensor(c, dtype=x.dtype, device=x.device) for c in program.constants]
+    values: list[Tensor | None] = [*states.values(), x, rec, *params.unbind(0), *numbers]
     for kind, _, a, b in program.ops:
         p, q = values[a], values[b]
+        assert p is not None
         if q is None:  # no recurrence: nothing is added, not even a zero
             values.append(p)
         elif kind in ("add", "sub", "mul", "div"):
-            values.append(getattr(torch, kind)(p, q) if isinstance(p, Tensor) else _with_number(kind, p, q))
+            values.append(getattr(torch, kind)(p, q))
         else:
-            values.append(_UNARY_TORCH[kind](p) if kind != "spike" else spike(p))  # type: ignore[arg-type]
-    found = [None if k is None else values[k] for k in (program.site, program.spikes, *program.results)]
-    site, s, *new = found
-    return site, s, dict(zip(program.states, new, strict=True))  # type: ignore[arg-type, return-value]
+            values.append(spike(p) if kind == "spike" else _UNARY_TORCH[kind](p))
 
+    def full(k: int | None) -> Tensor | None:
+        value = None if k is None else values[k]
+        return None if value is None else value.expand_as(x)
 
-def _with_number(kind: str, p: float | None, q: Tensor | float) -> Tensor | float:
-    """An operation whose first operand is a constant."""
-    assert p is not None
-    return {"add": p + q, "sub": p - q, "mul": p * q}[kind] if kind != "div" else p / q
+    new = {name: full(k) for name, k in zip(program.states, program.results, strict=True)}
+    return full(program.site), full(program.spikes), new  # type: ignore[return-value]
 
 
 _UNARY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {

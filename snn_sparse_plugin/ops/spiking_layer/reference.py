@@ -98,7 +98,7 @@ def run(
             rec = inputs["rec0"] if t == 0 else F.linear(s, inputs["rec_weight"], inputs["rec_bias"])
         if isinstance(spec, Equations):
             distance, s, state = equations_step(spec.program, state, x, rec, params, spike)
-            membrane = state[spec.membrane].expand_as(x)
+            membrane = state[spec.membrane]
             distance, s = (membrane, membrane) if s is None else (distance, s)
         else:
             distance, s, v, i = step(spec, params, x, rec, v, i, spike)
@@ -107,7 +107,7 @@ def run(
         spikes.append(s)
         mems.append(membrane)
     if state:
-        v = torch.stack([value.expand(call.B, call.N) for value in state.values()])
+        v = torch.stack(list(state.values()))
     if not spikes:
         empty = current.new_zeros(0, call.B, call.N)
         return empty, empty, empty, v, i
