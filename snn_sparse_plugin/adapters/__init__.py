@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any, Protocol
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from .active import MARK, Mark, config_of, entered, spike, spike_in_graph
 __all__ = [
     "MARK",
     "Adapter",
+    "Example",
     "Mark",
     "Neuron",
     "adapter_of",
@@ -79,6 +80,18 @@ class Neuron:
         return self.recurrent_weight is not None or self.recurrent_diagonal is not None
 
 
+class Example(NamedTuple):
+    """How to build one neuron class.
+
+    ``options``: keyword arguments that upstream offers, each asked for alone. ``exactness``: how close the fused path
+    is to upstream's where that is not bit for bit.
+    """
+
+    build: Callable[..., nn.Module]
+    options: Mapping[str, Any] = MappingProxyType({})
+    exactness: str = ""
+
+
 class Adapter:
     """One upstream library. Register a subclass under ``snn_sparse_plugin.adapters``.
 
@@ -96,6 +109,10 @@ class Adapter:
 
     def install(self) -> None:
         """Hook the library's classes, once; without an active config the hooks do nothing."""
+
+    def examples(self) -> dict[str, Example]:
+        """How to build each neuron class of the library, by name; the table of supported neurons is made from it."""
+        return {}
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this is a neuron of the library."""

@@ -15,8 +15,8 @@ from ..config import active_config, use_config
 from ..dynamics import NeuronState
 from ..equations import Equations
 from ..surrogates import Surrogate
-from . import MARK, Adapter, Neuron, _lock, config_of, hook, installed_version, runner, spike
-from .norse_neurons import WHY_NOT, builders, readout, surrogate_of, upstream_apply
+from . import MARK, Adapter, Example, Neuron, _lock, config_of, hook, installed_version, runner, spike
+from .norse_neurons import WHY_NOT, builders, examples, readout, surrogate_of, upstream_apply
 
 
 class NorseAdapter(Adapter):
@@ -41,6 +41,9 @@ class NorseAdapter(Adapter):
         for cls in (snn.SNN, snn.SNNRecurrent):
             hook(cls, "forward", _fused_sequence)
         hook(norse.SequentialState, "forward", _fused_container)
+
+    def examples(self) -> dict[str, Example]:
+        return examples()
 
     def prepare(self, module: Any) -> None:
         # Norse's neurons that bring a forward of their own

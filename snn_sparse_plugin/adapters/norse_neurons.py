@@ -6,7 +6,7 @@ The equations keep Norse's order of operations. In a recurrent layer Norse detac
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
 from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import Neuron
+from . import Example, Neuron
 
 _LIF = """
 j = i + x + rec
@@ -285,3 +285,35 @@ def _super_uses_alpha() -> bool:
         upstream = upstream_apply.get(function, function.apply)
         (grad,) = torch.autograd.grad(upstream(x, torch.tensor(100.0)), x)
     return bool(grad < 0.1)  # 1 / 1.5 ** 2 = 0.44 without alpha, 1 / 51 ** 2 with it
+
+
+# --- the table of supported neurons ---
+
+_NAMES = (
+    *("LIF", "LIFCell", "LIFRecurrent", "LIFRecurrentCell", "LIFBoxCell", "IAF", "IAFCell"),
+    *("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell"),
+    *("LIFAdEx", "LIFAdExCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell"),
+    *("LIFRefracCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"),
+    *("LIFAdExRefracCell", "LIFAdExRefracRecurrent", "LIFAdExRefracRecurrentCell"),
+    *("LSNN", "LSNNCell", "LSNNRecurrent", "LSNNRecurrentCell"),
+    *("Izhikevich", "IzhikevichCell", "IzhikevichRecurrent", "IzhikevichRecurrentCell"),
+    *("LI", "LICell", "LILinearCell", "LIBoxCell"),
+    *("LIFMCRecurrentCell", "LIFMCRefracRecurrentCell", "CobaLIFCell", "LIFCorrelation"),
+)
+
+
+def examples() -> dict[str, Example]:
+    """See :meth:`Adapter.examples`."""
+    norse = import_module("norse.torch")
+    found = {}
+    for name in _NAMES:
+        cls = getattr(norse, name)
+        sizes = (
+            (4, 4) if "Recurrent" in name or name in ("LILinearCell", "CobaLIFCell", "LIFCorrelation") else ()
+        )
+        behaviour = (norse.tonic_spiking,) if name.startswith("Izhikevich") else ()
+        takes_all = issubclass(cls, import_module("norse.torch.module.snn").SNN)
+        options = {"record_states": True} if takes_all else {}
+        exactness = "up to the last bit of exp()" if "Ex" in name else ""
+        found[name] = Example(partial(cls, *sizes, *behaviour), options, exactness)
+    return found

@@ -16,8 +16,8 @@ from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..equations import Equations
 from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import Adapter, Neuron, config_of, has_hooks, hook, installed_version, spike, spike_in_graph
-from .snntorch_neurons import WHY_NOT, Parts, builders
+from . import Adapter, Example, Neuron, config_of, has_hooks, hook, installed_version, spike, spike_in_graph
+from .snntorch_neurons import WHY_NOT, Parts, builders, examples
 
 SpikeFunction = Callable[[Tensor], Tensor]
 
@@ -37,6 +37,9 @@ class SnnTorchAdapter(Adapter):
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
             if not isinstance(vars(cls).get("spike_grad"), _MaskedAttribute):
                 cls.spike_grad = _MaskedAttribute()
+
+    def examples(self) -> dict[str, Example]:
+        return examples()
 
     def owns(self, module: Any) -> bool:
         snn = import_module("snntorch")
