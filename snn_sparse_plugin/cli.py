@@ -1,4 +1,4 @@
-"""The command line: ``snn-sparse doctor | plugins | demo | bench``.
+"""The command line: ``snn-sparse doctor | plugins | supported | demo | bench``.
 
 Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the
 commands.
@@ -208,6 +208,34 @@ def _plugin_rows() -> list[dict[str, str]]:
                 row |= {"state": "broken", "reason": f"{type(error).__name__}: {error}"}
             rows.append(row)
     return rows
+
+
+@app.command()
+def supported(
+    context: typer.Context,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/supported.md.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show every neuron class of the installed libraries: fused or not, with which options, and why."""
+    with _readable_errors(context):
+        from importlib import import_module
+
+        from . import registry, supported
+
+        for adapter in registry.load_all("adapters").values():
+            if adapter.available()[0]:
+                import_module(adapter.package)
+        table = supported.rows()
+        console, emit = _consoles(as_json)
+        if as_json:
+            emit(supported.as_dicts(table))
+        elif as_markdown:
+            typer.echo(supported.markdown(table), nl=False)
+        else:
+            shown = Table("library", "neuron", "fused", "not fused with", "exactness")
+            for row in table:
+                shown.add_row(row.library, row.neuron, row.fused, ", ".join(row.fallback), row.exactness)
+            console.print(shown)
 
 
 @app.command()

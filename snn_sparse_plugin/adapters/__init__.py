@@ -10,24 +10,26 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any, Protocol
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from .. import registry
-from ..dynamics import NeuronParams, NeuronSpec, NeuronState
+from ..dynamics import NeuronParams, NeuronSpec
+from ..equations import Equations
 from ..surrogates import Surrogate
 from .active import MARK, Mark, config_of, entered, spike, spike_in_graph
 
 __all__ = [
     "MARK",
     "Adapter",
+    "Example",
     "Mark",
     "Neuron",
     "adapter_of",
@@ -52,24 +54,42 @@ class Neuron:
 
     Args:
         spec, params, surrogate: as :func:`snn_sparse_plugin.ops.spiking_layer` takes them.
-        input_weight: (N, M), of a neuron that holds its own synapses (Norse's recurrent cells).
+        input_weight: (N, M), of a neuron that holds its own synapses (Norse's recurrent cells); ``input_bias`` (N,).
         recurrent_weight: (N, N); ``recurrent_bias``: (N,).
         recurrent_diagonal: broadcasts to the neurons: each neuron is fed with its own last spike.
         scale: factor on the emitted spikes (snnTorch's graded spikes), or None for 1.
     """
 
-    spec: NeuronSpec
-    params: NeuronParams
+    spec: NeuronSpec | Equations
+    params: NeuronParams | Mapping[str, Tensor | float]
     surrogate: Surrogate = field(default_factory=lambda: Surrogate("zero"))
     input_weight: Tensor | None = None
+    input_bias: Tensor | None = None
     recurrent_weight: Tensor | None = None
     recurrent_bias: Tensor | None = None
     recurrent_diagonal: Tensor | None = None
     scale: Tensor | None = None
 
     @property
+    def values(self) -> list[Tensor | float]:
+        """All parameters."""
+        return list(self.params.values()) if isinstance(self.params, Mapping) else list(self.params)
+
+    @property
     def recurrent(self) -> bool:
         return self.recurrent_weight is not None or self.recurrent_diagonal is not None
+
+
+class Example(NamedTuple):
+    """How to build one neuron class.
+
+    ``options``: keyword arguments that upstream offers, each asked for alone. ``exactness``: how close the fused path
+    is to upstream's where that is not bit for bit.
+    """
+
+    build: Callable[..., nn.Module]
+    options: Mapping[str, Any] = MappingProxyType({})
+    exactness: str = ""
 
 
 class Adapter:
@@ -89,6 +109,10 @@ class Adapter:
 
     def install(self) -> None:
         """Hook the library's classes, once; without an active config the hooks do nothing."""
+
+    def examples(self) -> dict[str, Example]:
+        """How to build each neuron class of the library, by name; the table of supported neurons is made from it."""
+        return {}
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this is a neuron of the library."""
@@ -121,11 +145,14 @@ class Adapter:
         """The neuron as a member of the fusable family, or why it is none."""
         return "its adapter does not describe it"
 
-    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
-        """State before the first step, for an input like ``template``: -> (the op's form, the library's)."""
+    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[Any, Any]:
+        """State before the first step, for an input like ``template``: -> (the op's form, the library's).
+
+        The op's form is a ``NeuronState``, or with equations a dict of their states and ``"spikes"``.
+        """
         raise NotImplementedError
 
-    def final_state(self, module: nn.Module, state: NeuronState, initial: Any) -> Any:
+    def final_state(self, module: nn.Module, state: Any, initial: Any) -> Any:
         """The library's own form of the op's final state."""
         raise NotImplementedError
 

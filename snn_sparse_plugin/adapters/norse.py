@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import active_config, use_config
-from ..dynamics import NeuronParams, NeuronSpec, NeuronState
-from ..errors import ConfigError
+from ..dynamics import NeuronState
+from ..equations import Equations
 from ..surrogates import Surrogate
-from . import MARK, Adapter, Neuron, _lock, config_of, hook, installed_version, runner, spike
+from . import MARK, Adapter, Example, Neuron, _lock, config_of, hook, installed_version, runner, spike
+from .norse_neurons import WHY_NOT, builders, examples, readout, surrogate_of, upstream_apply
 
 
 class NorseAdapter(Adapter):
@@ -31,14 +33,17 @@ class NorseAdapter(Adapter):
         functions = _functions()
         with _lock:
             for function, method in functions.items():
-                if function not in _apply:
-                    _apply[function] = function.apply
+                if function not in upstream_apply:
+                    upstream_apply[function] = function.apply
                     function.apply = staticmethod(_masked_apply(function.apply, method))
         for cls in (snn.SNNCell, snn.SNNRecurrentCell, norse.LILinearCell):
             hook(cls, "forward", _in_own_mode)
         for cls in (snn.SNN, snn.SNNRecurrent):
             hook(cls, "forward", _fused_sequence)
         hook(norse.SequentialState, "forward", _fused_container)
+
+    def examples(self) -> dict[str, Example]:
+        return examples()
 
     def prepare(self, module: Any) -> None:
         # Norse's neurons that bring a forward of their own
@@ -75,28 +80,37 @@ class NorseAdapter(Adapter):
 
     def neuron(self, module: Any) -> Neuron | str:
         norse = import_module("norse.torch")
+        if type(module).__name__ in WHY_NOT:
+            return WHY_NOT[type(module).__name__]
         if not _upstream_forward(module):
             return "it overrides forward()"
         if isinstance(module, norse.LILinearCell):
-            readout = _readout(module)
-            return Neuron(readout.spec, readout.params, input_weight=module.input_weights)
+            return replace(readout(module), input_weight=module.input_weights)
         if getattr(module, "record_states", False):
             return "record_states=True wants the state of every step"
-        build = _activations().get(getattr(module, "activation", None))
+        activation = getattr(module, "activation", None)
+        build = builders().get(activation)
         if build is None:
-            activation = getattr(module, "activation", type(module))
-            return f"{getattr(activation, '__name__', activation)} is not in the fused family"
+            named = (
+                type(module).__name__ if activation is None else getattr(activation, "__name__", activation)
+            )
+            return WHY_NOT.get(named, f"{named} is in no fused family")
         return build(module)
 
-    def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
+    def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[Any, Any]:
         if state is None:
             state = _fallback_state(module, template)
-        fields = state._asdict()
-        return NeuronState(fields["v"], fields.get("i"), fields.get("z")), state
+        fields = _leaves(state)
+        spikes = fields.pop("z", None)
+        spec = self.neuron(module).spec  # type: ignore[union-attr]
+        if isinstance(spec, Equations):
+            return {**fields, **({} if spikes is None else {"spikes": spikes})}, state
+        return NeuronState(fields["v"], fields.get("i"), spikes), state
 
-    def final_state(self, module: Any, state: NeuronState, initial: Any) -> Any:
-        values = {"v": state.v, "i": state.i, "z": state.spikes}
-        return type(initial)(**{name: values[name] for name in initial._fields})
+    def final_state(self, module: Any, state: Any, initial: Any) -> Any:
+        if isinstance(state, NeuronState):
+            return _rebuilt(initial, {"v": state.v, "i": state.i, "z": state.spikes})
+        return _rebuilt(initial, {**state, "z": state.get("spikes")})
 
     def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out, state = module(x, state)
@@ -110,6 +124,23 @@ def membrane(state: Any) -> Tensor | None:
             found = getattr(state, name)
             return found if isinstance(found, Tensor) else membrane(found)
     return None
+
+
+def _leaves(state: Any) -> dict[str, Any]:
+    """The tensors of a state by field name; those of refractory neurons are nested."""
+    found: dict[str, Any] = {}
+    for name, value in state._asdict().items():
+        found.update(_leaves(value) if hasattr(value, "_asdict") else {name: value})
+    return found
+
+
+def _rebuilt(like: Any, values: dict[str, Any]) -> Any:
+    """A state of the same type with other tensors."""
+    fields = {
+        name: _rebuilt(value, values) if hasattr(value, "_asdict") else values[name]
+        for name, value in like._asdict().items()
+    }
+    return type(like)(**fields)
 
 
 @cache
@@ -148,104 +179,7 @@ def _fallback_state(module: Any, template: Tensor) -> Any:
     return norse.LIState(v=v, i=i)
 
 
-# --- neurons: upstream's activation function -> the canonical family ---
-
-
-def _lif(module: Any, *, recurrent: bool) -> Neuron | str:
-    p = module.p
-    surrogate = surrogate_of(p.method, p.alpha)
-    if isinstance(surrogate, str):
-        return surrogate
-    weights = {}
-    if recurrent:
-        weights = {"input_weight": module.input_weights, "recurrent_weight": module.recurrent_weights}
-    return Neuron(
-        NeuronSpec("euler", True, "value", "immediate", attached=not recurrent),
-        NeuronParams(module.dt * p.tau_mem_inv, module.dt * p.tau_syn_inv, p.v_th, p.v_leak, p.v_reset),
-        surrogate,
-        **weights,
-    )
-
-
-def _box(module: Any) -> Neuron | str:
-    p = module.p
-    norse = import_module("norse.torch")
-    resets: dict[Any, Any] = {norse.reset_value: "value", norse.reset_subtract: "subtract"}
-    surrogate = surrogate_of(p.method, p.alpha)
-    if p.reset_method not in resets:
-        return f"reset_method {getattr(p.reset_method, '__name__', p.reset_method)}"
-    if isinstance(surrogate, str):
-        return surrogate
-    return Neuron(
-        NeuronSpec("box", False, resets[p.reset_method], "immediate", attached=True),
-        NeuronParams(module.dt * p.tau_mem_inv, 0.0, p.v_th, p.v_leak, p.v_reset),
-        surrogate,
-    )
-
-
-def _iaf(module: Any) -> Neuron | str:
-    p = module.p
-    surrogate = surrogate_of(p.method, p.alpha)
-    if isinstance(surrogate, str):
-        return surrogate
-    spec = NeuronSpec("decay", False, "value", "immediate", attached=True)
-    return Neuron(spec, NeuronParams(1.0, 0.0, p.v_th, 0.0, p.v_reset), surrogate)
-
-
-def _readout(module: Any) -> Neuron:
-    p = module.p
-    return Neuron(
-        NeuronSpec("euler", True, "none", spiking=False),
-        NeuronParams(module.dt * p.tau_mem_inv, module.dt * p.tau_syn_inv, leak=p.v_leak),
-    )
-
-
-@cache
-def _activations() -> dict[Any, Callable[[Any], Neuron | str]]:
-    norse = import_module("norse.torch")
-    return {
-        norse.lif_feed_forward_step: lambda module: _lif(module, recurrent=False),
-        norse.lif_step: lambda module: _lif(module, recurrent=True),
-        norse.lif_box_feed_forward_step: _box,
-        norse.iaf_feed_forward_step: _iaf,
-        norse.li_feed_forward_step: _readout,
-    }
-
-
 # --- threshold functions ---
-
-_METHODS = {"triangle": "triangle", "tanh": "tanh", "circ": "circ", "heavi_erfc": "erfc"}
-
-
-def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
-    """The surrogate of Norse's ``threshold(x, method, alpha)``, or why there is none.
-
-    Example:
-        >>> surrogate_of("tanh", 2.0)
-        tanh(alpha=2)
-    """
-    if method == "heaviside":
-        return Surrogate("zero")
-    try:
-        value = float(alpha)
-        if method == "super":
-            return Surrogate("fast_sigmoid", (value if _super_uses_alpha() else 1.0,))
-        if method in _METHODS:
-            return Surrogate(_METHODS[method], (value,))
-    except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one alpha per neuron
-        return f"alpha={alpha} of threshold method {method!r}"
-    return f"threshold method {method!r}"
-
-
-@cache
-def _super_uses_alpha() -> bool:
-    """Norse 1.1.0 ignores alpha, later versions do not: look at the gradient instead of the version."""
-    with torch.enable_grad():
-        x = torch.tensor(0.5, requires_grad=True)
-        function = import_module("norse.torch.functional.superspike").SuperSpike
-        upstream = _apply.get(function, function.apply)
-        (grad,) = torch.autograd.grad(upstream(x, torch.tensor(100.0)), x)
-    return bool(grad < 0.1)  # 1 / 1.5 ** 2 = 0.44 without alpha, 1 / 51 ** 2 with it
 
 
 @cache
@@ -262,8 +196,6 @@ def _functions() -> dict[Any, str]:
 
 
 # --- hooks ---
-
-_apply: dict[Any, Callable[..., Tensor]] = {}  # upstream's own Function.apply
 
 
 def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[..., Tensor]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
+from ..equations import Equations
 from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import Adapter, Neuron, config_of, has_hooks, hook, installed_version, spike, spike_in_graph
+from . import Adapter, Example, Neuron, config_of, has_hooks, hook, installed_version, spike, spike_in_graph
+from .snntorch_neurons import WHY_NOT, Parts, builders, examples
 
 SpikeFunction = Callable[[Tensor], Tensor]
 
@@ -36,6 +38,9 @@ class SnnTorchAdapter(Adapter):
             if not isinstance(vars(cls).get("spike_grad"), _MaskedAttribute):
                 cls.spike_grad = _MaskedAttribute()
 
+    def examples(self) -> dict[str, Example]:
+        return examples()
+
     def owns(self, module: Any) -> bool:
         snn = import_module("snntorch")
         return isinstance(module, snn.SpikingNeuron | snn.LeakyParallel)
@@ -51,49 +56,40 @@ class SnnTorchAdapter(Adapter):
 
     def neuron(self, module: Any) -> Neuron | str:
         snn = import_module("snntorch")
-        family = (snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
+        family = (*builders(), snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
         cls = next((c for c in family if isinstance(module, c)), None)
         if cls is None:
-            return f"{type(module).__name__} is not in the fused family"
+            kind = type(module).__name__
+            return WHY_NOT.get(kind, f"{kind} is in no fused family")
         for method in ("forward", "fire", "mem_reset", "_base_state_function"):
-            if method in vars(module) or getattr(type(module), method) is not getattr(cls, method):
+            changed = getattr(type(module), method, None) is not getattr(cls, method, None)
+            if method in vars(module) or changed:
                 return f"it overrides {method}()"
-        if module.state_quant:
+        steps = cls is not snn.DeltaLeaky  # whose forward ignores both options
+        if steps and getattr(module, "state_quant", False):
             return "state_quant"
-        if module.inhibition:
+        if steps and getattr(module, "inhibition", False):
             return "inhibition"
-        spec = _spec(module, cls, snn)
-        if isinstance(spec, str):
-            return spec
-        surrogate = recognise(module.spike_grad)
-        if surrogate.kind == "custom" and not _is_heaviside(module.spike_grad):
+        function = vars(module).get("spike_grad") or module.spike_grad  # a hooked class masks the attribute
+        surrogate = recognise(function)
+        if surrogate.kind == "custom" and not _is_heaviside(function):
             return "its spike function is not a step function"
+        parts = _parts(module, cls, snn)
+        if isinstance(parts, str):
+            return parts
         factor = module.graded_spikes_factor
-        scale = factor if factor.requires_grad or factor.numel() != 1 or float(factor) != 1 else None
-        recurrent: dict[str, Tensor | None] = {}
-        if cls in (snn.RLeaky, snn.RSynaptic):
-            found = _recurrence(module.recurrent)
-            if isinstance(found, str):
-                return found
-            if scale is not None:
-                return "graded spikes with recurrence"
-            recurrent = found
-        return Neuron(
-            spec,
-            NeuronParams(
-                mem=module.beta.clamp(0, 1),
-                syn=module.alpha.clamp(0, 1) if spec.synapse else 0.0,
-                threshold=module.threshold,
-            ),
-            surrogate,
-            scale=scale,
-            **recurrent,
-        )
+        graded = factor.requires_grad or factor.numel() != 1 or float(factor) != 1
+        scale = factor if graded and cls is not snn.DeltaLeaky else None
+        if scale is not None and issubclass(cls, snn.StateLeaky):
+            scale = scale * scale  # upstream multiplies in fire, and again after it
+        if scale is not None and ("recurrent_weight" in parts or "recurrent_diagonal" in parts):
+            return "graded spikes with recurrence"
+        return Neuron(surrogate=surrogate, scale=scale, **parts)
 
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
-    def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[NeuronState, Any]:
-        given = state is not None
+    def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[Any, Any]:
+        given = state is not None or isinstance(module, import_module("snntorch").DeltaLeaky)
         hidden = self.read_state(module) if state is None else state
 
         def fits(name: str) -> Tensor | None:
@@ -101,13 +97,20 @@ class SnnTorchAdapter(Adapter):
             # upstream starts from zeros where the shape differs, e.g. before the first call
             return value if value is not None and (given or value.shape == template.shape) else None
 
-        return NeuronState(fits("mem"), fits("syn"), fits("spk")), tuple(self.read_state(module))
+        spec, names = self.neuron(module).spec, tuple(self.read_state(module))  # type: ignore[union-attr]
+        if isinstance(spec, Equations):
+            return {name: fits(name) for name in spec.states}, names
+        return NeuronState(fits("mem"), fits("syn"), fits("spk")), names
 
-    def final_state(self, module: Any, state: NeuronState, initial: Any) -> Any:
-        values = {"mem": state.v, "syn": state.i, "spk": state.spikes}
+    def final_state(self, module: Any, state: Any, initial: Any) -> Any:
+        values = state
+        if isinstance(state, NeuronState):
+            values = {"mem": state.v, "syn": state.i, "spk": state.spikes}
         return {name: _own(values[name]) for name in initial}
 
     def read_state(self, module: Any) -> Any:
+        if isinstance(module, import_module("snntorch").DeltaLeaky):
+            return {"mem": module.mem, "mem_prev": module.mem_prev}
         names = module._non_persistent_buffers_set
         return {name: value for name, value in module._buffers.items() if name in names}
 
@@ -135,12 +138,18 @@ def _own(x: Tensor | None) -> Tensor | None:
     return x.clone() if x is not None and x._is_view() else x
 
 
-def _spec(module: Any, cls: Any, snn: Any) -> NeuronSpec | str:
+def _parts(module: Any, cls: Any, snn: Any) -> Parts | str:
+    """Equations or spec, parameters and weights of a neuron."""
+    build, by_reset = builders().get(cls, (None, True))
+    if build is not None and not by_reset:
+        return build(module)
     # state_function is chosen at construction; only reset_delay=False also looks at reset_mechanism_val
     functions: dict[Any, Any] = {cls._base_sub: "subtract", cls._base_zero: "zero", cls._base_int: "none"}
     reset = functions.get(getattr(module.state_function, "__func__", None))
     if reset is None:
         return "its state_function was replaced"
+    if build is not None:
+        return build(module, reset)
     synapse = cls in (snn.Synaptic, snn.RSynaptic)
     corrected = not module.reset_delay and reset != "none"
     if not module.reset_delay:
@@ -148,13 +157,20 @@ def _spec(module: Any, cls: Any, snn: Any) -> NeuronSpec | str:
             return "RSynaptic with reset_delay=False raises in snnTorch"
         if ("subtract", "zero", "none")[int(module.reset_mechanism_val)] != reset:
             return "reset_mechanism was changed after construction, so that its two resets differ"
-    return NeuronSpec(
+    spec = NeuronSpec(
         synapse=synapse,
         reset=reset,
         timing="corrected" if corrected else "delayed",
         scope="state" if cls is snn.Leaky else "sum",
         attached=corrected,
     )
+    params = NeuronParams(
+        mem=module.beta.clamp(0, 1),
+        syn=module.alpha.clamp(0, 1) if synapse else 0.0,
+        threshold=module.threshold,
+    )
+    recurrent = _recurrence(module.recurrent) if cls in (snn.RLeaky, snn.RSynaptic) else {}
+    return recurrent if isinstance(recurrent, str) else {"spec": spec, "params": params, **recurrent}
 
 
 def _recurrence(module: Any) -> dict[str, Tensor | None] | str:
@@ -211,7 +227,7 @@ def recognise(function: SpikeFunction) -> Surrogate:
 def _by_code(function: Any) -> Surrogate | None:
     code: Any = getattr(function, "__code__", None)
     snn = import_module("snntorch")
-    if code in (cls._surrogate_bypass.__code__ for cls in (snn.SpikingNeuron, snn.LeakyParallel)):
+    if code in (c._surrogate_bypass.__code__ for c in (snn.SpikingNeuron, snn.LeakyParallel)):
         return Surrogate("zero")
     if code not in _codes():
         return None

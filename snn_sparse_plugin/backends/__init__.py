@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import registry
 from ..dynamics import NeuronSpec
+from ..equations import Equations
 from ..errors import UnsupportedError
 from ..spikes import Active, SpikeTrain
 from ..surrogates import Surrogate
@@ -31,10 +32,11 @@ class LayerCall:
 
     Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input. ``rec0`` is the
     recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
-    :data:`~snn_sparse_plugin.dynamics.PARAM_NAMES`.
+    :data:`~snn_sparse_plugin.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
+    and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``.
     """
 
-    spec: NeuronSpec
+    spec: NeuronSpec | Equations
     surrogate: Surrogate
     threshold: float | None
     min_active: float
@@ -119,6 +121,8 @@ class Backend:
 
     name = "unnamed"
     priority = 0
+    equations = False
+    """Whether it also runs neurons given by :class:`~snn_sparse_plugin.equations.Equations`."""
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run on this machine, and its version or the reason why not."""
@@ -130,7 +134,7 @@ class Backend:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spec: NeuronSpec,
+        spec: NeuronSpec | Equations,
         surrogate: Surrogate,
         recurrent: bool = False,
     ) -> tuple[bool, str]:
@@ -162,7 +166,7 @@ def select(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    spec: NeuronSpec,
+    spec: NeuronSpec | Equations,
     surrogate: Surrogate,
     recurrent: bool = False,
     without: str = "",
@@ -202,6 +206,8 @@ def select(
 def _verdict(backend: Backend, op: str, what: dict) -> tuple[bool, str]:
     try:
         ok, reason = backend.available()
+        if ok and isinstance(what["spec"], Equations) and not backend.equations:
+            return False, "does not run neurons given by equations"
         return backend.supports(op, **what) if ok else (ok, reason)
     except Exception as error:  # a third-party backend must not take the others down
         return False, f"its own check failed with {type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dynamics import NeuronSpec
+from ..equations import Equations
 from ..errors import InputError, UnsupportedError
 from ..spikes import MAX_EVENTS, coordinates
 from ..surrogates import KINDS, Surrogate
@@ -48,7 +49,7 @@ class TritonBackend(Backend):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spec: NeuronSpec,
+        spec: NeuronSpec | Equations,
         surrogate: Surrogate,
         recurrent: bool = False,
     ) -> tuple[bool, str]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..adapters import Neuron, config_of, has_hooks
 from ..config import current_config
-from ..dynamics import NeuronParams
 from ..errors import InputError
 from ..ops import spiking_layer
 from ..spikes import SpikeTrain
@@ -144,7 +143,7 @@ class _FusedCall:
         assert adapter is not None
         if len(flow.shape) < 3:
             return None
-        weight, bias = neuron.input_weight, None
+        weight, bias = neuron.input_weight, neuron.input_bias
         if self.linear is not None:
             weight, bias = self.linear.weight, self.linear.bias
         if weight is not None:
@@ -160,12 +159,13 @@ class _FusedCall:
         if neuron.recurrent and recurrent is None:
             return None
         # half precisions mix with float32 states and spikes in ways that differ from library to library
-        if flow.dtype not in (torch.float32, torch.float64) or not _per_neuron(neuron.params, features):
+        if flow.dtype not in (torch.float32, torch.float64) or not _per_neuron(neuron.values, features):
             return None
         shape = (B, *features) if self.per_step else (T, B, *features)
         template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
         start, initial = adapter.initial_state(module, template, self.state)
-        if not _same_dtype(template, [*start, *neuron.params]):
+        states = list(start.values()) if isinstance(start, dict) else list(start)
+        if not _same_dtype(template, states + neuron.values):
             return None
         config = config_of(module)
         if self.last and config is not None and config.min_active > 0:
@@ -206,7 +206,7 @@ def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | Non
     return neuron.recurrent_weight if len(features) == 1 else None
 
 
-def _per_neuron(params: NeuronParams, features: tuple[int, ...]) -> bool:
+def _per_neuron(params: list[Any], features: tuple[int, ...]) -> bool:
     # upstream also takes a parameter per sample, and has its own words for one that fits nothing
     shapes = [p.shape for p in params if isinstance(p, Tensor)]
     return all(

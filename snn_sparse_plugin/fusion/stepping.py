@@ -67,6 +67,8 @@ def apply(layer: Layer, flow: Flow, state: Any, per_step: bool, want_mem: bool =
             return Passed(_once(inner, flow))
         if layer.adapter is None and not layer.stateful:
             return Passed(module(flow))
+        if layer.adapter is not None:
+            return Passed(*layer.adapter.step(module, flow, state))
         out, state = module(flow, state)
         return Passed(out, state=state)
     if layer.adapter is None and not layer.stateful and applies_per_sample(module, flow.dim()):

@@ -179,10 +179,10 @@ def mixed():
         {
             "fc": nn.Linear(5, 4),
             "leaky": snntorch.Leaky(0.9),
-            "alpha": snntorch.Alpha(alpha=0.9, beta=0.8),
-            "disabled": snntorch.Lapicque(beta=0.9, surrogate_disable=True),
+            "lstm": snntorch.SLSTM(4, 4),
+            "disabled": snntorch.SLSTM(4, 4, surrogate_disable=True),
             "lif": norse.LIF(),
-            "lsnn": norse.LSNNCell(),
+            "coupled": norse.LIFMCRecurrentCell(4, 4),
             "readout": norse.LIBoxCell(),
         }
     )
@@ -197,11 +197,11 @@ class TestSparsify:
 
     def test_the_report_names_every_neuron_and_why(self):
         report = sparsify(mixed())
-        assert report.names("fused") == ["leaky", "lif"]
-        assert report.names("masked") == ["alpha", "lsnn"]
-        assert report.names("exact") == ["disabled", "readout"]
+        assert report.names("fused") == ["leaky", "lif", "readout"]
+        assert report.names("masked") == ["lstm", "coupled"]
+        assert report.names("exact") == ["disabled"]
         text = str(report)
-        assert "Alpha is not in the fused family" in text
+        assert "an LSTM cell makes its membrane" in text
         assert "no gradient" in text
         assert "fc" not in text
 
@@ -212,7 +212,7 @@ class TestSparsify:
 
         console = Console(file=StringIO(), width=120)
         console.print(sparsify(mixed()))
-        assert "lsnn_feed_forward_step" in console.file.getvalue()
+        assert "coupled by a matrix" in console.file.getvalue()
 
     def test_nothing_to_do(self):
         assert "no spiking neurons" in str(sparsify(nn.Linear(2, 2)))

@@ -203,7 +203,7 @@ class TestModulesBetween:
         net = on_grid(
             nn.Sequential(
                 nn.Linear(30, 20),
-                snntorch.Lapicque(beta=0.9, threshold=0.1, **options),
+                snntorch.Lapicque(beta=0.9, threshold=0.1, state_quant=lambda x: x * 1.0, **options),
                 nn.Linear(20, 20),
                 snntorch.Leaky(0.9, state_quant=lambda x: x * 1.0, **options),
                 nn.Linear(20, 7),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...backends import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
 from ...dynamics import NeuronSpec
+from ...equations import Equations
 from ...surrogates import CUSTOM, Surrogate
 
 
@@ -17,6 +18,7 @@ class CPUBackend(Backend):
 
     name = "cpu"
     priority = 50
+    equations = True
 
     def available(self) -> tuple[bool, str]:
         import numba
@@ -29,7 +31,7 @@ class CPUBackend(Backend):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spec: NeuronSpec,
+        spec: NeuronSpec | Equations,
         surrogate: Surrogate,
         recurrent: bool = False,
     ) -> tuple[bool, str]:

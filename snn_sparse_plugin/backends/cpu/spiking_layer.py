@@ -6,6 +6,7 @@ added in order. With another number of threads sums are rounded in another order
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from ...backends import CHUNK, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
 from ...dynamics import NeuronSpec
+from ...equations import Equations
 from ...errors import InputError
 from ...spikes import MAX_EVENTS, Active
 from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
 from .outgoing import block_rows
+from .program import backward_of, forward_of
 from .replay import backward_replay_kernel
 from .rows import Code, encode, transpose
 from .threads import parallel, split
@@ -33,24 +36,27 @@ def run_forward(call: LayerCall) -> LayerResult:
     T, B, N, spec = call.T, call.B, call.N, call.spec
     dtype = call.v0.dtype
     np_dtype = np.dtype("float32" if dtype == torch.float32 else "float64")
-    resets_by_event = spec.reset in ("zero", "value")
+    programmed = isinstance(spec, Equations)
+    synapse = isinstance(spec, NeuronSpec) and spec.synapse
+    resets_by_event = isinstance(spec, NeuronSpec) and spec.reset in ("zero", "value")
     want_list = call.needs_grad and call.save_active and spec.spiking and call.threshold is not None
     want_events = call.want_events or call.rec_weight is not None or (want_list and resets_by_event)
     v, i = call.v0.clone(), (torch.zeros_like(call.v0) if call.i0 is None else call.i0.clone())
     chunks = -(-T // CHUNK) if call.needs_grad else 0
-    v_checkpoints = torch.empty(chunks, B, N, dtype=dtype)
-    i_checkpoints = torch.empty(chunks if spec.synapse else 0, B, N, dtype=dtype)
+    v_checkpoints = torch.empty(chunks, *v.shape, dtype=dtype)
+    i_checkpoints = torch.empty(chunks if synapse else 0, B, N, dtype=dtype)
     spikes = torch.empty(T, B, N, dtype=dtype) if call.want_spikes and spec.spiking else None
     mem = torch.empty(T, B, N, dtype=dtype) if call.want_mem else None
     out_ptr = np.zeros(B * T + 1 if want_events else 0, dtype=np.int32)
     act_ptr = np.zeros(B * T + 1 if want_list else 0, dtype=np.int32)
     inputs = _inputs(call, np_dtype)
     window = -1.0 if call.threshold is None or not call.needs_grad or not spec.spiking else call.threshold
-    forward, params = forward_kernel(_code(call), np_dtype), _numpy(call.params)
+    params = _numpy(call.params)
     states = [_numpy(x) for x in (v, i, v_checkpoints, i_checkpoints)]
     records = [_array(spikes, np_dtype, 3), _array(mem, np_dtype, 3)]
 
     def run(first: int, last: int) -> list[Any]:
+        forward = _forward(call, np_dtype)
         size = (last - first) * T * N
         events = np.empty(size // 16 + T * N + LANES if want_events else 0, dtype=np.int32)
         room = int(LIST_BELOW * size) + N + 2 * LANES if want_list else 0
@@ -88,16 +94,16 @@ def run_forward(call: LayerCall) -> LayerResult:
         saved = Saved(
             threshold,
             active,
-            u,
+            None if programmed else u,
             v_checkpoints if replays else None,
-            i_checkpoints if replays and spec.synapse else None,
+            i_checkpoints if replays and synapse else None,
             needs_current=replays,
         )
     events_out = None
     if want_events:
         events_out = (_join_ptr(out_ptr, ranges, parts, 0, T), _join(part[0] for part in parts))
     return LayerResult(
-        spikes, events_out, mem, v, i if spec.synapse else None, saved, fraction if window >= 0 else 1.0
+        spikes, events_out, mem, v, i if synapse else None, saved, fraction if window >= 0 else 1.0
     )
 
 
@@ -126,7 +132,7 @@ def run_backward(
         use_list = True
     # a list without input gradients is the one case that never looks at the weights
     inputs = _inputs(call, np_dtype, rows=sparse_input or not use_list)
-    cv = torch.zeros(B, N, dtype=dtype) if grads.v is None else grads.v.clone()
+    cv = torch.zeros_like(call.v0) if grads.v is None else grads.v.contiguous().clone()
     ci = torch.zeros(B, N, dtype=dtype) if grads.i is None else grads.i.clone()
     dense_nu = need["input"] and not sparse_input
     nu = torch.empty(T, B, N, dtype=dtype) if dense_nu else None
@@ -143,7 +149,7 @@ def run_backward(
     dense = [_array(grads.spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
     shared_in = [_numpy(cv), _numpy(ci)]
     shared_out = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
-    code, params = _code(call), _numpy(call.params)
+    params = _numpy(call.params)
     current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0 = inputs
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
@@ -165,11 +171,11 @@ def run_backward(
         recurrent = call.rec_weight is not None
         g_rec_weight = rows(need["rec_weight"] and recurrent, N)
         g_rec_bias = zeros(need["rec_bias"] and call.rec_bias is not None, N)
-        g_params = zeros(want_params, 5, N)
+        g_params = zeros(want_params, len(call.params), N)
         block = rows(True, block_rows(_padded(N)))
         outs = [g_weight, g_bias, *shared_out, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2)]
         if use_list:
-            backward_active_kernel(code)(
+            backward_active_kernel(_code(call))(
                 *(first, last, T, params, _numpy(call.v0), indptr, indices, values, weight),
                 *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, surrogate, p, q),
                 *(np.empty(longest, np_dtype), block, g_out, *dense, *shared_in, *outs),
@@ -179,7 +185,7 @@ def run_backward(
                 _array(saved.v_checkpoints, np_dtype, 3),
                 _array(saved.i_checkpoints, np_dtype, 3),
             )
-            backward_replay_kernel(code)(
+            _replay(call, np_dtype)(
                 *(first, last, T, window, surrogate, p, q, params, *checkpoints),
                 *(current, indptr, indices, values, weight, bias, in_ptr, in_idx),
                 *(rec_weight, rec_bias, rec0, out_ptr, out_idx, act_ptr, act_idx, g_out),
@@ -205,25 +211,40 @@ def run_backward(
         vectors[1],
         g_rec0,
         cv if need["v0"] else None,
-        ci if need["i0"] and call.spec.synapse else None,
+        ci if need["i0"] and call.i0 is not None else None,
         vectors[2],
     )
 
 
-def _needs_replay(spec: NeuronSpec) -> bool:
+def _needs_replay(spec: NeuronSpec | Equations) -> bool:
     """Whether the adjoint needs the state itself, not only the spikes and the active list."""
-    return spec.timing == "corrected" and spec.reset == "zero"
+    return isinstance(spec, Equations) or (spec.timing == "corrected" and spec.reset == "zero")
 
 
 def _only_decays(call: LayerCall, grads: OutputGrads, events: tuple[Tensor, Tensor] | None) -> bool:
     """Whether no gradient passes a surrogate, and spikes that reset are known where they matter."""
     spec = call.spec
+    if isinstance(spec, Equations):
+        return False
     silent = grads.active is None and grads.spikes is None and call.rec_weight is None and not spec.attached
     known = spec.reset in ("none", "subtract") or events is not None
     return silent and known and not _needs_replay(spec)
 
 
+def _forward(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
+    if isinstance(call.spec, Equations):
+        return forward_of(call, _padded(call.N), dtype)
+    return forward_kernel(_code(call), dtype)  # type: ignore[no-any-return]
+
+
+def _replay(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
+    if isinstance(call.spec, Equations):
+        return backward_of(call, _padded(call.N), dtype)
+    return backward_replay_kernel(_code(call))  # type: ignore[no-any-return]
+
+
 def _code(call: LayerCall) -> Code:
+    assert isinstance(call.spec, NeuronSpec)
     return encode(call.spec, call.rec_weight is not None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...backends import LayerCall, calls, select
 from ...config import current_config
 from ...dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
+from ...equations import Equations
 from ...errors import InputError, UnsupportedError
 from ...spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from ...surrogates import Surrogate
@@ -23,14 +25,15 @@ __all__ = ["SpikingLayerOutput", "spiking_layer"]
 
 
 class SpikingLayerOutput(NamedTuple):
-    """``spikes`` (T, B, N...) dense or SpikeTrain (the membrane for a readout), ``mem`` or None, final ``state``.
+    """``spikes`` (T, B, N...) dense or SpikeTrain (the membrane for a readout), ``mem`` or None, final ``state``
+    in the form it is given in (:class:`NeuronState`, or a dict with equations).
 
     ``active_fraction`` is the share of neuron-steps that pass a gradient.
     """
 
     spikes: Any
     mem: Tensor | None
-    state: NeuronState
+    state: Any
     active_fraction: float
 
 
@@ -39,12 +42,12 @@ def spiking_layer(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    spec: NeuronSpec | None = None,
-    params: NeuronParams,
+    spec: NeuronSpec | Equations | None = None,
+    params: NeuronParams | Mapping[str, Tensor | float],
     surrogate: Surrogate | None = None,
     recurrent_weight: Tensor | None = None,
     recurrent_bias: Tensor | None = None,
-    state: NeuronState | None = None,
+    state: NeuronState | Mapping[str, Tensor | None] | None = None,
     events: bool = False,
     return_mem: bool = False,
     name: str = "spiking_layer",
@@ -57,11 +60,14 @@ def spiking_layer(
             torch COO (T, B, M), torch CSR (T, B, M) or torch_sparse. float32 and float64; half precisions run on
             the reference backend.
         weight: (N, M), as of ``nn.Linear``. ``bias``: (N,).
-        spec: which neuron; default is snnTorch's Leaky.
-        params: decays, thresholds: scalars or per neuron, tensors may require a gradient.
+        spec: which neuron: a member of the canonical family, or :class:`~snn_sparse_plugin.equations.Equations`;
+            default is snnTorch's Leaky.
+        params: decays, thresholds: scalars or per neuron, tensors may require a gradient; with equations a dict by
+            name.
         surrogate: default is snnTorch's ``atan(2)``.
         recurrent_weight: (N, N), ``recurrent_bias`` (N,): fed with the layer's spikes of the previous step.
-        state: initial state, each entry (B, N...); zeros where missing.
+        state: initial state, each entry (B, N...); zeros where missing. With equations a dict by name, in which
+            ``"spikes"`` are the last ones of a recurrent layer.
         events: return spikes as a :class:`~snn_sparse_plugin.spikes.SpikeTrain`.
         return_mem: also return the membrane after every step, (T, B, N...).
         name: how error messages call this layer.
@@ -91,21 +97,28 @@ def spiking_layer(
     features = (weight.shape[0],) if weight is not None else tuple(first.shape[2:])
     N = math.prod(features)
     _check_tensors(name, dtype, device, N, weight, bias, recurrent_weight, recurrent_bias)
-    packed = _pack_params(params, features, dtype, device, name)
-    v0, i0, s0 = _pack_state(state, spec, recurrent_weight is not None, (B, *features), dtype, device, name)
+    names: tuple[str, ...] = PARAM_NAMES
+    values = list(params) if isinstance(params, NeuronParams) else []
+    if isinstance(spec, Equations):
+        names, values = spec.program.params, _by_name(params, spec, name)
+    packed = _pack_params(names, values, features, dtype, device, name)
+    recurrent = recurrent_weight is not None
+    v0, i0, s0 = _pack_state(state, spec, recurrent, (B, *features), dtype, device, name)
     rec0 = None
     if recurrent_weight is not None:
         rec0 = F.linear(s0.to(dtype), recurrent_weight, recurrent_bias)  # type: ignore[union-attr]
     if torch.compiler.is_compiling():
         if events or dense is None:
             raise UnsupportedError(f"{name}: inside torch.compile the op takes and returns dense tensors.")
+        if isinstance(spec, Equations):
+            raise UnsupportedError(f"{name}: a neuron given by equations cannot enter a compiled graph.")
         if surrogate.kind == "custom":
             raise UnsupportedError(f"{name}: a custom surrogate function cannot enter a compiled graph.")
         flat = dense if weight is not None else dense.reshape(T, B, N)
         inputs = (flat, weight, bias, recurrent_weight, recurrent_bias, rec0, v0, i0, packed)
         node, membrane, v, i = spiking_layer_op(inputs, spec, surrogate, overrides)
         mem = membrane if return_mem else None
-        return _output(node, mem, v, i, s0, (T, B), features, math.nan)
+        return _output(spec, node, mem, v, i, s0, (T, B), features, math.nan)
 
     config = current_config().updated(**overrides) if overrides else current_config()
     if config.check:
@@ -117,7 +130,7 @@ def spiking_layer(
         dtype=dtype,
         spec=spec,
         surrogate=surrogate,
-        recurrent=recurrent_weight is not None,
+        recurrent=recurrent,
     )
 
     current: Tensor | None = None
@@ -173,10 +186,11 @@ def spiking_layer(
             *result.events, (T, B, N), dtype=dtype, carrier=carrier, active=active, check=False
         )
     mem = result.mem if return_mem else None
-    return _output(spikes, mem, result.v, result.i, s0, (T, B), features, result.active_fraction)
+    return _output(spec, spikes, mem, result.v, result.i, s0, (T, B), features, result.active_fraction)
 
 
 def _output(
+    spec: NeuronSpec | Equations,
     spikes: Any,
     mem: Tensor | None,
     v: Tensor,
@@ -196,7 +210,15 @@ def _output(
             last = spikes.step(-1) if isinstance(spikes, SpikeTrain) else spikes[-1]
         last = last.view(B, *features)
     spikes = spikes.view(*features) if isinstance(spikes, SpikeTrain) else spikes.view(*steps, *features)
-    state = NeuronState(v.view(B, *features), None if i is None else i.view(B, *features), last)
+    state: Any
+    if isinstance(spec, Equations):
+        state = {
+            label: value.view(B, *features) for label, value in zip(spec.states, v.unbind(0), strict=True)
+        }
+        if last is not None:
+            state["spikes"] = last
+    else:
+        state = NeuronState(v.view(B, *features), None if i is None else i.view(B, *features), last)
     return SpikingLayerOutput(
         spikes, None if mem is None else mem.view(*steps, *features), state, active_fraction
     )
@@ -250,13 +272,27 @@ def _check_finite(name: str, **tensors: Tensor | None) -> None:
             raise InputError(f"{name}: {label} has NaN or infinite values.")
 
 
+def _by_name(params: Any, spec: Equations, name: str) -> list[Tensor | float]:
+    """The parameters of equations in the program's order."""
+    known = spec.program.params
+    if not isinstance(params, Mapping) or set(params) != set(known):
+        given = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise InputError(f"{name}: these equations take params {sorted(known)}, got {given}.")
+    return [params[label] for label in known]
+
+
 def _pack_params(
-    params: NeuronParams, features: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str
+    names: Sequence[str],
+    values: Sequence[Tensor | float],
+    features: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
 ) -> Tensor:
-    """(5, N): one row a parameter. 0-dim tensors may stay on the CPU, as Norse's do."""
+    """(P, N): one row a parameter. 0-dim tensors may stay on the CPU, as Norse's do."""
     rows = []
     N = math.prod(features)
-    for label, value in zip(PARAM_NAMES, params, strict=True):
+    for label, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor):
             rows.append(torch.full((N,), float(value), dtype=dtype, device=device))
             continue
@@ -270,19 +306,19 @@ def _pack_params(
                 f"{features}."
             ) from error
         rows.append(row.reshape(N))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty(0, N, dtype=dtype, device=device)
 
 
 def _pack_state(
-    state: NeuronState | None,
-    spec: NeuronSpec,
+    state: Any,
+    spec: NeuronSpec | Equations,
     recurrent: bool,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     name: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    state = state or NeuronState()
+    """(v0, i0, last spikes), each (B, N); with equations v0 is all states, (K, B, N)."""
     flat = (shape[0], math.prod(shape[1:]))
 
     def one(label: str, value: Tensor | None) -> Tensor:
@@ -301,6 +337,16 @@ def _pack_state(
                 f"{name}: state {label!r} has shape {tuple(value.shape)}, expected {shape}."
             ) from error
 
+    if isinstance(spec, Equations):
+        given = dict(state or {})
+        unknown = set(given) - {*spec.states, "spikes"}
+        if unknown:
+            raise InputError(
+                f"{name}: no state {sorted(unknown)} in these equations, only {list(spec.states)}."
+            )
+        states = torch.stack([one(label, given.get(label)) for label in spec.states])
+        return states, None, one("spikes", given.get("spikes")) if recurrent else None
+    state = state or NeuronState()
     return (
         one("v", state.v),
         one("i", state.i) if spec.synapse else None,

@@ -131,7 +131,7 @@ def _forward(
         out.v,
         empty if out.i is None else out.i,
         saved.v_checkpoints,
-        saved.i_checkpoints if call.spec.synapse and saved.i_checkpoints is not None else empty.clone(),
+        saved.i_checkpoints if call.i0 is not None and saved.i_checkpoints is not None else empty.clone(),
         torch.tensor(EXACT if saved.threshold is None else saved.threshold, dtype=torch.float64),
         _name_tensor(chosen.name),
     ]

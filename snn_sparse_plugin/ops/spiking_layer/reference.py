@@ -21,6 +21,8 @@ from ...backends import (
     calls,
 )
 from ...dynamics import NeuronSpec
+from ...equations import Equations
+from ...equations import step as equations_step
 from ...spikes import Active, SpikeTrain, coordinates
 
 Spike = Callable[[Tensor], Tensor]
@@ -84,17 +86,28 @@ def run(
     call: LayerCall, spike: Spike, current: Tensor, inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The loop over T: -> (distances, spikes, membranes) each (T, B, N), and the final v and i."""
+    spec, params = call.spec, inputs["params"]
     v, i = inputs["v0"], inputs["i0"]
+    state = dict(zip(spec.states, v.unbind(0), strict=True)) if isinstance(spec, Equations) else {}
     s: Any = None
+    distance: Any
     distances, spikes, mems = [], [], []
     for t, x in enumerate(current.unbind(0)):
         rec = None
         if call.rec_weight is not None:
             rec = inputs["rec0"] if t == 0 else F.linear(s, inputs["rec_weight"], inputs["rec_bias"])
-        distance, s, v, i = step(call.spec, inputs["params"], x, rec, v, i, spike)
+        if isinstance(spec, Equations):
+            distance, s, state = equations_step(spec.program, state, x, rec, params, spike)
+            membrane = state[spec.membrane]
+            distance, s = (membrane, membrane) if s is None else (distance, s)
+        else:
+            distance, s, v, i = step(spec, params, x, rec, v, i, spike)
+            membrane = v
         distances.append(distance)
         spikes.append(s)
-        mems.append(v)
+        mems.append(membrane)
+    if state:
+        v = torch.stack(list(state.values()))
     if not spikes:
         empty = current.new_zeros(0, call.B, call.N)
         return empty, empty, empty, v, i
@@ -109,6 +122,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     priority = -100
+    equations = True
 
     def available(self) -> tuple[bool, str]:
         return True, f"torch {torch.__version__}"

@@ -1,0 +1,319 @@
+"""Norse's neurons in our terms: its activation functions -> the canonical family, or equations.
+
+The equations keep Norse's order of operations. In a recurrent layer Norse detaches some resets: ``z_reset`` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dynamics import NeuronParams, NeuronSpec
+from ..equations import Equations
+from ..errors import ConfigError
+from ..surrogates import Surrogate
+from . import Example, Neuron
+
+_LIF = """
+j = i + x + rec
+u = v + mem * ((leak - v) + j)
+i = j + -syn * j
+z = spike(u - threshold)
+"""
+_LIF_RESET = "w = (1 - {z_reset}) * u + {z_reset} * reset\n"
+
+# the exponential term, and for AdEx the adaptation current a, which jumps with every spike
+_LIF_EX = """
+j = i + x + rec
+u = v + mem * (leak - v + delta * exp((v - threshold) / delta) + j)
+i = j + -syn * j
+z = spike(u - threshold)
+w = (1 - z) * u + z * reset
+"""
+_LIF_ADEX = """
+j = i + x + rec
+u = v + mem * (leak - v + delta * exp((v - threshold) / delta) + j - a)
+i = j + -syn * j
+b = a + adaptation * (coupling * (v - leak) - a)
+z = spike(u - threshold)
+w = (1 - z) * u + z * reset
+a = b + z * jump
+"""
+_PLAIN = "v = w\ns = z\n"
+# while the counter rho is above zero the membrane keeps its value and spikes are suppressed
+_REFRACTORY = """
+m = spike(rho)
+v = (1 - m) * w + m * v
+s = (1 - m) * z
+rho = (1 - s) * relu(rho - m) + s * rho_reset
+"""
+# an adaptive threshold b; the input acts one step later
+_LSNN = """
+u = v + mem * ((leak - v) + i)
+j = i + -syn * i
+c = b + adaptation * (threshold - b)
+s = spike(u - c)
+v = (1 - {z_reset}) * u + {z_reset} * reset
+b = c + {z_reset} * jump
+i = j + x + rec
+"""
+_IZHIKEVICH = """
+y = v + rate * (square * (v * v) + linear * v + bias - u + x + rec)
+w = u + recovery * (coupling * v - u)
+s = spike(y - threshold)
+v = (1 - s) * y + s * reset
+u = (1 - s) * w + s * (w + jump)
+"""
+_LI_BOX = "v = v + mem * ((leak - v) + x)\n"
+
+
+@cache
+def _equations(text: str, states: str, recurrent: bool) -> Equations:
+    z = "s" if text is _LSNN else "z"
+    return Equations(text.replace("{z_reset}", f"detach({z})" if recurrent else z), tuple(states.split()))
+
+
+def _rates(module: Any, p: Any) -> dict[str, Any]:
+    return {
+        "mem": module.dt * p.tau_mem_inv,
+        "syn": module.dt * p.tau_syn_inv,
+        "leak": p.v_leak,
+        "threshold": p.v_th,
+        "reset": p.v_reset,
+    }
+
+
+def _exponential(module: Any, p: Any) -> dict[str, Any]:
+    return {**_rates(module, p), "delta": p.delta_T}
+
+
+def _adaptive_exponential(module: Any, p: Any) -> dict[str, Any]:
+    return {
+        **_exponential(module, p),
+        "adaptation": module.dt * p.tau_ada_inv,
+        "coupling": p.adaptation_current,
+        "jump": p.adaptation_spike,
+    }
+
+
+def _adaptive_threshold(module: Any, p: Any) -> dict[str, Any]:
+    return {**_rates(module, p), "adaptation": module.dt * p.tau_adapt_inv, "jump": p.beta}
+
+
+def _izhikevich(module: Any, p: Any) -> dict[str, Any]:
+    return {
+        "rate": p.tau_inv * module.dt,
+        "square": p.sq,
+        "linear": p.mn,
+        "bias": p.bias,
+        "recovery": p.tau_inv * module.dt * p.a,
+        "coupling": p.b,
+        "threshold": p.v_th,
+        "reset": p.c,
+        "jump": p.d,
+    }
+
+
+Build = Callable[[Any], "Neuron | str"]
+
+
+def _by_equations(
+    text: str,
+    states: str,
+    params: Callable[[Any, Any], dict[str, Any]],
+    *,
+    recurrent: bool,
+    inner: str = "",
+    spiking: bool = True,
+) -> Build:
+    """``inner``: the field of ``module.p`` that holds the parameters of the neuron inside a refractory one."""
+
+    def build(module: Any) -> Neuron | str:
+        p = getattr(module.p, inner) if inner else module.p
+        surrogate = surrogate_of(p.method, p.alpha) if spiking else Surrogate("zero")
+        if isinstance(surrogate, str):
+            return surrogate
+        values = params(module, p)
+        if inner:
+            values["rho_reset"] = module.p.rho_reset
+        weights = {}
+        if recurrent:
+            weights = {"input_weight": module.input_weights, "recurrent_weight": module.recurrent_weights}
+        return Neuron(_equations(text, states, recurrent), values, surrogate, **weights)
+
+    return build
+
+
+def _lif(module: Any, *, recurrent: bool) -> Neuron | str:
+    p = module.p
+    surrogate = surrogate_of(p.method, p.alpha)
+    if isinstance(surrogate, str):
+        return surrogate
+    weights = {}
+    if recurrent:
+        weights = {"input_weight": module.input_weights, "recurrent_weight": module.recurrent_weights}
+    return Neuron(
+        NeuronSpec("euler", True, "value", "immediate", attached=not recurrent),
+        NeuronParams(module.dt * p.tau_mem_inv, module.dt * p.tau_syn_inv, p.v_th, p.v_leak, p.v_reset),
+        surrogate,
+        **weights,
+    )
+
+
+def _box(module: Any) -> Neuron | str:
+    p = module.p
+    norse = import_module("norse.torch")
+    resets: dict[Any, Any] = {norse.reset_value: "value", norse.reset_subtract: "subtract"}
+    surrogate = surrogate_of(p.method, p.alpha)
+    if p.reset_method not in resets:
+        return f"reset_method {getattr(p.reset_method, '__name__', p.reset_method)}"
+    if isinstance(surrogate, str):
+        return surrogate
+    return Neuron(
+        NeuronSpec("box", False, resets[p.reset_method], "immediate", attached=True),
+        NeuronParams(module.dt * p.tau_mem_inv, 0.0, p.v_th, p.v_leak, p.v_reset),
+        surrogate,
+    )
+
+
+def _iaf(module: Any) -> Neuron | str:
+    p = module.p
+    surrogate = surrogate_of(p.method, p.alpha)
+    if isinstance(surrogate, str):
+        return surrogate
+    spec = NeuronSpec("decay", False, "value", "immediate", attached=True)
+    return Neuron(spec, NeuronParams(1.0, 0.0, p.v_th, 0.0, p.v_reset), surrogate)
+
+
+def readout(module: Any) -> Neuron:
+    """The leaky integrator of LI, LICell and LILinearCell."""
+    p = module.p
+    return Neuron(
+        NeuronSpec("euler", True, "none", spiking=False),
+        NeuronParams(module.dt * p.tau_mem_inv, module.dt * p.tau_syn_inv, leak=p.v_leak),
+    )
+
+
+def _box_readout(module: Any) -> Neuron:
+    values = {"mem": module.dt * module.p.tau_mem_inv, "leak": module.p.v_leak}
+    return Neuron(_equations(_LI_BOX, "v", recurrent=False), values)
+
+
+@cache
+def builders() -> dict[Any, Build]:
+    """Upstream's activation function -> what makes our :class:`Neuron` of a module that has it."""
+    f = import_module("norse.torch")
+
+    def functional(name: str) -> Any:
+        return import_module(f"norse.torch.functional.{name}")
+
+    table: dict[Any, Build] = {
+        f.lif_feed_forward_step: lambda module: _lif(module, recurrent=False),
+        f.lif_step: lambda module: _lif(module, recurrent=True),
+        f.lif_box_feed_forward_step: _box,
+        f.iaf_feed_forward_step: _iaf,
+        f.li_feed_forward_step: readout,
+        functional("leaky_integrator_box").li_box_feed_forward_step: _box_readout,
+    }
+    for recurrent, ending in ((False, "_feed_forward_step"), (True, "_step")):
+        for name, text, states, params, inner in (
+            ("lif_ex", _LIF_EX + _PLAIN, "v i", _exponential, ""),
+            ("lif_adex", _LIF_ADEX + _PLAIN, "v i a", _adaptive_exponential, ""),
+            ("lif_refrac", _LIF + _LIF_RESET + _REFRACTORY, "v i rho", _rates, "lif"),
+            ("lif_adex_refrac", _LIF_ADEX + _REFRACTORY, "v i a rho", _adaptive_exponential, "lif_adex"),
+            ("lsnn", _LSNN, "v i b", _adaptive_threshold, ""),
+        ):
+            table[getattr(functional(name), name + ending)] = _by_equations(
+                text, states, params, recurrent=recurrent, inner=inner
+            )
+    for recurrent, name in ((False, "izhikevich_feed_forward_step"), (True, "izhikevich_recurrent_step")):
+        activation = getattr(functional("izhikevich"), name)
+        table[activation] = _by_equations(_IZHIKEVICH, "v u", _izhikevich, recurrent=recurrent)
+    return table
+
+
+# upstream's class or activation function -> why it is in no fused family
+WHY_NOT = {
+    "CobaLIFCell": "two recurrent matrices, and upstream ignores its input",
+    "LIFMCRecurrentCell": "its compartments are coupled by a matrix",
+    "LIFMCRefracRecurrentCell": "its compartments are coupled by a matrix",
+    "LIFCorrelation": "it also runs correlation sensors",
+    "lsnn_adjoint_step": "upstream's own adjoint replaces the gradient",
+    "lsnn_feed_forward_adjoint_step": "upstream's own adjoint replaces the gradient",
+}
+
+
+# --- surrogates ---
+
+upstream_apply: dict[Any, Callable[..., Tensor]] = {}
+"""Upstream's own ``Function.apply`` of what the adapter has hooked."""
+
+_METHODS = {"triangle": "triangle", "tanh": "tanh", "circ": "circ", "heavi_erfc": "erfc"}
+
+
+def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
+    """The surrogate of Norse's ``threshold(x, method, alpha)``, or why there is none.
+
+    Example:
+        >>> surrogate_of("tanh", 2.0)
+        tanh(alpha=2)
+    """
+    if method == "heaviside":
+        return Surrogate("zero")
+    try:
+        value = float(alpha)
+        if method == "super":
+            return Surrogate("fast_sigmoid", (value if _super_uses_alpha() else 1.0,))
+        if method in _METHODS:
+            return Surrogate(_METHODS[method], (value,))
+    except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one alpha per neuron
+        return f"alpha={alpha} of threshold method {method!r}"
+    return f"threshold method {method!r}"
+
+
+@cache
+def _super_uses_alpha() -> bool:
+    """Norse 1.1.0 ignores alpha, later versions do not: look at the gradient instead of the version."""
+    with torch.enable_grad():
+        x = torch.tensor(0.5, requires_grad=True)
+        function = import_module("norse.torch.functional.superspike").SuperSpike
+        upstream = upstream_apply.get(function, function.apply)
+        (grad,) = torch.autograd.grad(upstream(x, torch.tensor(100.0)), x)
+    return bool(grad < 0.1)  # 1 / 1.5 ** 2 = 0.44 without alpha, 1 / 51 ** 2 with it
+
+
+# --- the table of supported neurons ---
+
+_NAMES = (
+    *("LIF", "LIFCell", "LIFRecurrent", "LIFRecurrentCell", "LIFBoxCell", "IAF", "IAFCell"),
+    *("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell"),
+    *("LIFAdEx", "LIFAdExCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell"),
+    *("LIFRefracCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"),
+    *("LIFAdExRefracCell", "LIFAdExRefracRecurrent", "LIFAdExRefracRecurrentCell"),
+    *("LSNN", "LSNNCell", "LSNNRecurrent", "LSNNRecurrentCell"),
+    *("Izhikevich", "IzhikevichCell", "IzhikevichRecurrent", "IzhikevichRecurrentCell"),
+    *("LI", "LICell", "LILinearCell", "LIBoxCell"),
+    *("LIFMCRecurrentCell", "LIFMCRefracRecurrentCell", "CobaLIFCell", "LIFCorrelation"),
+)
+
+
+def examples() -> dict[str, Example]:
+    """See :meth:`Adapter.examples`."""
+    norse = import_module("norse.torch")
+    found = {}
+    for name in _NAMES:
+        cls = getattr(norse, name)
+        sizes = (
+            (4, 4) if "Recurrent" in name or name in ("LILinearCell", "CobaLIFCell", "LIFCorrelation") else ()
+        )
+        behaviour = (norse.tonic_spiking,) if name.startswith("Izhikevich") else ()
+        takes_all = issubclass(cls, import_module("norse.torch.module.snn").SNN)
+        options = {"record_states": True} if takes_all else {}
+        exactness = "up to the last bit of exp()" if "Ex" in name else ""
+        found[name] = Example(partial(cls, *sizes, *behaviour), options, exactness)
+    return found

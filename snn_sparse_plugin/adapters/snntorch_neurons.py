@@ -1,0 +1,198 @@
+"""snnTorch's neurons beyond the canonical family, as equations in its order of operations.
+
+Resets are delayed and detached in all of them: ``above`` of the membrane before the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dynamics import NeuronParams, NeuronSpec
+from ..equations import Equations
+from . import Example
+
+_ALPHA = """
+r = above(mem - threshold)
+e = alpha * syn_exc + x
+h = beta * syn_inh - x
+u = tau * (e + h)
+"""
+_ALPHA_RESETS = {
+    "subtract": "u = u - (-syn_inh) * r\nsyn_exc = e - threshold * r\nsyn_inh = h - h * r\nmem = u\n",
+    "zero": "syn_exc = e - e * r\nsyn_inh = h - h * r\nmem = u - u * r\n",
+    "none": "syn_exc = e\nsyn_inh = h\nmem = u\n",
+}
+_LAPICQUE = """
+r = above(mem - threshold)
+u = x * R * conductance * dt + decay * mem
+"""
+_LAPICQUE_RESETS = {"subtract": "mem = u - r * threshold\n", "zero": "mem = u - r * u\n", "none": "mem = u\n"}
+_FIRE = "s = spike(mem - threshold)\n"
+# fires where the membrane has moved by more than a threshold; nothing resets
+_DELTA = """
+u = beta * mem + x
+s = spike(abs(u - mem) - delta_threshold)
+mem_prev = mem
+mem = u
+"""
+# torch's RNN with a diagonal recurrent matrix
+_PARALLEL = "mem = relu(x + beta * mem)\ns = spike(mem - threshold)\n"
+
+
+@cache
+def _equations(text: str, states: str) -> Equations:
+    return Equations(text, tuple(states.split()), membrane="mem")
+
+
+Parts = dict[str, Any]
+"""What of :class:`~snn_sparse_plugin.adapters.Neuron` the class decides."""
+
+
+def alpha(module: Any, reset: str) -> Parts | str:
+    """The second-order neuron: an excitatory and an inhibitory current, read by the membrane."""
+    a, b = module.alpha.clamp(0, 1), module.beta.clamp(0, 1)
+    tau = torch.log(a) / (torch.log(b) - torch.log(a)) + 1
+    return {
+        "spec": _equations(_ALPHA + _ALPHA_RESETS[reset] + _FIRE, "syn_exc syn_inh mem"),
+        "params": {"alpha": a, "beta": b, "tau": tau, "threshold": module.threshold},
+    }
+
+
+def lapicque(module: Any, reset: str) -> Parts | str:
+    """The RC circuit, discretised by the forward Euler method."""
+    rc = module.R * module.C
+    params = {
+        "R": module.R,
+        "conductance": 1 / rc,
+        "dt": module.time_step,
+        "decay": 1 - module.time_step / rc,
+        "threshold": module.threshold,
+    }
+    if reset == "none":
+        # the reset R is computed upstream, but nothing reads it
+        text = _LAPICQUE.replace("r = above(mem - threshold)\n", "")
+        return {"spec": _equations(text + _LAPICQUE_RESETS[reset] + _FIRE, "mem"), "params": params}
+    return {"spec": _equations(_LAPICQUE + _LAPICQUE_RESETS[reset] + _FIRE, "mem"), "params": params}
+
+
+def delta(module: Any) -> Parts | str:
+    """Fires on changes of the membrane."""
+    return {
+        "spec": _equations(_DELTA, "mem mem_prev"),
+        "params": {"beta": module.beta, "delta_threshold": module.delta_threshold},
+    }
+
+
+def state(module: Any) -> Parts | str:
+    """StateLeaky and LinearLeaky: a causal convolution with an exponential, which is a recursion."""
+    if module.kernel_truncation_steps is not None:
+        return "kernel_truncation_steps cuts the exponential off"
+    parts: Parts = {
+        "spec": NeuronSpec(reset="none", spiking=bool(module.output)),
+        "params": NeuronParams(torch.exp(-1 / module.tau), threshold=module.threshold),
+    }
+    linear = getattr(module, "linear", None)
+    if linear is not None:
+        parts |= {"input_weight": linear.weight, "input_bias": linear.bias}
+    return parts
+
+
+def parallel(module: Any) -> Parts | str:
+    """LeakyParallel: a ReLU RNN whose recurrent matrix is diagonal unless the user made it dense."""
+    rnn = module.rnn
+    weight: Tensor = rnn.weight_hh_l0
+    diagonal = weight.diagonal()
+    if weight.requires_grad and not weight._backward_hooks:
+        return "its recurrent matrix is learned as a whole (weight_hh_enable)"
+    if not torch.equal(weight.detach(), diagonal.detach().diag_embed()):
+        return "its recurrent matrix is not diagonal"
+    if rnn.num_layers != 1 or rnn.bidirectional or rnn.batch_first:
+        return "its RNN was replaced"
+    parts: Parts = {
+        "spec": _equations(_PARALLEL, "mem"),
+        "params": {"beta": diagonal, "threshold": module.threshold},
+        "input_weight": rnn.weight_ih_l0,
+    }
+    if rnn.bias:
+        parts["input_bias"] = rnn.bias_ih_l0 + rnn.bias_hh_l0
+    return parts
+
+
+@cache
+def builders() -> dict[type, tuple[Callable[..., Parts | str], bool]]:
+    """Class -> (what describes it, whether that takes the reset mechanism)."""
+    snn = import_module("snntorch")
+    return {
+        snn.Alpha: (alpha, True),
+        snn.Lapicque: (lapicque, True),
+        snn.DeltaLeaky: (delta, False),
+        snn.LinearLeaky: (state, False),
+        snn.StateLeaky: (state, False),
+        snn.LeakyParallel: (parallel, False),
+    }
+
+
+WHY_NOT = {
+    "SLSTM": "an LSTM cell makes its membrane",
+    "SConv2dLSTM": "a convolutional LSTM cell makes its membrane",
+    "AssociativeLeaky": "its state is a matrix per sample, updated by outer products",
+}
+
+
+def examples() -> dict[str, Example]:
+    """See :meth:`Adapter.examples`."""
+    snn = import_module("snntorch")
+    options: dict[str, Any] = {
+        **{"learn_beta": True, "learn_threshold": True, "reset_mechanism": "zero"},
+        **{"state_quant": lambda x: x, "inhibition": True, "surrogate_disable": True},
+    }
+    graded = {"graded_spikes_factor": 0.5, "learn_graded_spikes_factor": True}
+    full = {**options, "reset_delay": False, **graded}
+    recurrent = {**full, "all_to_all": False}
+    whole = {"learn_beta": True, "learn_threshold": True, "surrogate_disable": True, **graded}
+    convolved = {**whole, "state_quant": lambda x: x, "kernel_truncation_steps": 3}
+    return {
+        "Leaky": Example(partial(_made, snn.Leaky, beta=0.9), full),
+        "Synaptic": Example(partial(_made, snn.Synaptic, alpha=0.9, beta=0.8), {**full, "learn_alpha": True}),
+        "RLeaky": Example(partial(_made, snn.RLeaky, beta=0.9, linear_features=4), recurrent),
+        "RSynaptic": Example(
+            partial(_made, snn.RSynaptic, alpha=0.9, beta=0.8, linear_features=4), recurrent
+        ),
+        "Alpha": Example(partial(_made, snn.Alpha, alpha=0.9, beta=0.8), options),
+        "Lapicque": Example(partial(_made, snn.Lapicque, beta=0.9), options),
+        "DeltaLeaky": Example(partial(_made, snn.DeltaLeaky, beta=0.9), full),
+        "StateLeaky": Example(
+            partial(_made, snn.StateLeaky, beta=0.9, channels=4),
+            convolved,
+            "up to the rounding of a convolution",
+        ),
+        "LinearLeaky": Example(
+            partial(_made, snn.LinearLeaky, beta=0.9, in_features=4, out_features=4),
+            convolved,
+            "up to the rounding of a convolution",
+        ),
+        "LeakyParallel": Example(
+            partial(_made, snn.LeakyParallel, input_size=4, hidden_size=4, beta=0.9),
+            {**whole, "bias": False, "weight_hh_enable": True},
+            "up to the rounding of torch's RNN",
+        ),
+        "AssociativeLeaky": Example(partial(_made, snn.AssociativeLeaky, 4, 2, 2, 4)),
+        "SLSTM": Example(partial(_made, snn.SLSTM, 4, 4)),
+        "SConv2dLSTM": Example(partial(_made, snn.SConv2dLSTM, 1, 2, 3)),
+    }
+
+
+def _made(cls: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    if options.get("all_to_all") is False:
+        options.pop("linear_features")
+    neuron = cls(*args, **options)
+    instances = import_module("snntorch").SpikingNeuron.instances
+    # snnTorch keeps every neuron ever made, and one DeltaLeaky among them breaks utils.reset for all
+    instances[:] = [other for other in instances if other is not neuron]
+    return neuron

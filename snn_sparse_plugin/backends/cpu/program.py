@@ -1,0 +1,495 @@
+"""Neurons given by equations: one pair of kernels that interprets any program, a row of neurons an operation.
+
+Nothing is compiled for a new neuron. An operation costs its loop over the row and a few nanoseconds, so that a step
+of twenty of them is still far cheaper than one operation of torch. The backward replays each chunk of steps from its
+checkpoint and runs the program's adjoint, the same list read from its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ...backends import CHUNK, LayerCall
+from ...equations import OPS, Equations, Program
+from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
+from .jit import kernel
+from .outgoing import deliver
+from .rows import add_rows, dot, surrogate_row
+
+ADD, SUB, MUL, DIV, NEG, EXP, LOG, RELU, ABS, SPIKE, ABOVE, DETACH, COPY = range(len(OPS))
+
+
+@cache
+def encoded(program: Program, params_grad: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The operations (kind, out, a, b, gradient to a, gradient to b), and the registers of s and of the site (-1 in a
+    readout), of the first parameter, and whether s is just the spike at the site."""
+    varies = {*range(len(program.states) + 1)}
+    if params_grad:
+        varies |= {program.first_param + k for k in range(len(program.params))}
+    rows = []
+    for kind, out, a, b in program.ops:
+        passes = kind not in ("above", "detach")
+        to_a, to_b = passes and a in varies, passes and b in varies and kind in ("add", "sub", "mul", "div")
+        if to_a or to_b:
+            varies.add(out)
+        rows.append((OPS.index(kind), out, a, b, to_a, to_b))
+    direct = any(
+        op.kind == "spike" and (op.out, op.a) == (program.spikes, program.site) for op in program.ops
+    )
+    places = (
+        -1 if program.spikes is None else program.spikes,
+        -1 if program.site is None else program.site,
+        program.first_param,
+        int(direct),
+    )
+    return np.array(rows, np.int32).reshape(-1, 6), np.array(places, np.int32)
+
+
+def registers(call: LayerCall, width: int, dtype: np.dtype) -> np.ndarray:
+    """The registers of one thread, with parameters and constants in place. Beyond column N parameters are 1: no NaN."""
+    assert isinstance(call.spec, Equations)
+    program = call.spec.program
+    regs = np.zeros((program.registers, width), dtype)
+    first, count = program.first_param, len(program.params)
+    regs[first : first + count] = 1
+    regs[first : first + count, : call.N] = call.params.detach().numpy()
+    for k, value in enumerate(program.constants):
+        regs[first + count + k] = value
+    return regs
+
+
+@kernel()
+def execute(ops, regs):  # type: ignore[no-untyped-def]
+    """All operations of one step on registers (R, N padded)."""
+    N = regs.shape[1]
+    one, zero = regs.dtype.type(1), regs.dtype.type(0)
+    for p in range(ops.shape[0]):
+        kind = ops[p, 0]
+        out, a, b = np.uint32(ops[p, 1]), np.uint32(ops[p, 2]), np.uint32(ops[p, 3])
+        if kind == ADD:
+            for j in range(N):
+                regs[out, j] = regs[a, j] + regs[b, j]
+        elif kind == SUB:
+            for j in range(N):
+                regs[out, j] = regs[a, j] - regs[b, j]
+        elif kind == MUL:
+            for j in range(N):
+                regs[out, j] = regs[a, j] * regs[b, j]
+        elif kind == DIV:
+            for j in range(N):
+                regs[out, j] = regs[a, j] / regs[b, j]
+        elif kind == NEG:
+            for j in range(N):
+                regs[out, j] = -regs[a, j]
+        elif kind == EXP:
+            for j in range(N):
+                regs[out, j] = np.exp(regs[a, j])
+        elif kind == LOG:
+            for j in range(N):
+                regs[out, j] = np.log(regs[a, j])
+        elif kind == RELU:
+            for j in range(N):
+                # NaN stays NaN, as in torch
+                regs[out, j] = zero if regs[a, j] <= zero else regs[a, j]
+        elif kind == ABS:
+            for j in range(N):
+                regs[out, j] = abs(regs[a, j])
+        elif kind in (DETACH, COPY):
+            for j in range(N):
+                regs[out, j] = regs[a, j]
+        else:
+            for j in range(N):
+                regs[out, j] = one if regs[a, j] > zero else zero
+
+
+@kernel()
+def execute_back(ops, regs, adjoint, surrogate, first, second, window, site, phi):  # type: ignore[no-untyped-def]
+    """The adjoint of :func:`execute`: reads and clears that of each result, adds to those of its operands."""
+    N = regs.shape[1]
+    zero = regs.dtype.type(0)
+    for p in range(ops.shape[0] - 1, -1, -1):
+        kind, to_a, to_b = ops[p, 0], ops[p, 4], ops[p, 5]
+        out, a, b = np.uint32(ops[p, 1]), np.uint32(ops[p, 2]), np.uint32(ops[p, 3])
+        if kind == ADD:
+            if to_a:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j]
+            if to_b:
+                for j in range(N):
+                    adjoint[b, j] += adjoint[out, j]
+        elif kind == SUB:
+            if to_a:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j]
+            if to_b:
+                for j in range(N):
+                    adjoint[b, j] -= adjoint[out, j]
+        elif kind == MUL:
+            if to_a:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j] * regs[b, j]
+            if to_b:
+                for j in range(N):
+                    adjoint[b, j] += adjoint[out, j] * regs[a, j]
+        elif kind == DIV:
+            if to_a:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j] / regs[b, j]
+            if to_b:
+                for j in range(N):
+                    adjoint[b, j] -= adjoint[out, j] * regs[out, j] / regs[b, j]
+        elif to_a:
+            if kind == COPY:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j]
+            elif kind == NEG:
+                for j in range(N):
+                    adjoint[a, j] -= adjoint[out, j]
+            elif kind == EXP:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j] * regs[out, j]
+            elif kind == LOG:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j] / regs[a, j]
+            elif kind == RELU:
+                for j in range(N):
+                    adjoint[a, j] += adjoint[out, j] if regs[a, j] > zero else zero
+            elif kind == ABS:
+                for j in range(N):
+                    up = adjoint[out, j]
+                    adjoint[a, j] += up if regs[a, j] > zero else (-up if regs[a, j] < zero else zero)
+            elif kind == SPIKE:
+                for j in range(N):
+                    site[j] = regs[a, j]
+                surrogate_row(surrogate, first, second, window, site, phi)
+                for j in range(N):
+                    adjoint[a, j] += phi[j] * adjoint[out, j]
+        for j in range(N):
+            adjoint[out, j] = zero
+
+
+@kernel(forceinline=True)
+def load_input(  # type: ignore[no-untyped-def]
+    regs, x, t, b, r, current, still, indptr, indices, values, weight, bias
+):
+    """Register x of step t: the given current, or the bias and the rows of W^T of the events."""
+    k = np.uint32(x)
+    if weight.shape[0] > 0:
+        for j in range(bias.shape[0]):
+            regs[k, j] = bias[j]
+        for j in range(bias.shape[0], regs.shape[1]):
+            regs[k, j] = 0
+        add_rows(regs, x, weight, indices, values, indptr[r], indptr[r + 1])
+    else:
+        at, sample = np.uint64(0 if still else t), np.uint64(b)
+        for j in range(current.shape[2]):
+            regs[k, j] = current[at, sample, j]
+
+
+@kernel(forceinline=True)
+def load_rec(regs, x, t, b, rec_weight, rec_bias, rec0, indices, none, first, last):  # type: ignore[no-untyped-def]
+    """Register rec, which is after x: ``rec0`` at the first step, else from the events first..last of the last one."""
+    k = np.uint32(x + 1)
+    if t == 0:
+        sample = np.uint64(b)
+        for j in range(rec0.shape[1]):
+            regs[k, j] = rec0[sample, j]
+    else:
+        for j in range(rec_bias.shape[0]):
+            regs[k, j] = rec_bias[j]
+        for j in range(rec_bias.shape[0], regs.shape[1]):
+            regs[k, j] = 0
+        add_rows(regs, x + 1, rec_weight, indices, none, first, last)
+
+
+@cache
+def _forward_kernel(dtype: np.dtype) -> Callable[..., Any]:
+    pick = pick_values(dtype)
+
+    @kernel()
+    def forward_program(  # type: ignore[no-untyped-def]
+        ops,
+        places,
+        results,
+        membrane,
+        regs,
+        first,
+        last,
+        T,
+        window,
+        params,
+        current,
+        indptr,
+        indices,
+        values,
+        weight,
+        bias,
+        rec_weight,
+        rec_bias,
+        rec0,
+        state,  # (K, B, N), in place
+        _,
+        checkpoints,  # (chunks, K, B, N) or empty
+        __,
+        spikes,  # (T, B, N) or empty
+        mem,
+        out_ptr,
+        out_idx,
+        act_ptr,
+        act_idx,
+        act_x,
+        counts,
+    ):
+        """As ``forward`` in forward.py; the states are registers."""
+        K, N, width = state.shape[0], state.shape[2], regs.shape[1]
+        dtype = regs.dtype
+        spiking, recurrent = places[0] >= 0, rec_weight.shape[0] > 0
+        emitted, site = np.uint32(max(places[0], 0)), np.uint32(max(places[1], 0))
+        recorded = np.uint32(membrane)
+        keep_events, keep_active = out_idx.shape[0] > 0, act_idx.shape[0] > 0
+        limit, still = dtype.type(window), current.shape[0] == 1
+        distance, fired = np.full(width, -np.inf, dtype), np.zeros(width, dtype)
+        n, n_act, seen = counts[0], counts[1], counts[2]
+        none = np.empty(0, dtype)
+        for b in range(first, last):
+            if keep_events and n + T * N + LANES > out_idx.shape[0]:
+                counts[0], counts[1], counts[2] = n, n_act, seen
+                return b
+            sample = np.uint64(b)
+            for k in range(K):
+                for j in range(N):
+                    regs[np.uint32(k), j] = state[np.uint32(k), sample, j]
+            previous = n
+            for t in range(T):
+                r, at = b * T + t, np.uint64(t)
+                if checkpoints.shape[0] > 0 and t % CHUNK == 0:
+                    chunk = np.uint64(t // CHUNK)
+                    for k in range(K):
+                        for j in range(N):
+                            checkpoints[chunk, np.uint32(k), sample, j] = regs[np.uint32(k), j]
+                load_input(regs, K, t, b, r, current, still, indptr, indices, values, weight, bias)
+                if recurrent:
+                    load_rec(regs, K, t, b, rec_weight, rec_bias, rec0, out_idx, none, previous, n)
+                    previous = n
+                execute(ops, regs)
+                if spiking:
+                    for j in range(N):
+                        distance[j] = regs[site, j]
+                        fired[j] = regs[emitted, j]
+                # a result may be another state's register: those are read before any is overwritten
+                for k in range(K):
+                    if results[k] != k:
+                        for j in range(N):
+                            regs[np.uint32(k), j] = regs[np.uint32(results[k]), j]
+                if mem.shape[0] > 0:
+                    for j in range(N):
+                        mem[at, sample, j] = regs[recorded, j]
+                if not spiking:
+                    continue
+                if spikes.shape[0] > 0:
+                    for j in range(N):
+                        spikes[at, sample, j] = fired[j]
+                if keep_events:
+                    for k in range(0, width, LANES):
+                        n = append_columns(above16(fired, k), k, out_idx, n)
+                    out_ptr[r + 1] = n
+                if window >= 0:
+                    room = keep_active and n_act + width + LANES <= act_idx.shape[0]
+                    for k in range(0, width, LANES):
+                        mask = within16(distance, k, limit)
+                        seen += count_bits(mask)
+                        if room:
+                            pick(mask, distance, k, act_x, n_act)
+                            n_act = append_columns(mask, k, act_idx, n_act)
+                    if keep_active:
+                        act_ptr[r + 1] = n_act
+            for k in range(K):
+                for j in range(N):
+                    state[np.uint32(k), sample, j] = regs[np.uint32(k), j]
+        counts[0], counts[1], counts[2] = n, n_act, seen
+        return last
+
+    return forward_program
+
+
+@kernel()
+def backward_program(  # type: ignore[no-untyped-def]
+    ops,
+    places,
+    results,
+    membrane,
+    regs,
+    first,
+    last,
+    T,
+    window,
+    surrogate,
+    first_param,
+    second_param,
+    params,
+    checkpoints,
+    _,
+    current,
+    indptr,
+    indices,
+    values,
+    weight,
+    bias,
+    in_ptr,
+    in_idx,
+    rec_weight,
+    rec_bias,
+    rec0,
+    out_ptr,
+    out_idx,
+    act_ptr,
+    act_idx,
+    g_out,
+    g_spikes,
+    g_mem,
+    lam,  # (K, B, N): gradient of the final states in, of the initial ones out
+    __,
+    g_weight,
+    g_bias,
+    g_active,
+    g_current,
+    g_rec_weight,
+    g_rec_bias,
+    g_rec0,
+    g_params,  # (P, N) of this range, or empty
+    block,
+):
+    """As ``backward_replay`` in replay.py, for any program."""
+    K, N, width = lam.shape[0], lam.shape[2], regs.shape[1]
+    dtype = regs.dtype
+    x = np.uint32(K)
+    recurrent, spiking = rec_weight.shape[0] > 0, places[0] >= 0
+    emitted, recorded = np.uint32(max(places[0], 0)), np.uint32(membrane)
+    still = current.shape[0] == 1
+    has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
+    adjoint, carried = np.zeros(regs.shape, dtype), np.zeros((K, width), dtype)
+    # what each step of the chunk starts from: its states, x and rec
+    kept = np.zeros((CHUNK, K + 2, width), dtype)
+    site, phi, nu = np.zeros(width, dtype), np.zeros(width, dtype), np.zeros(width, dtype)
+    looked_at, windowed = np.uint32(max(places[1], 0)), window >= 0 and places[3] == 1
+    limit = dtype.type(window)
+    none = np.empty(0, dtype)
+    until = last * T
+    for b in range(last - 1, first - 1, -1):
+        sample = np.uint64(b)
+        for k in range(K):
+            for j in range(N):
+                carried[np.uint32(k), j] = lam[np.uint32(k), sample, j]
+        for j in range(width):
+            nu[j] = 0
+        for chunk in range((T - 1) // CHUNK, -1, -1):
+            start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
+            for k in range(K):
+                for j in range(N):
+                    regs[np.uint32(k), j] = checkpoints[np.uint64(chunk), np.uint32(k), sample, j]
+            for t in range(start, stop):
+                r, at = b * T + t, np.uint64(t - start)
+                load_input(regs, K, t, b, r, current, still, indptr, indices, values, weight, bias)
+                if recurrent:
+                    before, after = (out_ptr[r - 1], out_ptr[r]) if t > 0 else (0, 0)
+                    load_rec(regs, K, t, b, rec_weight, rec_bias, rec0, out_idx, none, before, after)
+                for k in range(K + 2):
+                    for j in range(width):
+                        kept[at, np.uint32(k), j] = regs[np.uint32(k), j]
+                execute(ops, regs)
+                for k in range(K):
+                    if results[k] != k:
+                        for j in range(N):
+                            regs[np.uint32(k), j] = regs[np.uint32(results[k]), j]
+            for t in range(stop - 1, start - 1, -1):
+                r, at = b * T + t, np.uint64(t - start)
+                for k in range(K + 2):
+                    for j in range(width):
+                        regs[np.uint32(k), j] = kept[at, np.uint32(k), j]
+                execute(ops, regs)
+                # the gradients that arrive at this step
+                if has_mem:
+                    for j in range(N):
+                        carried[recorded, j] += g_mem[np.uint64(t), sample, j]
+                for k in range(K):
+                    for j in range(N):
+                        adjoint[np.uint32(results[k]), j] += carried[np.uint32(k), j]
+                if spiking:
+                    if has_spikes:
+                        for j in range(N):
+                            adjoint[emitted, j] += g_spikes[np.uint64(t), sample, j]
+                    if has_out:
+                        for a in range(act_ptr[r], act_ptr[r + 1]):
+                            adjoint[emitted, np.uint32(act_idx[a])] += g_out[a]
+                    if recurrent and t < T - 1:
+                        for j in range(N):
+                            if not windowed or abs(regs[looked_at, j]) < limit:
+                                adjoint[emitted, j] += dot(rec_weight, j, nu)
+                execute_back(ops, regs, adjoint, surrogate, first_param, second_param, window, site, phi)
+                for k in range(K):
+                    for j in range(N):
+                        carried[np.uint32(k), j] = adjoint[np.uint32(k), j]
+                        adjoint[np.uint32(k), j] = 0
+                slot = np.uint64(r % block.shape[0])
+                for j in range(N):
+                    nu[j] = adjoint[x, j]
+                    block[slot, j] = adjoint[x, j]
+                    adjoint[x, j] = 0
+                if r % block.shape[0] == 0 or r == first * T:
+                    deliver(
+                        block,
+                        r,
+                        until,
+                        T,
+                        indptr,
+                        indices,
+                        values,
+                        weight,
+                        in_ptr,
+                        in_idx,
+                        out_ptr,
+                        out_idx,
+                        g_weight,
+                        g_bias,
+                        g_active,
+                        g_current,
+                        g_rec_weight,
+                        g_rec_bias,
+                        g_rec0,
+                    )
+                    until = r
+        for k in range(K):
+            for j in range(N):
+                lam[np.uint32(k), sample, j] = carried[np.uint32(k), j]
+    # the adjoints of the parameters were never cleared: they are the sums over samples and steps
+    for k in range(g_params.shape[0]):
+        for j in range(N):
+            g_params[k, j] = adjoint[np.uint32(places[2] + k), j]
+
+
+def _bound(run: Callable[..., Any], call: LayerCall, width: int, dtype: np.dtype) -> Callable[..., Any]:
+    assert isinstance(call.spec, Equations)
+    program = call.spec.program
+    ops, places = encoded(program, call.params_grad)
+    results = np.array(program.results, np.int32)
+    membrane = program.states.index(call.spec.membrane)
+
+    def bound(*args: Any) -> Any:
+        # the registers are a thread's own: made at every call
+        return run(ops, places, results, membrane, registers(call, width, dtype), *args)
+
+    return bound
+
+
+def forward_of(call: LayerCall, width: int, dtype: np.dtype) -> Callable[..., Any]:
+    """The forward of this call's program, with the arguments of ``forward`` in forward.py."""
+    return _bound(_forward_kernel(dtype), call, width, dtype)
+
+
+def backward_of(call: LayerCall, width: int, dtype: np.dtype) -> Callable[..., Any]:
+    """The backward of this call's program, with the arguments of ``backward_replay`` in replay.py."""
+    return _bound(backward_program, call, width, dtype)

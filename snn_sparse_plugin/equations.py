@@ -1,0 +1,272 @@
+"""Neurons by their equations: a few lines of text become a program that every backend runs, forward and backward.
+
+What :class:`~snn_sparse_plugin.dynamics.NeuronSpec` cannot say (a second synapse, adaptation, a refractory counter,
+an exponential term) is said here, so that a new neuron needs no kernel. A program is a list of elementwise operations
+on numbered registers. The reference runs it on tensors under autograd, the CPU backend on rows, with its adjoint.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+OPS = ("add", "sub", "mul", "div", "neg", "exp", "log", "relu", "abs", "spike", "above", "detach", "copy")
+_BINARY: dict[type, str] = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
+_UNARY = ("exp", "log", "relu", "abs", "spike", "above", "detach")
+_INPUTS = ("x", "rec")
+
+
+class Op(NamedTuple):
+    """``register[out] = kind(register[a], register[b])``; ``b`` is ``a`` where there is one operand."""
+
+    kind: str
+    out: int
+    a: int
+    b: int
+
+
+class Program(NamedTuple):
+    """Registers in this order: states, ``x``, ``rec``, parameters, constants, one for the result of each op."""
+
+    ops: tuple[Op, ...]
+    states: tuple[str, ...]
+    params: tuple[str, ...]
+    constants: tuple[float, ...]
+    results: tuple[int, ...]  # where the next value of each state is
+    spikes: int | None  # where the layer's output is
+    site: int | None  # the argument of the first ``spike``: what the window and the active list look at
+
+    @property
+    def registers(self) -> int:
+        return len(self.states) + 2 + len(self.params) + len(self.constants) + len(self.ops)
+
+    @property
+    def first_param(self) -> int:
+        return len(self.states) + 2
+
+
+@dataclass(frozen=True)
+class Equations:
+    """One step of a neuron, written as assignments. Static and hashable, like a ``NeuronSpec``.
+
+    A state is known by its name: at the start of a step it holds the previous value, and what it holds at the end is
+    the next one. ``x`` is the input current, ``rec`` the recurrent one (0 where there is none); every other name that
+    is never assigned is a parameter. ``s`` is the output.
+
+    Operators are ``+ - * /``, and the functions are ``exp``, ``log``, ``relu``, ``abs``; ``spike(y)`` is 1 where
+    ``y > 0`` with the surrogate's gradient, ``above(y)`` the same without a gradient, ``detach(y)`` is y without a
+    gradient. They run in the order written, so that float rounding is upstream's.
+
+    Args:
+        text: the assignments, one a line.
+        states: names of what is carried from step to step.
+        membrane: the state that ``return_mem`` records.
+
+    Raises:
+        ConfigError: something that is not an equation of this kind; the message shows the line.
+
+    Example:
+        >>> lif = Equations("v = beta * v + x - above(v - threshold) * threshold\\ns = spike(v - threshold)", ("v",))
+        >>> lif.program.params
+        ('beta', 'threshold')
+    """
+
+    text: str
+    states: tuple[str, ...]
+    membrane: str = "v"
+
+    def __post_init__(self) -> None:
+        if self.membrane not in self.states:
+            raise ConfigError(f"membrane {self.membrane!r} is none of the states {self.states}.")
+        if set(self.states) & {*_INPUTS, "s"}:
+            raise ConfigError("a state cannot be called x, rec or s.")
+        _ = self.program  # wrong text is found here, not at the first step
+
+    @cached_property
+    def program(self) -> Program:
+        return _Compiler(self).compile()
+
+    @property
+    def spiking(self) -> bool:
+        return self.program.spikes is not None
+
+
+class _Compiler:
+    """Text to registers. Equal expressions are computed once; that changes no rounding."""
+
+    def __init__(self, equations: Equations) -> None:
+        self.equations = equations
+        self.lines = ast.parse(self._clean()).body
+        assigned = {
+            t.id
+            for line in self.lines
+            if isinstance(line, ast.Assign)
+            for t in line.targets
+            if isinstance(t, ast.Name)
+        }
+        names: dict[str, None] = {}
+        constants: dict[float, None] = {}
+        for node in (n for line in self.lines for n in _in_order(line)):
+            if isinstance(node, ast.Name):
+                names.setdefault(node.id)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+                constants.setdefault(float(node.value))
+        known = {*equations.states, *_INPUTS, *assigned, *_UNARY}
+        self.params = tuple(name for name in names if name not in known)
+        self.constants = tuple(constants)
+        leaves = (*equations.states, *_INPUTS, *self.params)
+        self.values: dict[str, int] = {name: k for k, name in enumerate(leaves)}
+        self.numbers = {value: len(leaves) + k for k, value in enumerate(self.constants)}
+        self.next = len(leaves) + len(self.constants)
+        self.ops: dict[tuple[str, int, int], int] = {}
+
+    def _clean(self) -> str:
+        text = "\n".join(line.strip() for line in self.equations.text.strip().splitlines())
+        try:
+            ast.parse(text)
+        except SyntaxError as error:
+            raise ConfigError(f"equations do not parse: {error.text or text!r}") from error
+        return text
+
+    def compile(self) -> Program:
+        for line in self.lines:
+            if (
+                not isinstance(line, ast.Assign)
+                or len(line.targets) != 1
+                or not isinstance(line.targets[0], ast.Name)
+            ):
+                raise self._error(line, "expected an assignment, name = expression")
+            name = line.targets[0].id
+            if name in _INPUTS or name in _UNARY:
+                raise self._error(line, f"{name!r} cannot be assigned")
+            self.values[name] = self._expression(line.value)
+        self._check_inputs()
+        for k, name in enumerate(self.equations.states):
+            # the value of another state is copied first: all states advance at once
+            if self.values[name] < len(self.equations.states) and self.values[name] != k:
+                self.values[name] = self._emit("copy", self.values[name])
+        ops = tuple(Op(kind, out, a, b) for (kind, a, b), out in self.ops.items())
+        sites = [op.a for op in ops if op.kind == "spike"]
+        if ("s" in self.values) != bool(sites):
+            raise ConfigError("a neuron that spikes assigns s, from spike(...); a readout has neither.")
+        results = tuple(self.values[name] for name in self.equations.states)
+        return Program(
+            ops,
+            self.equations.states,
+            self.params,
+            self.constants,
+            results,
+            self.values.get("s"),
+            sites[0] if sites else None,
+        )
+
+    def _expression(self, node: ast.expr) -> int:
+        if isinstance(node, ast.Name):
+            if node.id not in self.values:
+                raise self._error(node, f"{node.id!r} is used before it is assigned")
+            return self.values[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return self.numbers[float(node.value)]
+        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            return self._emit(
+                _BINARY[type(node.op)], self._expression(node.left), self._expression(node.right)
+            )
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return self._emit("neg", self._expression(node.operand))
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in _UNARY
+            and len(node.args) == 1
+            and not node.keywords
+        ):
+            return self._emit(node.func.id, self._expression(node.args[0]))
+        raise self._error(node, f"only + - * / and {', '.join(_UNARY)} are known")
+
+    def _emit(self, kind: str, a: int, b: int | None = None) -> int:
+        key = (kind, a, a if b is None else b)
+        if key not in self.ops:
+            self.ops[key] = self.next
+            self.next += 1
+        return self.ops[key]
+
+    def _check_inputs(self) -> None:
+        # one gradient, dE/dx, then serves the input and the recurrent weights alike
+        x, rec = (self.values[name] for name in _INPUTS)
+        uses = [op for op in (Op(k, o, a, b) for (k, a, b), o in self.ops.items()) if rec in (op.a, op.b)]
+        if not uses:
+            return
+        before = {out: key for key, out in self.ops.items()}
+        if len(uses) == 1 and uses[0].kind == "add" and uses[0].b == rec:
+            total = uses[0].a
+            readers = [key for key in self.ops if total in key[1:]]
+            of_x = [key for key in self.ops if x in key[1:]]
+            joined = total == x or of_x == [before.get(total)]
+            kept = {self.values[name] for name in self.equations.states} & {x, rec, total}
+            if len(readers) == 1 and not kept and joined and (total == x or of_x[0][0] == "add"):
+                return
+        raise ConfigError("x and rec must each be used once, one right after the other: `... + x + rec`.")
+
+    def _error(self, node: ast.stmt | ast.expr, what: str) -> ConfigError:
+        return ConfigError(f"equations: {what}, in: {ast.unparse(node)}")
+
+
+def _in_order(node: ast.AST) -> list[ast.AST]:
+    """The nodes in the order they are written, without the names of functions and targets."""
+    if isinstance(node, ast.Assign):
+        return _in_order(node.value)
+    if isinstance(node, ast.Call):
+        return [n for arg in node.args for n in _in_order(arg)]
+    found = [node]
+    for child in ast.iter_child_nodes(node):
+        found += _in_order(child)
+    return found
+
+
+def step(
+    program: Program,
+    states: Mapping[str, Tensor],
+    x: Tensor,
+    rec: Tensor | None,
+    params: Tensor,
+    spike: Callable[[Tensor], Tensor],
+) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+    """One step on tensors, differentiable: -> (argument of the first spike, s, next states)."""
+    numbers = [torch.tensor(c, dtype=x.dtype, device=x.device) for c in program.constants]
+    values: list[Tensor | None] = [*states.values(), x, rec, *params.unbind(0), *numbers]
+    for kind, _, a, b in program.ops:
+        p, q = values[a], values[b]
+        assert p is not None
+        if q is None:  # no recurrence: nothing is added, not even a zero
+            values.append(p)
+        elif kind in ("add", "sub", "mul", "div"):
+            values.append(getattr(torch, kind)(p, q))
+        else:
+            values.append(spike(p) if kind == "spike" else _UNARY_TORCH[kind](p))
+
+    def full(k: int | None) -> Tensor | None:
+        value = None if k is None else values[k]
+        return None if value is None else value.expand_as(x)
+
+    new = {name: full(k) for name, k in zip(program.states, program.results, strict=True)}
+    return full(program.site), full(program.spikes), new  # type: ignore[return-value]
+
+
+_UNARY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "neg": torch.neg,
+    "exp": torch.exp,
+    "log": torch.log,
+    "relu": torch.relu,
+    "abs": torch.abs,
+    "above": lambda y: (y > 0).to(y.dtype).detach(),
+    "detach": lambda y: y.detach(),
+    "copy": lambda y: y,
+}

@@ -1,0 +1,148 @@
+"""What runs how: one row for every neuron class that an adapter knows. ``docs/supported.md`` is made from it.
+
+Nothing is written by hand but how to build an example of each class: whether it is fused, with which equations, what
+takes the fallback and why are asked of the adapter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from . import registry
+from .adapters import Adapter, Example, Neuron, loaded_adapters
+from .backends import Backend
+from .dynamics import NeuronSpec
+from .equations import Equations
+
+
+@dataclass(frozen=True)
+class Row:
+    """One neuron class, in words."""
+
+    library: str
+    neuron: str
+    fused: str
+    per_step: str
+    fallback: tuple[str, ...]
+    recurrence: str
+    backends: tuple[str, ...]
+    exactness: str
+    fused_options: tuple[str, ...] = field(default=())
+
+
+EXACT = "bit for bit"
+"""On weights whose sums are exact in any order; on others sums over inputs are rounded in another order."""
+
+
+def rows(adapters: Iterable[Adapter] | None = None) -> list[Row]:
+    """A row for every neuron class of the imported libraries, by library and name."""
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some options warn when they are built
+        for adapter in loaded_adapters() if adapters is None else adapters:
+            for name, example in sorted(adapter.examples().items()):
+                found.append(_row(adapter, name, example))
+    return found
+
+
+def _row(adapter: Adapter, name: str, example: Example) -> Row:
+    module = example.build()
+    neuron = adapter.neuron(module)
+    unmasked = adapter.masks(module)
+    fallback, fused = [], []
+    for option, value in example.options.items():
+        try:
+            other = adapter.neuron(example.build(**{option: value}))
+        except Exception as error:  # upstream refuses the option
+            fallback.append(f"{option} ({type(error).__name__} in {adapter.name})")
+            continue
+        if not isinstance(other, str):
+            fused.append(option)
+        elif not isinstance(neuron, str):
+            fallback.append(option)
+    return Row(
+        library=adapter.name,
+        neuron=name,
+        fused=_kind(neuron),
+        per_step="masked surrogate" if unmasked is None else f"as upstream: {unmasked}",
+        fallback=tuple(fallback),
+        recurrence=_recurrence(module, neuron),
+        backends=_backends(neuron),
+        exactness="masked gradient" if isinstance(neuron, str) else example.exactness or EXACT,
+        fused_options=tuple(fused),
+    )
+
+
+def _kind(neuron: Neuron | str) -> str:
+    if isinstance(neuron, str):
+        return f"no: {neuron}"
+    return "canonical family" if isinstance(neuron.spec, NeuronSpec) else "by equations"
+
+
+def _recurrence(module: nn.Module, neuron: Neuron | str) -> str:
+    if isinstance(neuron, str):
+        return (
+            "upstream's" if hasattr(module, "recurrent_weights") or hasattr(module, "recurrent") else "none"
+        )
+    if neuron.recurrent_diagonal is not None:
+        return "one-to-one"
+    return "none" if neuron.recurrent_weight is None else "all-to-all"
+
+
+def _backends(neuron: Neuron | str) -> tuple[str, ...]:
+    if isinstance(neuron, str):
+        return ("upstream's own",)
+    equations = isinstance(neuron.spec, Equations)
+    loaded: dict[str, Backend] = registry.load_all("backends")
+    able = [b for b in loaded.values() if b.equations or not equations]
+    return tuple(b.name for b in sorted(able, key=lambda b: -b.priority))
+
+
+def as_dicts(table: list[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in table]
+
+
+def markdown(table: list[Row]) -> str:
+    """The whole of ``docs/supported.md``."""
+    lines = [
+        "# Supported neurons",
+        "",
+        "Made by `snn-sparse supported --markdown` from the adapters; a test compares it with what they say now.",
+        "",
+        "* **fused**: runs over all time steps in one call of `unroll`, or of a sequence layer in sparse mode: as a",
+        "  member of the canonical family (kernels of its own) or by its equations (one kernel for all). `no` says",
+        "  why; such a neuron still runs step by step, with its own forward.",
+        "* **per step**: what a step-by-step loop gets in sparse mode: upstream's spikes bit for bit, the gradient",
+        "  masked.",
+        "* **not fused with**: options of the class with which a fused neuron takes the per-step path instead.",
+        "* **exactness** of the fused path in exact mode: spikes and states against upstream's, on weights whose sums",
+        "  are exact in any order (gradients: within 1e-5). On other weights sums are rounded in another order.",
+        "",
+    ]
+    for library in dict.fromkeys(row.library for row in table):
+        lines += [f"## {library}", "", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+        for row in (r for r in table if r.library == library):
+            cells = (
+                f"`{row.neuron}`",
+                row.fused,
+                row.per_step,
+                ", ".join(f"`{o}`" for o in row.fused_options) or "–",
+                ", ".join(f"`{o}`" for o in row.fallback) or "–",
+                row.recurrence,
+                ", ".join(row.backends),
+                row.exactness,
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_COLUMNS = (
+    *("neuron", "fused", "per step", "fused with", "not fused with"),
+    *("recurrence", "backends", "exactness"),
+)

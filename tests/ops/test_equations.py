@@ -1,0 +1,202 @@
+"""Neurons given by equations: what the text may say, and the CPU kernels against the reference."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from helpers import on_grid, relative, spikes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snn_sparse_plugin import ConfigError, InputError, NeuronSpec, UnsupportedError
+from snn_sparse_plugin.backends import calls
+from snn_sparse_plugin.backends.cpu import CPUBackend
+from snn_sparse_plugin.dynamics import NeuronParams
+from snn_sparse_plugin.equations import Equations
+from snn_sparse_plugin.ops import spiking_layer
+from snn_sparse_plugin.surrogates import Surrogate
+
+LEAKY = Equations(
+    """
+    v = beta * v + x - above(v - threshold) * threshold
+    s = spike(v - threshold)
+    """,
+    ("v",),
+)
+SURROGATE = Surrogate("fast_sigmoid", (5.0,))
+
+
+def test_equations_of_leaky_are_leaky():
+    x, w = spikes(30, 4, 12, p=0.3), on_grid(7, 12).requires_grad_()
+    out = spiking_layer(x, w, spec=LEAKY, params={"beta": 0.9, "threshold": 1.0}, surrogate=SURROGATE)
+    known = spiking_layer(x, w, spec=NeuronSpec(), params=NeuronParams(0.9), surrogate=SURROGATE)
+    assert torch.equal(out.spikes, known.spikes)
+    assert known.spikes.any()
+    assert torch.equal(out.state["v"], known.state.v)
+    g = torch.randn_like(out.spikes)
+    (a,), (b,) = torch.autograd.grad(out.spikes, w, g), torch.autograd.grad(known.spikes, w, g)
+    assert relative(a, b) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v = beta * v +", "do not parse"),
+        ("v += x", "expected an assignment"),
+        ("v = x ** 2", "only"),
+        ("v = sin(x)", "only"),
+        ("v = u\nu = x", "before it is assigned"),
+        ("x = v", "cannot be assigned"),
+        ("v = x\ns = v", "spike"),
+        ("v = x\nw = spike(v)", "assigns s"),
+        ("v = x * rec\ns = spike(v)", "right after"),
+        ("v = x + rec + rec\ns = spike(v)", "right after"),
+        ("v = x + rec\ns = spike(v - x)", "right after"),
+    ],
+)
+def test_wrong_text(text, message):
+    with pytest.raises(ConfigError, match=message):
+        Equations(text, ("v",))
+
+
+def test_wrong_states():
+    with pytest.raises(ConfigError, match="none of the states"):
+        Equations("u = x", ("u",))
+    with pytest.raises(ConfigError, match="cannot be called"):
+        Equations("x = x", ("x",), membrane="x")
+
+
+def test_wrong_calls():
+    x = spikes(3, 2, 4)
+    with pytest.raises(InputError, match=r"take params \['beta', 'threshold'\], got \['beta'\]"):
+        spiking_layer(x, spec=LEAKY, params={"beta": 0.9})
+    with pytest.raises(InputError, match="got NeuronParams"):
+        spiking_layer(x, spec=LEAKY, params=NeuronParams(0.9))
+    with pytest.raises(InputError, match="no state"):
+        spiking_layer(x, spec=LEAKY, params={"beta": 0.9, "threshold": 1.0}, state={"u": torch.zeros(2, 4)})
+
+
+def test_a_backend_that_cannot_says_so(monkeypatch):
+    monkeypatch.setattr(CPUBackend, "equations", False)
+    x, params = spikes(3, 2, 4), {"beta": 0.9, "threshold": 1.0}
+    with pytest.raises(UnsupportedError, match="given by equations"):
+        spiking_layer(x, spec=LEAKY, params=params, backend="cpu")
+    calls.clear()
+    spiking_layer(x, spec=LEAKY, params=params)  # chosen automatically: the next one that can
+    assert calls["reference", "forward"] == 1
+
+
+def test_static():
+    again = pickle.loads(pickle.dumps(LEAKY))
+    assert again == LEAKY
+    assert hash(again) == hash(LEAKY)
+    assert again.program == LEAKY.program
+
+
+def test_states_advance_at_once():
+    swap = Equations("w = u\nu = v + x\nv = w", ("u", "v"))
+    x = torch.zeros(1, 1, 1)
+    out = spiking_layer(x, spec=swap, params={}, state={"u": torch.ones(1, 1), "v": 2 * torch.ones(1, 1)})
+    assert (out.state["u"].item(), out.state["v"].item()) == (2.0, 1.0)
+    assert out.spikes.item() == 1.0  # a readout returns its membrane
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (3, 0, 3), (3, 2, 0)])
+def test_empty(shape):
+    x = torch.zeros(*shape, requires_grad=True)
+    out = spiking_layer(x, spec=LEAKY, params={"beta": 0.9, "threshold": 1.0})
+    assert out.spikes.shape == shape
+    out.spikes.sum().backward()
+    assert x.grad is not None
+
+
+def test_overflow_is_told():
+    grows = Equations("v = v * exp(v) + x\ns = spike(v - 1)", ("v",))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        spiking_layer(torch.full((30, 1, 4), 5.0), spec=grows, params={})
+
+
+# Random neurons: two states and two parameters under random expressions of everything the text may say. What enters
+# a state is squashed by y / (1 + abs(y)), so that nothing explodes.
+LEAVES = st.sampled_from(["v", "w", "p", "q", "0.5", "2", "y", "s"])
+
+
+def combined(inner):
+    return st.one_of(
+        st.tuples(st.sampled_from("+-*"), inner, inner).map(lambda t: f"({t[1]} {t[0]} {t[2]})"),
+        st.tuples(inner, inner).map(lambda t: f"({t[0]} / (1 + abs({t[1]})))"),
+        inner.map(lambda e: f"exp(-abs({e}))"),
+        inner.map(lambda e: f"log(1 + abs({e}))"),
+        inner.map(lambda e: f"relu({e})"),
+        inner.map(lambda e: f"detach({e})"),
+        inner.map(lambda e: f"above({e})"),
+        inner.map(lambda e: f"-{e}"),
+        inner.map(lambda e: f"spike({e})"),
+    )
+
+
+EXPRESSIONS = st.recursive(LEAVES, combined, max_leaves=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    first=EXPRESSIONS,
+    second=EXPRESSIONS,
+    window=st.sampled_from([None, 0.3]),
+    recurrent=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_neurons(first, second, window, recurrent, seed):
+    text = f"""
+    y = p * v + x + rec - w
+    s = spike(y - q)
+    a = {first}
+    b = {second}
+    v = a / (1 + abs(a)) + y
+    v = v / (1 + abs(v)) * 2
+    w = b / (1 + abs(b)) * (1 - s)
+    """
+    equations = Equations(text, ("v", "w"))
+    torch.manual_seed(seed)
+    T, B, M, N = 37, 2, 6, 5
+    x = (spikes(T, B, M, p=0.4)).double()
+    leaves = {
+        "weight": torch.randn(N, M, dtype=torch.float64),
+        "p": torch.rand(N, dtype=torch.float64),
+        "q": torch.rand(N, dtype=torch.float64),
+        "v": torch.randn(B, N, dtype=torch.float64),
+        "w": torch.randn(B, N, dtype=torch.float64),
+    }
+    if recurrent:
+        leaves["rec"] = torch.randn(N, N, dtype=torch.float64) / 3
+    known = equations.program.params
+    results = []
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(3, T, B, N, generator=generator, dtype=torch.float64)
+    for backend in ("reference", "cpu"):
+        own = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+        out = spiking_layer(
+            x,
+            own["weight"],
+            spec=equations,
+            params={name: own[name] for name in known},
+            surrogate=SURROGATE,
+            recurrent_weight=own.get("rec"),
+            state={"v": own["v"], "w": own["w"]},
+            return_mem=True,
+            backend=backend,
+            backprop_threshold=window,
+            min_active=0.0,
+        )
+        loss = (out.spikes * g[0]).sum() + (out.mem * g[1]).sum() + (out.state["w"] * g[2, 0]).sum()
+        results.append((out, torch.autograd.grad(loss, list(own.values()), allow_unused=True)))
+    (expected, expected_grads), (actual, actual_grads) = results
+    assert torch.equal(actual.spikes, expected.spikes)
+    assert relative(actual.mem, expected.mem) < 1e-12
+    for a, e in zip(actual_grads, expected_grads, strict=True):
+        assert (a is None) == (e is None)
+        if e is not None:
+            # chains of thousands of factors: compared with the size of the largest gradient
+            assert float((a - e).abs().max()) <= 1e-9 * max(1.0, float(e.abs().max()))
