@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Neuron, config_of, has_hooks
 from ..config import current_config
+from ..dynamics import NeuronState
 from ..errors import InputError
 from ..ops import spiking_layer
 from ..spikes import SpikeTrain
@@ -190,7 +191,8 @@ class _FusedCall:
         if neuron.spec.spiking and neuron.surrogate.kind == "zero":
             # upstream's spikes have no gradient then: parameters behind them get None, not zeros
             spikes = spikes.detach()
-            ended = ended._replace(spikes=None if ended.spikes is None else ended.spikes.detach())
+            if isinstance(ended, NeuronState) and ended.spikes is not None:
+                ended = ended._replace(spikes=ended.spikes.detach())
         if neuron.scale is not None:
             spikes = spikes * neuron.scale
         # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then

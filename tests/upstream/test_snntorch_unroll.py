@@ -10,16 +10,17 @@ from torch import nn
 from snn_sparse_plugin import unroll  # isort: skip
 import snn_sparse_plugin.snntorch as face  # isort: skip
 
-RESETS = {
+OPTIONS = {
     "default": {},
     "subtract": {"reset_mechanism": "subtract"},
     "zero": {"reset_mechanism": "zero"},
     "none": {"reset_mechanism": "none"},
+    "disabled": {"surrogate_disable": True},
 }
 COMBINATIONS = [
-    pytest.param(case, options, id=f"{case.name}-{reset}")
+    pytest.param(case, options, id=f"{case.name}-{option}")
     for case in STEPPED.values()
-    for reset, options in RESETS.items()
+    for option, options in OPTIONS.items()
     if case.name != "DeltaLeaky"  # returns a nested state, which nothing can follow in a sequence
 ]
 
@@ -44,8 +45,10 @@ def test_stepped_neuron(case, options, library, fuse):
 
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].sequence])
 @pytest.mark.parametrize("library", [snntorch, face], ids=["upstream", "face"])
-def test_sequence_neuron(name, library):
+@pytest.mark.parametrize("disabled", [False, True], ids=["default", "disabled"])
+def test_sequence_neuron(name, library, disabled):
     case = CASES[name]
+    options = {"surrogate_disable": True} if disabled and case.knows("surrogate_disable") else {}
 
     def run(net, case, x):
         return [unroll(net, x, backprop_threshold=None).spikes]
@@ -54,8 +57,8 @@ def test_sequence_neuron(name, library):
         out = net(x)
         return [out[0] if isinstance(out, tuple) else out]
 
-    theirs = observe(nn.Sequential(case.build()), case, first)
-    ours = observe(nn.Sequential(case.build(library)), case, run)
+    theirs = observe(nn.Sequential(case.build(**options)), case, first)
+    ours = observe(nn.Sequential(case.build(library, **options)), case, run)
     assert_same(ours, theirs)
 
 
