@@ -14,7 +14,7 @@ from ..config import active_config, use_config
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import MARK, Adapter, Neuron, _lock, config_of, hook, installed_version, runner, spike
+from . import Adapter, Neuron, _lock, config_of, hook, installed_version, runner, running, spike
 
 
 class NorseAdapter(Adapter):
@@ -34,18 +34,13 @@ class NorseAdapter(Adapter):
                 if function not in _apply:
                     _apply[function] = function.apply
                     function.apply = staticmethod(_masked_apply(function.apply, method))
-        for cls in (snn.SNNCell, snn.SNNRecurrentCell, norse.LILinearCell):
-            hook(cls, "forward", _in_own_mode)
-        for cls in (snn.SNN, snn.SNNRecurrent):
+        sequences = snn.SNN, snn.SNNRecurrent
+        for cls in sequences:
             hook(cls, "forward", _fused_sequence)
-        hook(norse.SequentialState, "forward", _fused_container)
-
-    def prepare(self, module: Any) -> None:
-        # Norse's neurons that bring a forward of their own
-        for cls in type(module).__mro__:
-            if "forward" in vars(cls) and cls.__module__.startswith("norse."):
+        for cls in {*_neurons(), *filter(_is_neuron, vars(norse).values())}.difference(sequences):
+            if "forward" in vars(cls):  # else the hook on its base class serves it
                 hook(cls, "forward", _in_own_mode)
-                return
+        hook(norse.SequentialState, "forward", _fused_container)
 
     def owns(self, module: Any) -> bool:
         return isinstance(module, _neurons())
@@ -124,6 +119,10 @@ def _neurons() -> tuple[type, ...]:
         norse.CobaLIFCell,
         norse.LIFCorrelation,
     )
+
+
+def _is_neuron(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, _neurons())
 
 
 @cache
@@ -282,9 +281,10 @@ def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[...,
 
 def _in_own_mode(upstream: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or getattr(self, MARK, None) is None:
+        config = None if torch.compiler.is_compiling() else config_of(self)
+        if config is None:
             return upstream(self, *args, **kwargs)
-        with use_config(config_of(self)):
+        with use_config(config), running(self):
             return upstream(self, *args, **kwargs)
 
     return forward
@@ -295,7 +295,7 @@ def _fused_sequence(upstream: Callable[..., Any]) -> Callable[..., Any]:
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None:
             return upstream(self, input_tensor, state)
-        with use_config(config):
+        with use_config(config), running(self):
             fused = runner().neuron(self, input_tensor, state)
             return upstream(self, input_tensor, state) if fused is None else fused
 

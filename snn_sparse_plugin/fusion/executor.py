@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Neuron, config_of, has_hooks
+from ..adapters import Neuron, config_of, has_hooks, running
 from ..config import current_config
 from ..dynamics import NeuronParams
 from ..errors import InputError
@@ -167,21 +167,22 @@ class _FusedCall:
         if not _same_dtype(template, [*start, *neuron.params]):
             return None
         config = config_of(module)
-        out = spiking_layer(
-            flow,
-            weight,
-            bias,
-            spec=neuron.spec,
-            params=neuron.params,
-            surrogate=neuron.surrogate,
-            recurrent_weight=recurrent,
-            recurrent_bias=neuron.recurrent_bias,
-            state=start,
-            events=events and neuron.spec.spiking and neuron.scale is None,
-            return_mem=want_mem,
-            name=self.name,
-            **(vars(config) if config is not None else {}),
-        )
+        with running(module):
+            out = spiking_layer(
+                flow,
+                weight,
+                bias,
+                spec=neuron.spec,
+                params=neuron.params,
+                surrogate=neuron.surrogate,
+                recurrent_weight=recurrent,
+                recurrent_bias=neuron.recurrent_bias,
+                state=start,
+                events=events and neuron.spec.spiking and neuron.scale is None,
+                return_mem=want_mem,
+                name=self.name,
+                **(vars(config) if config is not None else {}),
+            )
         spikes = out.spikes if neuron.scale is None else out.spikes * neuron.scale
         # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then
         moved = T > 0 or not self.per_step
