@@ -268,7 +268,7 @@ _apply: dict[Any, Callable[..., Tensor]] = {}  # upstream's own Function.apply
 def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[..., Tensor]:
     # every threshold of every Norse neuron ends here; torch.compile reads the Function itself and stays exact
     def apply(x: Tensor, alpha: Any) -> Tensor:
-        config = active_config()
+        config = None if torch.compiler.is_compiling() else active_config()
         if config is None:
             return upstream(x, alpha)
         surrogate = surrogate_of(method, alpha)

@@ -521,3 +521,16 @@ class TestInputs:
         twin = copy.deepcopy(neuron)
         assert twin.p.v_th is not p["v_th"]
         assert neuron.p.v_th is p["v_th"]
+
+
+@pytest.mark.parametrize("build", [lambda: norse.LIFCell(), lambda: norse.LSNNCell()], ids=["LIF", "LSNN"])
+def test_exported_as_without_sparse_mode(build):
+    net, x = norse.SequentialState(build()), torch.randn(2, 10)
+
+    def operators():
+        graph = torch.export.export(net, (x,), strict=False).graph
+        return [str(node.target) for node in graph.nodes]
+
+    plain = operators()
+    with sparse_mode(backprop_threshold=0.1):
+        assert operators() == plain
