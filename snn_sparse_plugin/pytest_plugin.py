@@ -120,7 +120,7 @@ def summary(runs: dict[str, ClassRuns]) -> list[str]:
     rows = [("neuron", *(way.replace("_", " ") for way in ways), "not fused because")]
     for kind, of_class in sorted(runs.items()):
         cells = (_cell(of_class, way) for way in ways)
-        why = (f"{reason or 'called step by step'} ({n})" for reason, n in of_class.reasons.items())
+        why = (f"{reason} ({n})" for reason, n in of_class.reasons.items())
         rows.append((kind, *cells, ", ".join(why)))
     fused = sum(of_class.modules.get("fused", 0) for of_class in runs.values())
     stepped = sum(sum(of_class.reasons.values()) for of_class in runs.values())

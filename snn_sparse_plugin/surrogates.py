@@ -195,7 +195,9 @@ class _MaskedSpike(torch.autograd.Function):
         active = (x.abs() < threshold).flatten().nonzero().squeeze(1)
         ctx.exact = active.numel() < min_active * x.numel()
         ctx.surrogate, ctx.shape, ctx.ran = surrogate, x.shape, tally.current()
-        ctx.ran.count("guard" if ctx.exact else "masked")
+        ctx.ran.count("exact" if ctx.exact else "masked")
+        if ctx.exact:
+            ctx.ran.count("guard")
         if ctx.exact:
             ctx.save_for_backward(x)
         else:

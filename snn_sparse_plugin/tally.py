@@ -15,21 +15,21 @@ from weakref import ref
 WAYS = {
     "fused": "calls of the fused op, each over all steps",
     "masked": "single steps of upstream's own forward with the gradient masked",
-    "guard": "calls that min_active made exact; fused ones are among the fused as well",
-    "exact": "single steps with upstream's own gradient: exact mode, or a surrogate that has no window",
+    "exact": "single steps with the exact gradient: exact mode, a surrogate without a window, or the guard",
+    "guard": "calls that min_active made exact, counted as fused or exact as well",
     "no_grad": "single steps that wanted no gradient",
     "backward": "backward passes of fused calls and of masked steps",
 }
 """The ways of running that are counted."""
 
-_STEPPED = {"masked", "guard", "exact", "no_grad"}
+_STEPPED = {"masked", "exact", "no_grad"}
 
 
 @dataclass(eq=False)
 class Record:
     """What one module did: ``calls["fused"]`` and so on, absent where it never did.
 
-    ``reason``: why its class or options keep it out of the fused op, empty where they do not.
+    ``reason``: why it does not run fused when it does not.
     """
 
     kind: str
@@ -52,8 +52,8 @@ class Record:
 class ClassRuns:
     """All modules of one class name together, those that are gone included.
 
-    ``calls`` and ``modules`` (how many different ones) are by way of running; ``reasons`` says of the modules
-    that ran step by step why, the empty reason being that they were called so.
+    ``calls`` and ``modules`` (how many different ones) are by way of running; ``reasons`` counts the modules
+    that ran step by step by why they did.
     """
 
     calls: dict[str, int] = field(default_factory=dict)

@@ -245,13 +245,16 @@ def running(module: nn.Module) -> AbstractContextManager[None]:
 
 def _why_not_fused(module: nn.Module) -> str:
     if torch.jit.is_tracing():  # looking at its parameters would be traced as well
-        return ""
+        return "traced"
     try:
         adapter = adapter_of(module)
-        neuron = "" if adapter is None else adapter.neuron(module)
+        neuron = "no adapter describes it" if adapter is None else adapter.neuron(module)
+        if isinstance(neuron, str):
+            return neuron
+        sequence = adapter is not None and adapter.takes_sequence(module)
+        return "input that the fused op does not take" if sequence else "called step by step"
     except Exception as error:  # counting may not fail where upstream's own forward does not
         return f"its adapter failed with {type(error).__name__}"
-    return neuron if isinstance(neuron, str) else ""
 
 
 def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
