@@ -532,5 +532,5 @@ def test_exported_as_without_sparse_mode(build):
         return [str(node.target) for node in graph.nodes]
 
     plain = operators()
-    with sparse_mode(backprop_threshold=0.1):
+    with ssp.sparse_mode(backprop_threshold=0.1):
         assert operators() == plain
