@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Neuron, config_of, has_hooks, running
 from ..config import current_config
-from ..dynamics import NeuronParams
+from ..dynamics import NeuronParams, NeuronState
 from ..errors import InputError
 from ..ops import spiking_layer
 from ..spikes import SpikeTrain
@@ -164,7 +164,7 @@ class _FusedCall:
         shape = (B, *features) if self.per_step else (T, B, *features)
         template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
         start, initial = adapter.initial_state(module, template, self.state)
-        if not _same_dtype(template, [*start, *neuron.params]):
+        if not _same_dtype(template, [*start, *neuron.params]) or _widens(start, (B, *features)):
             return None
         config = config_of(module)
         with running(module):
@@ -211,6 +211,17 @@ def _same_dtype(template: Tensor, tensors: list[Any]) -> bool:
     # a state or parameter of higher precision would promote upstream's membrane
     present = [t for t in tensors if isinstance(t, Tensor)]
     return all(torch.result_type(template, t) == template.dtype for t in present)
+
+
+def _widens(state: NeuronState, shape: tuple[int, ...]) -> bool:
+    # upstream broadcasts an input to a state of more neurons or samples
+    for tensor in state:
+        try:
+            if tensor is not None and torch.broadcast_shapes(tensor.shape, shape) != shape:
+                return True
+        except RuntimeError:  # fits nothing: the op says so
+            continue
+    return False
 
 
 def _dense(flow: Flow) -> Tensor:
