@@ -150,23 +150,16 @@ def test_blocked_plugins(suite, blocked):
     assert result.ret == pytest.ExitCode.OK
 
 
-def test_the_mode_ends_with_the_run(pytester, monkeypatch):
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    pytester.makepyfile(
-        """
-        from snn_sparse_plugin.config import active_config
+def plugin_run(mode: str, **config: object) -> pytest_plugin.SparseRun:
+    return pytest_plugin.SparseRun(SimpleNamespace(**config), mode)
 
-        seen = active_config()
 
-        def test_inside():
-            assert seen == active_config()
-            assert active_config().backprop_threshold == 0.25
-
-        def test_failing():
-            raise KeyError
-        """
-    )
-    pytester.inline_run("--snn-sparse=0.25", plugins=[pytest_plugin]).assertoutcome(passed=1, failed=1)
+@pytest.mark.parametrize("hook", ["pytest_collection", "pytest_runtest_protocol"])
+def test_the_mode_ends_with_the_hook(hook):
+    around = getattr(plugin_run("0.25"), hook)()
+    next(around)
+    assert active_config().backprop_threshold == 0.25
+    assert next(around, "ended") == "ended"
     assert active_config() is None
 
 
@@ -179,14 +172,11 @@ def test_the_installed_entry_point(request):
 
 
 def test_counts_of_xdist_workers_are_added(monkeypatch):
-    def run(**attributes: object) -> pytest_plugin.SparseRun:
-        return pytest_plugin.SparseRun(SimpleNamespace(**attributes), "exact")
-
     monkeypatch.setattr(tally, "by_class", lambda: {"LIF": ClassRuns({"fused": 3}, {"fused": 2}, {"": 1})})
-    worker = run(workeroutput={})
+    worker = plugin_run("exact", workeroutput={})
     worker.pytest_sessionfinish()
     monkeypatch.setattr(tally, "by_class", dict)
-    controller = run()
+    controller = plugin_run("exact")
     for _ in range(2):
         controller.pytest_testnodedown(worker.config)
     controller.pytest_testnodedown(SimpleNamespace())  # a worker that crashed
