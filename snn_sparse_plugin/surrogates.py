@@ -198,7 +198,6 @@ class _MaskedSpike(torch.autograd.Function):
         ctx.ran.count("exact" if ctx.exact else "masked")
         if ctx.exact:
             ctx.ran.count("guard")
-        if ctx.exact:
             ctx.save_for_backward(x)
         else:
             ctx.save_for_backward(active, x.flatten()[active])
