@@ -2,8 +2,8 @@
 
     python tests/upstream/run_norse_suite.py [exact|auto|NUMBER]
 
-The suite ships inside the installed package. With a window instead of ``exact``, tests that compare exact
-surrogate gradients fail by design, so only ``exact``, the default, is part of the checks.
+The suite ships inside the installed package. A window may change the gradient that a test looks at, so only
+``exact``, the default, is part of the checks.
 """
 
 from __future__ import annotations
