@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import tally
 from .errors import ConfigError
 
 _Formula = Callable[..., Tensor]
@@ -193,8 +194,10 @@ class _MaskedSpike(torch.autograd.Function):
     ) -> Tensor:
         active = (x.abs() < threshold).flatten().nonzero().squeeze(1)
         ctx.exact = active.numel() < min_active * x.numel()
-        ctx.surrogate, ctx.shape = surrogate, x.shape
+        ctx.surrogate, ctx.shape, ctx.ran = surrogate, x.shape, tally.current()
+        ctx.ran.count("exact" if ctx.exact else "masked")
         if ctx.exact:
+            ctx.ran.count("guard")
             ctx.save_for_backward(x)
         else:
             ctx.save_for_backward(active, x.flatten()[active])
@@ -208,6 +211,7 @@ class _MaskedSpike(torch.autograd.Function):
             (x,) = ctx.saved_tensors
             out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
         else:
+            ctx.ran.count("backward")
             active, x = ctx.saved_tensors
             flat = torch.zeros(ctx.shape.numel(), dtype=x.dtype, device=x.device)
             flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
@@ -242,9 +246,12 @@ def masked_spike(
         threshold: the window B_th; None is exact and returns ``function(x)`` itself.
         min_active: below this active fraction the call is exact.
     """
-    if threshold is None or not (torch.is_grad_enabled() and x.requires_grad):
+    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    if threshold is None or not wants_grad:
+        tally.current().count("exact" if wants_grad else "no_grad")
         return function(x)
     if surrogate.kind == "custom":  # its gradient may depend on where an element stands
+        tally.current().count("masked")
         return blocked_spike(x, function, threshold, min_active)
     with torch.no_grad():
         spikes = function(x)
