@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format typecheck bench clean
+.PHONY: help demo test test-slow test-upstream lint format typecheck bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARGS="--epochs 3 …")
 	$(BIN)/snn-sparse demo $(ARGS)
@@ -25,6 +25,9 @@ test: $(VENV)/.test  ## run all tests (ARGS="-k data …" goes to the main run)
 
 test-slow: $(VENV)/.test  ## run the exhaustive sweeps that `test` leaves out (ARGS="-k compile …")
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-upstream: $(VENV)/.upstream  ## run Norse's own test suite, without and with sparse mode (ARGS=auto for another mode)
+	$(BIN)/python tests/upstream/run_norse_suite.py $(ARGS)
 
 lint: $(VENV)/.lint typecheck  ## check style and types
 	$(BIN)/ruff check .
@@ -62,6 +65,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) 'ruff>=0.12' 'mypy>=1.14'
+	@touch $@
+
+$(VENV)/.upstream: $(VENV)/.test
+	$(PIP) -e '.[upstream-tests]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from .adapters import MARK, Adapter, Mark, entered, install_adapters, loaded_adapters
+from . import tally
+from .adapters import MARK, Adapter, Mark, entered, install_adapters, loaded_adapters, record_of
 from .config import SparseConfig, current_config
 from .errors import InputError
 
@@ -58,6 +59,13 @@ class Entry:
     kind: str
     status: str
     reason: str = ""
+    record: tally.Record | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def ran(self) -> str:
+        """What the module did up to now, such as ``"fused 12, guard 3"``."""
+        calls = {} if self.record is None else self.record.calls
+        return ", ".join(f"{way} {calls[way]}" for way in tally.WAYS if way in calls)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class SparsityReport:
 
     ``fused``: a member of the fused family, also sparse step by step. ``masked``: its own forward runs, with
     the masked gradient. ``exact``: left alone, because it has no gradient to mask.
+
+    Printed after the model has run, it also says how often each module ran in which way.
     """
 
     entries: tuple[Entry, ...]
@@ -75,27 +85,50 @@ class SparsityReport:
         """The modules with this status."""
         return [e.name for e in self.entries if e.status == status]
 
+    def runs(self) -> dict[str, dict[str, int]]:
+        """How often each module ran in sparse mode, up to now, by way of running.
+
+        The ways are those of :data:`snn_sparse_plugin.tally.WAYS`; one that never occurred is absent.
+
+        Example:
+            >>> import torch, snntorch
+            >>> neuron = snntorch.Leaky(beta=0.9, init_hidden=True)
+            >>> report = sparsify(neuron, backprop_threshold=0.1, min_active=0)
+            >>> neuron(torch.ones(2, 3, requires_grad=True)).sum().backward()
+            >>> report.runs()
+            {'': {'masked': 1, 'backward': 1}}
+        """
+        return {e.name: dict(e.record.calls) for e in self.entries if e.record is not None}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            ("module", "neuron", "mode", "why", "ran"),
+            *((e.name, e.kind, e.status, e.reason, e.ran) for e in self.entries),
+        ]
+        return rows if any(e.ran for e in self.entries) else [row[:-1] for row in rows]
+
     def __str__(self) -> str:
         if not self.entries:
             return "no spiking neurons of a supported library found"
-        rows = [
-            ("module", "neuron", "mode", "why"),
-            *((e.name, e.kind, e.status, e.reason) for e in self.entries),
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        return "\n".join(aligned(self._rows()))
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table("module", "neuron", "mode", "why")
-        for entry in self.entries:
-            table.add_row(entry.name, entry.kind, entry.status, entry.reason)
+        head, *rows = self._rows()
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*row)
         return table
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table of text; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
@@ -145,11 +178,13 @@ def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
 
 
 def _describe(adapter: Adapter, name: str, module: nn.Module) -> Entry:
-    neuron, kind = adapter.neuron(module), type(module).__name__
+    neuron, kind, record = adapter.neuron(module), type(module).__name__, record_of(module)
     if not isinstance(neuron, str):
-        return Entry(name, kind, "fused")
+        return Entry(name, kind, "fused", record=record)
     unmasked = adapter.masks(module)
-    return Entry(name, kind, "masked", neuron) if unmasked is None else Entry(name, kind, "exact", unmasked)
+    if unmasked is None:
+        return Entry(name, kind, "masked", neuron, record)
+    return Entry(name, kind, "exact", unmasked, record)
 
 
 def restore(model: nn.Module) -> list[str]:

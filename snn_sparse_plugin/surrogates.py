@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import tally
 from .errors import ConfigError
 
 _Formula = Callable[..., Tensor]
@@ -191,11 +192,15 @@ class _MaskedSpike(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, spikes: Tensor, surrogate: Surrogate, threshold: float, min_active: float
     ) -> Tensor:
-        keep = _kept(x, threshold, min_active)
+        near = x.abs() < threshold
+        keep = _kept(near, min_active)
         active = keep.flatten().nonzero().squeeze(1)
-        ctx.exact = active.numel() == x.numel()
-        ctx.surrogate, ctx.shape = surrogate, x.shape
+        # every neuron is kept, and not because every one is near
+        ctx.exact = active.numel() == x.numel() and not bool(near.all())
+        ctx.surrogate, ctx.shape, ctx.ran = surrogate, x.shape, tally.current()
+        ctx.ran.count("exact" if ctx.exact else "masked")
         if ctx.exact:
+            ctx.ran.count("guard")
             ctx.save_for_backward(x)
         else:
             ctx.save_for_backward(active, x.flatten()[active])
@@ -209,6 +214,7 @@ class _MaskedSpike(torch.autograd.Function):
             (x,) = ctx.saved_tensors
             out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
         else:
+            ctx.ran.count("backward")
             active, x = ctx.saved_tensors
             flat = torch.zeros(ctx.shape.numel(), dtype=x.dtype, device=x.device)
             flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
@@ -222,16 +228,15 @@ def blocked_spike(
     """:func:`masked_spike` with upstream's own gradient, blocked where no neuron is active: all shapes static."""
     if threshold is None:
         return function(x)
-    keep = _kept(x.detach(), threshold, min_active)
+    keep = _kept(x.detach().abs() < threshold, min_active)
     return function(torch.where(keep, x, x.detach()))
 
 
-def _kept(x: Tensor, threshold: float, min_active: float) -> Tensor:
+def _kept(near: Tensor, min_active: float) -> Tensor:
     """Which elements keep their gradient: those near threshold, and whole neurons that the window would silence.
 
     A neuron is active in a fraction of its samples (dimension 0); without samples the layer counts as one.
     """
-    near = x.abs() < threshold
     if near.dim() < 2:
         return near | (near.sum() < min_active * near.numel())
     return near | (near.sum(0) < min_active * near.shape[0])
@@ -253,9 +258,13 @@ def masked_spike(
         threshold: the window B_th; None is exact and returns ``function(x)`` itself.
         min_active: a neuron that is active in a smaller fraction of the samples (dimension 0) keeps its gradient.
     """
-    if threshold is None or surrogate.kind == "zero" or not (torch.is_grad_enabled() and x.requires_grad):
-        return function(x)  # spikes without a gradient stay outside the graph, as upstream's
+    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    if threshold is None or not wants_grad or surrogate.kind == "zero":
+        # spikes of a disabled surrogate stay outside the graph, as upstream's
+        tally.current().count("exact" if wants_grad else "no_grad")
+        return function(x)
     if surrogate.kind == "custom":  # its gradient may depend on where an element stands
+        tally.current().count("masked")
         return blocked_spike(x, function, threshold, min_active)
     with torch.no_grad():
         spikes = function(x)

@@ -11,6 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
@@ -18,9 +19,10 @@ from importlib.machinery import ModuleSpec
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from .. import registry
+from .. import registry, tally
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
 from ..surrogates import Surrogate
@@ -40,7 +42,9 @@ __all__ = [
     "install_adapters",
     "installed_version",
     "loaded_adapters",
+    "record_of",
     "runner",
+    "running",
     "spike",
     "spike_in_graph",
 ]
@@ -254,6 +258,30 @@ def adapter_of(module: nn.Module, adapters: list[Adapter] | None = None) -> Adap
         if adapter.owns(module):
             return adapter
     return None
+
+
+def record_of(module: nn.Module) -> tally.Record:
+    """What the module did in sparse mode, live."""
+    return tally.of(module, _why_not_fused)
+
+
+def running(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block, what runs is counted on this module; in a graph that is being compiled nothing is."""
+    return nullcontext() if torch.compiler.is_compiling() else tally.running(record_of(module))
+
+
+def _why_not_fused(module: nn.Module) -> str:
+    if torch.jit.is_tracing():  # looking at its parameters would be traced as well
+        return "traced"
+    try:
+        adapter = adapter_of(module)
+        neuron = "no adapter describes it" if adapter is None else adapter.neuron(module)
+        if isinstance(neuron, str):
+            return neuron
+        sequence = adapter is not None and adapter.takes_sequence(module)
+        return "input that the fused op does not take" if sequence else "called step by step"
+    except Exception as error:  # counting may not fail where upstream's own forward does not
+        return f"its adapter failed with {type(error).__name__}"
 
 
 def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

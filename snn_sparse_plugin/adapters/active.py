@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import tally
 from ..config import SparseConfig, active_config, current_config, use_config
 from ..surrogates import Surrogate, blocked_spike, masked_spike
 
@@ -77,6 +78,7 @@ def spike(
     """``function(x)`` as upstream makes it, its gradient masked as ``config`` says."""
     threshold = _window(surrogate, config.backprop_threshold)
     if torch._C._are_functorch_transforms_active():
+        tally.current().count("exact" if threshold is None else "masked")
         return blocked_spike(x, function, threshold, config.min_active)
     return masked_spike(x, function, surrogate, threshold, config.min_active)
 

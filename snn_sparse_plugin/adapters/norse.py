@@ -15,7 +15,7 @@ from ..config import active_config, use_config
 from ..dynamics import NeuronState
 from ..equations import Equations
 from ..surrogates import Surrogate
-from . import MARK, Adapter, Example, Neuron, _lock, config_of, hook, installed_version, runner, spike
+from . import Adapter, Example, Neuron, _lock, config_of, hook, installed_version, runner, running, spike
 from .norse_neurons import WHY_NOT, builders, examples, readout, surrogate_of, upstream_apply
 
 
@@ -36,21 +36,16 @@ class NorseAdapter(Adapter):
                 if function not in upstream_apply:
                     upstream_apply[function] = function.apply
                     function.apply = staticmethod(_masked_apply(function.apply, method))
-        for cls in (snn.SNNCell, snn.SNNRecurrentCell, norse.LILinearCell):
-            hook(cls, "forward", _in_own_mode)
-        for cls in (snn.SNN, snn.SNNRecurrent):
+        sequences = snn.SNN, snn.SNNRecurrent
+        for cls in sequences:
             hook(cls, "forward", _fused_sequence)
+        for cls in {*_neurons(), *filter(_is_neuron, vars(norse).values())}.difference(sequences):
+            if "forward" in vars(cls):  # else the hook on its base class serves it
+                hook(cls, "forward", _in_own_mode)
         hook(norse.SequentialState, "forward", _fused_container)
 
     def examples(self) -> dict[str, Example]:
         return examples()
-
-    def prepare(self, module: Any) -> None:
-        # Norse's neurons that bring a forward of their own
-        for cls in type(module).__mro__:
-            if "forward" in vars(cls) and cls.__module__.startswith("norse."):
-                hook(cls, "forward", _in_own_mode)
-                return
 
     def owns(self, module: Any) -> bool:
         return isinstance(module, _neurons())
@@ -157,6 +152,10 @@ def _neurons() -> tuple[type, ...]:
     )
 
 
+def _is_neuron(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, _neurons())
+
+
 @cache
 def _readouts() -> tuple[type, ...]:
     norse = import_module("norse.torch")
@@ -201,7 +200,7 @@ def _functions() -> dict[Any, str]:
 def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[..., Tensor]:
     # every threshold of every Norse neuron ends here; torch.compile reads the Function itself and stays exact
     def apply(x: Tensor, alpha: Any) -> Tensor:
-        config = active_config()
+        config = None if torch.compiler.is_compiling() else active_config()
         if config is None:
             return upstream(x, alpha)
         surrogate = surrogate_of(method, alpha)
@@ -214,9 +213,10 @@ def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[...,
 
 def _in_own_mode(upstream: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or getattr(self, MARK, None) is None:
+        config = None if torch.compiler.is_compiling() else config_of(self)
+        if config is None:
             return upstream(self, *args, **kwargs)
-        with use_config(config_of(self)):
+        with use_config(config), running(self):
             return upstream(self, *args, **kwargs)
 
     return forward
@@ -227,7 +227,7 @@ def _fused_sequence(upstream: Callable[..., Any]) -> Callable[..., Any]:
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None:
             return upstream(self, input_tensor, state)
-        with use_config(config):
+        with use_config(config), running(self):
             fused = runner().neuron(self, input_tensor, state)
             return upstream(self, input_tensor, state) if fused is None else fused
 

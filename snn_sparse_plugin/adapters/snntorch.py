@@ -12,11 +12,23 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..config import SparseConfig
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..equations import Equations
 from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import Adapter, Example, Neuron, config_of, has_hooks, hook, installed_version, spike, spike_in_graph
+from . import (
+    Adapter,
+    Example,
+    Neuron,
+    config_of,
+    has_hooks,
+    hook,
+    installed_version,
+    running,
+    spike,
+    spike_in_graph,
+)
 from .snntorch_neurons import WHY_NOT, Parts, builders, examples
 
 SpikeFunction = Callable[[Tensor], Tensor]
@@ -298,7 +310,8 @@ def _masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if config is None:
             return upstream(self, *args, **kwargs)
         seen = _Masked(self, lambda x: spike(x, function, recognise(function), config))
-        return upstream(seen, *args, **kwargs)
+        with running(self):
+            return upstream(seen, *args, **kwargs)
 
     return masked
 
@@ -318,10 +331,15 @@ class _MaskedAttribute:
         config = config_of(module)
         if config is None:
             return function
-        return partial(spike, function=function, surrogate=recognise(function), config=config)
+        return partial(_counted_spike, module=module, function=function, config=config)
 
     def __set__(self, module: Any, function: SpikeFunction) -> None:
         vars(module)["spike_grad"] = function
+
+
+def _counted_spike(x: Tensor, module: nn.Module, function: SpikeFunction, config: SparseConfig) -> Tensor:
+    with running(module):
+        return spike(x, function, recognise(function), config)
 
 
 # --- pickling of the import-swap classes ---

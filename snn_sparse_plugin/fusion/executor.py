@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Neuron, config_of, has_hooks
+from ..adapters import Neuron, config_of, has_hooks, running
 from ..config import current_config
 from ..dynamics import NeuronState
 from ..errors import InputError
@@ -166,27 +166,28 @@ class _FusedCall:
         template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
         start, initial = adapter.initial_state(module, template, self.state)
         states = list(start.values()) if isinstance(start, dict) else list(start)
-        if not _same_dtype(template, states + neuron.values):
+        if not _same_dtype(template, states + neuron.values) or _widens(states, (B, *features)):
             return None
         config = config_of(module)
         if self.last and config is not None and config.min_active > 0:
             # the fraction that min_active looks at does not notice a single class that fell silent
             config = config.updated(backprop_threshold=None)
-        out = spiking_layer(
-            flow,
-            weight,
-            bias,
-            spec=neuron.spec,
-            params=neuron.params,
-            surrogate=neuron.surrogate,
-            recurrent_weight=recurrent,
-            recurrent_bias=neuron.recurrent_bias,
-            state=start,
-            events=events and neuron.spec.spiking and neuron.scale is None,
-            return_mem=want_mem,
-            name=self.name,
-            **(vars(config) if config is not None else {}),
-        )
+        with running(module):
+            out = spiking_layer(
+                flow,
+                weight,
+                bias,
+                spec=neuron.spec,
+                params=neuron.params,
+                surrogate=neuron.surrogate,
+                recurrent_weight=recurrent,
+                recurrent_bias=neuron.recurrent_bias,
+                state=start,
+                events=events and neuron.spec.spiking and neuron.scale is None,
+                return_mem=want_mem,
+                name=self.name,
+                **(vars(config) if config is not None else {}),
+            )
         spikes, ended = out.spikes, out.state
         if neuron.spec.spiking and neuron.surrogate.kind == "zero":
             # upstream's spikes have no gradient then: parameters behind them get None, not zeros
@@ -222,6 +223,17 @@ def _same_dtype(template: Tensor, tensors: list[Any]) -> bool:
     # a state or parameter of higher precision would promote upstream's membrane
     present = [t for t in tensors if isinstance(t, Tensor)]
     return all(torch.result_type(template, t) == template.dtype for t in present)
+
+
+def _widens(state: list[Any], shape: tuple[int, ...]) -> bool:
+    # upstream broadcasts an input to a state of more neurons or samples
+    for tensor in state:
+        try:
+            if tensor is not None and torch.broadcast_shapes(tensor.shape, shape) != shape:
+                return True
+        except RuntimeError:  # fits nothing: the op says so
+            continue
+    return False
 
 
 def _dense(flow: Flow) -> Tensor:

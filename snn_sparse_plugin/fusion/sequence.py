@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -163,11 +163,29 @@ def _takes_sequence(layers: list[Layer], adapters: list[Adapter]) -> bool:
 
 
 def _hooked_neuron(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None:
-    """Norse's LIF, LI, ... called on (T, B, N...)."""
-    if not _fits(module, x):
+    """Norse's LIF, LI, ... called on (T, B, N...), or on (T, N) as a batch of one."""
+    if not _fits(module, x, at_least=2):
         return None
-    found = run_neuron(_layer("", module, loaded_adapters()), x, state)
-    return None if found is None else (found.flow, found.state)  # type: ignore[return-value]
+    layer, single = _layer("", module, loaded_adapters()), x.dim() == 2
+    if single:
+        if not len(x):  # upstream refuses
+            return None
+        x = x.unsqueeze(1)
+        state = _mapped(state, lambda s: s.unsqueeze(0) if s.dim() else s)
+    found = run_neuron(layer, x, state)
+    if found is None:
+        return None
+    out: Tensor = found.flow  # type: ignore[assignment]
+    if single:
+        return out.squeeze(1), _mapped(found.state, lambda s: s.squeeze(0))
+    return out, found.state
+
+
+def _mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A state tuple, which may be nested, with each tensor changed."""
+    if isinstance(state, Tensor):
+        return change(state)
+    return type(state)(*(_mapped(part, change) for part in state)) if isinstance(state, tuple) else state
 
 
 def _hooked_container(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None:
@@ -184,12 +202,14 @@ def _hooked_container(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor,
     return spikes, states  # type: ignore[return-value]
 
 
-def _fits(module: nn.Module, x: Any) -> bool:
+def _fits(module: nn.Module, x: Any, at_least: int = 3) -> bool:
     if torch._C._are_functorch_transforms_active():  # the fused op's backward is no functorch rule
         return False
     config = config_of(module)
     strided = isinstance(x, Tensor) and x.layout == torch.strided
-    return config is not None and config.fuse_time and strided and x.dim() >= 3 and x.is_floating_point()
+    return (
+        config is not None and config.fuse_time and strided and x.dim() >= at_least and x.is_floating_point()
+    )
 
 
 hooked = SimpleNamespace(neuron=_hooked_neuron, container=_hooked_container)

@@ -149,10 +149,11 @@ def gradients(out, state, leaves):
 
 @pytest.mark.parametrize("window", [None, 0.15], ids=["exact", "window"])
 @pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("batch", [(3,), ()], ids=["batch", "single"])
 class TestSequences:
-    def test_equals_upstreams_loop(self, name, window, zeroed):
+    def test_equals_upstreams_loop(self, name, batch, window, zeroed):
         neuron, p = learnable(SEQUENCES[name])
-        x = (spikes(12, 3, 20, density=0.5) * 0.75).requires_grad_()
+        x = (spikes(12, *batch, 20, density=0.5) * 0.75).requires_grad_()
         leaves = [x, *p.values(), *neuron.parameters()]
         with ssp.sparse_mode(backprop_threshold=window, min_active=0):
             out, state = neuron(x)
@@ -168,13 +169,14 @@ class TestSequences:
         assert name == "LI" or 0.02 < float(out.detach().mean()) < 0.9
         assert worst(got, gradients(expected, expected_state, leaves)) < 1e-5
 
-    def test_with_a_state(self, name, window):
+    def test_with_a_state(self, name, batch, window):
         neuron, _ = learnable(SEQUENCES[name])
-        x = spikes(12, 3, 20)
+        x = spikes(12, *batch, 20)
         whole, last = neuron(x)
         _, state = neuron(x[:5])
         with ssp.sparse_mode(backprop_threshold=window):
             out, end = neuron(x[5:], state)
+        assert forwards() == 1
         assert torch.equal(out, whole[5:])
         assert all(torch.equal(a, b) for a, b in zip(end, last, strict=True))
 
@@ -493,11 +495,15 @@ class TestInputs:
         assert state.v.dtype == expected_state.v.dtype
         assert torch.equal(out, expected)
 
-    def test_a_sequence_without_batch(self):
-        neuron, x = norse.LIF(dt=DT), torch.rand(6, 20)
-        expected, _ = neuron(x)
+    @pytest.mark.parametrize(("x", "state"), [((6, 3, 1), (3, 20)), ((6, 1, 20), (3, 20)), ((6, 1), (20,))])
+    def test_a_state_larger_than_the_input(self, x, state):
+        neuron, start = norse.LIF(dt=DT), norse.LIFFeedForwardState(torch.rand(state), torch.rand(state))
+        x = 2 * torch.rand(x)
+        expected, expected_state = neuron(x, start)
         with ssp.sparse_mode():
-            assert torch.equal(neuron(x)[0], expected)
+            out, end = neuron(x, start)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(a, b) for a, b in zip(end, expected_state, strict=True))
 
     def test_sparse_tensors_are_upstreams(self):
         neuron, x = norse.LIFRecurrentCell(20, 8), spikes(3, 20).to_sparse()
@@ -524,3 +530,16 @@ class TestInputs:
         twin = copy.deepcopy(neuron)
         assert twin.p.v_th is not p["v_th"]
         assert neuron.p.v_th is p["v_th"]
+
+
+@pytest.mark.parametrize("build", [lambda: norse.LIFCell(), lambda: norse.LSNNCell()], ids=["LIF", "LSNN"])
+def test_exported_as_without_sparse_mode(build):
+    net, x = norse.SequentialState(build()), torch.randn(2, 10)
+
+    def operators():
+        graph = torch.export.export(net, (x,), strict=False).graph
+        return [str(node.target) for node in graph.nodes]
+
+    plain = operators()
+    with ssp.sparse_mode(backprop_threshold=0.1):
+        assert operators() == plain

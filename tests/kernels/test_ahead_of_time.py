@@ -9,15 +9,29 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 turns kernels into Python functions", allow_module_level=True)
 
 import triton
+from equation_cases import ADAPTIVE, DELTA, READOUT, SECOND_ORDER
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from snn_sparse_plugin.surrogates import KINDS
-from snn_sparse_plugin.triton_kernels import backward, forward, neuron, packed, spiking_layer, surrogates
+from snn_sparse_plugin.triton_kernels import (
+    backward,
+    forward,
+    neuron,
+    packed,
+    program,
+    program_layer,
+    spiking_layer,
+    surrogates,
+)
 
 KERNELS = {
     "forward": spiking_layer.spiking_layer_forward,
     "backward": spiking_layer.spiking_layer_backward,
+}
+PROGRAM_KERNELS = {
+    "program-forward": program.program_forward,
+    "program-backward": program.program_backward,
 }
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "cubin"),
@@ -118,6 +132,49 @@ def test_compiles(kernel, case, target):
     assert len(compiled.asm[binary]) > 0
 
 
+def program_constants(equations):
+    """What the launchers pass for these equations."""
+    found = equations.program
+    ops, uses = program_layer.encoded(found, True)
+    last = found.registers - 1
+    return {
+        **{"PROGRAM": ops, "BACKWARD": uses, "CONSTANTS": found.constants, "RESULTS": found.results},
+        "FROM_STATES": tuple(last - k for k in range(len(found.states))),
+        "FROM_X": last - len(found.states),
+        "FROM_PARAMS": tuple(last - found.first_param - k for k in range(len(found.params))),
+        **{
+            "STATES": len(found.states),
+            "PARAMS": len(found.params),
+            "SPIKES": found.spikes,
+            "SITE": found.site,
+        },
+        "MEMBRANE": found.states.index(equations.membrane),
+        "SPIKING": equations.spiking,
+    }
+
+
+PROGRAM_CASES = {
+    "adaptive-recurrent": (ADAPTIVE, CURRENT, "fp32"),
+    "adaptive-double": (ADAPTIVE, WORDS | RECURRENT, "fp64"),
+    "delta": (DELTA, CURRENT | RECURRENT, "fp32"),
+    "second-order": (SECOND_ORDER, CURRENT | RECURRENT, "fp32"),
+    "readout": (READOUT, CURRENT | RECURRENT | {"spikes_ptr", "g_spikes_ptr", "near_ptr"}, "fp32"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", PROGRAM_CASES)
+@pytest.mark.parametrize("kernel", PROGRAM_KERNELS)
+def test_programs_compile(kernel, case, target):
+    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
+        pytest.skip("Triton 3.2 bundles no assembler for this target")
+    gpu, binary = TARGETS[target]
+    equations, absent, element = PROGRAM_CASES[case]
+    constants = program_constants(equations)
+    compiled = compile_kernel(PROGRAM_KERNELS[kernel], gpu, constants, absent, element)
+    assert len(compiled.asm[binary]) > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_surrogate_compiles(kind):
     constants = {"KIND": kind, "P0": 2.0, "P1": 0.5}
@@ -134,17 +191,27 @@ def test_no_multiply_add_is_contracted(case):
     assert "fma.rn" not in ptx
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS | PROGRAM_KERNELS)
 def test_a_new_length_does_not_recompile(kernel):
-    free = {p.name for p in KERNELS[kernel].params if p.do_not_specialize}
+    free = {p.name for p in (KERNELS | PROGRAM_KERNELS)[kernel].params if p.do_not_specialize}
     assert {"T", "B"} <= free
 
 
 def test_the_list_of_kernels_is_complete():
     # every @triton.jit function is a kernel above or a function one of them calls
     found = set()
-    for module in (forward, backward, neuron, packed, surrogates):
+    for module in (forward, backward, neuron, packed, program, surrogates):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
     called = {"input_current", "recurrent_current", "add_recurrent_grad", "store_packed", "gather_rows"}
     called |= {"load_params", "step", "adjoint", "surrogate_grad"}
-    assert found - called == {f.__name__ for f in KERNELS.values()}
+    called |= {
+        "load_rows",
+        "store_rows",
+        "divide",
+        "operate",
+        "execute",
+        "select",
+        "passed_back",
+        "execute_back",
+    }
+    assert found - called == {f.__name__ for f in (KERNELS | PROGRAM_KERNELS).values()}

@@ -9,6 +9,7 @@ pytest.importorskip("triton.language", reason="the triton extra is not installed
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA or ROCm device and no TRITON_INTERPRET", allow_module_level=True)
 
+from equation_cases import EquationTests
 from layer_cases import RECURRENT, LayerTests, compare
 
 from snn_sparse_plugin.dynamics import NeuronSpec
@@ -40,3 +41,8 @@ class TestGpu(LayerTests):
         before = variants()
         compare(NeuronSpec(), self.inputs(NeuronSpec(), 37, 4, 30, 50), backprop_threshold=None)
         assert variants() == before
+
+
+@pytest.mark.gpu
+class TestGpuEquations(EquationTests):
+    device = "cuda"

@@ -8,9 +8,15 @@ pytest.importorskip("triton.language", reason="the triton extra is not installed
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
+from equation_cases import EquationTests
 from layer_cases import LayerTests
 
 
 @pytest.mark.triton_interpreter
 class TestInterpreter(LayerTests):
+    device = "cpu"
+
+
+@pytest.mark.triton_interpreter
+class TestEquations(EquationTests):
     device = "cpu"

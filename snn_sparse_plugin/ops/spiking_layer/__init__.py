@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import tally
 from ...backends import LayerCall, calls, select
 from ...config import current_config
 from ...dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
@@ -174,8 +175,11 @@ def spiking_layer(
         name=name,
     )
     result, carrier = autograd.apply(call, chosen)
+    ran = tally.current()
+    ran.count("fused")
     if result.saved is not None and result.saved.threshold is None and call.threshold is not None:
         calls["guard", name] += 1  # min_active made this call exact
+        ran.count("guard")
     spikes: Any = result.spikes
     if not spec.spiking:
         spikes = result.mem

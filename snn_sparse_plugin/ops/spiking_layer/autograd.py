@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ... import tally
 from ...backends import Backend, LayerCall, LayerResult, OutputGrads, Saved
 from ...spikes import Active, SpikeTrain
 
@@ -39,6 +40,7 @@ class _SpikingLayer(torch.autograd.Function):
         box.append(result._replace(spikes=None, mem=None, saved=saved))
         train = call.train
         ctx.backend, ctx.threshold, ctx.train_like = backend, saved.threshold, None
+        ctx.ran = tally.current()
         if train is not None:
             ctx.train_like = (train.shape, train.dtype)
         kept: list[Tensor | None] = [getattr(call, name) for name in _LEAVES]
@@ -60,6 +62,7 @@ class _SpikingLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.ran.count("backward")
         kept = ctx.saved_tensors
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))

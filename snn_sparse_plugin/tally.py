@@ -1,0 +1,128 @@
+"""How often neurons ran in sparse mode, and in which way: counted per module and per class.
+
+A count is two dict increments under a lock. What runs inside a compiled graph is not counted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import ref
+
+WAYS = {
+    "fused": "calls of the fused op, each over all steps",
+    "masked": "single steps of upstream's own forward with the gradient masked",
+    "exact": "single steps with the exact gradient: exact mode, a surrogate without a window, or the guard",
+    "guard": "calls that min_active made exact, counted as fused or exact as well",
+    "no_grad": "single steps that wanted no gradient",
+    "backward": "backward passes of fused calls and of masked steps",
+}
+"""The ways of running that are counted."""
+
+_STEPPED = {"masked", "exact", "no_grad"}
+
+
+@dataclass(eq=False)
+class Record:
+    """What one module did: ``calls["fused"]`` and so on, absent where it never did.
+
+    ``reason``: why it does not run fused when it does not.
+    """
+
+    kind: str
+    reason: str = ""
+    calls: dict[str, int] = field(default_factory=dict)
+    module: bool = True  # False: stands for calls outside any module
+
+    def count(self, way: str) -> None:
+        with _lock:
+            of_class = _classes.get(self.kind) or _classes.setdefault(self.kind, ClassRuns())
+            if way not in self.calls and self.module:
+                of_class.modules[way] = of_class.modules.get(way, 0) + 1
+                if way in _STEPPED and not _STEPPED & self.calls.keys():
+                    of_class.reasons[self.reason] = of_class.reasons.get(self.reason, 0) + 1
+            self.calls[way] = self.calls.get(way, 0) + 1
+            of_class.calls[way] = of_class.calls.get(way, 0) + 1
+
+
+@dataclass
+class ClassRuns:
+    """All modules of one class name together, those that are gone included.
+
+    ``calls`` and ``modules`` (how many different ones) are by way of running; ``reasons`` counts the modules
+    that ran step by step by why they did.
+    """
+
+    calls: dict[str, int] = field(default_factory=dict)
+    modules: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: ClassRuns) -> None:
+        """Add what another process counted."""
+        for name, counts in vars(self).items():
+            for key, n in getattr(other, name).items():
+                counts[key] = counts.get(key, 0) + n
+
+
+_lock = threading.Lock()
+_here = threading.local()
+# by id, as a look-up by weak reference would make one at every call; a module that dies takes its entry along
+_records: dict[int, tuple[Record, ref[Any]]] = {}
+_classes: dict[str, ClassRuns] = {}
+_outside = Record("functional", module=False)
+
+
+def of(module: Any, describe: Callable[[Any], str]) -> Record:
+    """The record of a module; ``describe`` gives its reason when the record is made."""
+    found = _records.get(id(module))
+    if found is None:
+        record = Record(type(module).__name__, describe(module))
+        # the callback takes no lock: it may run while this thread holds it
+        entry = record, ref(module, partial(_forget, id(module)))
+        found = _records.setdefault(id(module), entry)
+    return found[0]
+
+
+def _forget(key: int, _: Any, forget: Callable[..., Any] = _records.pop) -> None:
+    forget(key, None)
+
+
+class running:
+    """Inside the block, what runs in this thread is counted on this record."""
+
+    __slots__ = ("before", "record")
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def __enter__(self) -> None:
+        self.before = getattr(_here, "record", None)
+        _here.record = self.record
+
+    def __exit__(self, *_: object) -> None:
+        _here.record = self.before
+
+
+def current() -> Record:
+    """The record of the innermost :class:`running` block, or that of calls outside any module."""
+    return getattr(_here, "record", None) or _outside
+
+
+def by_class() -> dict[str, ClassRuns]:
+    """A copy of the counts of every class that ran, by name; ``"functional"`` is what ran outside any module."""
+    with _lock:
+        return {
+            kind: ClassRuns(dict(runs.calls), dict(runs.modules), dict(runs.reasons))
+            for kind, runs in sorted(_classes.items())
+        }
+
+
+def clear() -> None:
+    """Start again from zero."""
+    with _lock:
+        _classes.clear()
+        for record in [_outside, *(record for record, _ in list(_records.values()))]:
+            record.calls.clear()
