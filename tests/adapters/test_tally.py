@@ -81,7 +81,7 @@ def layers() -> nn.Sequential:
         nn.Linear(6, 5),
         snntorch.Leaky(0.9, init_hidden=True),
         nn.Linear(5, 4),
-        snntorch.Alpha(alpha=0.9, beta=0.8, init_hidden=True, output=True),
+        snntorch.SLSTM(4, 4, init_hidden=True, output=True),
     )
 
 
@@ -94,7 +94,7 @@ class TestWholeNetworks:
         runs = report.runs()
         assert runs["1"] == {"fused": 1, "backward": 1}
         assert runs["3"]["masked"] == 7
-        assert tally.by_class()["Alpha"].reasons == {"Alpha is not in the fused family": 1}
+        assert tally.by_class()["SLSTM"].reasons == {"an LSTM cell makes its membrane": 1}
         assert tally.by_class()["Leaky"].reasons == {}
 
     def test_fused_guard(self):
@@ -104,7 +104,8 @@ class TestWholeNetworks:
         assert report.runs() == {"1": {"fused": 1, "guard": 1, "backward": 1}}
 
     def test_norse_sequence(self):
-        net = norse.SequentialState(nn.Linear(6, 5), norse.LIF(), norse.Lift(nn.Linear(5, 4)), norse.LSNN())
+        last = norse.LSNN(record_states=True)
+        net = norse.SequentialState(nn.Linear(6, 5), norse.LIF(), norse.Lift(nn.Linear(5, 4)), last)
         report = sparsify(net, **WINDOW)
         net(torch.rand(7, 2, 6))[0].sum().backward()
         runs = report.runs()
