@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-upstream lint format typecheck bench clean
+.PHONY: help demo test test-slow test-upstream lint format typecheck bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARG
 test: $(VENV)/.test  ## run all tests (ARGS="-k data …" goes to the main run)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels -m triton_interpreter
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.test  ## run the exhaustive sweeps that `test` leaves out (ARGS="-k compile …")
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-upstream: $(VENV)/.upstream  ## run Norse's own test suite, without and with sparse mode (ARGS=auto for another mode)
 	$(BIN)/python tests/upstream/run_norse_suite.py $(ARGS)

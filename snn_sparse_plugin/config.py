@@ -22,9 +22,11 @@ class SparseConfig:
             [Perez-Nieves & Goodman 2021, Def. 1], in units of the membrane. ``"auto"`` takes the distance
             outside which at most 5 % of the surrogate's area lies; ``None`` is exact mode: nothing is cut.
         backend: ``"auto"``, or the name of a registered backend (``snn-sparse plugins`` lists them).
-        min_active: a call in which a smaller fraction of the layer's neuron-steps is active runs with the exact
-            surrogate, so that a window cannot silence a layer. A call is one step of a loop, or all steps of a fused
-            layer, so that gradients of the two can differ where the guard acts. 0 turns it off.
+        min_active: the guard that keeps a window from silencing what has to learn; 0 turns it off. A fused layer in
+            which a smaller fraction of the neuron-steps is active runs with the exact surrogate, and so does the last
+            layer of a network, where a window would silence single classes. In a step loop a neuron that is active
+            in a smaller fraction of the samples keeps its gradient at that step, so that gradients of a loop and of
+            a fused network can differ where the guard acts.
         fuse_time: run sequence modules and :func:`snn_sparse_plugin.unroll` as one fused op over all steps.
             ``False`` steps through upstream's own code with the masked gradient.
         check: also make checks that cost a pass over the data (finite inputs and weights on every path).

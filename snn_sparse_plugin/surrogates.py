@@ -192,8 +192,11 @@ class _MaskedSpike(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, spikes: Tensor, surrogate: Surrogate, threshold: float, min_active: float
     ) -> Tensor:
-        active = (x.abs() < threshold).flatten().nonzero().squeeze(1)
-        ctx.exact = active.numel() < min_active * x.numel()
+        near = x.abs() < threshold
+        keep = _kept(near, min_active)
+        active = keep.flatten().nonzero().squeeze(1)
+        # every neuron is kept, and not because every one is near
+        ctx.exact = active.numel() == x.numel() and not bool(near.all())
         ctx.surrogate, ctx.shape, ctx.ran = surrogate, x.shape, tally.current()
         ctx.ran.count("exact" if ctx.exact else "masked")
         if ctx.exact:
@@ -225,9 +228,18 @@ def blocked_spike(
     """:func:`masked_spike` with upstream's own gradient, blocked where no neuron is active: all shapes static."""
     if threshold is None:
         return function(x)
-    near = x.detach().abs() < threshold
-    keep = near | (near.sum() < min_active * near.numel())
+    keep = _kept(x.detach().abs() < threshold, min_active)
     return function(torch.where(keep, x, x.detach()))
+
+
+def _kept(near: Tensor, min_active: float) -> Tensor:
+    """Which elements keep their gradient: those near threshold, and whole neurons that the window would silence.
+
+    A neuron is active in a fraction of its samples (dimension 0); without samples the layer counts as one.
+    """
+    if near.dim() < 2:
+        return near | (near.sum() < min_active * near.numel())
+    return near | (near.sum(0) < min_active * near.shape[0])
 
 
 def masked_spike(
@@ -244,10 +256,11 @@ def masked_spike(
         function: upstream's spike function; it alone makes the spikes, so dtype and values are upstream's.
         surrogate: the surrogate recognised from ``function``; its gradient is evaluated at active elements only.
         threshold: the window B_th; None is exact and returns ``function(x)`` itself.
-        min_active: below this active fraction the call is exact.
+        min_active: a neuron that is active in a smaller fraction of the samples (dimension 0) keeps its gradient.
     """
     wants_grad = torch.is_grad_enabled() and x.requires_grad
-    if threshold is None or not wants_grad:
+    if threshold is None or not wants_grad or surrogate.kind == "zero":
+        # spikes of a disabled surrogate stay outside the graph, as upstream's
         tally.current().count("exact" if wants_grad else "no_grad")
         return function(x)
     if surrogate.kind == "custom":  # its gradient may depend on where an element stands

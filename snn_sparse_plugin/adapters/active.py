@@ -94,7 +94,7 @@ def spike_in_graph(
     They are taken when the graph is traced; it is traced again when what is in force changes.
     """
     mark = getattr(module, MARK, None)
-    if mark is None and not _in_force:
+    if (mark is None and not _in_force) or not (torch.is_grad_enabled() and x.requires_grad):
         return function(x)
     overrides = None if mark is None else tuple(mark.overrides.items())
     threshold, min_active = _traced_window(function, recognise, overrides)
@@ -109,7 +109,10 @@ def _traced_window(
     config = active_config() if overrides is None else current_config().updated(**dict(overrides))
     if config is None:  # another thread's mode is what is in force
         return None, 0.0
-    return recognise(function).resolve(config.backprop_threshold), config.min_active
+    surrogate = recognise(function)
+    # without a gradient there is nothing to mask, and an exported graph stays upstream's
+    window = None if surrogate.kind == "zero" else surrogate.resolve(config.backprop_threshold)
+    return window, config.min_active
 
 
 # what torch.compiler.assume_constant_result does, but without importing the compiler (and Triton)

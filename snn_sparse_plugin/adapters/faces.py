@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -32,10 +32,19 @@ def import_upstream(package: str, extra: str) -> ModuleType:
     return module
 
 
-def sparse_class(upstream: type, face: str) -> type:
-    """A subclass of the same name whose instances are always sparse."""
+def sparse_class(upstream: type, face: str, *bases: type) -> type:
+    """A subclass of the same name whose instances are always sparse; ``bases`` come behind the original."""
     namespace = {"__doc__": upstream.__doc__, "__module__": face, "__qualname__": upstream.__qualname__}
-    return type(upstream)(upstream.__name__, (upstream,), namespace | {MARK: Mark()})
+    return type(upstream)(upstream.__name__, (upstream, *bases), namespace | {MARK: Mark()})
+
+
+def sparse_classes(upstream: Iterable[type], face: str) -> list[type]:
+    """:func:`sparse_class` of each; where one original derives from another, so do the sparse ones."""
+    made: dict[type, type] = {}
+    for cls in sorted(upstream, key=lambda cls: len(cls.__mro__)):
+        parent = next((made[base] for base in cls.__mro__ if base in made), None)
+        made[cls] = sparse_class(cls, face, *([] if parent is None else [parent]))
+    return list(made.values())
 
 
 @contextmanager

@@ -322,9 +322,10 @@ class _MaskedAttribute:
     def __get__(self, module: Any | None, owner: type | None = None) -> Any:
         if module is None:
             return self
-        if "spike_grad" not in vars(module):  # a spike function that is a module lives in _modules
+        attributes = vars(module)  # a spike function that is a module lives in _modules
+        function = attributes.get("spike_grad") or attributes.get("_modules", {}).get("spike_grad")
+        if function is None:
             raise AttributeError("spike_grad")
-        function = vars(module)["spike_grad"]
         if torch.compiler.is_compiling():
             return partial(spike_in_graph, module=module, function=function, recognise=recognise)
         config = config_of(module)

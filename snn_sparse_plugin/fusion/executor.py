@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Neuron, config_of, has_hooks, running
 from ..config import current_config
+from ..dynamics import NeuronState
 from ..errors import InputError
 from ..ops import spiking_layer
 from ..spikes import SpikeTrain
@@ -45,7 +46,7 @@ def run(
         found = None
         if neuron is not None:
             name = layer.label if linear is None else f"{layers[index - 1].name}→{layer.name}"
-            call = _FusedCall(layer, neuron, linear, name, states[index], per_step)
+            call = _FusedCall(layer, neuron, linear, name, states[index], per_step, last)
             as_events = events if last else _takes_events(layers, neurons, index + 1, per_step)
             found = call.run(passed.flow, as_events, want_mem and last)
         if found is None:
@@ -135,6 +136,7 @@ class _FusedCall:
     name: str
     state: Any
     per_step: bool
+    last: bool = False
 
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
@@ -167,6 +169,9 @@ class _FusedCall:
         if not _same_dtype(template, states + neuron.values) or _widens(states, (B, *features)):
             return None
         config = config_of(module)
+        if self.last and config is not None and config.min_active > 0:
+            # the fraction that min_active looks at does not notice a single class that fell silent
+            config = config.updated(backprop_threshold=None)
         with running(module):
             out = spiking_layer(
                 flow,
@@ -183,10 +188,17 @@ class _FusedCall:
                 name=self.name,
                 **(vars(config) if config is not None else {}),
             )
-        spikes = out.spikes if neuron.scale is None else out.spikes * neuron.scale
+        spikes, ended = out.spikes, out.state
+        if neuron.spec.spiking and neuron.surrogate.kind == "zero":
+            # upstream's spikes have no gradient then: parameters behind them get None, not zeros
+            spikes = spikes.detach()
+            if isinstance(ended, NeuronState) and ended.spikes is not None:
+                ended = ended._replace(spikes=ended.spikes.detach())
+        if neuron.scale is not None:
+            spikes = spikes * neuron.scale
         # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then
         moved = T > 0 or not self.per_step
-        state = adapter.final_state(module, out.state, initial) if moved else self.state
+        state = adapter.final_state(module, ended, initial) if moved else self.state
         return Passed(spikes, out.mem, state)
 
 

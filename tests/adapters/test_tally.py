@@ -98,7 +98,7 @@ class TestWholeNetworks:
         assert tally.by_class()["Leaky"].reasons == {}
 
     def test_fused_guard(self):
-        net = layers()[:2]
+        net = nn.Sequential(*layers()[:2], nn.Linear(5, 3))
         report = sparsify(net, backprop_threshold=1e-9, min_active=1)
         ssp.unroll(net, torch.rand(7, 2, 6))[0].sum().backward()
         assert report.runs() == {"1": {"fused": 1, "guard": 1, "backward": 1}}

@@ -557,9 +557,9 @@ class TestModes:
 
     def test_an_event_output_of_a_stepped_neuron_carries_the_gradient(self):
         net, x = leaky_net(), spikes(12, 3, 30)
-        dense = torch.autograd.grad(unroll(net, x).spikes.square().sum(), net[0].weight)[0]
+        dense = torch.autograd.grad(unroll(net, x, min_active=0).spikes.square().sum(), net[0].weight)[0]
         utils.reset(net)
-        train = unroll(net, x, events=True, fuse_time=False).spikes
+        train = unroll(net, x, events=True, fuse_time=False, min_active=0).spikes
         assert relative(torch.autograd.grad(train.to_dense().square().sum(), net[0].weight)[0], dense) < 1e-5
 
 
@@ -587,6 +587,47 @@ def test_a_neuron_at_two_places_shares_its_membrane(wrapped):
     assert torch.equal(out.spikes, expected)
     assert torch.equal(out.mem, mem)
     assert torch.equal(neuron.mem, twin[1].mem)
+
+
+def test_the_last_layer_is_exact_while_the_guard_is_on():
+    net, x, grads = leaky_net(), spikes(12, 3, 30), {}
+    windows = {"exact": None, "guarded": 0.15, "bare": 0.15}
+    for name, window in windows.items():
+        utils.reset(net)
+        ssp.sparsify(net[1], backprop_threshold=None)
+        ssp.sparsify(net[3], backprop_threshold=window, min_active=0 if name == "bare" else 0.01)
+        grads[name] = torch.autograd.grad(unroll(net, x).spikes.sum(), net[2].weight)[0]
+    assert not any(kind == "guard" for kind, _ in calls)  # many neurons are active
+    assert relative(grads["guarded"], grads["exact"]) < 1e-5
+    assert relative(grads["bare"], grads["exact"]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["Leaky", "RSynaptic"])
+def test_a_disabled_surrogate_stops_the_gradient_as_upstreams_does(name):
+    net, x = two_layers(CLASSES[name], spike_grad=None, surrogate_disable=True), spikes(12, 3, 30)
+    twin = copy.deepcopy(net)
+    expected, expected_mem = snntorch_loop(twin, x)
+    out = unroll(net, x)
+    assert forwards() == 2
+    assert torch.equal(out.spikes, expected)
+    assert out.spikes.requires_grad == expected.requires_grad is False
+    out.mem.square().sum().backward()
+    expected_mem.square().sum().backward()
+    assert net[0].weight.grad is None
+    assert worst((p.grad for p in net.parameters()), (p.grad for p in twin.parameters())) < 1e-5
+    hidden = (
+        (a.mem.requires_grad, getattr(a, "spk", a.mem).requires_grad) for n in (net, twin) for a in n[1::2]
+    )
+    hidden = list(hidden)
+    assert hidden[:2] == hidden[2:]
+
+
+def test_a_silent_neuron_of_a_step_loop_keeps_its_gradient():
+    x = torch.tensor([[0.9, -3.0, -3.0], [-3.0, -3.0, 0.9]]).requires_grad_()
+    for least, expected in ((0.01, [[1, 1, 0], [0, 1, 1]]), (0, [[1, 0, 0], [0, 0, 1]])):
+        with ssp.sparse_mode(backprop_threshold=0.2, min_active=least):
+            spk, _ = snntorch.Leaky(0.9)(x, torch.zeros(2, 3))
+        assert (torch.autograd.grad(spk.sum(), x)[0] != 0).int().tolist() == expected
 
 
 def test_a_silent_layer_learns_thanks_to_min_active():
