@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import SparseConfig
     from .dynamics import NeuronParams, NeuronSpec, NeuronState
+    from .equations import Equations
     from .errors import ConfigError, InputError, MissingDependencyError, SparsePluginError, UnsupportedError
     from .fusion.sequence import unroll
     from .mode import SparsityReport, restore, sparse_mode, sparsify
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Loaded on first use: pytest imports our plugin, so this package, in every project of the environment.
 _HOMES = {
     "ConfigError": "errors",
+    "Equations": "equations",
     "InputError": "errors",
     "MissingDependencyError": "errors",
     "NeuronParams": "dynamics",
@@ -39,6 +41,7 @@ _MODULES = {*_HOMES.values(), "adapters", "backends", "fusion", "ops", "registry
 
 __all__ = [
     "ConfigError",
+    "Equations",
     "InputError",
     "MissingDependencyError",
     "NeuronParams",

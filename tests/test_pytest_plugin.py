@@ -38,7 +38,8 @@ SNNTORCH = """
         assert found == {MASKED}, found
 
     def test_a_neuron_outside_the_family():
-        snntorch.Lapicque(beta=0.9, state_quant=lambda x: x * 1.0)(torch.randn(4, 200, requires_grad=True), torch.zeros(4, 200))
+        neuron = snntorch.Lapicque(beta=0.9, state_quant=lambda x: x * 1.0)
+        neuron(torch.randn(4, 200, requires_grad=True), torch.zeros(4, 200))
 """
 
 NORSE = """
