@@ -20,7 +20,7 @@ demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARG
 
 # Triton's interpreter is switched on by the environment, for a whole process
 test: $(VENV)/.test  ## run all tests (ARGS="-k data …" goes to the main run)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels -m triton_interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels tests/adapters/test_every_*.py -m triton_interpreter
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/.test  ## run the exhaustive sweeps that `test` leaves out (ARGS="-k compile …")

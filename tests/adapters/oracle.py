@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+# in Triton's interpreter, a process of its own, the matrices of neurons and backends run on triton alone
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+STEPS, SAMPLES = (10, 2) if INTERPRETING else (40, 3)
+BACKENDS = (
+    [pytest.param("triton", marks=pytest.mark.triton_interpreter)] if INTERPRETING else ["cpu", "reference"]
+)
 
 
 def on_grid(net: nn.Module, scale: float = 4.0) -> nn.Module:

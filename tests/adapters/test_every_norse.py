@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import on_grid, relative, spikes
+from oracle import BACKENDS, INTERPRETING, SAMPLES, STEPS, on_grid, relative, spikes
 from torch import nn
 
 norse = pytest.importorskip("norse.torch")
@@ -15,7 +15,8 @@ norse = pytest.importorskip("norse.torch")
 import snn_sparse_plugin as ssp  # noqa: E402
 from snn_sparse_plugin.adapters import adapter_of  # noqa: E402
 
-M, N, T, B = 12, 9, 40, 3
+M, N, T, B = 12, 9, STEPS, SAMPLES
+DTYPES = [torch.float32] if INTERPRETING else [torch.float32, torch.float64]
 # rows of the upstream library that have a fused form, by what they are built from
 FEED_FORWARD = (
     *("LIF", "LIFCell", "LIFEx", "LIFExCell", "LIFAdEx", "LIFAdExCell", "LIFBoxCell", "IAF", "IAFCell"),
@@ -95,15 +96,16 @@ def flat(state: Any) -> list[torch.Tensor]:
     return [] if state is None else [t for part in state for t in flat(part)]
 
 
-def run(name: str, window: float | None, ours: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+def run(name: str, window: float | None, backend: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Outputs, states and gradients: fused on a backend, or (None) upstream's own steps."""
     net, leaves = build(name, dtype)
     leaves = leaves + list(net.parameters())
     neuron = net[1] if isinstance(net, norse.SequentialState) else net
     sequence = adapter_of(neuron).takes_sequence(neuron)
     x = spikes(T, B, M, density=0.3).to(dtype)
     options: dict[str, Any] = {"backprop_threshold": window, "min_active": 0.0}
-    if ours:
-        out, _, state = ssp.unroll(net, x, **options)
+    if backend is not None:
+        out, _, state = ssp.unroll(net, x, backend=backend, **options)
         state = state if isinstance(net, norse.SequentialState) else state[0]
     else:  # upstream's own steps; with a window each of its thresholds is masked, which has its own tests
         with ssp.sparse_mode(fuse_time=False, **options):
@@ -115,15 +117,16 @@ def run(name: str, window: float | None, ours: bool, dtype: torch.dtype) -> tupl
     return out.detach(), flat(state), grads
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 0.3], ids=["exact", "window"])
 @pytest.mark.parametrize("name", [*FEED_FORWARD, *RECURRENT, *IZHIKEVICH])
-def test_fused_equals_upstream(name, window, dtype, counted):
-    expected = run(name, window, False, dtype)
-    assert counted["cpu", "forward"] == 0
-    actual = run(name, window, True, dtype)
-    assert counted["cpu", "forward"] == 1  # the whole sequence in one call
-    assert counted["cpu", "backward"] == 1
+def test_fused_equals_upstream(name, window, dtype, backend, counted):
+    expected = run(name, window, None, dtype)
+    assert not counted
+    actual = run(name, window, backend, dtype)
+    assert counted[backend, "forward"] == 1  # the whole sequence in one call
+    assert counted[backend, "backward"] == 1
     assert torch.isfinite(expected[0]).all()
     readout = name.startswith("LI") and not name.startswith("LIF")
     assert readout or 0.01 < float(expected[0].mean()) < 0.9
