@@ -1,8 +1,7 @@
 """Norse, sparse: ``import snn_sparse_plugin.norse as norse`` instead of ``import norse.torch as norse``.
 
-Every name of ``norse.torch`` is here; the LIF, LIFBox, IAF and LI families and ``SequentialState`` are
-subclasses of the originals that are always sparse, with the options of the enclosing ``sparse_mode``, or the
-defaults. Other neurons are sparse inside ``sparse_mode`` only, as the originals are.
+Every name of ``norse.torch`` is here; its neurons and ``SequentialState`` are subclasses of the originals that are
+always sparse, with the options of the enclosing ``sparse_mode``, or the defaults.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapters.faces import as_upstream, import_upstream, passthrough, sparse_class
+from .adapters.faces import as_upstream, import_upstream, passthrough, sparse_classes
 
 _upstream = import_upstream("norse.torch", "norse")
 
@@ -19,13 +18,40 @@ __all__ = [
     "IAF",
     "LI",
     "LIF",
+    "LSNN",
+    "CobaLIFCell",
     "IAFCell",
+    "Izhikevich",
+    "IzhikevichCell",
+    "IzhikevichRecurrent",
+    "IzhikevichRecurrentCell",
+    "LIBoxCell",
     "LICell",
+    "LIFAdEx",
+    "LIFAdExCell",
+    "LIFAdExRecurrent",
+    "LIFAdExRecurrentCell",
+    "LIFAdExRefracCell",
+    "LIFAdExRefracRecurrent",
+    "LIFAdExRefracRecurrentCell",
     "LIFBoxCell",
     "LIFCell",
+    "LIFCorrelation",
+    "LIFEx",
+    "LIFExCell",
+    "LIFExRecurrent",
+    "LIFExRecurrentCell",
+    "LIFMCRecurrentCell",
+    "LIFMCRefracRecurrentCell",
     "LIFRecurrent",
     "LIFRecurrentCell",
+    "LIFRefracCell",
+    "LIFRefracRecurrent",
+    "LIFRefracRecurrentCell",
     "LILinearCell",
+    "LSNNCell",
+    "LSNNRecurrent",
+    "LSNNRecurrentCell",
     "SequentialState",
     "to_nir",
 ]
@@ -35,19 +61,47 @@ if TYPE_CHECKING:
         IAF,
         LI,
         LIF,
+        LSNN,
+        CobaLIFCell,
         IAFCell,
+        Izhikevich,
+        IzhikevichCell,
+        IzhikevichRecurrent,
+        IzhikevichRecurrentCell,
+        LIBoxCell,
         LICell,
+        LIFAdEx,
+        LIFAdExCell,
+        LIFAdExRecurrent,
+        LIFAdExRecurrentCell,
+        LIFAdExRefracCell,
+        LIFAdExRefracRecurrent,
+        LIFAdExRefracRecurrentCell,
         LIFBoxCell,
         LIFCell,
+        LIFCorrelation,
+        LIFEx,
+        LIFExCell,
+        LIFExRecurrent,
+        LIFExRecurrentCell,
+        LIFMCRecurrentCell,
+        LIFMCRefracRecurrentCell,
         LIFRecurrent,
         LIFRecurrentCell,
+        LIFRefracCell,
+        LIFRefracRecurrent,
+        LIFRefracRecurrentCell,
         LILinearCell,
+        LSNNCell,
+        LSNNRecurrent,
+        LSNNRecurrentCell,
         SequentialState,
     )
 else:
-    globals().update(
-        (_name, sparse_class(getattr(_upstream, _name), __name__)) for _name in __all__ if _name != "to_nir"
-    )
+    # other versions of Norse lack some of them
+    _found = [getattr(_upstream, name) for name in __all__ if name != "to_nir" and hasattr(_upstream, name)]
+    for _class in sparse_classes(_found, __name__):
+        globals()[_class.__name__] = _class
 
 
 def to_nir(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
