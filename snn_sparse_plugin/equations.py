@@ -19,7 +19,9 @@ from torch import Tensor
 from .errors import ConfigError
 
 OPS = ("add", "sub", "mul", "div", "neg", "exp", "log", "relu", "abs", "spike", "above", "detach", "copy")
-_BINARY: dict[type, str] = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
+BINARY = ("add", "sub", "mul", "div")
+_NO_GRADIENT = ("above", "detach")
+_SYMBOLS: dict[type, str] = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
 _UNARY = ("exp", "log", "relu", "abs", "spike", "above", "detach")
 _INPUTS = ("x", "rec")
 
@@ -51,6 +53,25 @@ class Program(NamedTuple):
     @property
     def first_param(self) -> int:
         return len(self.states) + 2
+
+    @property
+    def direct(self) -> bool:
+        """Whether the output is the spike at the site: then its gradient matters only where the site is active."""
+        return any(op.kind == "spike" and (op.out, op.a) == (self.spikes, self.site) for op in self.ops)
+
+    def passes(self, params_grad: bool) -> list[tuple[bool, bool]]:
+        """For every op, whether a gradient goes on to its first and its second operand."""
+        varies = {*range(len(self.states) + 1)}  # the states and x; rec shares the gradient of x
+        if params_grad:
+            varies |= {self.first_param + k for k in range(len(self.params))}
+        found = []
+        for kind, out, a, b in self.ops:
+            to_a = kind not in _NO_GRADIENT and a in varies
+            to_b = kind in BINARY and b in varies
+            if to_a or to_b:
+                varies.add(out)
+            found.append((to_a, to_b))
+        return found
 
 
 @dataclass(frozen=True)
@@ -84,10 +105,11 @@ class Equations:
     membrane: str = "v"
 
     def __post_init__(self) -> None:
+        names = self.states if isinstance(self.states, tuple) else ()
+        if not names or len(set(names)) < len(names) or not all(map(_is_name, names)):
+            raise ConfigError(f"states must be a tuple of different names, got {self.states!r}.")
         if self.membrane not in self.states:
             raise ConfigError(f"membrane {self.membrane!r} is none of the states {self.states}.")
-        if set(self.states) & {*_INPUTS, "s"}:
-            raise ConfigError("a state cannot be called x, rec or s.")
         _ = self.program  # wrong text is found here, not at the first step
 
     @cached_property
@@ -97,6 +119,10 @@ class Equations:
     @property
     def spiking(self) -> bool:
         return self.program.spikes is not None
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.isidentifier() and name not in (*_INPUTS, *_UNARY, "s")
 
 
 class _Compiler:
@@ -153,20 +179,40 @@ class _Compiler:
             # the value of another state is copied first: all states advance at once
             if self.values[name] < len(self.equations.states) and self.values[name] != k:
                 self.values[name] = self._emit("copy", self.values[name])
-        ops = tuple(Op(kind, out, a, b) for (kind, a, b), out in self.ops.items())
+        if "s" in self.values and not self._is_binary(self.values["s"]):
+            raise ConfigError("s must be 0 or 1: a spike(...), or a product of spikes and of 1 - spike(...).")
+        wanted = [self.values[name] for name in self.equations.states]
+        if "s" in self.values:
+            wanted.append(self.values["s"])
+        place = self._live(wanted)
+        ops = tuple(
+            Op(kind, place[out], place[a], place[b]) for (kind, a, b), out in self.ops.items() if out in place
+        )
         sites = [op.a for op in ops if op.kind == "spike"]
-        if ("s" in self.values) != bool(sites):
+        fires = any(kind == "spike" for kind, _, _ in self.ops)
+        if not ("s" in self.values) == fires == bool(sites):
             raise ConfigError("a neuron that spikes assigns s, from spike(...); a readout has neither.")
-        results = tuple(self.values[name] for name in self.equations.states)
+        results = [place[register] for register in wanted]
+        count = len(self.equations.states)
         return Program(
             ops,
             self.equations.states,
             self.params,
             self.constants,
-            results,
-            self.values.get("s"),
+            tuple(results[:count]),
+            results[count] if sites else None,
             sites[0] if sites else None,
         )
+
+    def _live(self, wanted: list[int]) -> dict[int, int]:
+        """New numbers for the registers without those that nothing reads."""
+        live = set(wanted)
+        for (_, a, b), out in reversed(self.ops.items()):
+            if out in live:
+                live |= {a, b}
+        leaves = self.next - len(self.ops)
+        kept = [*range(leaves), *(out for out in self.ops.values() if out in live)]
+        return {register: k for k, register in enumerate(kept)}
 
     def _expression(self, node: ast.expr) -> int:
         if isinstance(node, ast.Name):
@@ -175,9 +221,9 @@ class _Compiler:
             return self.values[node.id]
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
             return self.numbers[float(node.value)]
-        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        if isinstance(node, ast.BinOp) and type(node.op) in _SYMBOLS:
             return self._emit(
-                _BINARY[type(node.op)], self._expression(node.left), self._expression(node.right)
+                _SYMBOLS[type(node.op)], self._expression(node.left), self._expression(node.right)
             )
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return self._emit("neg", self._expression(node.operand))
@@ -198,22 +244,36 @@ class _Compiler:
             self.next += 1
         return self.ops[key]
 
+    def _is_binary(self, register: int) -> bool:
+        """Whether a register is 0 or 1 by construction: what may leave as events."""
+        kind, a, b = next((key for key, out in self.ops.items() if out == register), ("", -1, -1))
+        if kind in ("spike", "above"):
+            return True
+        if kind in ("detach", "copy"):
+            return self._is_binary(a)
+        if kind == "sub":
+            return a == self.numbers.get(1.0) and self._is_binary(b)
+        return kind == "mul" and self._is_binary(a) and self._is_binary(b)
+
     def _check_inputs(self) -> None:
         # one gradient, dE/dx, then serves the input and the recurrent weights alike
         x, rec = (self.values[name] for name in _INPUTS)
-        uses = [op for op in (Op(k, o, a, b) for (k, a, b), o in self.ops.items()) if rec in (op.a, op.b)]
-        if not uses:
+        of_rec, of_x = self._readers(rec), self._readers(x)
+        if not of_rec:
             return
-        before = {out: key for key, out in self.ops.items()}
-        if len(uses) == 1 and uses[0].kind == "add" and uses[0].b == rec:
-            total = uses[0].a
-            readers = [key for key in self.ops if total in key[1:]]
-            of_x = [key for key in self.ops if x in key[1:]]
-            joined = total == x or of_x == [before.get(total)]
+        if len(of_rec) == 1 and of_rec[0][0] == "add" and of_rec[0][2] == rec:
+            total = of_rec[0][1]  # x itself, or a sum whose only use of x is this one
+            of_total = self._readers(total)
             kept = {self.values[name] for name in self.equations.states} & {x, rec, total}
-            if len(readers) == 1 and not kept and joined and (total == x or of_x[0][0] == "add"):
+            made = next((key for key, out in self.ops.items() if out == total), None)
+            joined = total == x or (made is not None and made[0] == "add" and of_x == [made])
+            if len(of_total) == 1 and not kept and joined:
                 return
         raise ConfigError("x and rec must each be used once, one right after the other: `... + x + rec`.")
+
+    def _readers(self, register: int) -> list[tuple[str, int, int]]:
+        """The ops that read a register, once for every time they do."""
+        return [key for key in self.ops for k in (key[1:] if key[0] in BINARY else key[1:2]) if k == register]
 
     def _error(self, node: ast.stmt | ast.expr, what: str) -> ConfigError:
         return ConfigError(f"equations: {what}, in: {ast.unparse(node)}")
@@ -247,7 +307,7 @@ def step(
         assert p is not None
         if q is None:  # no recurrence: nothing is added, not even a zero
             values.append(p)
-        elif kind in ("add", "sub", "mul", "div"):
+        elif kind in BINARY:
             values.append(getattr(torch, kind)(p, q))
         else:
             values.append(spike(p) if kind == "spike" else _UNARY_TORCH[kind](p))

@@ -18,18 +18,11 @@ from .spiking_layer import Backward, Forward, _blocks, _flat, _grid, _input, _sy
 @cache
 def encoded(program: Program, params_grad: bool) -> tuple[tuple, tuple]:
     """The program for ``execute`` and, register by register from the last, its uses for ``execute_back``."""
-    varies = {*range(len(program.states) + 1)}
-    if params_grad:
-        varies |= {program.first_param + k for k in range(len(program.params))}
     uses: dict[int, list[tuple]] = {}
     last = program.registers - 1
-    for kind, out, a, b in program.ops:
-        if kind in ("above", "detach"):
-            continue
-        binary = kind in ("add", "sub", "mul", "div")
-        for second, register in enumerate((a, b) if binary else (a,)):
-            if register in varies:
-                varies.add(out)
+    for (kind, out, a, b), flags in zip(program.ops, program.passes(params_grad), strict=True):
+        for second, (register, wanted) in enumerate(zip((a, b), flags, strict=True)):
+            if wanted:
                 uses.setdefault(register, []).append((kind, bool(second), last - out, a, b, out))
     backward = tuple(
         (

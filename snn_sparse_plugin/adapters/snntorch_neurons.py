@@ -11,11 +11,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
-from . import Example
+from . import Example, has_hooks
 
 _ALPHA = """
 r = above(mem - threshold)
@@ -74,10 +74,6 @@ def lapicque(module: Any, reset: str) -> Parts | str:
         "decay": 1 - module.time_step / rc,
         "threshold": module.threshold,
     }
-    if reset == "none":
-        # the reset R is computed upstream, but nothing reads it
-        text = _LAPICQUE.replace("r = above(mem - threshold)\n", "")
-        return {"spec": _equations(text + _LAPICQUE_RESETS[reset] + _FIRE, "mem"), "params": params}
     return {"spec": _equations(_LAPICQUE + _LAPICQUE_RESETS[reset] + _FIRE, "mem"), "params": params}
 
 
@@ -99,6 +95,8 @@ def state(module: Any) -> Parts | str:
     }
     linear = getattr(module, "linear", None)
     if linear is not None:
+        if type(linear).forward is not nn.Linear.forward or has_hooks(linear):
+            return "its linear layer was replaced or has hooks"
         parts |= {"input_weight": linear.weight, "input_bias": linear.bias}
     return parts
 
@@ -106,14 +104,15 @@ def state(module: Any) -> Parts | str:
 def parallel(module: Any) -> Parts | str:
     """LeakyParallel: a ReLU RNN whose recurrent matrix is diagonal unless the user made it dense."""
     rnn = module.rnn
+    plain = type(rnn) is nn.RNN and (rnn.nonlinearity, rnn.num_layers) == ("relu", 1)
+    if not plain or rnn.bidirectional or rnn.batch_first or has_hooks(rnn):
+        return "its RNN was replaced or has hooks"
     weight: Tensor = rnn.weight_hh_l0
     diagonal = weight.diagonal()
     if weight.requires_grad and not weight._backward_hooks:
         return "its recurrent matrix is learned as a whole (weight_hh_enable)"
     if not torch.equal(weight.detach(), diagonal.detach().diag_embed()):
         return "its recurrent matrix is not diagonal"
-    if rnn.num_layers != 1 or rnn.bidirectional or rnn.batch_first:
-        return "its RNN was replaced"
     parts: Parts = {
         "spec": _equations(_PARALLEL, "mem"),
         "params": {"beta": diagonal, "threshold": module.threshold},

@@ -62,6 +62,14 @@ class LayerCall:
     save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
 
 
+def keeps_active(call: LayerCall) -> bool:
+    """Whether a list of active entries says all that a gradient of the output needs.
+
+    Not where equations make the output of more than the spike that the window looks at.
+    """
+    return not isinstance(call.spec, Equations) or call.spec.program.direct
+
+
 class Saved(NamedTuple):
     """What a forward keeps for its backward.
 

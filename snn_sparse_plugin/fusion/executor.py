@@ -194,6 +194,8 @@ class _FusedCall:
             spikes = spikes.detach()
             if isinstance(ended, NeuronState) and ended.spikes is not None:
                 ended = ended._replace(spikes=ended.spikes.detach())
+            elif isinstance(ended, dict) and "spikes" in ended:
+                ended = {**ended, "spikes": ended["spikes"].detach()}
         if neuron.scale is not None:
             spikes = spikes * neuron.scale
         # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then

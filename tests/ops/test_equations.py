@@ -54,6 +54,9 @@ def test_equations_of_leaky_are_leaky():
         ("v = x * rec\ns = spike(v)", "right after"),
         ("v = x + rec + rec\ns = spike(v)", "right after"),
         ("v = x + rec\ns = spike(v - x)", "right after"),
+        ("v = x + x + rec\ns = spike(v)", "right after"),
+        ("v = x\ns = spike(v) * 2", "0 or 1"),
+        ("v = x\ns = 1 - v * spike(v)", "0 or 1"),
     ],
 )
 def test_wrong_text(text, message):
@@ -64,8 +67,14 @@ def test_wrong_text(text, message):
 def test_wrong_states():
     with pytest.raises(ConfigError, match="none of the states"):
         Equations("u = x", ("u",))
-    with pytest.raises(ConfigError, match="cannot be called"):
-        Equations("x = x", ("x",), membrane="x")
+    for states in ("v", ["v"], ("v", "v"), ("v", "x"), ("v", "exp"), ()):
+        with pytest.raises(ConfigError, match="tuple of different names"):
+            Equations("v = x", states)
+
+
+def test_what_nothing_reads_is_dropped():
+    lean = Equations("v = x", ("v",))
+    assert Equations("r = above(v - p)\nu = exp(v)\nv = x", ("v",)).program.ops == lean.program.ops == ()
 
 
 def test_wrong_calls():
@@ -116,6 +125,71 @@ def test_overflow_is_told():
     grows = Equations("v = v * exp(v) + x\ns = spike(v - 1)", ("v",))
     with pytest.raises(InputError, match="NaN or infinite"):
         spiking_layer(torch.full((30, 1, 4), 5.0), spec=grows, params={})
+
+
+REFRACTORY = Equations(
+    """
+    u = beta * v + x
+    z = spike(u - threshold)
+    m = spike(rho)
+    s = (1 - m) * z
+    v = (1 - m) * (u - z * threshold) + m * v
+    rho = (1 - s) * relu(rho - m) + s * 2
+    """,
+    ("v", "rho"),
+)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("events", [False, True])
+def test_spikes_that_enter_another_layer(events, backend):
+    """The gradient of an output that is more than one spike is needed wherever any of them is in its window."""
+
+    def run(backend, events):
+        torch.manual_seed(3)
+        x = spikes(30, 3, 12, p=0.3).double()
+        first = torch.randn(20, 12, dtype=torch.float64).requires_grad_()
+        second = torch.randn(5, 20, dtype=torch.float64).requires_grad_()
+        options = {"backprop_threshold": 0.4, "min_active": 0.0, "surrogate": SURROGATE, "backend": backend}
+        params = {"beta": 0.9, "threshold": 1.0}
+        hidden = spiking_layer(x, first, spec=REFRACTORY, params=params, events=events, **options)
+        out = spiking_layer(hidden.spikes, second, params=NeuronParams(0.9), **options)
+        return torch.autograd.grad(out.spikes.square().sum(), (first, second))
+
+    for a, e in zip(run(backend, events), run("reference", False), strict=True):
+        assert e.any()
+        assert relative(a, e) < 1e-10
+
+
+@pytest.mark.parametrize(("B", "N"), [(13, 33), (5, 300)])
+def test_many_blocks_and_threads(B, N):
+    """Rows of nu are delivered in blocks, whose borders fall anywhere in the samples of each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = []
+        for backend in ("reference", "cpu"):
+            torch.manual_seed(0)
+            x = spikes(150, B, 20, p=0.2).double()
+            w = torch.randn(N, 20, dtype=torch.float64).requires_grad_()
+            rec = (torch.randn(N, N, dtype=torch.float64) / N).requires_grad_()
+            out = spiking_layer(
+                x,
+                w,
+                spec=Equations("v = beta * v + x + rec\ns = spike(v - 1)\nv = v - detach(s)", ("v",)),
+                params={"beta": 0.9},
+                surrogate=SURROGATE,
+                recurrent_weight=rec,
+                backend=backend,
+            )
+            g = torch.randn(out.spikes.shape, dtype=torch.float64)
+            results.append((out.spikes, *torch.autograd.grad(out.spikes, (w, rec), g)))
+    finally:
+        torch.set_num_threads(threads)
+    (expected, *expected_grads), (actual, *actual_grads) = results
+    assert torch.equal(actual, expected)
+    for a, e in zip(actual_grads, expected_grads, strict=True):
+        assert relative(a, e) < 1e-10
 
 
 # Random neurons: two states and two parameters under random expressions of everything the text may say. What enters

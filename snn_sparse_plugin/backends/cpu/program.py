@@ -27,24 +27,16 @@ ADD, SUB, MUL, DIV, NEG, EXP, LOG, RELU, ABS, SPIKE, ABOVE, DETACH, COPY = range
 def encoded(program: Program, params_grad: bool) -> tuple[np.ndarray, np.ndarray]:
     """The operations (kind, out, a, b, gradient to a, gradient to b), and the registers of s and of the site (-1 in a
     readout), of the first parameter, and whether s is just the spike at the site."""
-    varies = {*range(len(program.states) + 1)}
-    if params_grad:
-        varies |= {program.first_param + k for k in range(len(program.params))}
-    rows = []
-    for kind, out, a, b in program.ops:
-        passes = kind not in ("above", "detach")
-        to_a, to_b = passes and a in varies, passes and b in varies and kind in ("add", "sub", "mul", "div")
-        if to_a or to_b:
-            varies.add(out)
-        rows.append((OPS.index(kind), out, a, b, to_a, to_b))
-    direct = any(
-        op.kind == "spike" and (op.out, op.a) == (program.spikes, program.site) for op in program.ops
-    )
+    passes = program.passes(params_grad)
+    rows = [
+        (OPS.index(op.kind), op.out, op.a, op.b, *flags)
+        for op, flags in zip(program.ops, passes, strict=True)
+    ]
     places = (
         -1 if program.spikes is None else program.spikes,
         -1 if program.site is None else program.site,
         program.first_param,
-        int(direct),
+        int(program.direct),
     )
     return np.array(rows, np.int32).reshape(-1, 6), np.array(places, np.int32)
 

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends import CHUNK, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
+from ...backends import (
+    CHUNK,
+    InputGrads,
+    LayerCall,
+    LayerResult,
+    OutputGrads,
+    Saved,
+    calls,
+    keeps_active,
+)
 from ...dynamics import NeuronSpec
 from ...equations import Equations
 from ...errors import InputError
@@ -40,6 +49,7 @@ def run_forward(call: LayerCall) -> LayerResult:
     synapse = isinstance(spec, NeuronSpec) and spec.synapse
     resets_by_event = isinstance(spec, NeuronSpec) and spec.reset in ("zero", "value")
     want_list = call.needs_grad and call.save_active and spec.spiking and call.threshold is not None
+    want_list = want_list and keeps_active(call)
     want_events = call.want_events or call.rec_weight is not None or (want_list and resets_by_event)
     v, i = call.v0.clone(), (torch.zeros_like(call.v0) if call.i0 is None else call.i0.clone())
     chunks = -(-T // CHUNK) if call.needs_grad else 0

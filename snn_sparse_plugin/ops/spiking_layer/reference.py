@@ -19,6 +19,7 @@ from ...backends import (
     OutputGrads,
     Saved,
     calls,
+    keeps_active,
 )
 from ...dynamics import NeuronSpec
 from ...equations import Equations
@@ -144,7 +145,7 @@ class ReferenceBackend(Backend):
             fraction = float(near.sum()) / max(1, near.numel())
             if fraction < call.min_active:
                 threshold = None
-            elif call.save_active:
+            elif call.save_active and keeps_active(call):
                 indptr, indices = _csr(near)
                 active = Active(indptr, indices)
         saved = None
