@@ -19,7 +19,7 @@ demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARG
 	$(BIN)/snn-sparse demo $(ARGS)
 
 # Triton's interpreter is switched on by the environment, for a whole process
-test: $(VENV)/.test  ## run all tests (ARGS="-k data …" goes to the main run)
+test: $(VENV)/.test  ## run the tests but for the exhaustive sweeps (ARGS="-k data …" goes to the main run)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels tests/adapters/test_every_*.py -m triton_interpreter
 	$(BIN)/python -m pytest $(ARGS)
 

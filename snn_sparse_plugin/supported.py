@@ -1,7 +1,7 @@
 """What runs how: one row for every neuron class that an adapter knows. ``docs/supported.md`` is made from it.
 
-Nothing is written by hand but how to build an example of each class: whether it is fused, with which equations, what
-takes the fallback and why are asked of the adapter.
+Only how to build an example of each class, and how exact it is (which the tests of every neuron check), is written by
+hand: whether it is fused, with which equations, what takes the fallback and why are asked of the adapter.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def markdown(table: list[Row]) -> str:
         "  why; such a neuron still runs step by step, with its own forward.",
         "* **per step**: what a step-by-step loop gets in sparse mode: upstream's spikes bit for bit, the gradient",
         "  masked.",
+        "* **fused with**: options of the class that stay fused.",
         "* **not fused with**: options of the class with which a fused neuron takes the per-step path instead.",
         "* **exactness** of the fused path in exact mode: spikes and states against upstream's, on weights whose sums",
         "  are exact in any order (gradients: within 1e-5). On other weights sums are rounded in another order.",

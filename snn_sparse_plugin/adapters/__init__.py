@@ -8,6 +8,7 @@ import-swap faces), or the active sparse mode of this thread.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ __all__ = [
     "install_adapters",
     "installed_version",
     "loaded_adapters",
+    "patched",
     "record_of",
     "runner",
     "running",
@@ -140,6 +142,10 @@ class Adapter:
     def unwrap(self, module: nn.Module) -> nn.Module | None:
         """The module that a wrapper such as Norse's ``Lift`` applies at every step, else None."""
         return None
+
+    def takes_shape(self, module: nn.Module, shape: Sequence[int]) -> bool:
+        """Whether the neuron's own forward takes an input of shape (T, B, ...), for one step each or as a whole."""
+        return True
 
     def takes_sequence(self, module: nn.Module) -> bool:
         """Whether the neuron's own forward takes all steps (T, B, N...) at once."""
@@ -292,6 +298,21 @@ def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[...
             replacement = functools.wraps(upstream)(wrap(upstream))
             replacement._snn_sparse_hook = True  # type: ignore[attr-defined]
             setattr(cls, name, replacement)
+
+
+def patched(cls: type, method: str, package: ModuleType) -> str | None:
+    """Why a method of an upstream class is not upstream's own: someone else has replaced it. None if it is."""
+    return _patched(getattr(cls, method, None), method, os.path.dirname(str(package.__file__)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _patched(function: Any, name: str, folder: str) -> str | None:
+    while getattr(function, "_snn_sparse_hook", False):
+        function = function.__wrapped__
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_filename.startswith(folder):
+        return None
+    return f"its {name}() was patched by {function.__globals__.get('__name__', code.co_filename)}"
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -15,7 +15,19 @@ from ..config import active_config, use_config
 from ..dynamics import NeuronState
 from ..equations import Equations
 from ..surrogates import Surrogate
-from . import Adapter, Example, Neuron, _lock, config_of, hook, installed_version, runner, running, spike
+from . import (
+    Adapter,
+    Example,
+    Neuron,
+    _lock,
+    config_of,
+    hook,
+    installed_version,
+    patched,
+    runner,
+    running,
+    spike,
+)
 from .norse_neurons import WHY_NOT, builders, examples, readout, surrogate_of, upstream_apply
 
 
@@ -77,6 +89,10 @@ class NorseAdapter(Adapter):
         norse = import_module("norse.torch")
         if type(module).__name__ in WHY_NOT:
             return WHY_NOT[type(module).__name__]
+        owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        foreign = patched(owner, "forward", norse) if owner.__module__.startswith("norse.") else None
+        if foreign is not None:
+            return foreign
         if not _upstream_forward(module):
             return "it overrides forward()"
         if isinstance(module, norse.LILinearCell):
@@ -109,7 +125,8 @@ class NorseAdapter(Adapter):
 
     def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out, state = module(x, state)
-        return out, membrane(state), state
+        # a sequence module's state is that of the last step alone
+        return out, None if self.takes_sequence(module) else membrane(state), state
 
 
 def membrane(state: Any) -> Tensor | None:

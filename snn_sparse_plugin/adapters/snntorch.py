@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -25,6 +25,7 @@ from . import (
     has_hooks,
     hook,
     installed_version,
+    patched,
     running,
     spike,
     spike_in_graph,
@@ -66,6 +67,9 @@ class SnnTorchAdapter(Adapter):
         snn = import_module("snntorch")
         return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
 
+    def takes_shape(self, module: Any, shape: Sequence[int]) -> bool:
+        return len(shape) == 3 or not self.takes_sequence(module)
+
     def neuron(self, module: Any) -> Neuron | str:
         snn = import_module("snntorch")
         family = (*builders(), snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
@@ -77,6 +81,9 @@ class SnnTorchAdapter(Adapter):
             changed = getattr(type(module), method, None) is not getattr(cls, method, None)
             if method in vars(module) or changed:
                 return f"it overrides {method}()"
+            foreign = patched(cls, method, snn)
+            if foreign is not None:
+                return foreign
         steps = cls is not snn.DeltaLeaky  # whose forward ignores both options
         if steps and getattr(module, "state_quant", False):
             return "state_quant"

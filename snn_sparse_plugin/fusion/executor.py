@@ -142,7 +142,7 @@ class _FusedCall:
         """One call of the op; None where only upstream's own step does what upstream does."""
         neuron, module, adapter = self.neuron, self.layer.module, self.layer.adapter
         assert adapter is not None
-        if len(flow.shape) < 3:
+        if len(flow.shape) < 3 or not adapter.takes_shape(module, flow.shape):
             return None
         weight, bias = neuron.input_weight, neuron.input_bias
         if self.linear is not None:
@@ -170,8 +170,8 @@ class _FusedCall:
             return None
         config = config_of(module)
         if self.last and config is not None and config.min_active > 0:
-            # the fraction that min_active looks at does not notice a single class that fell silent
-            config = config.updated(backprop_threshold=None)
+            # the fraction that the guard looks at does not notice a single class that fell silent
+            config = config.updated(min_active=1.0)
         with running(module):
             out = spiking_layer(
                 flow,

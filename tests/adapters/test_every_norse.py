@@ -159,3 +159,24 @@ def test_a_copy_runs_fused_too(counted):
     net, _ = build("LIFAdExRecurrentCell")
     ssp.unroll(copy.deepcopy(net), spikes(5, B, M))
     assert counted["cpu", "forward"] == 1
+
+
+def test_a_patched_class_is_left_alone(monkeypatch, counted):
+    cell = norse.LSNNCell()
+    owner = next(cls for cls in type(cell).__mro__ if "forward" in vars(cls))
+    monkeypatch.setattr(owner, "forward", lambda self, input_tensor, state=None: (input_tensor, state))
+    assert "forward() was patched by" in adapter_of(cell).neuron(cell)
+    x = torch.rand(4, 2, 3)
+    assert torch.equal(ssp.unroll(cell, x).spikes, x)
+    assert not counted
+
+
+def test_the_spikes_of_a_disabled_surrogate_stay_out_of_the_graph():
+    cell = norse.LSNNRecurrentCell(M, N, p=norse.LSNNParameters(method="heaviside"))
+    _, _, (state,) = ssp.unroll(cell, spikes(T, B, M))
+    assert not state.z.requires_grad
+
+
+def test_a_sequence_that_is_stepped_records_no_membrane():
+    out = ssp.unroll(norse.LIF(), spikes(T, B, M), fuse_time=False)
+    assert out.mem is None

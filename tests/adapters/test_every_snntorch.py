@@ -183,3 +183,53 @@ def test_sequence(name, window, backend, counted):
 def test_what_cannot_be_fused_says_why(neuron, reason):
     module = neuron()
     assert reason in adapter_of(module).neuron(module)
+
+
+def _replaced_linear():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module = snntorch.LinearLeaky(0.9, M, N)
+    module.linear = Own(M, N)
+    return module
+
+
+def _hooked_linear():
+    module = snntorch.LinearLeaky(0.9, M, N)
+    module.linear.register_forward_hook(lambda *_: None)
+    return module
+
+
+def _other_rnn():
+    module = snntorch.LeakyParallel(M, N, beta=0.9)
+    module.rnn.nonlinearity = "tanh"
+    return module
+
+
+@pytest.mark.parametrize("build", [_replaced_linear, _hooked_linear, _other_rnn])
+def test_inner_layers_that_are_not_upstreams_own_run(build, counted):
+    module, x = build(), spikes(T, B, M, density=0.3)
+    assert "replaced or has hooks" in adapter_of(module).neuron(module)
+    out = module(x)
+    assert torch.equal(unroll(module, x).spikes, out[0] if isinstance(out, tuple) else out)
+    assert not counted
+
+
+def test_a_patched_class_is_left_alone(monkeypatch, counted):
+    monkeypatch.setattr(snntorch.Leaky, "forward", lambda self, x, mem=None: x)
+    module = snntorch.Leaky(0.9, init_hidden=True)
+    assert "forward() was patched by" in adapter_of(module).neuron(module)
+    assert "patched" in str(ssp.sparsify(module))
+    x = torch.rand(4, 2, 3)
+    assert torch.equal(unroll(module, x).spikes, x)
+    assert not counted
+
+
+def test_a_shape_that_upstream_refuses():
+    x = torch.rand(5, 2, 3, 4, 5)
+    module = snntorch.StateLeaky(0.9, 5)
+    with pytest.raises(ValueError, match="unpack"):
+        module(x)
+    with pytest.raises(ValueError, match="unpack"):
+        unroll(module, x)
