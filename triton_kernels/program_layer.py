@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import CHUNK, LayerCall, OutputGrads
 from ..equations import Equations, Program
-from .program import program_backward, program_forward
+from .program_kernels import program_backward, program_forward
 from .spiking_layer import Backward, Forward, _blocks, _flat, _grid, _input, _synapses
 
 

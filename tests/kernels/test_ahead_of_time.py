@@ -20,6 +20,7 @@ from snn_sparse_plugin.triton_kernels import (
     neuron,
     packed,
     program,
+    program_kernels,
     program_layer,
     spiking_layer,
     surrogates,
@@ -30,8 +31,8 @@ KERNELS = {
     "backward": spiking_layer.spiking_layer_backward,
 }
 PROGRAM_KERNELS = {
-    "program-forward": program.program_forward,
-    "program-backward": program.program_backward,
+    "program-forward": program_kernels.program_forward,
+    "program-backward": program_kernels.program_backward,
 }
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "cubin"),
@@ -200,7 +201,7 @@ def test_a_new_length_does_not_recompile(kernel):
 def test_the_list_of_kernels_is_complete():
     # every @triton.jit function is a kernel above or a function one of them calls
     found = set()
-    for module in (forward, backward, neuron, packed, program, surrogates):
+    for module in (forward, backward, neuron, packed, program, program_kernels, surrogates):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
     called = {"input_current", "recurrent_current", "add_recurrent_grad", "store_packed", "gather_rows"}
     called |= {"load_params", "step", "adjoint", "surrogate_grad"}

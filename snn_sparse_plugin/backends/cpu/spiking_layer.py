@@ -31,7 +31,8 @@ from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
 from .outgoing import block_rows
-from .program import backward_of, forward_of
+from .program import forward_of
+from .program_backward import backward_of
 from .replay import backward_replay_kernel
 from .rows import Code, encode, transpose
 from .threads import parallel, split
