@@ -328,6 +328,7 @@ def test_functional_call(way: Way, net: nn.Module, x: Tensor) -> None:
 # --- two processes ---
 
 DDP = """
+    import os
     import sys
     import torch
     import torch.distributed as dist
@@ -360,7 +361,9 @@ DDP = """
         found[name] = weights, [p.grad * size for p in model.parameters()]
     if rank == 0:
         torch.save(found, sys.argv[2])
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # a thread of the process group at times outlives the interpreter, and aborts the process
 """
 
 
