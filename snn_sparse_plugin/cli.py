@@ -140,11 +140,16 @@ def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
     console.print(facts)
 
     optional = Table(title="optional libraries", title_justify="left", box=None, pad_edge=False)
-    for column in ("library", "version", "for"):
+    for column in ("library", "version", "tested", "for"):
         optional.add_column(column)
     for name, row in found["optional"].items():
-        optional.add_row(name, row["version"] or "[yellow]not installed[/]", row["for"])
+        version = row["version"] or "[yellow]not installed[/]"
+        tested = " to ".join(dict.fromkeys(row["tested"] or ()))
+        optional.add_row(name, f"[red]{version}[/]" if row["warning"] else version, tested, row["for"])
     console.print(optional)
+    for row in found["optional"].values():
+        if row["warning"]:
+            console.print(f"[red]{_escaped(row['warning'])}[/]")
 
     table = Table(title="backends", title_justify="left", box=None, pad_edge=False)
     for column in ("name", "state", "self-check", "reason"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, registry
+from .adapters import outside_tested
 from .backends import Backend
 from .dynamics import NeuronParams, NeuronSpec
 from .errors import SparsePluginError, UnsupportedError
@@ -46,7 +47,7 @@ def diagnose() -> dict[str, Any]:
             "platform": platform.platform(),
             **{name: installed(name) for name in REQUIRED},
         },
-        "optional": {name: {"version": installed(name), "for": use} for name, use in OPTIONAL.items()},
+        "optional": {name: _optional(name, use) for name, use in OPTIONAL.items()},
         "devices": _devices(),
         "threads": {"cores": os.cpu_count(), "torch": torch.get_num_threads()},
         "backends": backends,
@@ -60,6 +61,14 @@ def installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def _optional(name: str, use: str) -> dict[str, Any]:
+    """An optional library; ``tested`` is an adapter's range of versions, ``warning`` set outside of it."""
+    adapter = registry.load_all("adapters").get(name)
+    tested = None if adapter is None else adapter.tested
+    warning = "" if adapter is None else outside_tested(adapter)
+    return {"version": installed(name), "for": use, "tested": tested, "warning": warning}
 
 
 def _devices() -> list[dict[str, Any]]:

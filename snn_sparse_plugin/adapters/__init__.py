@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ __all__ = [
     "install_adapters",
     "installed_version",
     "loaded_adapters",
+    "outside_tested",
     "patched",
     "record_of",
     "runner",
@@ -108,6 +111,8 @@ class Adapter:
     name = "unnamed"
     package = ""
     """The import name of the library; its adapter does nothing until that is imported."""
+    tested: tuple[str, str] | None = None
+    """Oldest and newest version of the library the adapter is tested with; an end ``"1.0"`` includes every 1.0.x."""
 
     def available(self) -> tuple[bool, str]:
         """Whether the library can be imported, and its version or the reason why not."""
@@ -205,13 +210,49 @@ def loaded_adapters() -> list[Adapter]:
     """Adapters whose library has been imported, with their hooks in place."""
     found = [a for a in registry.load_all("adapters").values() if a.package in sys.modules]
     for adapter in found:
-        if adapter not in _installed:
-            adapter.install()
-            _installed.append(adapter)
-    return found
+        if adapter not in _installed and adapter not in _refused:
+            _install(adapter)
+    return [adapter for adapter in found if adapter not in _refused]
 
 
 _installed: list[Adapter] = []
+_refused: list[Adapter] = []
+
+
+def _install(adapter: Adapter) -> None:
+    outside = outside_tested(adapter)
+    try:
+        adapter.install()
+    except Exception as error:
+        if not outside:
+            raise
+        _refused.append(adapter)
+        outside += f" Its neurons stay exact: hooking them failed with {type(error).__name__}: {error}"
+    else:
+        _installed.append(adapter)
+    if outside:
+        warnings.warn(outside, stacklevel=4)
+
+
+def outside_tested(adapter: Adapter) -> str:
+    """A sentence if the installed version of the library is outside the adapter's tested range, else ``""``."""
+    there, version = adapter.available()
+    numbers = _numbers(version)
+    if not there or adapter.tested is None or not numbers:
+        return ""
+    oldest, newest = map(_numbers, adapter.tested)
+    if oldest <= numbers and numbers[: len(newest)] <= newest:
+        return ""
+    return (
+        f"{adapter.name} {version} is outside the range that snn-sparse-plugin is tested with, "
+        f"{' to '.join(dict.fromkeys(adapter.tested))}: compare its results with upstream's before relying on them."
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``"1.0.2rc1"`` as (1, 0, 2)."""
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, leading.group().split("."))) if leading else ()
 
 
 class _LateImports(MetaPathFinder):

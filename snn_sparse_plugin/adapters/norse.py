@@ -32,10 +32,11 @@ from .norse_neurons import WHY_NOT, builders, examples, readout, surrogate_of, u
 
 
 class NorseAdapter(Adapter):
-    """Norse >= 1.1."""
+    """Norse 1.1."""
 
     name = "norse"
     package = "norse.torch"
+    tested = ("1.1", "1.1")
 
     def available(self) -> tuple[bool, str]:
         return installed_version("norse")

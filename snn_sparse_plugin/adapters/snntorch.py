@@ -30,21 +30,22 @@ from . import (
     spike,
     spike_in_graph,
 )
-from .snntorch_neurons import WHY_NOT, Parts, builders, examples
+from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, examples
 
 SpikeFunction = Callable[[Tensor], Tensor]
 
 
 class SnnTorchAdapter(Adapter):
-    """snnTorch >= 0.9.4."""
+    """snnTorch 0.9.4 to 1.0."""
 
     name = package = "snntorch"
+    tested = ("0.9.4", "1.0")
 
     def available(self) -> tuple[bool, str]:
         return installed_version("snntorch")
 
     def install(self) -> None:
-        snn = import_module("snntorch")
+        snn = Classes()
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, _masked_method)
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
@@ -55,7 +56,7 @@ class SnnTorchAdapter(Adapter):
         return examples()
 
     def owns(self, module: Any) -> bool:
-        snn = import_module("snntorch")
+        snn = Classes()
         return isinstance(module, snn.SpikingNeuron | snn.LeakyParallel)
 
     def masks(self, module: Any) -> str | None:
@@ -64,14 +65,14 @@ class SnnTorchAdapter(Adapter):
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
     def takes_sequence(self, module: Any) -> bool:
-        snn = import_module("snntorch")
+        snn = Classes()
         return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
 
     def takes_shape(self, module: Any, shape: Sequence[int]) -> bool:
         return len(shape) == 3 or not self.takes_sequence(module)
 
     def neuron(self, module: Any) -> Neuron | str:
-        snn = import_module("snntorch")
+        snn = Classes()
         family = (*builders(), snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
         cls = next((c for c in family if isinstance(module, c)), None)
         if cls is None:
@@ -108,7 +109,7 @@ class SnnTorchAdapter(Adapter):
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
     def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[Any, Any]:
-        given = state is not None or isinstance(module, import_module("snntorch").DeltaLeaky)
+        given = state is not None or isinstance(module, Classes().DeltaLeaky)
         hidden = self.read_state(module) if state is None else state
 
         def fits(name: str) -> Tensor | None:
@@ -128,7 +129,7 @@ class SnnTorchAdapter(Adapter):
         return {name: _own(values[name]) for name in initial}
 
     def read_state(self, module: Any) -> Any:
-        if isinstance(module, import_module("snntorch").DeltaLeaky):
+        if isinstance(module, Classes().DeltaLeaky):
             return {"mem": module.mem, "mem_prev": module.mem_prev}
         names = module._non_persistent_buffers_set
         return {name: value for name, value in module._buffers.items() if name in names}

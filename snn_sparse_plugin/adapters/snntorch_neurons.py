@@ -123,10 +123,21 @@ def parallel(module: Any) -> Parts | str:
     return parts
 
 
+class Absent:
+    """Stands for a class that the installed snnTorch does not have: nothing is an instance of it."""
+
+
+class Classes:
+    """snnTorch's classes by name; older versions lack some."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module("snntorch"), name, Absent)
+
+
 @cache
 def builders() -> dict[type, tuple[Callable[..., Parts | str], bool]]:
     """Class -> (what describes it, whether that takes the reset mechanism)."""
-    snn = import_module("snntorch")
+    snn = Classes()
     return {
         snn.Alpha: (alpha, True),
         snn.Lapicque: (lapicque, True),
