@@ -82,7 +82,7 @@ class SnnTorchAdapter(Adapter):
             changed = getattr(type(module), method, None) is not getattr(cls, method, None)
             if method in vars(module) or changed:
                 return f"it overrides {method}()"
-            foreign = patched(cls, method, snn)
+            foreign = patched(cls, method, import_module("snntorch"))
             if foreign is not None:
                 return foreign
         steps = cls is not snn.DeltaLeaky  # whose forward ignores both options
