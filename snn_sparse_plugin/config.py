@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, Literal
 
 from .errors import ConfigError
@@ -75,13 +76,22 @@ class SparseConfig:
 
     def updated(self, **overrides: Any) -> SparseConfig:
         """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
-        known = [f.name for f in fields(self)]
-        for name in overrides:
-            if name not in known:
-                close = get_close_matches(name, known, 1)
-                hint = f" Did you mean {close[0]!r}?" if close else f" Options: {', '.join(known)}."
-                raise ConfigError(f"sparse mode has no option {name!r}.{hint}")
-        return replace(self, **overrides)
+        try:  # asked several times at every call of a layer
+            return _updated(self, tuple((name, type(value), value) for name, value in overrides.items()))
+        except TypeError:  # a value that cannot be hashed
+            return _updated.__wrapped__(self, tuple((name, type(v), v) for name, v in overrides.items()))
+
+
+@lru_cache(maxsize=256)
+def _updated(config: SparseConfig, overrides: tuple[tuple[str, type, Any], ...]) -> SparseConfig:
+    # the types are part of the key, as True == 1
+    known = [f.name for f in fields(config)]
+    for name, _, _ in overrides:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Options: {', '.join(known)}."
+            raise ConfigError(f"sparse mode has no option {name!r}.{hint}")
+    return replace(config, **{name: value for name, _, value in overrides})
 
 
 _active: ContextVar[SparseConfig | None] = ContextVar("snn_sparse_plugin.config", default=None)

@@ -160,8 +160,11 @@ class Adapter:
         """The neuron as a member of the fusable family, or why it is none."""
         return "its adapter does not describe it"
 
-    def initial_state(self, module: nn.Module, template: Tensor, state: Any) -> tuple[Any, Any]:
-        """State before the first step, for an input like ``template``: -> (the op's form, the library's).
+    def initial_state(
+        self, module: nn.Module, neuron: Neuron, template: Tensor, state: Any
+    ) -> tuple[Any, Any]:
+        """State before the first step, of ``neuron`` (:meth:`neuron`'s answer) for an input like ``template``:
+        -> (the op's form, the library's).
 
         The op's form is a ``NeuronState``, or with equations a dict of their states and ``"spikes"``.
         """

@@ -109,13 +109,12 @@ class NorseAdapter(Adapter):
             return WHY_NOT.get(named, f"{named} is in no fused family")
         return build(module)
 
-    def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[Any, Any]:
+    def initial_state(self, module: Any, neuron: Neuron, template: Tensor, state: Any) -> tuple[Any, Any]:
         if state is None:
             state = _fallback_state(module, template)
         fields = _leaves(state)
         spikes = fields.pop("z", None)
-        spec = self.neuron(module).spec  # type: ignore[union-attr]
-        if isinstance(spec, Equations):
+        if isinstance(neuron.spec, Equations):
             return {**fields, **({} if spikes is None else {"spikes": spikes})}, state
         return NeuronState(fields["v"], fields.get("i"), spikes), state
 

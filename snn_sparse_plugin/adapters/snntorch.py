@@ -108,7 +108,7 @@ class SnnTorchAdapter(Adapter):
 
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
-    def initial_state(self, module: Any, template: Tensor, state: Any) -> tuple[Any, Any]:
+    def initial_state(self, module: Any, neuron: Neuron, template: Tensor, state: Any) -> tuple[Any, Any]:
         given = state is not None or isinstance(module, Classes().DeltaLeaky)
         hidden = self.read_state(module) if state is None else state
 
@@ -117,9 +117,9 @@ class SnnTorchAdapter(Adapter):
             # upstream starts from zeros where the shape differs, e.g. before the first call
             return value if value is not None and (given or value.shape == template.shape) else None
 
-        spec, names = self.neuron(module).spec, tuple(self.read_state(module))  # type: ignore[union-attr]
-        if isinstance(spec, Equations):
-            return {name: fits(name) for name in spec.states}, names
+        names = tuple(self.read_state(module))
+        if isinstance(neuron.spec, Equations):
+            return {name: fits(name) for name in neuron.spec.states}, names
         return NeuronState(fits("mem"), fits("syn"), fits("spk")), names
 
     def final_state(self, module: Any, state: Any, initial: Any) -> Any:

@@ -164,7 +164,7 @@ class _FusedCall:
             return None
         shape = (B, *features) if self.per_step else (T, B, *features)
         template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
-        start, initial = adapter.initial_state(module, template, self.state)
+        start, initial = adapter.initial_state(module, neuron, template, self.state)
         states = list(start.values()) if isinstance(start, dict) else list(start)
         if not _same_dtype(template, states + neuron.values) or _widens(states, (B, *features)):
             return None

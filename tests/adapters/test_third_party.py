@@ -45,7 +45,7 @@ PLUGIN = """
             spec = NeuronSpec(reset="zero", timing="immediate", attached=True)
             return Neuron(spec, NeuronParams(mem=module.decay), Surrogate("fast_sigmoid", (10.0,)))
 
-        def initial_state(self, module, template, state):
+        def initial_state(self, module, neuron, template, state):
             return NeuronState(v=state), None
 
         def final_state(self, module, state, initial):
