@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .activity import ActivityLog, record_activity
     from .config import SparseConfig
     from .dynamics import NeuronParams, NeuronSpec, NeuronState
     from .equations import Equations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use: pytest imports our plugin, so this package, in every project of the environment.
 _HOMES = {
+    "ActivityLog": "activity",
     "ConfigError": "errors",
     "Equations": "equations",
     "InputError": "errors",
@@ -32,14 +34,16 @@ _HOMES = {
     "SpikeTrain": "spikes",
     "Surrogate": "surrogates",
     "UnsupportedError": "errors",
+    "record_activity": "activity",
     "restore": "mode",
     "sparse_mode": "mode",
     "sparsify": "mode",
     "unroll": "fusion.sequence",
 }
-_MODULES = {*_HOMES.values(), "adapters", "backends", "fusion", "ops", "registry", "tally"}
+_MODULES = {*_HOMES.values(), "adapters", "backends", "fusion", "ops", "plot", "registry", "tally"}
 
 __all__ = [
+    "ActivityLog",
     "ConfigError",
     "Equations",
     "InputError",
@@ -53,6 +57,7 @@ __all__ = [
     "SpikeTrain",
     "Surrogate",
     "UnsupportedError",
+    "record_activity",
     "restore",
     "sparse_mode",
     "sparsify",

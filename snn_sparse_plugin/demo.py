@@ -95,10 +95,8 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     Raises:
         MissingDependencyError: the library, scikit-learn or matplotlib is not installed.
     """
-    try:
-        from .plot import demo_figure
-    except ImportError as error:
-        raise MissingDependencyError("the demo draws with matplotlib: pip install matplotlib") from error
+    from .plot import demo_figure
+
     if options.threads:
         torch.set_num_threads(options.threads)
     data = load_images(options.data, options.root).limited(options.samples)

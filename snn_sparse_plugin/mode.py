@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -99,6 +99,27 @@ class SparsityReport:
             {'': {'masked': 1, 'backward': 1}}
         """
         return {e.name: dict(e.record.calls) for e in self.entries if e.record is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the options, and a row for each neuron with how often it ran in which way.
+
+        Example:
+            >>> import snntorch
+            >>> sparsify(snntorch.Leaky(beta=0.9)).as_dict()["rows"]
+            [{'name': '', 'kind': 'Leaky', 'status': 'fused', 'reason': '', 'ran': {}}]
+        """
+        runs = self.runs()
+        rows = [
+            {
+                "name": e.name,
+                "kind": e.kind,
+                "status": e.status,
+                "reason": e.reason,
+                "ran": runs.get(e.name, {}),
+            }
+            for e in self.entries
+        ]
+        return {"config": asdict(self.config), "rows": rows}
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [

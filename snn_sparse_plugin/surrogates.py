@@ -199,6 +199,7 @@ class _MaskedSpike(torch.autograd.Function):
         ctx.exact = active.numel() == x.numel() and not bool(near.all())
         ctx.surrogate, ctx.shape, ctx.ran = surrogate, x.shape, tally.current()
         ctx.ran.count("exact" if ctx.exact else "masked")
+        tally.show(spikes, keep)
         if ctx.exact:
             ctx.ran.count("guard")
             ctx.save_for_backward(x)
@@ -228,7 +229,10 @@ def blocked_spike(
     """:func:`masked_spike` with upstream's own gradient, blocked where no neuron is active: all shapes static."""
     if threshold is None:
         return function(x)
-    keep = _kept(x.detach().abs() < threshold, min_active)
+    return _blocked(x, function, _kept(x.detach().abs() < threshold, min_active))
+
+
+def _blocked(x: Tensor, function: Callable[[Tensor], Tensor], keep: Tensor) -> Tensor:
     return function(torch.where(keep, x, x.detach()))
 
 
@@ -262,10 +266,15 @@ def masked_spike(
     if threshold is None or not wants_grad or surrogate.kind == "zero":
         # spikes of a disabled surrogate stay outside the graph, as upstream's
         tally.current().count("exact" if wants_grad else "no_grad")
-        return function(x)
+        spikes = function(x)
+        tally.show(spikes, 1.0 if wants_grad and surrogate.kind != "zero" else math.nan)
+        return spikes
     if surrogate.kind == "custom":  # its gradient may depend on where an element stands
         tally.current().count("masked")
-        return blocked_spike(x, function, threshold, min_active)
+        keep = _kept(x.detach().abs() < threshold, min_active)
+        spikes = _blocked(x, function, keep)
+        tally.show(spikes, keep)
+        return spikes
     with torch.no_grad():
         spikes = function(x)
     return _MaskedSpike.apply(x, spikes, surrogate, threshold, min_active)

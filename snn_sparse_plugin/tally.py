@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -109,6 +110,20 @@ class running:
 def current() -> Record:
     """The record of the innermost :class:`running` block, or that of calls outside any module."""
     return getattr(_here, "record", None) or _outside
+
+
+Watcher = Callable[[Record, Any, Any, int], None]
+"""Is told of a call: whose it is, its spikes, its active share (a number or a mask), and its number of steps."""
+
+watchers: ContextVar[tuple[Watcher, ...] | None] = ContextVar("snn_sparse_plugin.watchers", default=None)
+
+
+def show(spikes: Any, active: Any, steps: int = 1) -> None:
+    """Tell the watchers, if there are any, of a call of the current module; measuring it is left to them."""
+    found = watchers.get()
+    if found is not None:
+        for watcher in found:
+            watcher(current(), spikes, active, steps)
 
 
 def by_class() -> dict[str, ClassRuns]:

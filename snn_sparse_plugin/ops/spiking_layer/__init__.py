@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import tally
-from ...backends import LayerCall, calls, select
+from ...backends import LayerCall, LayerResult, calls, select
 from ...config import current_config
 from ...dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
 from ...equations import Equations
@@ -189,8 +189,17 @@ def spiking_layer(
         spikes = SpikeTrain(
             *result.events, (T, B, N), dtype=dtype, carrier=carrier, active=active, check=False
         )
+    if spec.spiking:
+        tally.show(spikes, _passing(call, result), T)
     mem = result.mem if return_mem else None
     return _output(spec, spikes, mem, result.v, result.i, s0, (T, B), features, result.active_fraction)
+
+
+def _passing(call: LayerCall, result: LayerResult) -> float:
+    """The share of neuron-steps that pass a gradient; NaN where none was asked for."""
+    if result.saved is None or call.surrogate.kind == "zero":
+        return math.nan
+    return 1.0 if result.saved.threshold is None else result.active_fraction
 
 
 def _output(
