@@ -39,7 +39,7 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
     Example:
         >>> import torch, snntorch
         >>> lif, x = snntorch.Leaky(beta=0.9), torch.randn(4, 100, requires_grad=True)
-        >>> with sparse_mode(backprop_threshold=0.1):
+        >>> with sparse_mode(backprop_threshold=0.1, min_active=0):
         ...     spikes, mem = lif(x, torch.zeros(4, 100))
         >>> spikes.sum().backward()
         >>> bool((x.grad == 0)[(mem - 1).abs() >= 0.1].all())
