@@ -164,6 +164,8 @@ def compare(case: Case, backend: str) -> torch.Tensor:
     for a, e in zip(actual[2], expected[2], strict=True):
         if e is None or not e.any():
             assert a is None or not a.any()
+        elif e.dim() == 0:  # of one number for all neurons the gradient is a sum of many terms that cancel
+            assert abs(float(a - e)) < 1e-5 * max(1.0, abs(float(e)))
         else:
             assert relative(a, e) < 1e-5
     return expected[0]
