@@ -175,7 +175,7 @@ def test_fused_equals_upstream(name, window, dtype, backend, counted):
     out = compare(Case(name, window, dtype), backend)
     assert counted[backend, "forward"] == counted[backend, "backward"] == 1  # the whole sequence in one call
     readout = name.startswith("LI") and not name.startswith("LIF")
-    assert readout or 0.01 < float(out.mean()) < 0.97
+    assert readout or 0.01 < float(out.mean()) < 0.9
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter is slow")

@@ -55,7 +55,7 @@ STEPPED: dict[str, Callable[..., nn.Module]] = {
     },
     "Lapicque-beta": lambda **k: snntorch.Lapicque(beta=0.9, **THRESHOLD, **HIDDEN, **k),
     "DeltaLeaky": lambda **k: snntorch.DeltaLeaky(
-        0.5, beta=decays(0.7, 0.95), learn_beta=True, **HIDDEN, **k
+        1.5, beta=decays(0.7, 0.95), learn_beta=True, **HIDDEN, **k
     ),
 }
 SEQUENCES: dict[str, Callable[..., nn.Module]] = {
@@ -125,7 +125,7 @@ def test_stepped(name, window, backend, counted):
     assert not counted
     actual = run(ours=True)
     assert counted[backend, "forward"] == 1
-    assert 0.01 < float(expected[0].mean()) < 0.97
+    assert 0.01 < float(expected[0].mean()) < 0.9
     assert torch.equal(actual[0], expected[0])
     for a, e in zip([actual[1], *actual[2]], [expected[1], *expected[2]], strict=True):
         assert torch.equal(a, e)
