@@ -99,15 +99,8 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         T,
         params,
         v0,
-        indptr,
-        indices,
-        values,
-        weight,
-        in_ptr,
-        in_idx,
         rec_weight,
-        out_ptr,
-        out_idx,
+        incoming,  # what came in and spiked, see outgoing.py
         act_ptr,
         act_idx,
         act_x,
@@ -116,19 +109,13 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         second_param,
         phi,  # space for sigma' of the active entries of one sample
         block,  # space for rows of nu, zero beyond column N
-        g_out,  # gradient of every active entry, or empty
-        g_spikes,  # (T, B, N) or empty
-        g_mem,
+        arriving,  # gradients of active entries, of spikes and of the membrane: empty where there is none
         lam_state,  # (B, N): gradient of the final state in, of the initial state out
         ci_state,
-        g_weight,  # (M, N) of this range, and so on: empty where not wanted
-        g_bias,
-        g_active,
-        g_current,
-        g_rec_weight,
-        g_rec_bias,
-        g_rec0,
+        outgoing,
     ):
+        out_ptr, out_idx = incoming[6], incoming[7]
+        g_out, g_spikes, g_mem = arriving
         N = v0.shape[1]
         dtype = v0.dtype
         zero = dtype.type(0)
@@ -196,27 +183,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                         for j in range(N):
                             lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
                 if k == 0 or r == first * T:
-                    deliver(
-                        block,
-                        r,
-                        until,
-                        T,
-                        indptr,
-                        indices,
-                        values,
-                        weight,
-                        in_ptr,
-                        in_idx,
-                        out_ptr,
-                        out_idx,
-                        g_weight,
-                        g_bias,
-                        g_active,
-                        g_current,
-                        g_rec_weight,
-                        g_rec_bias,
-                        g_rec0,
-                    )
+                    deliver(block, r, until, T, incoming, outgoing)
                     until = r
 
     return backward_active

@@ -1,18 +1,20 @@
 """What leaves a layer in its backward: gradients of weights, biases and input, from nu = dE/d(input current).
 
 The adjoint kernels fill a block of nu rows, one per (sample, step) in the order of ``indptr``, and deliver it when it
-is full. With the events of a block sorted by input a row of dW is read and written once per four events instead of
-at every event, and the nu rows of a block are still in cache.
+is full, while it is still in cache. Rows are padded to whole vectors with zeros.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from .bits import LANES
 from .jit import kernel
-from .rows import add_rows, dots
+from .lanes import add, fma, load, splat, store, total, zeros
 
 BLOCK_ITEMS = 1 << 16  # of the block: 256 KiB of float32, a share of the second-level cache
+
+_inlined = kernel(forceinline=True)
 
 
 def block_rows(n: int) -> int:
@@ -22,39 +24,24 @@ def block_rows(n: int) -> int:
 
 @kernel()
 def deliver(  # type: ignore[no-untyped-def]
-    block,  # (rows, N or more): row r % rows is nu of r = b * T + t
+    block,  # (rows, N padded): row r % rows is nu of r = b * T + t
     low,
     high,  # the rows low..high are delivered
     T,
-    indptr,
-    indices,
-    values,
-    weight,
-    in_ptr,
-    in_idx,
-    out_ptr,
-    out_idx,
-    g_weight,  # (M, N) of this range, and so on: empty where not wanted
-    g_bias,
-    g_active,
-    g_current,
-    g_rec_weight,
-    g_rec_bias,
-    g_rec0,
+    incoming,
+    outgoing,
 ):
     """Add a block of nu rows to everything that wants it."""
+    indptr, indices, values, weight, in_ptr, in_idx, out_ptr, out_idx = incoming
+    g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
     first = low % block.shape[0]
     if g_weight.shape[0] > 0:
-        _weight_grad(block, first, low, high, T, 0, indptr, indices, values, g_weight)
+        rows = rows_of_entries(indptr, low, high, first)
+        add_rows_at(g_weight, indices, values, indptr[low], indptr[high], block, rows)
     if g_bias.shape[0] > 0:
-        N = g_bias.shape[0]
-        for r in range(low, high):
-            k = np.uint64(first + r - low)
-            for j in range(N):
-                g_bias[j] += block[k, j]
+        add_all(g_bias, block, first, high - low)
     if g_active.shape[0] > 0:
-        for r in range(low, high):
-            dots(weight, in_idx, in_ptr[r], in_ptr[r + 1], block, first + r - low, g_active)
+        dots(weight, in_idx, in_ptr, low, high, block, first, g_active)
     if g_current.shape[0] > 0:
         N = g_current.shape[2]
         for r in range(low, high):
@@ -62,41 +49,101 @@ def deliver(  # type: ignore[no-untyped-def]
             for j in range(N):
                 g_current[t, b, j] = block[k, j]
     # the spikes of step t - 1 drove the recurrent input of step t, and rec0 that of the first
-    if g_rec_weight.shape[0] > 0:
-        _weight_grad(block, first, low, high, T, 1, out_ptr, out_idx, values[:0], g_rec_weight)
-    if g_rec_bias.shape[0] > 0 or g_rec0.shape[0] > 0:
-        N = max(g_rec_bias.shape[0], g_rec0.shape[1])
-        for r in range(low, high):
-            k, b = np.uint64(first + r - low), np.uint64(r // T)
-            if r % T > 0:
-                for j in range(g_rec_bias.shape[0]):
-                    g_rec_bias[j] += block[k, j]
-            elif g_rec0.shape[0] > 0:
-                for j in range(N):
-                    g_rec0[b, j] = block[k, j]
+    if g_rec_weight.shape[0] + g_rec_bias.shape[0] + g_rec0.shape[0] > 0:
+        r = low
+        while r < high:
+            until = min(high, (r // T + 1) * T)  # of this sample
+            if r % T == 0:
+                for j in range(g_rec0.shape[1]):
+                    g_rec0[r // T, j] = block[first + r - low, j]
+                r += 1
+            k = first + r - low
+            if g_rec_weight.shape[0] > 0:
+                rows = rows_of_entries(out_ptr, r - 1, until - 1, k)
+                none = values[:0]
+                add_rows_at(g_rec_weight, out_idx, none, out_ptr[r - 1], out_ptr[until - 1], block, rows)
+            if g_rec_bias.shape[0] > 0:
+                add_all(g_rec_bias, block, k, until - r)
+            r = until
 
 
-@kernel()
-def _weight_grad(block, first, low, high, T, lag, ptr, indices, values, out):  # type: ignore[no-untyped-def]
-    """``out[i] += nu`` for every event i of ``lag`` steps before: a counting sort by i, then a sum for every i."""
-    starts = np.zeros(out.shape[0] + 1, np.int32)
-    begin, end = ptr[max(low - lag, 0)], ptr[high - lag]
-    for e in range(begin, end):
-        starts[np.uint32(indices[e]) + np.uint32(1)] += 1
-    for i in range(out.shape[0]):
-        starts[i + 1] += starts[i]
-    filled = starts.copy()
-    rows = np.empty(end - begin, np.int32)
-    scaled = np.empty(end - begin if values.shape[0] > 0 else 0, values.dtype)
+@_inlined
+def rows_of_entries(ptr, low, high, first):  # type: ignore[no-untyped-def]
+    """(1, entries): the row of the block that each entry of the rows low..high belongs to.
+
+    Whole vectors are written and overwritten: one loop over all entries that knows their rows has no branch that
+    depends on how many a row has, and such branches cost more than what they guard.
+    """
+    begin = ptr[low]
+    rows = np.empty((1, ptr[high] - begin + LANES), np.int32)
     for r in range(low, high):
-        if lag > 0 and r % T == 0:
-            continue
-        for e in range(ptr[r - lag], ptr[r - lag + 1]):
-            column = np.uint32(indices[e])
-            at = filled[column]
-            rows[np.uint32(at)] = first + r - low
-            if scaled.shape[0] > 0:
-                scaled[np.uint32(at)] = values[e]
-            filled[column] = at + 1
-    for i in range(out.shape[0]):
-        add_rows(out, i, block, rows, scaled, starts[i], filled[i])
+        at, end = ptr[np.uint64(r)] - begin, ptr[np.uint64(r + 1)] - begin
+        k = splat(np.int32(first + r - low))
+        while True:
+            store(rows, 0, at, k)
+            at += LANES
+            if at >= end:
+                break
+    return rows
+
+
+@_inlined
+def add_rows_at(out, indices, values, begin, end, block, rows):  # type: ignore[no-untyped-def]
+    """``out[indices[e]] += values[e] * block[rows[e]]`` for the entries begin..end; no values: ones."""
+    width = np.uint64(out.shape[1])
+    for e in range(begin, end):
+        i, k = np.uint64(indices[np.uint64(e)]), np.uint64(rows[0, np.uint64(e - begin)])
+        j = np.uint64(0)
+        if values.shape[0] > 0:
+            value = splat(values[np.uint64(e)])
+            while j < width:
+                store(out, i, j, fma(value, load(block, k, j), load(out, i, j)))
+                j += np.uint64(LANES)
+        else:
+            while j < width:
+                store(out, i, j, add(load(out, i, j), load(block, k, j)))
+                j += np.uint64(LANES)
+
+
+@_inlined
+def add_all(out, block, first, count):  # type: ignore[no-untyped-def]
+    """``out[0] += block[first : first + count].sum(0)``"""
+    width, j = np.uint64(out.shape[1]), np.uint64(0)
+    while j < width:
+        x = load(out, 0, j)
+        for k in range(first, first + count):
+            x = add(x, load(block, k, j))
+        store(out, 0, j, x)
+        j += np.uint64(LANES)
+
+
+@_inlined
+def dots(weight, indices, ptr, low, high, block, first, out):  # type: ignore[no-untyped-def]
+    """``out[e] = weight[indices[e]] @ block[row of e]``, four entries of a row at a time to load the row once.
+
+    Entries beyond the last of a row are the last one again: cheaper than a branch on how many are left.
+    """
+    width = np.uint64(weight.shape[1])
+    for r in range(low, high):
+        k = np.uint64(first + r - low)
+        e, last = np.int64(ptr[np.uint64(r)]), np.int64(ptr[np.uint64(r + 1)]) - 1
+        while e <= last:
+            at = (
+                np.uint64(e),
+                np.uint64(min(e + 1, last)),
+                np.uint64(min(e + 2, last)),
+                np.uint64(min(e + 3, last)),
+            )
+            a, b = np.uint64(indices[at[0]]), np.uint64(indices[at[1]])
+            c, d = np.uint64(indices[at[2]]), np.uint64(indices[at[3]])
+            p, q, s, t = zeros(weight), zeros(weight), zeros(weight), zeros(weight)
+            j = np.uint64(0)
+            while j < width:
+                x = load(block, k, j)
+                p = fma(load(weight, a, j), x, p)
+                q = fma(load(weight, b, j), x, q)
+                s = fma(load(weight, c, j), x, s)
+                t = fma(load(weight, d, j), x, t)
+                j += np.uint64(LANES)
+            out[at[0]], out[at[1]], out[at[2]], out[at[3]] = total(p), total(q), total(s), total(t)
+            e += 4

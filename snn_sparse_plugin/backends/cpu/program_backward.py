@@ -114,36 +114,22 @@ def backward_program(  # type: ignore[no-untyped-def]
     checkpoints,
     _,
     current,
-    indptr,
-    indices,
-    values,
-    weight,
     bias,
-    in_ptr,
-    in_idx,
-    rec_weight,
-    rec_bias,
-    rec0,
-    out_ptr,
-    out_idx,
+    recurrence,
+    incoming,
     act_ptr,
     act_idx,
-    g_out,
-    g_spikes,
-    g_mem,
+    arriving,
     lam,  # (K, B, N): gradient of the final states in, of the initial ones out
     __,
-    g_weight,
-    g_bias,
-    g_active,
-    g_current,
-    g_rec_weight,
-    g_rec_bias,
-    g_rec0,
+    outgoing,
     g_params,  # (P, N) of this range, or empty
     block,
 ):
     """As ``backward_replay`` in replay.py, for any program."""
+    rec_weight, rec_bias, rec0 = recurrence
+    indptr, indices, values, weight, _in_ptr, _in_idx, out_ptr, out_idx = incoming
+    g_out, g_spikes, g_mem = arriving
     K, N, width = lam.shape[0], lam.shape[2], regs.shape[1]
     dtype = regs.dtype
     x = np.uint32(K)
@@ -220,27 +206,7 @@ def backward_program(  # type: ignore[no-untyped-def]
                     block[slot, j] = adjoint[x, j]
                     adjoint[x, j] = 0
                 if r % block.shape[0] == 0 or r == first * T:
-                    deliver(
-                        block,
-                        r,
-                        until,
-                        T,
-                        indptr,
-                        indices,
-                        values,
-                        weight,
-                        in_ptr,
-                        in_idx,
-                        out_ptr,
-                        out_idx,
-                        g_weight,
-                        g_bias,
-                        g_active,
-                        g_current,
-                        g_rec_weight,
-                        g_rec_bias,
-                        g_rec0,
-                    )
+                    deliver(block, r, until, T, incoming, outgoing)
                     until = r
         for k in range(K):
             for j in range(N):

@@ -95,35 +95,21 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         v_checkpoints,
         i_checkpoints,
         current,
-        indptr,
-        indices,
-        values,
-        weight,
         bias,
-        in_ptr,
-        in_idx,
-        rec_weight,
-        rec_bias,
-        rec0,
-        out_ptr,
-        out_idx,
+        recurrence,  # rec_weight, rec_bias, rec0
+        incoming,  # what came in and spiked, see outgoing.py
         act_ptr,
         act_idx,
-        g_out,
-        g_spikes,
-        g_mem,
+        arriving,  # gradients of active entries, of spikes and of the membrane: empty where there is none
         lam_state,
         ci_state,
-        g_weight,
-        g_bias,
-        g_active,
-        g_current,
-        g_rec_weight,
-        g_rec_bias,
-        g_rec0,
+        outgoing,
         g_params,  # (5, N) of this range, or empty
         block,  # space for rows of nu, zero beyond column N
     ):
+        rec_weight, rec_bias, rec0 = recurrence
+        indptr, indices, values, weight, _, _, out_ptr, out_idx = incoming
+        g_out, g_spikes, g_mem = arriving
         N = lam_state.shape[1]
         dtype = lam_state.dtype
         one, zero = dtype.type(1), dtype.type(0)
@@ -249,27 +235,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                         for j in range(N):
                             lam[j] = (one - reset[j]) * lam[j]
                     if r % block.shape[0] == 0 or r == first * T:
-                        deliver(
-                            block,
-                            r,
-                            until,
-                            T,
-                            indptr,
-                            indices,
-                            values,
-                            weight,
-                            in_ptr,
-                            in_idx,
-                            out_ptr,
-                            out_idx,
-                            g_weight,
-                            g_bias,
-                            g_active,
-                            g_current,
-                            g_rec_weight,
-                            g_rec_bias,
-                            g_rec0,
-                        )
+                        deliver(block, r, until, T, incoming, outgoing)
                         until = r
 
     return backward_replay

@@ -156,12 +156,13 @@ def run_backward(
     g_rec0 = torch.zeros(B, N, dtype=dtype) if need["rec0"] and call.rec0 is not None else None
     out_ptr, out_idx = (none, none) if events is None else (_numpy(x) for x in events)
     act_ptr, act_idx = (none, none) if saved.active is None else (_numpy(x) for x in saved.active)
-    g_out = _array(grads.active, np_dtype, 1)
     dense = [_array(grads.spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
-    shared_in = [_numpy(cv), _numpy(ci)]
-    shared_out = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
+    arriving = (_array(grads.active, np_dtype, 1), *dense)
+    states = [_numpy(cv), _numpy(ci)]
+    g_input = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
     params = _numpy(call.params)
-    current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0 = inputs
+    current, indptr, indices, values, weight, bias, *recurrence = inputs
+    incoming = (indptr, indices, values, weight, in_ptr, in_idx, out_ptr, out_idx)
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
@@ -177,19 +178,18 @@ def run_backward(
             out.fill(0)
             return out
 
-        g_weight = rows(need["weight"] and train is not None, M)
-        g_bias = zeros(need["bias"] and call.bias is not None, N)
         recurrent = call.rec_weight is not None
+        g_weight = rows(need["weight"] and train is not None, M)
+        g_bias = rows(need["bias"] and call.bias is not None, 1)
         g_rec_weight = rows(need["rec_weight"] and recurrent, N)
-        g_rec_bias = zeros(need["rec_bias"] and call.rec_bias is not None, N)
+        g_rec_bias = rows(need["rec_bias"] and call.rec_bias is not None, 1)
         g_params = zeros(want_params, len(call.params), N)
         block = rows(True, block_rows(_padded(N)))
-        outs = [g_weight, g_bias, *shared_out, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2)]
+        outgoing = (g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
         if use_list:
             backward_active_kernel(_code(call))(
-                *(first, last, T, params, _numpy(call.v0), indptr, indices, values, weight),
-                *(in_ptr, in_idx, rec_weight, out_ptr, out_idx, act_ptr, act_idx, u, surrogate, p, q),
-                *(np.empty(longest, np_dtype), block, g_out, *dense, *shared_in, *outs),
+                *(first, last, T, params, _numpy(call.v0), recurrence[0], incoming, act_ptr, act_idx, u),
+                *(surrogate, p, q, np.empty(longest, np_dtype), block, arriving, *states, outgoing),
             )
         else:
             checkpoints = (
@@ -197,10 +197,18 @@ def run_backward(
                 _array(saved.i_checkpoints, np_dtype, 3),
             )
             _replay(call, np_dtype)(
-                *(first, last, T, window, surrogate, p, q, params, *checkpoints),
-                *(current, indptr, indices, values, weight, bias, in_ptr, in_idx),
-                *(rec_weight, rec_bias, rec0, out_ptr, out_idx, act_ptr, act_idx, g_out),
-                *(*dense, *shared_in, *outs, g_params, block),
+                *(first, last, T, window, surrogate, p, q, params, *checkpoints, current, bias),
+                *(
+                    tuple(recurrence),
+                    incoming,
+                    act_ptr,
+                    act_idx,
+                    arriving,
+                    *states,
+                    outgoing,
+                    g_params,
+                    block,
+                ),
             )
         return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
 
@@ -210,20 +218,20 @@ def run_backward(
         torch.from_numpy(_flip(x, np.empty((N, len(x)), np_dtype))) if x.size else None
         for x in (totals[0], totals[2])
     ]
-    vectors = [torch.from_numpy(x) if x.size else None for x in (totals[1], totals[3], totals[4])]
+    biases = [torch.from_numpy(x[0, :N]) if x.size else None for x in (totals[1], totals[3])]
     grad_input = g_active
     if nu is not None:
         grad_input = nu if train is None else nu @ call.weight  # type: ignore[operator]
     return InputGrads(
         grad_input,
         weights[0],
-        vectors[0],
+        biases[0],
         weights[1],
-        vectors[1],
+        biases[1],
         g_rec0,
         cv if need["v0"] else None,
         ci if need["i0"] and call.i0 is not None else None,
-        vectors[2],
+        torch.from_numpy(totals[4]) if totals[4].size else None,
     )
 
 
