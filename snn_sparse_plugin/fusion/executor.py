@@ -231,7 +231,9 @@ def _widens(state: list[Any], shape: tuple[int, ...]) -> bool:
     # upstream broadcasts an input to a state of more neurons or samples
     for tensor in state:
         try:
-            if tensor is not None and torch.broadcast_shapes(tensor.shape, shape) != shape:
+            if tensor is None or tensor.shape == shape:
+                continue
+            if torch.broadcast_shapes(tensor.shape, shape) != shape:
                 return True
         except RuntimeError:  # fits nothing: the op says so
             continue

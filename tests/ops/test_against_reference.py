@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, NeuronState, SpikeTrain, Surrogate
+from snn_sparse_plugin.backends.cpu import outgoing
 from snn_sparse_plugin.ops import spiking_layer
 from snn_sparse_plugin.surrogates import KINDS
 
@@ -121,6 +122,20 @@ def test_every_neuron(spec, recurrent, threshold, counted):
     replays = spec.spiking and (threshold != 0.02 or needs_states)  # the adjoint of a readout only decays
     assert counted["cpu", "backward:replay" if replays else "backward:list"] == 1
     assert counted["cpu", "forward"] == 1
+
+
+@pytest.mark.parametrize("threshold", [None, 0.02], ids=["exact", "narrow"])
+@pytest.mark.parametrize("recurrent", [False, True], ids=["", "recurrent"])
+@pytest.mark.parametrize("spec", [NeuronSpec(), NeuronSpec(synapse=True)], ids=name)
+def test_blocks_cut_across_samples_and_steps(spec, recurrent, threshold, monkeypatch):
+    monkeypatch.setattr(outgoing, "BLOCK_ITEMS", 1)  # 16 rows
+    for T in (1, 7, 40):
+        problem = build(spec, T, 5, 30, 21, recurrent=recurrent)
+        compare(problem, spec, FAST, threshold)
+        compare(problem, spec, FAST, threshold, as_events=True)
+        for unused in ("mem", "v"):  # without them, nothing but spikes drives the adjoint
+            del problem[2][unused]
+        compare(problem, spec, FAST, threshold, as_events=True)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.02], ids=["exact", "narrow"])

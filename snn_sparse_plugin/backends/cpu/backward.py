@@ -1,4 +1,4 @@
-"""Backward kernel over the active list: between active entries the adjoint only decays.
+"""Backward kernel over the active list: between active entries the adjoint only decays. Linear ones: see linear.py.
 
 The adjoint runs back in time per sample, in a few vectors of N values:
 
@@ -62,17 +62,6 @@ def input_grad(code, params, lam, ci, nu):  # type: ignore[no-untyped-def]
 
 
 @kernel(forceinline=True)
-def keep_and_decay(params, lam, block, k):  # type: ignore[no-untyped-def]
-    """``block[k] = lam`` and ``decay_back`` in one pass, where nu is lam."""
-    k = np.uint64(k)
-    mem = params[MEM]
-    for j in range(lam.shape[0]):
-        nu = lam[j]
-        block[k, j] = nu
-        lam[j] = mem[j] * nu
-
-
-@kernel(forceinline=True)
 def decay_back(code, params, lam):  # type: ignore[no-untyped-def]
     """lam_t becomes what flows to the membrane of step t - 1, in place."""
     one = lam.dtype.type(1)
@@ -88,9 +77,7 @@ def decay_back(code, params, lam):  # type: ignore[no-untyped-def]
 @cache
 def backward_active_kernel(code: Code) -> Callable[..., Any]:
     """The backward over the active list, for one member of the neuron family."""
-    update, synapse, kind, timing, scope, attached, _, recurrent = code
-    # then nu is lam itself: a copy less at every step
-    shared = update == DECAY and not synapse and not recurrent
+    _, _, kind, timing, scope, attached, _, recurrent = code
 
     @kernel()
     def backward_active(  # type: ignore[no-untyped-def]
@@ -107,7 +94,6 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         surrogate,
         first_param,
         second_param,
-        phi,  # space for sigma' of the active entries of one sample
         block,  # space for rows of nu, zero beyond column N
         arriving,  # gradients of active entries, of spikes and of the membrane: empty where there is none
         lam_state,  # (B, N): gradient of the final state in, of the initial state out
@@ -126,14 +112,9 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         for b in range(last - 1, first - 1, -1):
             lam, ci = lam_state[b], ci_state[b]
             first_active, last_active = act_ptr[b * T], act_ptr[b * T + T]
-            surrogate_row(
-                surrogate,
-                first_param,
-                second_param,
-                -1.0,
-                act_x[first_active:last_active],
-                phi[: last_active - first_active],
-            )
+            phi = np.empty(last_active - first_active, dtype)
+            x = act_x[first_active:last_active]
+            surrogate_row(surrogate, first_param, second_param, -1.0, x, phi)
             for t in range(T - 1, -1, -1):
                 r = b * T + t
                 k = r % block.shape[0]
@@ -169,12 +150,9 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                     else:
                         for j in range(N):
                             lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
-                if shared:
-                    keep_and_decay(params, lam, block, k)
-                else:
-                    input_grad(code, params, lam, ci, nu)
-                    store2(block, k, nu)
-                    decay_back(code, params, lam)
+                input_grad(code, params, lam, ci, nu)
+                store2(block, k, nu)
+                decay_back(code, params, lam)
                 if timing == DELAYED and kind == ZERO and scope == STATE:
                     if t > 0:
                         for e in range(out_ptr[r - 1], out_ptr[r]):

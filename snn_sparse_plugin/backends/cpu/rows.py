@@ -89,9 +89,9 @@ def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
     columns = min(x.shape[1], out.shape[0])
     for i in range(first, last, 16):
         for j in range(0, columns, 16):
-            for k in range(i, min(i + 16, last)):
-                for m in range(j, min(j + 16, columns)):
-                    out[m, k] = x[k, m]
+            for m in range(j, min(j + 16, columns)):
+                for k in range(i, min(i + 16, last)):
+                    out[np.uint64(m), np.uint64(k)] = x[np.uint64(k), np.uint64(m)]
 
 
 @kernel(forceinline=True)
@@ -130,33 +130,6 @@ def dot(weight, index, b):  # type: ignore[no-untyped-def]
     for j in range(b.shape[0]):
         total += weight[i, j] * b[j]
     return total
-
-
-@_reordered
-def dots(weight, indices, first, last, x, k, out):  # type: ignore[no-untyped-def]
-    """``out[e] = weight[indices[e]] @ x[k]`` for the entries first..last, four at a time to load x once."""
-    k = np.uint32(k)
-    zero = out.dtype.type(0)
-    e = first
-    while e + 4 <= last:
-        a, b = np.uint32(indices[e]), np.uint32(indices[e + 1])
-        c, d = np.uint32(indices[e + 2]), np.uint32(indices[e + 3])
-        p, q, r, s = zero, zero, zero, zero
-        for j in range(weight.shape[1]):
-            y = x[k, j]
-            p += weight[a, j] * y
-            q += weight[b, j] * y
-            r += weight[c, j] * y
-            s += weight[d, j] * y
-        out[e], out[e + 1], out[e + 2], out[e + 3] = p, q, r, s
-        e += 4
-    while e < last:
-        a = np.uint32(indices[e])
-        p = zero
-        for j in range(weight.shape[1]):
-            p += weight[a, j] * x[k, j]
-        out[e] = p
-        e += 1
 
 
 @kernel(forceinline=True)

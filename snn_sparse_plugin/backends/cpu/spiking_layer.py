@@ -30,6 +30,7 @@ from ...spikes import MAX_EVENTS, Active
 from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
+from .linear import backward_linear_kernel, is_linear
 from .outgoing import block_rows
 from .program import forward_of
 from .program_backward import backward_of
@@ -52,7 +53,10 @@ def run_forward(call: LayerCall) -> LayerResult:
     want_list = call.needs_grad and call.save_active and spec.spiking and call.threshold is not None
     want_list = want_list and keeps_active(call)
     want_events = call.want_events or call.rec_weight is not None or (want_list and resets_by_event)
-    v, i = call.v0.clone(), (torch.zeros_like(call.v0) if call.i0 is None else call.i0.clone())
+    v, i = (
+        _copied(call.v0, call.v0.shape, np_dtype),
+        _copied(call.i0, (B, N) if synapse else (0, 0), np_dtype),
+    )
     chunks = -(-T // CHUNK) if call.needs_grad else 0
     v_checkpoints = torch.empty(chunks, *v.shape, dtype=dtype)
     i_checkpoints = torch.empty(chunks if synapse else 0, B, N, dtype=dtype)
@@ -143,8 +147,7 @@ def run_backward(
         use_list = True
     # a list without input gradients is the one case that never looks at the weights
     inputs = _inputs(call, np_dtype, rows=sparse_input or not use_list)
-    cv = torch.zeros_like(call.v0) if grads.v is None else grads.v.contiguous().clone()
-    ci = torch.zeros(B, N, dtype=dtype) if grads.i is None else grads.i.clone()
+    cv, ci = _copied(grads.v, call.v0.shape, np_dtype), _copied(grads.i, (B, N), np_dtype)
     dense_nu = need["input"] and not sparse_input
     nu = torch.empty(T, B, N, dtype=dtype) if dense_nu else None
     g_active = None
@@ -153,7 +156,7 @@ def run_backward(
     if need["input"] and sparse_input:
         in_ptr, in_idx = (_numpy(x) for x in train.active)  # type: ignore[union-attr]
         g_active = torch.empty(in_idx.size, dtype=dtype)
-    g_rec0 = torch.zeros(B, N, dtype=dtype) if need["rec0"] and call.rec0 is not None else None
+    g_rec0 = _copied(None, (B, N), np_dtype) if need["rec0"] and call.rec0 is not None else None
     out_ptr, out_idx = (none, none) if events is None else (_numpy(x) for x in events)
     act_ptr, act_idx = (none, none) if saved.active is None else (_numpy(x) for x in saved.active)
     dense = [_array(grads.spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
@@ -167,7 +170,6 @@ def run_backward(
     window = -1.0 if saved.threshold is None else saved.threshold
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
     u = _array(saved.u if use_list else None, np_dtype, 1)
-    longest = int(np.diff(act_ptr[::T]).max(initial=0)) if use_list and T else 0
 
     def run(first: int, last: int) -> list[np.ndarray]:
         def zeros(wanted: bool, *shape: int) -> np.ndarray:
@@ -187,9 +189,11 @@ def run_backward(
         block = rows(True, block_rows(_padded(N)))
         outgoing = (g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
         if use_list:
-            backward_active_kernel(_code(call))(
+            code = _code(call)
+            backward = backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code)
+            backward(
                 *(first, last, T, params, _numpy(call.v0), recurrence[0], incoming, act_ptr, act_idx, u),
-                *(surrogate, p, q, np.empty(longest, np_dtype), block, arriving, *states, outgoing),
+                *(surrogate, p, q, block, arriving, *states, outgoing),
             )
         else:
             checkpoints = (
@@ -293,7 +297,7 @@ def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.nda
     )
 
 
-# The three below are numpy and numba on purpose: torch would use its OpenMP threads, which then spin for milliseconds
+# The functions below are numpy and numba on purpose: torch would use its OpenMP threads, which then spin for ms
 # on the cores that our threads need (measured: up to twice the time of a step on two cores).
 
 
@@ -306,6 +310,11 @@ def _transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     out[:, n:] = 0
     _flip(_numpy(weight), out)
     return out
+
+
+def _copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """A copy of ``x`` that a kernel may change, or zeros."""
+    return torch.from_numpy(np.zeros(shape, dtype) if x is None else np.array(_numpy(x)))
 
 
 def _padded(n: int) -> int:

@@ -1,0 +1,141 @@
+"""Vectors of sixteen lanes as values of a kernel, for the loops that LLVM does not vectorise or keep in registers.
+
+``load`` and ``store`` work on rows that are padded to whole vectors; between them stands plain arithmetic. LLVM lowers
+a vector to whatever registers the machine has.
+
+    x = load(rows, k, j)                       # rows[k, j : j + 16]
+    store(rows, k, j, fma(load(w, i, j), x, zeros(rows)))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+from .bits import LANES
+
+
+class Lanes(types.Type):  # type: ignore[misc]
+    """The type of a vector, by the dtype of its lanes."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
+
+
+_ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int32: ir.IntType(32)}
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, fe_type: Any) -> None:
+        super().__init__(manager, fe_type, ir.VectorType(_ELEMENTS[fe_type.dtype], LANES))
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, row: Any, column: Any) -> Any:
+    """Where ``array[row, column]`` of a C-ordered array begins, as a pointer to a vector."""
+    fields = context.make_array(array_type)(context, builder, array)
+    at = builder.add(builder.mul(row, builder.extract_value(fields.shape, 1)), column)
+    vector = ir.VectorType(_ELEMENTS[array_type.dtype], LANES)
+    return builder.bitcast(builder.gep(fields.data, [at], inbounds=True), vector.as_pointer())
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, row: Any, column: Any) -> Any:
+    """``array[row, column : column + 16]``"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], *args)
+        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+
+    return Lanes(array.dtype)(array, types.uint64, types.uint64), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, row: Any, column: Any, x: Any) -> Any:
+    """``array[row, column : column + 16] = x``"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], *args[:3])
+        builder.store(args[3], pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.uint64, types.uint64, x), codegen
+
+
+@intrinsic
+def zeros(typingctx: Any, array: Any) -> Any:
+    """A vector of zeros of the array's dtype."""
+    lanes = Lanes(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(context.get_value_type(lanes), None)
+
+    return lanes(array), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, x: Any) -> Any:
+    """A number in every lane."""
+    lanes = Lanes(x)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = context.get_value_type(lanes)
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(undefined, args[0], ir.IntType(32)(0))
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        return builder.shuffle_vector(first, undefined, everywhere)
+
+    return lanes(x), codegen
+
+
+@intrinsic
+def add(typingctx: Any, a: Any, b: Any) -> Any:
+    """``a + b``"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(*args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def mul(typingctx: Any, a: Any, b: Any) -> Any:
+    """``a * b``"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fmul(*args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, rounded once where the machine can."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0].type
+        name = f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+        return builder.call(function, args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def total(typingctx: Any, a: Any) -> Any:
+    """The sum over the lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0].type
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(vector.element, [vector.element, vector]),
+            f"llvm.vector.reduce.fadd.v{LANES}f{a.dtype.bitwidth}",
+        )
+        return builder.call(function, [ir.Constant(vector.element, 0.0), args[0]], fastmath=("reassoc",))
+
+    return a.dtype(a), codegen

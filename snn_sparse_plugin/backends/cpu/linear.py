@@ -1,0 +1,144 @@
+"""Backward kernel over the active list for neurons whose adjoint is linear: the commonest ones, feed-forward and
+reset by a detached subtraction or not at all.
+
+What enters the adjoint at an active entry is then known beforehand, so a block of steps is swept at once: all entries
+are scattered into the block, and two first-order recurrences run down its columns in registers,
+
+    lam_t = entry_t + mem lam_{t+1}        nu_t = lam_t + syn nu_{t+1}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .bits import LANES
+from .jit import kernel
+from .lanes import add, load, mul, store, zeros
+from .outgoing import deliver, rows_of_entries
+from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, surrogate_row
+
+
+def is_linear(code: Code) -> bool:
+    """Whether this member of the neuron family has a linear adjoint that ``backward_linear_kernel`` knows."""
+    update, _, kind, _, _, attached, _, recurrent = code
+    return update == DECAY and kind in (NONE, SUBTRACT) and not attached and not recurrent
+
+
+@cache
+def backward_linear_kernel(code: Code) -> Callable[..., Any]:
+    """The backward over the active list for a linear adjoint; takes the arguments of ``backward_active``."""
+    synapse = code[1]
+
+    @kernel()
+    def backward_linear(  # type: ignore[no-untyped-def]
+        first,
+        last,
+        T,
+        params,
+        v0,
+        _,
+        incoming,
+        act_ptr,
+        act_idx,
+        act_x,
+        surrogate,
+        first_param,
+        second_param,
+        block,
+        arriving,
+        lam_state,
+        ci_state,
+        outgoing,
+    ):
+        g_out, g_spikes, g_mem = arriving
+        N, width = v0.shape[1], block.shape[1]
+        has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
+        # rows of whole vectors: what flows to the next step back, and what it decays by
+        flow, decay = np.zeros((2, width), block.dtype), np.zeros((2, width), block.dtype)
+        decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
+        high = last * T
+        while high > first * T:
+            low = max(first * T, (high - 1) // block.shape[0] * block.shape[0])
+            shift = low % block.shape[0]
+            for r in range(low, high):
+                k = np.uint64(shift + r - low)
+                if has_mem:
+                    t, b = np.uint64(r % T), np.uint64(r // T)
+                    for j in range(N):
+                        block[k, j] = g_mem[t, b, j]
+                else:
+                    for column in range(0, width, LANES):
+                        store(block, k, column, zeros(block))
+            begin, end = act_ptr[low], act_ptr[high]
+            phi = np.empty(end - begin, block.dtype)
+            surrogate_row(surrogate, first_param, second_param, -1.0, act_x[begin:end], phi)
+            rows = rows_of_entries(act_ptr, low, high, shift)
+            for e in range(end - begin):
+                k, entry = np.uint64(rows[0, np.uint64(e)]), np.uint64(act_idx[np.uint64(begin + e)])
+                g = block.dtype.type(0)
+                if has_out:
+                    g = g_out[begin + e]
+                if has_spikes:
+                    row = low + np.int64(k) - shift
+                    g += g_spikes[row % T, row // T, entry]
+                block[k, entry] += phi[e] * g
+            # sample by sample, as the state of each comes in and goes out
+            top = high
+            while top > low:
+                b = (top - 1) // T
+                bottom = max(low, b * T)
+                if top == b * T + T:
+                    flow[0, :N], flow[1, :N] = lam_state[b], ci_state[b]
+                sweep(block, shift + bottom - low, shift + top - low, decay, flow, 0)
+                if synapse:
+                    sweep(block, shift + bottom - low, shift + top - low, decay, flow, 1)
+                if bottom == b * T:
+                    lam_state[b], ci_state[b] = flow[0, :N], flow[1, :N]
+                top = bottom
+            deliver(block, low, high, T, incoming, outgoing)
+            high = low
+
+    return backward_linear
+
+
+@kernel(forceinline=True)
+def sweep(block, low, high, decay, flow, which):  # type: ignore[no-untyped-def]
+    """``x[k] = block[k] + decay x[k + 1]`` down the rows high..low in place; ``flow`` is the decayed x around them."""
+    width, lanes = np.uint64(block.shape[1]), np.uint64(LANES)
+    j = np.uint64(0)
+    while j + np.uint64(4) * lanes <= width:  # four chains at a time hide the latency of one
+        p, q, s = j + lanes, j + np.uint64(2) * lanes, j + np.uint64(3) * lanes
+        a, b, c, d = load(flow, which, j), load(flow, which, p), load(flow, which, q), load(flow, which, s)
+        m, n, o, u = (
+            load(decay, which, j),
+            load(decay, which, p),
+            load(decay, which, q),
+            load(decay, which, s),
+        )
+        for i in range(low, high):
+            k = np.uint64(low + high - 1 - i)
+            a, b = add(load(block, k, j), a), add(load(block, k, p), b)
+            c, d = add(load(block, k, q), c), add(load(block, k, s), d)
+            store(block, k, j, a)
+            store(block, k, p, b)
+            store(block, k, q, c)
+            store(block, k, s, d)
+            a, b, c, d = mul(m, a), mul(n, b), mul(o, c), mul(u, d)
+        store(flow, which, j, a)
+        store(flow, which, p, b)
+        store(flow, which, q, c)
+        store(flow, which, s, d)
+        j += np.uint64(4) * lanes
+    while j < width:
+        a, m = load(flow, which, j), load(decay, which, j)
+        for i in range(low, high):
+            k = np.uint64(low + high - 1 - i)
+            a = add(load(block, k, j), a)
+            store(block, k, j, a)
+            a = mul(m, a)
+        store(flow, which, j, a)
+        j += lanes
