@@ -273,7 +273,7 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
     Both get the same random gradient of the output spikes, the sparse one where the output is active.
     """
     first, second = problem.weights
-    options = _op_options(config)
+    options = _op_options(config) | {"min_active": 0}  # the publication has no guard
     train = spiking_layer(problem.x, first.clone().requires_grad_(), events=True, **options).spikes
     weight = second.clone().requires_grad_()
     bias = torch.zeros(second.shape[0], device=second.device, requires_grad=True)
