@@ -41,9 +41,7 @@ def spiking_layer_backward(
     g_mem_ptr,  # (T, B, N) or None
     g_v_ptr,  # (B, N) or None
     g_i_ptr,  # (B, N) or None
-    u_ptr,  # scratch (CHUNK, B, N): membranes before the reset
-    v_prev_ptr,  # scratch: membranes before the step
-    drive_ptr,  # scratch, or None without parameter gradients
+    scratch_ptr,  # (2 or 3, CHUNK, B, N): membranes before the reset, before the step; the drive if d_params
     nu_ptr,  # out (T, B, N): gradient of the input current
     d_v0_ptr,  # out (B, N)
     d_i0_ptr,  # out (B, N) or None
@@ -75,6 +73,7 @@ def spiking_layer_backward(
     mask = cols < N
     mem, syn, threshold, leak, reset_value = load_params(params_ptr, N, cols, mask)
     rows = B.to(tl.int64)  # rows of a step: T * B * N may pass 2^31
+    plane = CHUNK * rows * N
     zero = tl.zeros_like(mem)
     g_v, g_i, rec, drive, phi = zero, zero, zero, zero, zero
     if g_v_ptr is not None:
@@ -114,7 +113,7 @@ def spiking_layer_backward(
                     mask,
                     v,
                 )
-            tl.store(v_prev_ptr + slot, v, mask=mask)
+            tl.store(scratch_ptr + plane + slot, v, mask=mask)
             u, _s, v, i, drive = step(
                 x,
                 rec,
@@ -133,19 +132,19 @@ def spiking_layer_backward(
                 SCOPE,
                 SPIKING,
             )
-            tl.store(u_ptr + slot, u, mask=mask)
-            if drive_ptr is not None:
-                tl.store(drive_ptr + slot, drive, mask=mask)
+            tl.store(scratch_ptr + slot, u, mask=mask)
+            if d_params_ptr is not None:
+                tl.store(scratch_ptr + 2 * plane + slot, drive, mask=mask)
         tl.debug_barrier()  # scratch may come back to other threads than wrote it
 
         for back in range(steps):
             j = steps - 1 - back
             row = (start + j) * rows + b
             slot = (j * rows + b) * N + cols
-            u = tl.load(u_ptr + slot, mask=mask, other=0.0)
-            v_prev = tl.load(v_prev_ptr + slot, mask=mask, other=0.0)
-            if drive_ptr is not None:
-                drive = tl.load(drive_ptr + slot, mask=mask, other=0.0)
+            u = tl.load(scratch_ptr + slot, mask=mask, other=0.0)
+            v_prev = tl.load(scratch_ptr + plane + slot, mask=mask, other=0.0)
+            if d_params_ptr is not None:
+                drive = tl.load(scratch_ptr + 2 * plane + slot, mask=mask, other=0.0)
             if g_mem_ptr is not None:
                 g_v += tl.load(g_mem_ptr + row * N + cols, mask=mask, other=0.0)
             g_s = zero

@@ -18,13 +18,16 @@ def program_forward(
     rec_weight_ptr,
     rec_bias_ptr,
     rec0_ptr,
-    state_ptr,  # (K, B, N)
+    v0_ptr,  # (K, B, N): all states
+    i0_ptr,  # None, as all that follow with this letter
     params_ptr,  # (P, N)
     words_ptr,
     spikes_ptr,
     mem_ptr,
-    final_ptr,  # out (K, B, N)
-    checkpoint_ptr,  # out (chunks, K, B, N) or None
+    v_ptr,  # out (K, B, N)
+    i_ptr,
+    v_checkpoint_ptr,  # out (chunks, K, B, N) or None
+    i_checkpoint_ptr,
     near_ptr,
     T,
     B,
@@ -50,16 +53,16 @@ def program_forward(
     cols = first_col + tl.arange(0, BLOCK_N)
     mask = cols < N
     rows = B.to(tl.int64)
-    states = load_rows(state_ptr, b, rows, N, cols, mask, STATES, 0.0)
+    states = load_rows(v0_ptr, b, rows, N, cols, mask, STATES, 0.0)
     params = load_rows(params_ptr, 0, 1, N, cols, mask, PARAMS, 1.0)
     near = tl.zeros([BLOCK_N], dtype=tl.int64)
     like = states[0]
     rec = tl.zeros_like(like)
     row = b
     for start in range(0, T, CHUNK):
-        if checkpoint_ptr is not None:
+        if v_checkpoint_ptr is not None:
             at = (start // CHUNK) * STATES * rows + b
-            store_rows(checkpoint_ptr, at, rows, N, cols, mask, states, STATES)
+            store_rows(v_checkpoint_ptr, at, rows, N, cols, mask, states, STATES)
         for t in range(start, tl.minimum(start + CHUNK, T)):
             x = input_current(
                 x_ptr, in_words_ptr, weight_ptr, bias_ptr, row, b, in_words, N, cols, mask, like, STATIC_INPUT
@@ -93,7 +96,7 @@ def program_forward(
             if mem_ptr is not None:
                 tl.store(mem_ptr + row * N + cols, states[MEMBRANE], mask=mask)
             row += B
-    store_rows(final_ptr, b, rows, N, cols, mask, states, STATES)
+    store_rows(v_ptr, b, rows, N, cols, mask, states, STATES)
     if near_ptr is not None:
         tl.store(near_ptr + b * tl.num_programs(1) + tl.program_id(1), tl.sum(near, axis=0))
 
@@ -109,14 +112,17 @@ def program_backward(
     rec_bias_ptr,
     rec0_ptr,
     words_ptr,
-    checkpoint_ptr,  # (chunks, K, B, N)
+    v_checkpoint_ptr,  # (chunks, K, B, N)
+    i_checkpoint_ptr,
     params_ptr,
     g_spikes_ptr,
     g_mem_ptr,
-    g_state_ptr,  # (K, B, N) or None
-    kept_ptr,  # scratch (CHUNK, K + 2, B, N): states before each step, its x and rec
+    g_v_ptr,  # (K, B, N) or None
+    g_i_ptr,
+    scratch_ptr,  # (CHUNK, K + 2, B, N): states before each step, its x and rec
     nu_ptr,  # out (T, B, N)
-    d_state_ptr,  # out (K, B, N)
+    d_v0_ptr,  # out (K, B, N)
+    d_i0_ptr,
     d_params_ptr,  # out (P, B, N) or None
     T,
     B,
@@ -149,13 +155,13 @@ def program_backward(
     mask = cols < N
     rows = B.to(tl.int64)
     params = load_rows(params_ptr, 0, 1, N, cols, mask, PARAMS, 1.0)
-    like = tl.load(checkpoint_ptr + b * N + cols, mask=mask, other=0.0)
+    like = tl.load(v_checkpoint_ptr + b * N + cols, mask=mask, other=0.0)
     zero = tl.zeros_like(like)
     carried = ()
     for k in tl.static_range(STATES):
         carried = carried + (zero,)
-    if g_state_ptr is not None:
-        carried = load_rows(g_state_ptr, b, rows, N, cols, mask, STATES, 0.0)
+    if g_v_ptr is not None:
+        carried = load_rows(g_v_ptr, b, rows, N, cols, mask, STATES, 0.0)
     sums = ()
     for k in tl.static_range(PARAMS):
         sums = sums + (zero,)
@@ -166,7 +172,7 @@ def program_backward(
         chunk = chunks - 1 - c
         start = chunk * CHUNK
         steps = tl.minimum(T - start, CHUNK)
-        states = load_rows(checkpoint_ptr, chunk * STATES * rows + b, rows, N, cols, mask, STATES, 0.0)
+        states = load_rows(v_checkpoint_ptr, chunk * STATES * rows + b, rows, N, cols, mask, STATES, 0.0)
         for j in range(steps):
             row = (start + j) * rows + b
             x = input_current(
@@ -189,14 +195,14 @@ def program_backward(
                     like,
                 )
             at = j * (STATES + 2) * rows + b
-            store_rows(kept_ptr, at, rows, N, cols, mask, states + (x, rec), STATES + 2)
+            store_rows(scratch_ptr, at, rows, N, cols, mask, states + (x, rec), STATES + 2)
             states = select(execute(states, x, rec, params, PROGRAM, CONSTANTS), RESULTS)
         tl.debug_barrier()  # scratch may come back to other threads than wrote it
 
         for back in range(steps):
             j = steps - 1 - back
             row = (start + j) * rows + b
-            kept = load_rows(kept_ptr, j * (STATES + 2) * rows + b, rows, N, cols, mask, STATES + 2, 0.0)
+            kept = load_rows(scratch_ptr, j * (STATES + 2) * rows + b, rows, N, cols, mask, STATES + 2, 0.0)
             before = ()
             for k in tl.static_range(STATES):
                 before = before + (kept[k],)
@@ -226,6 +232,6 @@ def program_backward(
                 sums = more
         tl.debug_barrier()  # the next chunk's replay overwrites the scratch
 
-    store_rows(d_state_ptr, b, rows, N, cols, mask, carried, STATES)
+    store_rows(d_v0_ptr, b, rows, N, cols, mask, carried, STATES)
     if d_params_ptr is not None:
         store_rows(d_params_ptr, b, rows, N, cols, mask, sums, PARAMS)

@@ -1,16 +1,23 @@
-"""Launchers of the ``spiking_layer`` kernels: allocate the outputs, choose the blocks, launch once."""
+"""Launcher of the ``spiking_layer`` kernels: allocate the outputs, choose the blocks, launch once.
+
+A neuron given by equations has kernels of its own that take the same arguments; its states are all in ``v``.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ..backends import CHUNK, LayerCall, OutputGrads
+from ..dynamics import NeuronSpec
+from ..equations import Equations
 from .backward import spiking_layer_backward
 from .forward import spiking_layer_forward
+from .program_constants import backward_constants, forward_constants
+from .program_kernels import program_backward, program_forward
 
 MAX_RECURRENT = 16384  # neurons of a recurrent layer: one program holds them all in registers
 
@@ -21,15 +28,15 @@ class Forward(NamedTuple):
     words: Tensor | None  # (T, B, ceil(N / 32)) int32
     spikes: Tensor | None  # (T, B, N)
     mem: Tensor | None
-    v: Tensor  # (B, N)
-    i: Tensor | None
-    v_checkpoints: Tensor | None  # (ceil(T / CHUNK), B, N)
+    v: Tensor  # as the call's v0: (B, N) or (K, B, N)
+    i: Tensor | None  # (B, N)
+    v_checkpoints: Tensor | None  # (ceil(T / CHUNK), *v0.shape)
     i_checkpoints: Tensor | None
     near: Tensor | None  # (B, blocks) int64
 
 
 class Backward(NamedTuple):
-    """Gradients of the input current (T, B, N), the initial state (B, N) and the parameters (5, B, N)."""
+    """Gradients of the input current (T, B, N), the initial state and the parameters (5 or P, B, N)."""
 
     nu: Tensor
     v0: Tensor
@@ -37,15 +44,20 @@ class Backward(NamedTuple):
     params: Tensor | None
 
 
-def _blocks(call: LayerCall) -> dict[str, int]:
+def _launch(call: LayerCall) -> dict[str, Any]:
     block = min(128, max(32, triton.next_power_of_2(call.N)))
     if call.rec_weight is not None:
         block = max(32, triton.next_power_of_2(call.N))
-    return {"BLOCK_N": block, "num_warps": min(16, block // 32)}
+    return {
+        "BLOCK_N": block,
+        "CHUNK": CHUNK,
+        "num_warps": min(16, block // 32),
+        # upstream rounds after every product: a contracted multiply-add would move spikes
+        "enable_fp_fusion": False,
+    }
 
 
-def _options(call: LayerCall) -> dict[str, object]:
-    spec = call.spec
+def _constants(spec: NeuronSpec) -> dict[str, Any]:
     return {
         "UPDATE": spec.update,
         "SYNAPSE": spec.synapse,
@@ -53,27 +65,27 @@ def _options(call: LayerCall) -> dict[str, object]:
         "TIMING": spec.timing,
         "SCOPE": spec.scope,
         "SPIKING": spec.spiking,
-        "CHUNK": CHUNK,
-        # upstream rounds after every product: a contracted multiply-add would move spikes
-        "enable_fp_fusion": False,
-        **_blocks(call),
     }
 
 
+def _forward_of(call: LayerCall) -> tuple[Any, dict[str, Any]]:
+    if isinstance(call.spec, Equations):
+        return program_forward, forward_constants(call.spec)
+    return spiking_layer_forward, _constants(call.spec)
+
+
+def _backward_of(call: LayerCall) -> tuple[Any, dict[str, Any]]:
+    if isinstance(call.spec, Equations):
+        return program_backward, backward_constants(call.spec, call.params_grad)
+    return spiking_layer_backward, {**_constants(call.spec), "ATTACHED": call.spec.attached}
+
+
 def _grid(call: LayerCall) -> tuple[int, int]:
-    return call.B, triton.cdiv(call.N, _blocks(call)["BLOCK_N"])
+    return call.B, triton.cdiv(call.N, _launch(call)["BLOCK_N"])
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().contiguous()
-
-
-def _synapses(call: LayerCall, from_words: bool) -> tuple[Tensor | None, Tensor | None]:
-    """W^T and the bias for the kernels that gather; None where the current is given."""
-    if not from_words:
-        return None, None
-    assert call.weight is not None
-    return _flat(call.weight.t()), _flat(call.bias)
 
 
 def _input(call: LayerCall, current: Tensor | None) -> tuple[Tensor | None, bool]:
@@ -82,6 +94,22 @@ def _input(call: LayerCall, current: Tensor | None) -> tuple[Tensor | None, bool
         return None, False
     static = call.T > 1 and current.stride(0) == 0
     return (current[0] if static else current).detach().contiguous(), static
+
+
+def _received(call: LayerCall, current: Tensor | None, in_words: Tensor | None) -> list[Any]:
+    """What drives the layer, as both kernels take it: current or words, W^T and bias, W_rec^T."""
+    gathers = in_words is not None and call.weight is not None
+    return [
+        current,
+        in_words,
+        _flat(call.weight.t()) if gathers else None,  # type: ignore[union-attr]
+        _flat(call.bias) if gathers else None,
+        None if call.rec_weight is None else _flat(call.rec_weight.t()),
+    ]
+
+
+def _sizes(call: LayerCall, in_words: Tensor | None) -> tuple[int, ...]:
+    return call.T, call.B, call.N, 0 if in_words is None else in_words.shape[2], triton.cdiv(call.N, 32)
 
 
 def forward(
@@ -101,41 +129,32 @@ def forward(
     within that distance of the threshold.
     """
     T, B, N, like = call.T, call.B, call.N, call.v0.detach()
-    n_words, synapse = triton.cdiv(N, 32), call.spec.synapse
+    state, synapse = like.shape, isinstance(call.spec, NeuronSpec) and call.spec.synapse
     chunks = triton.cdiv(T, CHUNK)
     x, static = _input(call, current)
     out = Forward(
-        torch.empty(T, B, n_words, dtype=torch.int32, device=like.device) if words else None,
+        torch.empty(T, B, triton.cdiv(N, 32), dtype=torch.int32, device=like.device) if words else None,
         like.new_empty(T, B, N) if spikes else None,
         like.new_empty(T, B, N) if mem else None,
-        like.new_empty(B, N),
+        like.new_empty(state),
         like.new_empty(B, N) if synapse else None,
-        like.new_empty(chunks, B, N) if checkpoints else None,
+        like.new_empty(chunks, *state) if checkpoints else None,
         like.new_empty(chunks, B, N) if checkpoints and synapse else None,
         None if window is None else torch.empty(_grid(call), dtype=torch.int64, device=like.device),
     )
     if B * N == 0:
         return out
+    kernel, constants = _forward_of(call)
     with torch.cuda.device_of(like):
-        spiking_layer_forward[_grid(call)](
-            x,
-            in_words,
-            *_synapses(call, in_words is not None),
-            None if call.rec_weight is None else _flat(call.rec_weight.t()),
-            _flat(call.rec_bias),
-            _flat(call.rec0),
-            _flat(call.v0),
-            _flat(call.i0),
-            _flat(call.params),
+        kernel[_grid(call)](
+            *_received(call, x, in_words),
+            *(_flat(t) for t in (call.rec_bias, call.rec0, call.v0, call.i0, call.params)),
             *out,
-            T,
-            B,
-            N,
-            0 if in_words is None else in_words.shape[2],
-            n_words,
+            *_sizes(call, in_words),
             WINDOW=window,
             STATIC_INPUT=static,
-            **_options(call),
+            **constants,
+            **_launch(call),
         )
     return out
 
@@ -157,46 +176,43 @@ def backward(
     """
     T, B, N, like = call.T, call.B, call.N, call.v0.detach()
     x, static = _input(call, current)
-    scratch = like.new_empty(3 if params else 2, CHUNK, B, N)
+    synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
     out = Backward(
         like.new_empty(T, B, N),
-        like.new_empty(B, N),
-        like.new_empty(B, N) if call.spec.synapse else None,
-        like.new_empty(5, B, N) if params else None,
+        like.new_empty(like.shape),
+        like.new_empty(B, N) if synapse else None,
+        like.new_empty(len(call.params), B, N) if params else None,
     )
-    if B * N == 0:
+    if T * B * N == 0:
+        for grad, given in ((out.v0, grads.v), (out.i0, grads.i)):
+            if grad is not None:
+                grad.zero_() if given is None else grad.copy_(given)
+        if out.params is not None:
+            out.params.zero_()
         return out
-    options = _options(call)
+    kernel, constants = _backward_of(call)
+    # of a chunk: the states before each step, and what its replay found
+    planes = len(like) + 2 if isinstance(call.spec, Equations) else 2 + params
+    launch = _launch(call)
     P0, P1 = call.surrogate.packed
     with torch.cuda.device_of(like):
-        spiking_layer_backward[_grid(call)](
-            x,
-            in_words,
-            *_synapses(call, in_words is not None),
-            None if call.rec_weight is None else _flat(call.rec_weight.t()),
-            _flat(call.rec_weight),
-            _flat(call.rec_bias),
-            _flat(call.rec0),
+        kernel[_grid(call)](
+            *_received(call, x, in_words),
+            *(_flat(t) for t in (call.rec_weight, call.rec_bias, call.rec0)),
             words,
             *checkpoints,
             _flat(call.params),
             *(_flat(g) for g in grads[1:]),
-            scratch[0],
-            scratch[1],
-            scratch[2] if params else None,
+            like.new_empty(CHUNK, planes, B, N),
             *out,
-            T,
-            B,
-            N,
-            0 if in_words is None else in_words.shape[2],
-            triton.cdiv(N, 32),
+            *_sizes(call, in_words),
             WINDOW=window,
             KIND=call.surrogate.kind,
             P0=P0,
             P1=P1,
             STATIC_INPUT=static,
-            ATTACHED=call.spec.attached,
-            TILE=max(1, 4096 // options["BLOCK_N"]),  # type: ignore[operator]
-            **options,
+            TILE=max(1, 4096 // launch["BLOCK_N"]),
+            **constants,
+            **launch,
         )
     return out

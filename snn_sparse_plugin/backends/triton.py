@@ -7,7 +7,6 @@ matrix products with the gradient of the input current. Triton is imported on fi
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +98,8 @@ class TritonBackend(Backend):
         needs: tuple[bool, ...],
     ) -> InputGrads:
         calls[self.name, "backward"] += 1
-        kernels = _kernels(call)
+        from ..triton_kernels import spiking_layer as kernels
+
         T, B, N = call.T, call.B, call.N
         assert saved.v_checkpoints is not None
         if not call.spec.spiking and grads.spikes is not None:  # a readout's output is its membrane
@@ -148,20 +148,14 @@ class TritonBackend(Backend):
         return InputGrads(**found)
 
     def _forward(self, call: LayerCall, **wanted: Any) -> Forward:
-        from ..triton_kernels.spiking_layer import MAX_RECURRENT
+        from ..triton_kernels import spiking_layer as kernels
 
-        if call.rec_weight is not None and call.N > MAX_RECURRENT:
+        if call.rec_weight is not None and call.N > kernels.MAX_RECURRENT:
             raise UnsupportedError(
-                f"the triton backend runs recurrent layers of up to {MAX_RECURRENT} neurons, "
+                f"the triton backend runs recurrent layers of up to {kernels.MAX_RECURRENT} neurons, "
                 f'this one has {call.N}: ask for backend="reference".'
             )
-        return _kernels(call).forward(call, *_inputs(call), **wanted)  # type: ignore[no-any-return]
-
-
-def _kernels(call: LayerCall) -> Any:
-    """The launchers for the call's neuron; importing them imports Triton."""
-    name = "program_layer" if isinstance(call.spec, Equations) else "spiking_layer"
-    return import_module(f"snn_sparse_plugin.triton_kernels.{name}")
+        return kernels.forward(call, *_inputs(call), **wanted)
 
 
 def _interpreting() -> bool:

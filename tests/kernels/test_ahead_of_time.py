@@ -20,8 +20,8 @@ from snn_sparse_plugin.triton_kernels import (
     neuron,
     packed,
     program,
+    program_constants,
     program_kernels,
-    program_layer,
     spiking_layer,
     surrogates,
 )
@@ -62,7 +62,7 @@ WORDS = {"in_words_ptr", "weight_ptr", "bias_ptr"}
 CURRENT = {"x_ptr"}
 RECURRENT = {"rec_weight_ptr", "rec_weight_t_ptr", "rec_bias_ptr", "rec0_ptr", "words_ptr"}
 SYNAPSE = {"i0_ptr", "i_ptr", "i_checkpoint_ptr", "g_i_ptr", "d_i0_ptr"}
-PARAMS = {"drive_ptr", "d_params_ptr"}
+PARAMS = {"d_params_ptr"}
 
 # name -> (constants that differ from the defaults, pointers that are None, element type)
 CASES = {
@@ -133,27 +133,6 @@ def test_compiles(kernel, case, target):
     assert len(compiled.asm[binary]) > 0
 
 
-def program_constants(equations):
-    """What the launchers pass for these equations."""
-    found = equations.program
-    ops, uses = program_layer.encoded(found, True)
-    last = found.registers - 1
-    return {
-        **{"PROGRAM": ops, "BACKWARD": uses, "CONSTANTS": found.constants, "RESULTS": found.results},
-        "FROM_STATES": tuple(last - k for k in range(len(found.states))),
-        "FROM_X": last - len(found.states),
-        "FROM_PARAMS": tuple(last - found.first_param - k for k in range(len(found.params))),
-        **{
-            "STATES": len(found.states),
-            "PARAMS": len(found.params),
-            "SPIKES": found.spikes,
-            "SITE": found.site,
-        },
-        "MEMBRANE": found.states.index(equations.membrane),
-        "SPIKING": equations.spiking,
-    }
-
-
 PROGRAM_CASES = {
     "adaptive-recurrent": (ADAPTIVE, CURRENT, "fp32"),
     "adaptive-double": (ADAPTIVE, WORDS | RECURRENT, "fp64"),
@@ -171,8 +150,10 @@ def test_programs_compile(kernel, case, target):
         pytest.skip("Triton 3.2 bundles no assembler for this target")
     gpu, binary = TARGETS[target]
     equations, absent, element = PROGRAM_CASES[case]
-    constants = program_constants(equations)
-    compiled = compile_kernel(PROGRAM_KERNELS[kernel], gpu, constants, absent, element)
+    constants = program_constants.forward_constants(equations) | program_constants.backward_constants(
+        equations, True
+    )
+    compiled = compile_kernel(PROGRAM_KERNELS[kernel], gpu, constants, absent | SYNAPSE, element)
     assert len(compiled.asm[binary]) > 0
 
 
