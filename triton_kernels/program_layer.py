@@ -43,6 +43,7 @@ def _options(call: LayerCall) -> tuple[Program, dict[str, Any]]:
         "CONSTANTS": program.constants,
         "RESULTS": program.results,
         "STATES": len(program.states),
+        "INPUTS": len(program.inputs),
         "PARAMS": len(program.params),
         "MEMBRANE": program.states.index(call.spec.membrane),
         "CHUNK": CHUNK,
@@ -125,9 +126,9 @@ def backward(
     K = len(like)
     x, static = _input(call, current)
     program, options = _options(call)
-    last = program.registers - 1
+    last, first_param = program.registers - 1, program.first_param
     out = Backward(
-        like.new_empty(T, B, N),
+        like.new_empty(T, B, call.currents),
         like.new_empty(K, B, N),
         None,
         like.new_empty(len(program.params), B, N) if params else None,
@@ -156,7 +157,7 @@ def backward(
             _flat(grads.spikes),
             _flat(grads.mem),
             _flat(grads.v),
-            like.new_empty(CHUNK, K + 2, B, N),
+            like.new_empty(CHUNK, K + 2 * len(program.inputs), B, N),
             out.nu,
             out.v0,
             out.params,
@@ -172,8 +173,8 @@ def backward(
             STATIC_INPUT=static,
             BACKWARD=encoded(program, call.params_grad)[1],
             FROM_STATES=tuple(last - k for k in range(K)),
-            FROM_X=last - K,
-            FROM_PARAMS=tuple(last - program.first_param - k for k in range(len(program.params))),
+            FROM_INPUTS=tuple(last - k for k in range(K, program.first_recurrent)),
+            FROM_PARAMS=tuple(last - first_param - k for k in range(len(program.params))),
             SPIKING=program.spikes is not None,
             TILE=max(1, 4096 // options["BLOCK_N"]),
             **options,

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 turns kernels into Python functions", allow_module_level=True)
 
 import triton
-from equation_cases import ADAPTIVE, DELTA, READOUT, SECOND_ORDER
+from equation_cases import ADAPTIVE, CONDUCTANCE, DELTA, READOUT, SECOND_ORDER
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -141,10 +141,11 @@ def program_constants(equations):
     return {
         **{"PROGRAM": ops, "BACKWARD": uses, "CONSTANTS": found.constants, "RESULTS": found.results},
         "FROM_STATES": tuple(last - k for k in range(len(found.states))),
-        "FROM_X": last - len(found.states),
+        "FROM_INPUTS": tuple(last - k for k in range(len(found.states), found.first_recurrent)),
         "FROM_PARAMS": tuple(last - found.first_param - k for k in range(len(found.params))),
         **{
             "STATES": len(found.states),
+            "INPUTS": len(found.inputs),
             "PARAMS": len(found.params),
             "SPIKES": found.spikes,
             "SITE": found.site,
@@ -159,6 +160,7 @@ PROGRAM_CASES = {
     "adaptive-double": (ADAPTIVE, WORDS | RECURRENT, "fp64"),
     "delta": (DELTA, CURRENT | RECURRENT, "fp32"),
     "second-order": (SECOND_ORDER, CURRENT | RECURRENT, "fp32"),
+    "two-inputs": (CONDUCTANCE, WORDS, "fp32"),
     "readout": (READOUT, CURRENT | RECURRENT | {"spikes_ptr", "g_spikes_ptr", "near_ptr"}, "fp32"),
 }
 

@@ -125,7 +125,7 @@ def run_backward(
     grads: OutputGrads,
     needs: tuple[bool, ...],
 ) -> InputGrads:
-    T, B, N = call.T, call.B, call.N
+    T, B, N, currents = call.T, call.B, call.N, call.currents
     dtype = call.v0.dtype
     np_dtype = np.dtype("float32" if dtype == torch.float32 else "float64")
     need = dict(zip(InputGrads._fields, needs, strict=True))
@@ -146,14 +146,14 @@ def run_backward(
     cv = torch.zeros_like(call.v0) if grads.v is None else grads.v.contiguous().clone()
     ci = torch.zeros(B, N, dtype=dtype) if grads.i is None else grads.i.clone()
     dense_nu = need["input"] and not sparse_input
-    nu = torch.empty(T, B, N, dtype=dtype) if dense_nu else None
+    nu = torch.empty(T, B, currents, dtype=dtype) if dense_nu else None
     g_active = None
     none = np.empty(0, dtype=np.int32)
     in_ptr, in_idx = none, none
     if need["input"] and sparse_input:
         in_ptr, in_idx = (_numpy(x) for x in train.active)  # type: ignore[union-attr]
         g_active = torch.empty(in_idx.size, dtype=dtype)
-    g_rec0 = torch.zeros(B, N, dtype=dtype) if need["rec0"] and call.rec0 is not None else None
+    g_rec0 = torch.zeros(B, currents, dtype=dtype) if need["rec0"] and call.rec0 is not None else None
     out_ptr, out_idx = (none, none) if events is None else (_numpy(x) for x in events)
     act_ptr, act_idx = (none, none) if saved.active is None else (_numpy(x) for x in saved.active)
     g_out = _array(grads.active, np_dtype, 1)
@@ -173,17 +173,17 @@ def run_backward(
             return np.zeros(shape if wanted else (0,) * len(shape), np_dtype)
 
         def rows(wanted: bool, count: int) -> np.ndarray:
-            out = _aligned(count if wanted else 0, _padded(N), np_dtype)
+            out = _aligned(count if wanted else 0, _padded(currents), np_dtype)
             out.fill(0)
             return out
 
         g_weight = rows(need["weight"] and train is not None, M)
-        g_bias = zeros(need["bias"] and call.bias is not None, N)
+        g_bias = zeros(need["bias"] and call.bias is not None, currents)
         recurrent = call.rec_weight is not None
         g_rec_weight = rows(need["rec_weight"] and recurrent, N)
-        g_rec_bias = zeros(need["rec_bias"] and call.rec_bias is not None, N)
+        g_rec_bias = zeros(need["rec_bias"] and call.rec_bias is not None, currents)
         g_params = zeros(want_params, len(call.params), N)
-        block = rows(True, block_rows(_padded(N)))
+        block = rows(True, block_rows(_padded(currents)))
         outs = [g_weight, g_bias, *shared_out, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2)]
         if use_list:
             backward_active_kernel(_code(call))(
@@ -207,7 +207,7 @@ def run_backward(
     parts = parallel([lambda r=r: run(*r) for r in split(B)])  # type: ignore[misc]
     totals = [_sum(group) for group in zip(*parts, strict=True)]
     weights = [
-        torch.from_numpy(_flip(x, np.empty((N, len(x)), np_dtype))) if x.size else None
+        torch.from_numpy(_flip(x, np.empty((currents, len(x)), np_dtype))) if x.size else None
         for x in (totals[0], totals[2])
     ]
     vectors = [torch.from_numpy(x) if x.size else None for x in (totals[1], totals[3], totals[4])]
@@ -261,7 +261,6 @@ def _code(call: LayerCall) -> Code:
 
 def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.ndarray, ...]:
     """current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0; empty where absent."""
-    N = call.N
     current = call.current
     if current is not None:
         still = call.T > 1 and current.stride(0) == 0
@@ -271,7 +270,7 @@ def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.nda
     if call.train is not None:
         indptr, indices = _numpy(call.train.indptr), _numpy(call.train.indices)
         values = _array(call.train.values, dtype, 1)
-    zeros = np.zeros(N, dtype)
+    zeros = np.zeros(call.currents, dtype)
     return (
         _array(current, dtype, 3),
         indptr,
