@@ -15,20 +15,14 @@ from ..config import active_config, use_config
 from ..dynamics import NeuronState
 from ..equations import Equations
 from ..surrogates import Surrogate
-from . import (
-    Adapter,
-    Example,
-    Neuron,
-    _lock,
-    config_of,
-    hook,
-    installed_version,
-    patched,
-    runner,
-    running,
-    spike,
-)
-from .norse_neurons import WHY_NOT, builders, examples, readout, surrogate_of, upstream_apply
+from .active import config_of, spike
+from .base import Adapter, Example, Neuron, runner
+from .counting import running
+from .hooks import hook, lock, patched
+from .loading import installed_version
+from .norse_examples import examples
+from .norse_neurons import WHY_NOT, builders, readout
+from .norse_surrogates import surrogate_of, threshold_functions, upstream_apply
 
 
 class NorseAdapter(Adapter):
@@ -43,8 +37,8 @@ class NorseAdapter(Adapter):
 
     def install(self) -> None:
         norse, snn = import_module("norse.torch"), import_module("norse.torch.module.snn")
-        functions = _functions()
-        with _lock:
+        functions = threshold_functions()
+        with lock:
             for function, method in functions.items():
                 if function not in upstream_apply:
                     upstream_apply[function] = function.apply
@@ -193,22 +187,6 @@ def _fallback_state(module: Any, template: Tensor) -> Any:
     v.requires_grad = True
     i = template.new_zeros(template.shape[0], module.hidden_size)
     return norse.LIState(v=v, i=i)
-
-
-# --- threshold functions ---
-
-
-@cache
-def _functions() -> dict[Any, str]:
-    """The autograd Functions behind ``threshold``, and the method each serves."""
-    known = import_module("norse.torch.functional.threshold")
-    return {
-        import_module("norse.torch.functional.superspike").SuperSpike: "super",
-        known.Triangle: "triangle",
-        known.HeaviTanh: "tanh",
-        known.HeaviCirc: "circ",
-        known.HeaviErfc: "heavi_erfc",
-    }
 
 
 # --- hooks ---

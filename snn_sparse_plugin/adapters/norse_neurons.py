@@ -6,18 +6,15 @@ The equations keep Norse's order of operations. In a recurrent layer Norse detac
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
-from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import Example, Neuron
+from .base import Neuron
+from .norse_surrogates import surrogate_of
 
 _LIF = """
 j = i + x + rec
@@ -246,74 +243,3 @@ WHY_NOT = {
     "lsnn_adjoint_step": "upstream's own adjoint replaces the gradient",
     "lsnn_feed_forward_adjoint_step": "upstream's own adjoint replaces the gradient",
 }
-
-
-# --- surrogates ---
-
-upstream_apply: dict[Any, Callable[..., Tensor]] = {}
-"""Upstream's own ``Function.apply`` of what the adapter has hooked."""
-
-_METHODS = {"triangle": "triangle", "tanh": "tanh", "circ": "circ", "heavi_erfc": "erfc"}
-
-
-def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
-    """The surrogate of Norse's ``threshold(x, method, alpha)``, or why there is none.
-
-    Example:
-        >>> surrogate_of("tanh", 2.0)
-        tanh(alpha=2)
-    """
-    if method == "heaviside":
-        return Surrogate("zero")
-    try:
-        value = float(alpha)
-        if method == "super":
-            return Surrogate("fast_sigmoid", (value if _super_uses_alpha() else 1.0,))
-        if method in _METHODS:
-            return Surrogate(_METHODS[method], (value,))
-    except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one alpha per neuron
-        return f"alpha={alpha} of threshold method {method!r}"
-    return f"threshold method {method!r}"
-
-
-@cache
-def _super_uses_alpha() -> bool:
-    """Norse 1.1.0 ignores alpha, later versions do not: look at the gradient instead of the version."""
-    with torch.enable_grad():
-        x = torch.tensor(0.5, requires_grad=True)
-        function = import_module("norse.torch.functional.superspike").SuperSpike
-        upstream = upstream_apply.get(function, function.apply)
-        (grad,) = torch.autograd.grad(upstream(x, torch.tensor(100.0)), x)
-    return bool(grad < 0.1)  # 1 / 1.5 ** 2 = 0.44 without alpha, 1 / 51 ** 2 with it
-
-
-# --- the table of supported neurons ---
-
-_NAMES = (
-    *("LIF", "LIFCell", "LIFRecurrent", "LIFRecurrentCell", "LIFBoxCell", "IAF", "IAFCell"),
-    *("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell"),
-    *("LIFAdEx", "LIFAdExCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell"),
-    *("LIFRefracCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"),
-    *("LIFAdExRefracCell", "LIFAdExRefracRecurrent", "LIFAdExRefracRecurrentCell"),
-    *("LSNN", "LSNNCell", "LSNNRecurrent", "LSNNRecurrentCell"),
-    *("Izhikevich", "IzhikevichCell", "IzhikevichRecurrent", "IzhikevichRecurrentCell"),
-    *("LI", "LICell", "LILinearCell", "LIBoxCell"),
-    *("LIFMCRecurrentCell", "LIFMCRefracRecurrentCell", "CobaLIFCell", "LIFCorrelation"),
-)
-
-
-def examples() -> dict[str, Example]:
-    """See :meth:`Adapter.examples`."""
-    norse = import_module("norse.torch")
-    found = {}
-    for name in _NAMES:
-        cls = getattr(norse, name)
-        sizes = (
-            (4, 4) if "Recurrent" in name or name in ("LILinearCell", "CobaLIFCell", "LIFCorrelation") else ()
-        )
-        behaviour = (norse.tonic_spiking,) if name.startswith("Izhikevich") else ()
-        takes_all = issubclass(cls, import_module("norse.torch.module.snn").SNN)
-        options = {"record_states": True} if takes_all else {}
-        exactness = "up to the last bit of exp()" if "Ex" in name else ""
-        found[name] = Example(partial(cls, *sizes, *behaviour), options, exactness)
-    return found

@@ -6,7 +6,7 @@ Resets are delayed and detached in all of them: ``above`` of the membrane before
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
-from . import Example, has_hooks
+from .hooks import has_hooks
 
 _ALPHA = """
 r = above(mem - threshold)
@@ -54,7 +54,7 @@ Parts = dict[str, Any]
 """What of :class:`~snn_sparse_plugin.adapters.Neuron` the class decides."""
 
 
-def alpha(module: Any, reset: str) -> Parts | str:
+def describe_alpha(module: Any, reset: str) -> Parts | str:
     """The second-order neuron: an excitatory and an inhibitory current, read by the membrane."""
     a, b = module.alpha.clamp(0, 1), module.beta.clamp(0, 1)
     tau = torch.log(a) / (torch.log(b) - torch.log(a)) + 1
@@ -64,7 +64,7 @@ def alpha(module: Any, reset: str) -> Parts | str:
     }
 
 
-def lapicque(module: Any, reset: str) -> Parts | str:
+def describe_lapicque(module: Any, reset: str) -> Parts | str:
     """The RC circuit, discretised by the forward Euler method."""
     rc = module.R * module.C
     params = {
@@ -77,7 +77,7 @@ def lapicque(module: Any, reset: str) -> Parts | str:
     return {"spec": _equations(_LAPICQUE + _LAPICQUE_RESETS[reset] + _FIRE, "mem"), "params": params}
 
 
-def delta(module: Any) -> Parts | str:
+def describe_delta(module: Any) -> Parts | str:
     """Fires on changes of the membrane."""
     return {
         "spec": _equations(_DELTA, "mem mem_prev"),
@@ -85,7 +85,7 @@ def delta(module: Any) -> Parts | str:
     }
 
 
-def state(module: Any) -> Parts | str:
+def describe_state(module: Any) -> Parts | str:
     """StateLeaky and LinearLeaky: a causal convolution with an exponential, which is a recursion."""
     if module.kernel_truncation_steps is not None:
         return "kernel_truncation_steps cuts the exponential off"
@@ -101,7 +101,7 @@ def state(module: Any) -> Parts | str:
     return parts
 
 
-def parallel(module: Any) -> Parts | str:
+def describe_parallel(module: Any) -> Parts | str:
     """LeakyParallel: a ReLU RNN whose recurrent matrix is diagonal unless the user made it dense."""
     rnn = module.rnn
     plain = type(rnn) is nn.RNN and (rnn.nonlinearity, rnn.num_layers) == ("relu", 1)
@@ -139,12 +139,12 @@ def builders() -> dict[type, tuple[Callable[..., Parts | str], bool]]:
     """Class -> (what describes it, whether that takes the reset mechanism)."""
     snn = Classes()
     return {
-        snn.Alpha: (alpha, True),
-        snn.Lapicque: (lapicque, True),
-        snn.DeltaLeaky: (delta, False),
-        snn.LinearLeaky: (state, False),
-        snn.StateLeaky: (state, False),
-        snn.LeakyParallel: (parallel, False),
+        snn.Alpha: (describe_alpha, True),
+        snn.Lapicque: (describe_lapicque, True),
+        snn.DeltaLeaky: (describe_delta, False),
+        snn.LinearLeaky: (describe_state, False),
+        snn.StateLeaky: (describe_state, False),
+        snn.LeakyParallel: (describe_parallel, False),
     }
 
 
@@ -153,56 +153,3 @@ WHY_NOT = {
     "SConv2dLSTM": "a convolutional LSTM cell makes its membrane",
     "AssociativeLeaky": "its state is a matrix per sample, updated by outer products",
 }
-
-
-def examples() -> dict[str, Example]:
-    """See :meth:`Adapter.examples`."""
-    snn = import_module("snntorch")
-    options: dict[str, Any] = {
-        **{"learn_beta": True, "learn_threshold": True, "reset_mechanism": "zero"},
-        **{"state_quant": lambda x: x, "inhibition": True, "surrogate_disable": True},
-    }
-    graded = {"graded_spikes_factor": 0.5, "learn_graded_spikes_factor": True}
-    full = {**options, "reset_delay": False, **graded}
-    recurrent = {**full, "all_to_all": False}
-    whole = {"learn_beta": True, "learn_threshold": True, "surrogate_disable": True, **graded}
-    convolved = {**whole, "state_quant": lambda x: x, "kernel_truncation_steps": 3}
-    return {
-        "Leaky": Example(partial(_made, snn.Leaky, beta=0.9), full),
-        "Synaptic": Example(partial(_made, snn.Synaptic, alpha=0.9, beta=0.8), {**full, "learn_alpha": True}),
-        "RLeaky": Example(partial(_made, snn.RLeaky, beta=0.9, linear_features=4), recurrent),
-        "RSynaptic": Example(
-            partial(_made, snn.RSynaptic, alpha=0.9, beta=0.8, linear_features=4), recurrent
-        ),
-        "Alpha": Example(partial(_made, snn.Alpha, alpha=0.9, beta=0.8), options),
-        "Lapicque": Example(partial(_made, snn.Lapicque, beta=0.9), options),
-        "DeltaLeaky": Example(partial(_made, snn.DeltaLeaky, beta=0.9), full),
-        "StateLeaky": Example(
-            partial(_made, snn.StateLeaky, beta=0.9, channels=4),
-            convolved,
-            "up to the rounding of a convolution",
-        ),
-        "LinearLeaky": Example(
-            partial(_made, snn.LinearLeaky, beta=0.9, in_features=4, out_features=4),
-            convolved,
-            "up to the rounding of a convolution",
-        ),
-        "LeakyParallel": Example(
-            partial(_made, snn.LeakyParallel, input_size=4, hidden_size=4, beta=0.9),
-            {**whole, "bias": False, "weight_hh_enable": True},
-            "up to the rounding of torch's RNN",
-        ),
-        "AssociativeLeaky": Example(partial(_made, snn.AssociativeLeaky, 4, 2, 2, 4)),
-        "SLSTM": Example(partial(_made, snn.SLSTM, 4, 4)),
-        "SConv2dLSTM": Example(partial(_made, snn.SConv2dLSTM, 1, 2, 3)),
-    }
-
-
-def _made(cls: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    if options.get("all_to_all") is False:
-        options.pop("linear_features")
-    neuron = cls(*args, **options)
-    instances = import_module("snntorch").SpikingNeuron.instances
-    # snnTorch keeps every neuron ever made, and one DeltaLeaky among them breaks utils.reset for all
-    instances[:] = [other for other in instances if other is not neuron]
-    return neuron
