@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
+from ..spikes import SpikeTrain
 from ..surrogates import Surrogate
 
 
@@ -22,9 +23,10 @@ class Neuron:
     Args:
         spec, params, surrogate: as :func:`snn_sparse_plugin.ops.spiking_layer` takes them.
         input_weight: (N, M), of a neuron that holds its own synapses (Norse's recurrent cells); ``input_bias`` (N,).
+            With C inputs every first N here is C·N.
         recurrent_weight: (N, N); ``recurrent_bias``: (N,).
         recurrent_diagonal: broadcasts to the neurons: each neuron is fed with its own last spike.
-        scale: factor on the emitted spikes (snnTorch's graded spikes), or None for 1.
+        output: what the layer returns for its spikes and its input, both over all steps; None for the spikes.
     """
 
     spec: NeuronSpec | Equations
@@ -35,12 +37,17 @@ class Neuron:
     recurrent_weight: Tensor | None = None
     recurrent_bias: Tensor | None = None
     recurrent_diagonal: Tensor | None = None
-    scale: Tensor | None = None
+    output: Callable[[Tensor, Tensor | SpikeTrain], Tensor] | None = None
 
     @property
     def values(self) -> list[Tensor | float]:
         """All parameters."""
         return list(self.params.values()) if isinstance(self.params, Mapping) else list(self.params)
+
+    @property
+    def inputs(self) -> int:
+        """C: how many input currents each neuron has."""
+        return len(self.spec.inputs) if isinstance(self.spec, Equations) else 1
 
     @property
     def recurrent(self) -> bool:
@@ -131,6 +138,10 @@ class Adapter:
     def final_state(self, module: nn.Module, state: Any, initial: Any) -> Any:
         """The library's own form of the op's final state."""
         raise NotImplementedError
+
+    def keeps(self, module: nn.Module) -> tuple[str | None, str | None]:
+        """The attributes in which the module's own forward leaves its output and its membranes of all steps."""
+        return None, None
 
     def read_state(self, module: nn.Module) -> Any:
         """State kept inside the module, None if it keeps none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +15,7 @@ from .hooks import has_hooks, hook, patched
 from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
-from .snntorch_neurons import WHY_NOT, Classes, Parts, builders
+from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
 from .snntorch_surrogates import is_heaviside, recognise
 
 
@@ -49,8 +49,7 @@ class SnnTorchAdapter(Adapter):
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
     def takes_sequence(self, module: Any) -> bool:
-        snn = Classes()
-        return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+        return takes_sequence(module)
 
     def takes_shape(self, module: Any, shape: Sequence[int]) -> bool:
         return len(shape) == 3 or not self.takes_sequence(module)
@@ -83,12 +82,13 @@ class SnnTorchAdapter(Adapter):
             return parts
         factor = module.graded_spikes_factor
         graded = factor.requires_grad or factor.numel() != 1 or float(factor) != 1
-        scale = factor if graded and cls is not snn.DeltaLeaky else None
-        if scale is not None and issubclass(cls, snn.StateLeaky):
-            scale = scale * scale  # upstream multiplies in fire, and again after it
-        if scale is not None and ("recurrent_weight" in parts or "recurrent_diagonal" in parts):
-            return "graded spikes with recurrence"
-        return Neuron(surrogate=surrogate, scale=scale, **parts)
+        if graded and cls is not snn.DeltaLeaky:
+            if "recurrent_weight" in parts or "recurrent_diagonal" in parts:
+                return "graded spikes with recurrence"
+            # upstream multiplies in fire, and in StateLeaky again after it
+            scale = factor * factor if issubclass(cls, snn.StateLeaky) else factor
+            parts = {**parts, "output": _scaled(scale, parts.get("output"))}
+        return Neuron(surrogate=surrogate, **parts)
 
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
@@ -103,7 +103,10 @@ class SnnTorchAdapter(Adapter):
 
         names = tuple(self.read_state(module))
         if isinstance(neuron.spec, Equations):
-            return {name: fits(name) for name in neuron.spec.states}, names
+            start = {name: fits(name) for name in neuron.spec.states}
+            if isinstance(module, Classes().AssociativeLeaky):  # a product, before its first factor
+                start["kept"] = template.new_ones(template.shape[1:])
+            return start, names
         return NeuronState(fits("mem"), fits("syn"), fits("spk")), names
 
     def final_state(self, module: Any, state: Any, initial: Any) -> Any:
@@ -111,6 +114,12 @@ class SnnTorchAdapter(Adapter):
         if isinstance(state, NeuronState):
             values = {"mem": state.v, "syn": state.i, "spk": state.spikes}
         return {name: _own(values[name]) for name in initial}
+
+    def keeps(self, module: Any) -> tuple[str | None, str | None]:
+        snn = Classes()
+        if not isinstance(module, snn.StateLeaky):
+            return None, None
+        return "spk" if module.output else None, "mem" if isinstance(module, snn.LinearLeaky) else None
 
     def read_state(self, module: Any) -> Any:
         if isinstance(module, Classes().DeltaLeaky):
@@ -125,6 +134,8 @@ class SnnTorchAdapter(Adapter):
     def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out = module(x)
         spikes = out[0] if isinstance(out, tuple) else out
+        if isinstance(module, Classes().StateLeaky):  # returns its membranes, alone where it does not spike
+            return spikes, out[-1] if isinstance(out, tuple) else out, None
         return spikes, getattr(module, "mem", None), None
 
     def check_in_sequence(self, module: Any, last: bool) -> str | None:
@@ -135,6 +146,14 @@ class SnnTorchAdapter(Adapter):
         if module.output:
             return "returns (spk, mem): output=True is for the last layer only"
         return None
+
+
+Output = Callable[[Tensor, Any], Tensor]
+
+
+def _scaled(factor: Tensor, output: Output | None) -> Output:
+    """Graded spikes, and what is made of them."""
+    return lambda spikes, x: spikes * factor if output is None else output(spikes * factor, x)
 
 
 def _own(x: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import SparseConfig
 from .active import config_of, spike, spike_in_graph
 from .counting import running
+from .snntorch_neurons import takes_sequence
 from .snntorch_surrogates import SpikeFunction, recognise
 
 
@@ -29,12 +30,14 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         function = self.spike_grad
         if torch.compiler.is_compiling():
-            in_graph = _Masked(self, lambda x: spike_in_graph(x, self, function, recognise))
+            in_graph = _Masked(
+                self, lambda x: spike_in_graph(x, self, function, recognise, takes_sequence(self))
+            )
             return upstream(in_graph, *args, **kwargs)
         config = config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
-        seen = _Masked(self, lambda x: spike(x, function, recognise(function), config))
+        seen = _Masked(self, lambda x: spike(x, function, recognise(function), config, takes_sequence(self)))
         with running(self):
             return upstream(seen, *args, **kwargs)
 
@@ -52,7 +55,13 @@ class MaskedAttribute:
         if function is None:
             raise AttributeError("spike_grad")
         if torch.compiler.is_compiling():
-            return partial(spike_in_graph, module=module, function=function, recognise=recognise)
+            return partial(
+                spike_in_graph,
+                module=module,
+                function=function,
+                recognise=recognise,
+                sequence=takes_sequence(module),
+            )
         config = config_of(module)
         if config is None:
             return function
@@ -64,4 +73,4 @@ class MaskedAttribute:
 
 def _counted_spike(x: Tensor, module: nn.Module, function: SpikeFunction, config: SparseConfig) -> Tensor:
     with running(module):
-        return spike(x, function, recognise(function), config)
+        return spike(x, function, recognise(function), config, takes_sequence(module))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
+from ..spikes import SpikeTrain
 from .hooks import has_hooks
 
 _ALPHA = """
@@ -41,13 +42,22 @@ s = spike(abs(u - mem) - delta_threshold)
 mem_prev = mem
 mem = u
 """
+# the entry (i, j) of a matrix: value_i key_j is written, and sigmoid(decay_j), written with exponents that are never
+# positive, forgets. As upstream, the writes are divided by the product of all factors, summed, and multiplied by it
+_ASSOCIATIVE = """
+low = decay - relu(decay)
+factor = exp(low) / (exp(low) + exp(-relu(decay)))
+kept = kept * (eps + relu(factor - eps))
+written = written + value * key * (1 / (kept + 1e-8))
+mem = written * kept
+"""
 # torch's RNN with a diagonal recurrent matrix
 _PARALLEL = "mem = relu(x + beta * mem)\ns = spike(mem - threshold)\n"
 
 
 @cache
-def _equations(text: str, states: str) -> Equations:
-    return Equations(text, tuple(states.split()), membrane="mem")
+def _equations(text: str, states: str, inputs: str = "x") -> Equations:
+    return Equations(text, tuple(states.split()), membrane="mem", inputs=tuple(inputs.split()))
 
 
 Parts = dict[str, Any]
@@ -101,6 +111,39 @@ def describe_state(module: Any) -> Parts | str:
     return parts
 
 
+def describe_associative(module: Any) -> Parts | str:
+    """AssociativeLeaky: d x n neurons of three inputs, each the row of a small projection that several share."""
+    projections = [
+        module.to_v,
+        module.to_k,
+        module.to_alpha,
+        *([module.to_q] if module.use_q_projection else []),
+    ]
+    if any(type(p).forward is not nn.Linear.forward or has_hooks(p) for p in projections):
+        return "its projections were replaced or have hooks"
+    d, n = module.d_value, module.d_key
+
+    def rows(name: str) -> Tensor:
+        value, key, decay = (getattr(p, name) for p in projections[:3])
+        others = (1,) * (value.dim() - 1)
+        return torch.cat([value.repeat_interleave(n, 0), key.repeat(d, *others), decay.repeat(d, *others)])
+
+    def read(spikes: Tensor, x: Tensor | SpikeTrain) -> Tensor:
+        query = module.to_q(x.to_dense() if isinstance(x, SpikeTrain) else x)
+        return (spikes.unflatten(-1, (d, n)) @ query.unflatten(-1, (n, d))).flatten(-2)
+
+    parts: Parts = {
+        "spec": _equations(
+            _ASSOCIATIVE + (_FIRE if module.output else ""), "written kept mem", "value key decay"
+        ),
+        "params": {"eps": module.eps} | ({"threshold": module.threshold} if module.output else {}),
+        "input_weight": rows("weight"),
+    }
+    if module.to_v.bias is not None:
+        parts["input_bias"] = rows("bias")
+    return parts | ({"output": read} if module.use_q_projection else {})
+
+
 def describe_parallel(module: Any) -> Parts | str:
     """LeakyParallel: a ReLU RNN whose recurrent matrix is diagonal unless the user made it dense."""
     rnn = module.rnn
@@ -134,6 +177,12 @@ class Classes:
         return getattr(import_module("snntorch"), name, Absent)
 
 
+def takes_sequence(module: Any) -> bool:
+    """Whether its forward takes all steps at once."""
+    snn = Classes()
+    return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+
+
 @cache
 def builders() -> dict[type, tuple[Callable[..., Parts | str], bool]]:
     """Class -> (what describes it, whether that takes the reset mechanism)."""
@@ -144,6 +193,7 @@ def builders() -> dict[type, tuple[Callable[..., Parts | str], bool]]:
         snn.DeltaLeaky: (describe_delta, False),
         snn.LinearLeaky: (describe_state, False),
         snn.StateLeaky: (describe_state, False),
+        snn.AssociativeLeaky: (describe_associative, False),
         snn.LeakyParallel: (describe_parallel, False),
     }
 
@@ -151,5 +201,4 @@ def builders() -> dict[type, tuple[Callable[..., Parts | str], bool]]:
 WHY_NOT = {
     "SLSTM": "an LSTM cell makes its membrane",
     "SConv2dLSTM": "a convolutional LSTM cell makes its membrane",
-    "AssociativeLeaky": "its state is a matrix per sample, updated by outer products",
 }
