@@ -57,13 +57,18 @@ class Neuron:
 class Example(NamedTuple):
     """How to build one neuron class.
 
-    ``options``: keyword arguments that upstream offers, each asked for alone. ``exactness``: how close the fused path
-    is to upstream's where that is not bit for bit.
+    ``options``: what upstream offers, each asked for alone: a keyword argument and its value. Where one has several
+    values a label is ``"name=value"``. ``exactness``: how close the fused path is to upstream's where that is not bit
+    for bit.
     """
 
     build: Callable[..., nn.Module]
     options: Mapping[str, Any] = MappingProxyType({})
     exactness: str = ""
+
+    def with_option(self, label: str, **more: Any) -> nn.Module:
+        """The neuron with one of its options."""
+        return self.build(**{label.partition("=")[0]: self.options[label]}, **more)
 
 
 class Adapter:

@@ -94,7 +94,9 @@ class NorseAdapter(Adapter):
         activation: Any = getattr(module, "activation", owner)
         build = builders().get(activation)
         if build is None:
-            named = getattr(activation, "__name__", activation)
+            named = getattr(activation, "__name__", str(activation))
+            if "adjoint" in named:
+                return "upstream's own adjoint replaces the gradient"
             return WHY_NOT.get(named, f"{named} is in no fused family")
         return build(module)
 

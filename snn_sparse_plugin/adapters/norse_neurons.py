@@ -188,7 +188,7 @@ def _box(module: Any) -> Neuron | str:
     resets: dict[Any, Any] = {norse.reset_value: "value", norse.reset_subtract: "subtract"}
     surrogate = surrogate_of(p.method, p.alpha)
     if p.reset_method not in resets:
-        return f"reset_method {getattr(p.reset_method, '__name__', p.reset_method)}"
+        return f"its reset_method {getattr(p.reset_method, '__name__', p.reset_method)} is a Python function"
     if isinstance(surrogate, str):
         return surrogate
     return Neuron(
@@ -308,6 +308,4 @@ WHY_NOT = {
     "LIFMCRecurrentCell": "its compartments are coupled by a matrix",
     "LIFMCRefracRecurrentCell": "its compartments are coupled by a matrix",
     "LIFCorrelation": "it also runs correlation sensors",
-    "lsnn_adjoint_step": "upstream's own adjoint replaces the gradient",
-    "lsnn_feed_forward_adjoint_step": "upstream's own adjoint replaces the gradient",
 }

@@ -16,7 +16,8 @@ from ..surrogates import Surrogate
 upstream_apply: dict[Any, Callable[..., Tensor]] = {}
 """Upstream's own ``Function.apply`` of what the adapter has hooked."""
 
-_METHODS = {"triangle": "triangle", "tanh": "tanh", "circ": "circ", "heavi_erfc": "erfc"}
+# Norse's method -> our kind; "super" is the default of every neuron
+METHODS = {"triangle": "triangle", "tanh": "tanh", "circ": "circ", "heavi_erfc": "erfc"}
 
 
 def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
@@ -32,8 +33,8 @@ def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
         value = float(alpha)
         if method == "super":
             return Surrogate("fast_sigmoid", (value if _super_uses_alpha() else 1.0,))
-        if method in _METHODS:
-            return Surrogate(_METHODS[method], (value,))
+        if method in METHODS:
+            return Surrogate(METHODS[method], (value,))
     except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one alpha per neuron
         return f"alpha={alpha} of threshold method {method!r}"
     return f"threshold method {method!r}"

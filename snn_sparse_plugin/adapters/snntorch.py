@@ -70,9 +70,9 @@ class SnnTorchAdapter(Adapter):
                 return foreign
         steps = cls is not snn.DeltaLeaky  # whose forward ignores both options
         if steps and getattr(module, "state_quant", False):
-            return "state_quant"
+            return "state_quant is a Python function on the membrane of every step"
         if steps and getattr(module, "inhibition", False):
-            return "inhibition"
+            return "inhibition lets only the neuron with the highest membrane fire"
         function = vars(module).get("spike_grad") or module.spike_grad  # a hooked class masks the attribute
         surrogate = recognise(function)
         if surrogate.kind == "custom" and not is_heaviside(function):
