@@ -239,7 +239,8 @@ def supported(
         else:
             shown = Table("library", "neuron", "fused", "not fused with", "exactness")
             for row in table:
-                shown.add_row(row.library, row.neuron, row.fused, ", ".join(row.fallback), row.exactness)
+                unfused = "\n".join(f"{option}: {why}" for option, why in row.fallback.items()) or "none"
+                shown.add_row(row.library, row.neuron, row.fused, unfused, row.exactness)
             console.print(shown)
 
 

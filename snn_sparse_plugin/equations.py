@@ -23,7 +23,6 @@ BINARY = ("add", "sub", "mul", "div")
 _NO_GRADIENT = ("above", "detach")
 _SYMBOLS: dict[type, str] = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
 _UNARY = ("exp", "log", "relu", "abs", "spike", "above", "detach")
-_INPUTS = ("x", "rec")
 
 
 class Op(NamedTuple):
@@ -36,10 +35,11 @@ class Op(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Registers in this order: states, ``x``, ``rec``, parameters, constants, one for the result of each op."""
+    """Registers in this order: states, inputs, recurrent inputs, parameters, constants, the result of each op."""
 
     ops: tuple[Op, ...]
     states: tuple[str, ...]
+    inputs: tuple[str, ...]
     params: tuple[str, ...]
     constants: tuple[float, ...]
     results: tuple[int, ...]  # where the next value of each state is
@@ -48,11 +48,20 @@ class Program(NamedTuple):
 
     @property
     def registers(self) -> int:
-        return len(self.states) + 2 + len(self.params) + len(self.constants) + len(self.ops)
+        return self.first_param + len(self.params) + len(self.constants) + len(self.ops)
+
+    @property
+    def first_recurrent(self) -> int:
+        return len(self.states) + len(self.inputs)
 
     @property
     def first_param(self) -> int:
-        return len(self.states) + 2
+        return self.first_recurrent + len(self.inputs)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it reads the recurrent inputs."""
+        return any(self.first_recurrent <= k < self.first_param for op in self.ops for k in (op.a, op.b))
 
     @property
     def direct(self) -> bool:
@@ -61,7 +70,9 @@ class Program(NamedTuple):
 
     def passes(self, params_grad: bool) -> list[tuple[bool, bool]]:
         """For every op, whether a gradient goes on to its first and its second operand."""
-        varies = {*range(len(self.states) + 1)}  # the states and x; rec shares the gradient of x
+        varies = {
+            *range(self.first_recurrent)
+        }  # states and inputs; a recurrent input shares the gradient of its input
         if params_grad:
             varies |= {self.first_param + k for k in range(len(self.params))}
         found = []
@@ -82,6 +93,10 @@ class Equations:
     the next one. ``x`` is the input current, ``rec`` the recurrent one (0 where there is none); every other name that
     is never assigned is a parameter. ``s`` is the output.
 
+    A neuron with several ``inputs``, such as an excitatory and an inhibitory one, has a current of each name; the
+    recurrent current of ``exc`` is then ``rec_exc``. Its weights have the rows of all inputs one after the other:
+    (C·N, M) for C inputs of N neurons.
+
     Operators are ``+ - * /``, and the functions are ``exp``, ``log``, ``relu``, ``abs``; ``spike(y)`` is 1 where
     ``y > 0`` with the surrogate's gradient, ``above(y)`` the same without a gradient, ``detach(y)`` is y without a
     gradient. They run in the order written, so that float rounding is upstream's.
@@ -90,6 +105,7 @@ class Equations:
         text: the assignments, one a line.
         states: names of what is carried from step to step.
         membrane: the state that ``return_mem`` records.
+        inputs: names of the input currents.
 
     Raises:
         ConfigError: something that is not an equation of this kind; the message shows the line.
@@ -103,11 +119,12 @@ class Equations:
     text: str
     states: tuple[str, ...]
     membrane: str = "v"
+    inputs: tuple[str, ...] = ("x",)
 
     def __post_init__(self) -> None:
-        names = self.states if isinstance(self.states, tuple) else ()
-        if not names or len(set(names)) < len(names) or not all(map(_is_name, names)):
-            raise ConfigError(f"states must be a tuple of different names, got {self.states!r}.")
+        for what, names, taken in (("inputs", self.inputs, ()), ("states", self.states, self.currents)):
+            if not _are_names(names, taken):
+                raise ConfigError(f"{what} must be a tuple of different names, got {names!r}.")
         if self.membrane not in self.states:
             raise ConfigError(f"membrane {self.membrane!r} is none of the states {self.states}.")
         _ = self.program  # wrong text is found here, not at the first step
@@ -120,9 +137,19 @@ class Equations:
     def spiking(self) -> bool:
         return self.program.spikes is not None
 
+    @property
+    def currents(self) -> tuple[str, ...]:
+        """The names of the inputs, then of their recurrent parts."""
+        if len(self.inputs) == 1:
+            return (*self.inputs, "rec")
+        return (*self.inputs, *(f"rec_{name}" for name in self.inputs))
 
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and name.isidentifier() and name not in (*_INPUTS, *_UNARY, "s")
+
+def _are_names(names: object, taken: tuple[str, ...]) -> bool:
+    if not isinstance(names, tuple) or not names or len(set(names)) < len(names):
+        return False
+    known = (*taken, *_UNARY, "s", "rec")
+    return all(isinstance(name, str) and name.isidentifier() and name not in known for name in names)
 
 
 class _Compiler:
@@ -145,10 +172,10 @@ class _Compiler:
                 names.setdefault(node.id)
             elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
                 constants.setdefault(float(node.value))
-        known = {*equations.states, *_INPUTS, *assigned, *_UNARY}
+        known = {*equations.states, *equations.currents, *assigned, *_UNARY}
         self.params = tuple(name for name in names if name not in known)
         self.constants = tuple(constants)
-        leaves = (*equations.states, *_INPUTS, *self.params)
+        leaves = (*equations.states, *equations.currents, *self.params)
         self.values: dict[str, int] = {name: k for k, name in enumerate(leaves)}
         self.numbers = {value: len(leaves) + k for k, value in enumerate(self.constants)}
         self.next = len(leaves) + len(self.constants)
@@ -171,7 +198,7 @@ class _Compiler:
             ):
                 raise self._error(line, "expected an assignment, name = expression")
             name = line.targets[0].id
-            if name in _INPUTS or name in _UNARY:
+            if name in self.equations.currents or name in _UNARY:
                 raise self._error(line, f"{name!r} cannot be assigned")
             self.values[name] = self._expression(line.value)
         self._check_inputs()
@@ -197,6 +224,7 @@ class _Compiler:
         return Program(
             ops,
             self.equations.states,
+            self.equations.inputs,
             self.params,
             self.constants,
             tuple(results[:count]),
@@ -257,19 +285,26 @@ class _Compiler:
 
     def _check_inputs(self) -> None:
         # one gradient, dE/dx, then serves the input and the recurrent weights alike
-        x, rec = (self.values[name] for name in _INPUTS)
+        names, count = self.equations.currents, len(self.equations.inputs)
+        pairs = list(zip(names[:count], names[count:], strict=True))
+        if any(self._readers(self.values[rec]) for _, rec in pairs):
+            for x, rec in pairs:
+                if not self._joined(self.values[x], self.values[rec]):
+                    raise ConfigError(
+                        f"{x} and {rec} must each be used once, one right after the other: `... + {x} + {rec}`."
+                    )
+
+    def _joined(self, x: int, rec: int) -> bool:
+        """Whether both are used once, in a sum."""
         of_rec, of_x = self._readers(rec), self._readers(x)
-        if not of_rec:
-            return
         if len(of_rec) == 1 and of_rec[0][0] == "add" and of_rec[0][2] == rec:
             total = of_rec[0][1]  # x itself, or a sum whose only use of x is this one
             of_total = self._readers(total)
             kept = {self.values[name] for name in self.equations.states} & {x, rec, total}
             made = next((key for key, out in self.ops.items() if out == total), None)
             joined = total == x or (made is not None and made[0] == "add" and of_x == [made])
-            if len(of_total) == 1 and not kept and joined:
-                return
-        raise ConfigError("x and rec must each be used once, one right after the other: `... + x + rec`.")
+            return len(of_total) == 1 and not kept and joined
+        return False
 
     def _readers(self, register: int) -> list[tuple[str, int, int]]:
         """The ops that read a register, once for every time they do."""
@@ -299,9 +334,15 @@ def step(
     params: Tensor,
     spike: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
-    """One step on tensors, differentiable: -> (argument of the first spike, s, next states)."""
+    """One step on tensors, differentiable: -> (argument of the first spike, s, next states).
+
+    ``x`` and ``rec`` hold all inputs, (B, C·N).
+    """
     numbers = [torch.tensor(c, dtype=x.dtype, device=x.device) for c in program.constants]
-    values: list[Tensor | None] = [*states.values(), x, rec, *params.unbind(0), *numbers]
+    count = len(program.inputs)
+    currents = x.tensor_split(count, -1)
+    recurrent = [None] * count if rec is None else rec.tensor_split(count, -1)
+    values: list[Tensor | None] = [*states.values(), *currents, *recurrent, *params.unbind(0), *numbers]
     for kind, _, a, b in program.ops:
         p, q = values[a], values[b]
         assert p is not None
@@ -314,7 +355,7 @@ def step(
 
     def full(k: int | None) -> Tensor | None:
         value = None if k is None else values[k]
-        return None if value is None else value.expand_as(x)
+        return None if value is None else value.expand_as(currents[0])
 
     new = {name: full(k) for name, k in zip(program.states, program.results, strict=True)}
     return full(program.site), full(program.spikes), new  # type: ignore[return-value]

@@ -6,11 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
 from . import tally
-from .adapters import MARK, Adapter, Mark, entered, install_adapters, loaded_adapters, record_of
+from .adapters import (
+    MARK,
+    Adapter,
+    Mark,
+    adapter_of,
+    entered,
+    install_adapters,
+    loaded_adapters,
+    record_of,
+)
 from .config import SparseConfig, current_config
 from .errors import InputError
 
@@ -60,6 +70,13 @@ class Entry:
     status: str
     reason: str = ""
     record: tally.Record | None = field(default=None, compare=False, repr=False)
+    module: ref[nn.Module] | None = field(default=None, compare=False, repr=False)
+
+    def now(self) -> Entry:
+        """The same neuron as it would be described now; as it was if the model is gone."""
+        module = None if self.module is None else self.module()
+        adapter = None if module is None else adapter_of(module)
+        return self if module is None or adapter is None else _describe(adapter, self.name, module)
 
     @property
     def ran(self) -> str:
@@ -75,7 +92,9 @@ class SparsityReport:
     ``fused``: a member of the fused family, also sparse step by step. ``masked``: its own forward runs, with
     the masked gradient. ``exact``: left alone, because it has no gradient to mask.
 
-    Printed after the model has run, it also says how often each module ran in which way.
+    ``entries`` is what :func:`sparsify` found. Printed, or as a dict, the report describes the model as it is then: an
+    option set since, such as ``state_quant``, shows. After the model has run it also says how often each module ran in
+    which way.
     """
 
     entries: tuple[Entry, ...]
@@ -117,16 +136,20 @@ class SparsityReport:
                 "reason": e.reason,
                 "ran": runs.get(e.name, {}),
             }
-            for e in self.entries
+            for e in self._now()
         ]
         return {"config": asdict(self.config), "rows": rows}
 
+    def _now(self) -> list[Entry]:
+        return [entry.now() for entry in self.entries]
+
     def _rows(self) -> list[tuple[str, ...]]:
+        entries = self._now()
         rows: list[tuple[str, ...]] = [
             ("module", "neuron", "mode", "why", "ran"),
-            *((e.name, e.kind, e.status, e.reason, e.ran) for e in self.entries),
+            *((e.name, e.kind, e.status, e.reason, e.ran) for e in entries),
         ]
-        return rows if any(e.ran for e in self.entries) else [row[:-1] for row in rows]
+        return rows if any(e.ran for e in entries) else [row[:-1] for row in rows]
 
     def __str__(self) -> str:
         if not self.entries:
@@ -201,11 +224,11 @@ def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
 def _describe(adapter: Adapter, name: str, module: nn.Module) -> Entry:
     neuron, kind, record = adapter.neuron(module), type(module).__name__, record_of(module)
     if not isinstance(neuron, str):
-        return Entry(name, kind, "fused", record=record)
+        return Entry(name, kind, "fused", "", record, ref(module))
     unmasked = adapter.masks(module)
     if unmasked is None:
-        return Entry(name, kind, "masked", neuron, record)
-    return Entry(name, kind, "exact", unmasked, record)
+        return Entry(name, kind, "masked", neuron, record, ref(module))
+    return Entry(name, kind, "exact", unmasked, record, ref(module))
 
 
 def restore(model: nn.Module) -> list[str]:

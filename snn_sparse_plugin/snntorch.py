@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .adapters.faces import import_upstream, passthrough, sparse_classes
-from .adapters.snntorch import picklable_state, restored_state
+from .adapters.snntorch_surrogates import picklable_state, restored_state
 
 _upstream = import_upstream("snntorch", "snntorch")
 

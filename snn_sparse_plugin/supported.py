@@ -28,7 +28,8 @@ class Row:
     neuron: str
     fused: str
     per_step: str
-    fallback: tuple[str, ...]
+    fallback: dict[str, str]
+    """The options that are not fused, and why."""
     recurrence: str
     backends: tuple[str, ...]
     exactness: str
@@ -54,23 +55,25 @@ def _row(adapter: Adapter, name: str, example: Example) -> Row:
     module = example.build()
     neuron = adapter.neuron(module)
     unmasked = adapter.masks(module)
-    fallback, fused = [], []
-    for option, value in example.options.items():
+    fallback, fused = {}, []
+    for option in example.options:
         try:
-            other = adapter.neuron(example.build(**{option: value}))
+            other = adapter.neuron(example.with_option(option))
         except Exception as error:  # upstream refuses the option
-            fallback.append(f"{option} ({type(error).__name__} in {adapter.name})")
+            fallback[option] = f"{adapter.name} refuses it: {type(error).__name__}"
             continue
-        if not isinstance(other, str):
+        if isinstance(other, str):
+            fallback[option] = other
+        else:
             fused.append(option)
-        elif not isinstance(neuron, str):
-            fallback.append(option)
+    if isinstance(neuron, str):
+        fallback = {"every option": neuron}
     return Row(
         library=adapter.name,
         neuron=name,
         fused=_kind(neuron),
         per_step="masked surrogate" if unmasked is None else f"as upstream: {unmasked}",
-        fallback=tuple(fallback),
+        fallback=fallback,
         recurrence=_recurrence(module, neuron),
         backends=_backends(neuron),
         exactness="masked gradient" if isinstance(neuron, str) else example.exactness or EXACT,
@@ -103,6 +106,20 @@ def _backends(neuron: Neuron | str) -> tuple[str, ...]:
     return tuple(b.name for b in sorted(able, key=lambda b: -b.priority))
 
 
+def joined(options: Iterable[str]) -> list[str]:
+    """Labels of options, with all values of one behind its name.
+
+    Example:
+        >>> joined(["dt", "method=tanh", "method=circ"])
+        ['dt', 'method=tanh/circ']
+    """
+    values: dict[str, list[str]] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        values.setdefault(name, []).extend([value] if value else [])
+    return [f"{name}={'/'.join(found)}" if found else name for name, found in values.items()]
+
+
 def as_dicts(table: list[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in table]
 
@@ -120,7 +137,8 @@ def markdown(table: list[Row]) -> str:
         "* **per step**: what a step-by-step loop gets in sparse mode: upstream's spikes bit for bit, the gradient",
         "  masked.",
         "* **fused with**: options of the class that stay fused.",
-        "* **not fused with**: options of the class with which a fused neuron takes the per-step path instead.",
+        "* **not fused with**: options of the class with which it takes the per-step path instead, and why. An initial",
+        "  state may be given to every neuron, and parameters may be learned.",
         "* **exactness** of the fused path in exact mode: spikes and states against upstream's, on weights whose sums",
         "  are exact in any order (gradients: within 1e-5). On other weights sums are rounded in another order.",
         "",
@@ -132,8 +150,8 @@ def markdown(table: list[Row]) -> str:
                 f"`{row.neuron}`",
                 row.fused,
                 row.per_step,
-                ", ".join(f"`{o}`" for o in row.fused_options) or "–",
-                ", ".join(f"`{o}`" for o in row.fallback) or "–",
+                ", ".join(f"`{o}`" for o in joined(row.fused_options)) or "none",
+                "; ".join(f"`{o}`: {why}" for o, why in row.fallback.items()) or "none",
                 row.recurrence,
                 ", ".join(row.backends),
                 row.exactness,

@@ -190,16 +190,22 @@ class _MaskedSpike(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, spikes: Tensor, surrogate: Surrogate, threshold: float, min_active: float
+        ctx: Any,
+        x: Tensor,
+        spikes: Tensor,
+        surrogate: Surrogate,
+        threshold: float,
+        min_active: float,
+        sequence: bool,
     ) -> Tensor:
         near = x.abs() < threshold
-        keep = _kept(near, min_active)
+        keep = _kept(near, min_active, sequence)
         active = keep.flatten().nonzero().squeeze(1)
         # every neuron is kept, and not because every one is near
         ctx.exact = active.numel() == x.numel() and not bool(near.all())
         ctx.surrogate, ctx.shape, ctx.ran = surrogate, x.shape, tally.current()
         ctx.ran.count("exact" if ctx.exact else "masked")
-        tally.show(spikes, keep)
+        tally.show(spikes, keep, _steps(x, sequence))
         if ctx.exact:
             ctx.ran.count("guard")
             ctx.save_for_backward(x)
@@ -220,30 +226,40 @@ class _MaskedSpike(torch.autograd.Function):
             flat = torch.zeros(ctx.shape.numel(), dtype=x.dtype, device=x.device)
             flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
             out = flat.view(ctx.shape)
-        return out, None, None, None, None
+        return out, None, None, None, None, None
 
 
 def blocked_spike(
-    x: Tensor, function: Callable[[Tensor], Tensor], threshold: float | None, min_active: float
+    x: Tensor,
+    function: Callable[[Tensor], Tensor],
+    threshold: float | None,
+    min_active: float,
+    sequence: bool = False,
 ) -> Tensor:
     """:func:`masked_spike` with upstream's own gradient, blocked where no neuron is active: all shapes static."""
     if threshold is None:
         return function(x)
-    return _blocked(x, function, _kept(x.detach().abs() < threshold, min_active))
+    return _blocked(x, function, _kept(x.detach().abs() < threshold, min_active, sequence))
 
 
 def _blocked(x: Tensor, function: Callable[[Tensor], Tensor], keep: Tensor) -> Tensor:
     return function(torch.where(keep, x, x.detach()))
 
 
-def _kept(near: Tensor, min_active: float) -> Tensor:
+def _kept(near: Tensor, min_active: float, sequence: bool) -> Tensor:
     """Which elements keep their gradient: those near threshold, and whole neurons that the window would silence.
 
-    A neuron is active in a fraction of its samples (dimension 0); without samples the layer counts as one.
+    A neuron is active in a fraction of its samples (dimension 0), in a sequence of its steps and samples (all but the
+    last dimension); without samples the layer counts as one.
     """
     if near.dim() < 2:
         return near | (near.sum() < min_active * near.numel())
-    return near | (near.sum(0) < min_active * near.shape[0])
+    own = near.flatten(0, -2) if sequence else near
+    return near | (own.sum(0) < min_active * own.shape[0])
+
+
+def _steps(x: Tensor, sequence: bool) -> int:
+    return x.shape[0] if sequence else 1
 
 
 def masked_spike(
@@ -252,6 +268,7 @@ def masked_spike(
     surrogate: Surrogate,
     threshold: float | None,
     min_active: float,
+    sequence: bool = False,
 ) -> Tensor:
     """``function(x)`` with its gradient set to zero where ``|x| >= threshold`` [Perez-Nieves & Goodman, Def. 2].
 
@@ -261,20 +278,22 @@ def masked_spike(
         surrogate: the surrogate recognised from ``function``; its gradient is evaluated at active elements only.
         threshold: the window B_th; None is exact and returns ``function(x)`` itself.
         min_active: a neuron that is active in a smaller fraction of the samples (dimension 0) keeps its gradient.
+        sequence: x holds all steps (T, B, N), and a neuron's fraction is that of its steps and samples.
     """
     wants_grad = torch.is_grad_enabled() and x.requires_grad
     if threshold is None or not wants_grad or surrogate.kind == "zero":
         # spikes of a disabled surrogate stay outside the graph, as upstream's
         tally.current().count("exact" if wants_grad else "no_grad")
         spikes = function(x)
-        tally.show(spikes, 1.0 if wants_grad and surrogate.kind != "zero" else math.nan)
+        share = 1.0 if wants_grad and surrogate.kind != "zero" else math.nan
+        tally.show(spikes, share, _steps(x, sequence))
         return spikes
     if surrogate.kind == "custom":  # its gradient may depend on where an element stands
         tally.current().count("masked")
-        keep = _kept(x.detach().abs() < threshold, min_active)
+        keep = _kept(x.detach().abs() < threshold, min_active, sequence)
         spikes = _blocked(x, function, keep)
-        tally.show(spikes, keep)
+        tally.show(spikes, keep, _steps(x, sequence))
         return spikes
     with torch.no_grad():
         spikes = function(x)
-    return _MaskedSpike.apply(x, spikes, surrogate, threshold, min_active)
+    return _MaskedSpike.apply(x, spikes, surrogate, threshold, min_active, sequence)

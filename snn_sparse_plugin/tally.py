@@ -30,7 +30,7 @@ _STEPPED = {"masked", "exact", "no_grad"}
 class Record:
     """What one module did: ``calls["fused"]`` and so on, absent where it never did.
 
-    ``reason``: why it does not run fused when it does not.
+    ``reason``: why it does not run fused when it does not, as :meth:`look` last saw it.
     """
 
     kind: str
@@ -47,6 +47,17 @@ class Record:
                     of_class.reasons[self.reason] = of_class.reasons.get(self.reason, 0) + 1
             self.calls[way] = self.calls.get(way, 0) + 1
             of_class.calls[way] = of_class.calls.get(way, 0) + 1
+
+    def look(self, reason: str) -> None:
+        """The reason as it is now: options of a module may have been set since it first ran."""
+        with _lock:
+            of_class = _classes.get(self.kind)
+            if of_class is not None and reason != self.reason and _STEPPED & self.calls.keys():
+                of_class.reasons[self.reason] -= 1
+                if not of_class.reasons[self.reason]:
+                    del of_class.reasons[self.reason]
+                of_class.reasons[reason] = of_class.reasons.get(reason, 0) + 1
+            self.reason = reason
 
 
 @dataclass
@@ -71,18 +82,18 @@ class ClassRuns:
 _lock = threading.Lock()
 _here = threading.local()
 # by id, as a look-up by weak reference would make one at every call; a module that dies takes its entry along
-_records: dict[int, tuple[Record, ref[Any]]] = {}
+_records: dict[int, tuple[Record, ref[Any], Callable[[Any], str]]] = {}
 _classes: dict[str, ClassRuns] = {}
 _outside = Record("functional", module=False)
 
 
 def of(module: Any, describe: Callable[[Any], str]) -> Record:
-    """The record of a module; ``describe`` gives its reason when the record is made."""
+    """The record of a module; ``describe`` gives its reason, when the record is made and when counts are read."""
     found = _records.get(id(module))
     if found is None:
         record = Record(type(module).__name__, describe(module))
         # the callback takes no lock: it may run while this thread holds it
-        entry = record, ref(module, partial(_forget, id(module)))
+        entry = record, ref(module, partial(_forget, id(module))), describe
         found = _records.setdefault(id(module), entry)
     return found[0]
 
@@ -127,7 +138,14 @@ def show(spikes: Any, active: Any, steps: int = 1) -> None:
 
 
 def by_class() -> dict[str, ClassRuns]:
-    """A copy of the counts of every class that ran, by name; ``"functional"`` is what ran outside any module."""
+    """A copy of the counts of every class that ran, by name; ``"functional"`` is what ran outside any module.
+
+    The reasons are those of now, of modules that are gone the last known ones.
+    """
+    for record, reference, describe in list(_records.values()):
+        module = reference()
+        if module is not None and _STEPPED & record.calls.keys():
+            record.look(describe(module))
     with _lock:
         return {
             kind: ClassRuns(dict(runs.calls), dict(runs.modules), dict(runs.reasons))
@@ -139,5 +157,5 @@ def clear() -> None:
     """Start again from zero."""
     with _lock:
         _classes.clear()
-        for record in [_outside, *(record for record, _ in list(_records.values()))]:
+        for record in [_outside, *(entry[0] for entry in list(_records.values()))]:
             record.calls.clear()

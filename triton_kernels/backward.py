@@ -9,14 +9,14 @@ from .surrogates import surrogate_grad
 
 
 @triton.jit
-def add_recurrent_grad(g_s, nu_ptr, rec_weight_ptr, row, N, cols, mask, TILE: tl.constexpr):
-    """``g_s`` plus W_rec^T nu of the step after: a product with all rows of W_rec, TILE of them at a time."""
-    for first in range(0, N, TILE):
+def add_recurrent_grad(g_s, nu_ptr, rec_weight_ptr, row, ROWS, N, cols, mask, TILE: tl.constexpr):
+    """``g_s`` plus W_rec^T nu of the step after: a product with all ROWS of W_rec, TILE of them at a time."""
+    for first in range(0, ROWS, TILE):
         rows = first + tl.arange(0, TILE)
-        nu = tl.load(nu_ptr + row * N + rows, mask=rows < N, other=0.0)
+        nu = tl.load(nu_ptr + row * ROWS + rows, mask=rows < ROWS, other=0.0)
         weight = tl.load(
             rec_weight_ptr + rows[:, None] * N + cols[None, :],
-            mask=(rows < N)[:, None] & mask[None, :],
+            mask=(rows < ROWS)[:, None] & mask[None, :],
             other=0.0,
         )
         g_s += tl.sum(nu[:, None] * weight, axis=0)
@@ -154,7 +154,8 @@ def spiking_layer_backward(
                 if rec_weight_ptr is not None:
                     tl.debug_barrier()  # nu of the step after was written by other threads
                     if start + j + 1 < T:
-                        g_s = add_recurrent_grad(g_s, nu_ptr, rec_weight_ptr, row + rows, N, cols, mask, TILE)
+                        after = row + rows
+                        g_s = add_recurrent_grad(g_s, nu_ptr, rec_weight_ptr, after, N, N, cols, mask, TILE)
                 distance = u - threshold
                 phi = surrogate_grad(distance, KIND, P0, P1)
                 if WINDOW is not None:

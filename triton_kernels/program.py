@@ -62,11 +62,11 @@ def operate(KIND: tl.constexpr, a, b):
 
 
 @triton.jit
-def execute(states, x, rec, params, PROGRAM: tl.constexpr, CONSTANTS: tl.constexpr):
+def execute(states, currents, params, PROGRAM: tl.constexpr, CONSTANTS: tl.constexpr):
     """All registers of one step."""
-    regs = states + (x, rec) + params
+    regs = states + currents + params
     for k in tl.static_range(len(CONSTANTS)):
-        regs = regs + (tl.full(x.shape, CONSTANTS[k], x.dtype),)
+        regs = regs + (tl.full(states[0].shape, CONSTANTS[k], states[0].dtype),)
     for p in tl.static_range(len(PROGRAM)):
         regs = regs + (operate(PROGRAM[p][0], regs[PROGRAM[p][1]], regs[PROGRAM[p][2]]),)
     return regs

@@ -35,6 +35,7 @@ def _common(equations: Equations, ops: tuple) -> dict[str, Any]:
         "CONSTANTS": program.constants,
         "RESULTS": program.results,
         "STATES": len(program.states),
+        "INPUTS": len(program.inputs),
         "PARAMS": len(program.params),
         "MEMBRANE": program.states.index(equations.membrane),
     }
@@ -56,7 +57,7 @@ def backward_constants(equations: Equations, params_grad: bool) -> dict[str, Any
         **_common(equations, ops),
         "BACKWARD": uses,
         "FROM_STATES": tuple(last - k for k in range(states)),
-        "FROM_X": last - states,
+        "FROM_INPUTS": tuple(last - k for k in range(states, program.first_recurrent)),
         "FROM_PARAMS": tuple(last - program.first_param - k for k in range(len(program.params))),
         "SPIKING": program.spikes is not None,
     }

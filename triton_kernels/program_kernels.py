@@ -9,6 +9,69 @@ from .packed import store_packed
 from .program import execute, execute_back, load_rows, select, store_rows
 
 
+@triton.jit
+def all_currents(
+    t,
+    x_ptr,  # (T, B, C * N) and so on: the currents of each input, one input after the other
+    in_words_ptr,
+    weight_ptr,
+    bias_ptr,
+    rec_weight_ptr,
+    rec_bias_ptr,
+    rec0_ptr,
+    words_ptr,
+    row,
+    b,
+    B,
+    in_words,
+    n_words,
+    N,
+    cols,
+    mask,
+    like,
+    INPUTS: tl.constexpr,
+    STATIC_INPUT: tl.constexpr,
+):
+    """The current of each input, then of each recurrent one."""
+    currents = ()
+    for c in tl.static_range(INPUTS):
+        x = input_current(
+            x_ptr,
+            in_words_ptr,
+            weight_ptr,
+            bias_ptr,
+            row,
+            b,
+            in_words,
+            INPUTS * N,
+            c * N + cols,
+            mask,
+            like,
+            STATIC_INPUT,
+        )
+        currents = currents + (x,)
+    for c in tl.static_range(INPUTS):
+        rec = tl.zeros_like(like)
+        if rec_weight_ptr is not None:
+            rec = recurrent_current(
+                t,
+                rec_weight_ptr,
+                rec_bias_ptr,
+                rec0_ptr,
+                words_ptr,
+                row,
+                b,
+                B,
+                n_words,
+                INPUTS * N,
+                c * N + cols,
+                mask,
+                like,
+            )
+        currents = currents + (rec,)
+    return currents
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def program_forward(
     x_ptr,  # inputs and outputs as in spiking_layer_forward
@@ -40,6 +103,7 @@ def program_forward(
     CONSTANTS: tl.constexpr,
     RESULTS: tl.constexpr,
     STATES: tl.constexpr,
+    INPUTS: tl.constexpr,
     PARAMS: tl.constexpr,
     MEMBRANE: tl.constexpr,
     SPIKES: tl.constexpr,  # registers of the output and of what the window looks at, None for a readout
@@ -57,34 +121,37 @@ def program_forward(
     params = load_rows(params_ptr, 0, 1, N, cols, mask, PARAMS, 1.0)
     near = tl.zeros([BLOCK_N], dtype=tl.int64)
     like = states[0]
-    rec = tl.zeros_like(like)
     row = b
     for start in range(0, T, CHUNK):
         if v_checkpoint_ptr is not None:
             at = (start // CHUNK) * STATES * rows + b
             store_rows(v_checkpoint_ptr, at, rows, N, cols, mask, states, STATES)
         for t in range(start, tl.minimum(start + CHUNK, T)):
-            x = input_current(
-                x_ptr, in_words_ptr, weight_ptr, bias_ptr, row, b, in_words, N, cols, mask, like, STATIC_INPUT
-            )
             if rec_weight_ptr is not None:
                 tl.debug_barrier()  # the words of the step before were written by other threads
-                rec = recurrent_current(
-                    t,
-                    rec_weight_ptr,
-                    rec_bias_ptr,
-                    rec0_ptr,
-                    words_ptr,
-                    row,
-                    b,
-                    B,
-                    n_words,
-                    N,
-                    cols,
-                    mask,
-                    like,
-                )
-            regs = execute(states, x, rec, params, PROGRAM, CONSTANTS)
+            currents = all_currents(
+                t,
+                x_ptr,
+                in_words_ptr,
+                weight_ptr,
+                bias_ptr,
+                rec_weight_ptr,
+                rec_bias_ptr,
+                rec0_ptr,
+                words_ptr,
+                row,
+                b,
+                B,
+                in_words,
+                n_words,
+                N,
+                cols,
+                mask,
+                like,
+                INPUTS,
+                STATIC_INPUT,
+            )
+            regs = execute(states, currents, params, PROGRAM, CONSTANTS)
             states = select(regs, RESULTS)
             if near_ptr is not None:
                 near += ((tl.abs(regs[SITE]) < WINDOW) & mask).to(tl.int64)
@@ -119,8 +186,8 @@ def program_backward(
     g_mem_ptr,
     g_v_ptr,  # (K, B, N) or None
     g_i_ptr,
-    scratch_ptr,  # (CHUNK, K + 2, B, N): states before each step, its x and rec
-    nu_ptr,  # out (T, B, N)
+    scratch_ptr,  # (CHUNK, K + 2 C, B, N): states before each step, its currents
+    nu_ptr,  # out (T, B, C * N)
     d_v0_ptr,  # out (K, B, N)
     d_i0_ptr,
     d_params_ptr,  # out (P, B, N) or None
@@ -138,10 +205,11 @@ def program_backward(
     BACKWARD: tl.constexpr,
     CONSTANTS: tl.constexpr,
     RESULTS: tl.constexpr,
-    FROM_STATES: tl.constexpr,  # places of the adjoints of the states, of x and of the parameters
-    FROM_X: tl.constexpr,
+    FROM_STATES: tl.constexpr,  # places of the adjoints of states, inputs and parameters
+    FROM_INPUTS: tl.constexpr,
     FROM_PARAMS: tl.constexpr,
     STATES: tl.constexpr,
+    INPUTS: tl.constexpr,
     PARAMS: tl.constexpr,
     MEMBRANE: tl.constexpr,
     SPIKING: tl.constexpr,
@@ -165,7 +233,7 @@ def program_backward(
     sums = ()
     for k in tl.static_range(PARAMS):
         sums = sums + (zero,)
-    rec = zero
+    KEPT: tl.constexpr = STATES + 2 * INPUTS
 
     chunks = (T + CHUNK - 1) // CHUNK
     for c in range(chunks):
@@ -175,38 +243,38 @@ def program_backward(
         states = load_rows(v_checkpoint_ptr, chunk * STATES * rows + b, rows, N, cols, mask, STATES, 0.0)
         for j in range(steps):
             row = (start + j) * rows + b
-            x = input_current(
-                x_ptr, in_words_ptr, weight_ptr, bias_ptr, row, b, in_words, N, cols, mask, like, STATIC_INPUT
+            currents = all_currents(
+                start + j,
+                x_ptr,
+                in_words_ptr,
+                weight_ptr,
+                bias_ptr,
+                rec_weight_t_ptr,
+                rec_bias_ptr,
+                rec0_ptr,
+                words_ptr,
+                row,
+                b,
+                rows,
+                in_words,
+                n_words,
+                N,
+                cols,
+                mask,
+                like,
+                INPUTS,
+                STATIC_INPUT,
             )
-            if rec_weight_ptr is not None:
-                rec = recurrent_current(
-                    start + j,
-                    rec_weight_t_ptr,
-                    rec_bias_ptr,
-                    rec0_ptr,
-                    words_ptr,
-                    row,
-                    b,
-                    rows,
-                    n_words,
-                    N,
-                    cols,
-                    mask,
-                    like,
-                )
-            at = j * (STATES + 2) * rows + b
-            store_rows(scratch_ptr, at, rows, N, cols, mask, states + (x, rec), STATES + 2)
-            states = select(execute(states, x, rec, params, PROGRAM, CONSTANTS), RESULTS)
+            at = j * KEPT * rows + b
+            store_rows(scratch_ptr, at, rows, N, cols, mask, states + currents, KEPT)
+            states = select(execute(states, currents, params, PROGRAM, CONSTANTS), RESULTS)
         tl.debug_barrier()  # scratch may come back to other threads than wrote it
 
         for back in range(steps):
             j = steps - 1 - back
             row = (start + j) * rows + b
-            kept = load_rows(scratch_ptr, j * (STATES + 2) * rows + b, rows, N, cols, mask, STATES + 2, 0.0)
-            before = ()
-            for k in tl.static_range(STATES):
-                before = before + (kept[k],)
-            regs = execute(before, kept[STATES], kept[STATES + 1], params, PROGRAM, CONSTANTS)
+            kept = load_rows(scratch_ptr, j * KEPT * rows + b, rows, N, cols, mask, KEPT, 0.0)
+            regs = execute(kept, (), params, PROGRAM, CONSTANTS)
             arrived = ()
             for k in tl.static_range(STATES):
                 g = carried[k]
@@ -221,10 +289,14 @@ def program_backward(
                 if rec_weight_ptr is not None:
                     tl.debug_barrier()  # nu of the step after was written by other threads
                     if start + j + 1 < T:
-                        g_s = add_recurrent_grad(g_s, nu_ptr, rec_weight_ptr, row + rows, N, cols, mask, TILE)
+                        after = row + rows
+                        g_s = add_recurrent_grad(
+                            g_s, nu_ptr, rec_weight_ptr, after, INPUTS * N, N, cols, mask, TILE
+                        )
             adjoints = execute_back(regs, arrived, g_s, BACKWARD, WINDOW, KIND, P0, P1)
             carried = select(adjoints, FROM_STATES)
-            tl.store(nu_ptr + row * N + cols, adjoints[FROM_X], mask=mask)
+            for k in tl.static_range(INPUTS):
+                tl.store(nu_ptr + (row * INPUTS + k) * N + cols, adjoints[FROM_INPUTS[k]], mask=mask)
             if d_params_ptr is not None:
                 more = ()
                 for k in tl.static_range(PARAMS):

@@ -178,7 +178,7 @@ def backward(
     x, static = _input(call, current)
     synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
     out = Backward(
-        like.new_empty(T, B, N),
+        like.new_empty(T, B, call.currents),
         like.new_empty(like.shape),
         like.new_empty(B, N) if synapse else None,
         like.new_empty(len(call.params), B, N) if params else None,
@@ -192,7 +192,9 @@ def backward(
         return out
     kernel, constants = _backward_of(call)
     # of a chunk: the states before each step, and what its replay found
-    planes = len(like) + 2 if isinstance(call.spec, Equations) else 2 + params
+    planes = 2 + params
+    if isinstance(call.spec, Equations):
+        planes = len(like) + 2 * len(call.spec.program.inputs)
     launch = _launch(call)
     P0, P1 = call.surrogate.packed
     with torch.cuda.device_of(like):

@@ -73,14 +73,21 @@ def config_of(module: nn.Module) -> SparseConfig | None:
 
 
 def spike(
-    x: Tensor, function: Callable[[Tensor], Tensor], surrogate: Surrogate, config: SparseConfig
+    x: Tensor,
+    function: Callable[[Tensor], Tensor],
+    surrogate: Surrogate,
+    config: SparseConfig,
+    sequence: bool = False,
 ) -> Tensor:
-    """``function(x)`` as upstream makes it, its gradient masked as ``config`` says."""
+    """``function(x)`` as upstream makes it, its gradient masked as ``config`` says.
+
+    ``sequence``: x holds all steps, which are its first dimension.
+    """
     threshold = _window(surrogate, config.backprop_threshold)
     if torch._C._are_functorch_transforms_active():
         tally.current().count("exact" if threshold is None else "masked")
-        return blocked_spike(x, function, threshold, config.min_active)
-    return masked_spike(x, function, surrogate, threshold, config.min_active)
+        return blocked_spike(x, function, threshold, config.min_active, sequence)
+    return masked_spike(x, function, surrogate, threshold, config.min_active, sequence)
 
 
 def spike_in_graph(
@@ -88,6 +95,7 @@ def spike_in_graph(
     module: nn.Module,
     function: Callable[[Tensor], Tensor],
     recognise: Callable[[Any], Surrogate],
+    sequence: bool = False,
 ) -> Tensor:
     """:func:`spike` for ``torch.compile``: its options become constants of the graph.
 
@@ -98,7 +106,7 @@ def spike_in_graph(
         return function(x)
     overrides = None if mark is None else tuple(mark.overrides.items())
     threshold, min_active = _traced_window(function, recognise, overrides)
-    return blocked_spike(x, function, threshold, min_active)
+    return blocked_spike(x, function, threshold, min_active, sequence)
 
 
 def _traced_window(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -15,20 +14,14 @@ from ..config import active_config, use_config
 from ..dynamics import NeuronState
 from ..equations import Equations
 from ..surrogates import Surrogate
-from . import (
-    Adapter,
-    Example,
-    Neuron,
-    _lock,
-    config_of,
-    hook,
-    installed_version,
-    patched,
-    runner,
-    running,
-    spike,
-)
-from .norse_neurons import WHY_NOT, builders, examples, readout, surrogate_of, upstream_apply
+from .active import config_of, spike
+from .base import Adapter, Example, Neuron, runner
+from .counting import running
+from .hooks import hook, lock, patched
+from .loading import installed_version
+from .norse_examples import examples
+from .norse_neurons import WHY_NOT, builders
+from .norse_surrogates import surrogate_of, threshold_functions, upstream_apply
 
 
 class NorseAdapter(Adapter):
@@ -43,8 +36,8 @@ class NorseAdapter(Adapter):
 
     def install(self) -> None:
         norse, snn = import_module("norse.torch"), import_module("norse.torch.module.snn")
-        functions = _functions()
-        with _lock:
+        functions = threshold_functions()
+        with lock:
             for function, method in functions.items():
                 if function not in upstream_apply:
                     upstream_apply[function] = function.apply
@@ -96,16 +89,14 @@ class NorseAdapter(Adapter):
             return foreign
         if not _upstream_forward(module):
             return "it overrides forward()"
-        if isinstance(module, norse.LILinearCell):
-            return replace(readout(module), input_weight=module.input_weights)
         if getattr(module, "record_states", False):
             return "record_states=True wants the state of every step"
-        activation = getattr(module, "activation", None)
+        activation: Any = getattr(module, "activation", owner)
         build = builders().get(activation)
         if build is None:
-            named = (
-                type(module).__name__ if activation is None else getattr(activation, "__name__", activation)
-            )
+            named = getattr(activation, "__name__", str(activation))
+            if "adjoint" in named:
+                return "upstream's own adjoint replaces the gradient"
             return WHY_NOT.get(named, f"{named} is in no fused family")
         return build(module)
 
@@ -187,28 +178,16 @@ def _upstream_forward(module: Any) -> bool:
 def _fallback_state(module: Any, template: Tensor) -> Any:
     if hasattr(module, "state_fallback"):
         return module.state_fallback(template)
-    # LILinearCell makes its state inside forward
+    # these make their state inside forward
     norse = import_module("norse.torch")
+    if isinstance(module, norse.CobaLIFCell):
+        z, v, g_e, g_i = template.new_zeros(4, template.shape[0], module.hidden_size).unbind(0)
+        state = import_module("norse.torch.functional.coba_lif").CobaLIFState
+        return state(z=z, v=v.clone().requires_grad_(), g_e=g_e, g_i=g_i)
     v = module.p.v_leak.detach()
     v.requires_grad = True
     i = template.new_zeros(template.shape[0], module.hidden_size)
     return norse.LIState(v=v, i=i)
-
-
-# --- threshold functions ---
-
-
-@cache
-def _functions() -> dict[Any, str]:
-    """The autograd Functions behind ``threshold``, and the method each serves."""
-    known = import_module("norse.torch.functional.threshold")
-    return {
-        import_module("norse.torch.functional.superspike").SuperSpike: "super",
-        known.Triangle: "triangle",
-        known.HeaviTanh: "tanh",
-        known.HeaviCirc: "circ",
-        known.HeaviErfc: "heavi_erfc",
-    }
 
 
 # --- hooks ---

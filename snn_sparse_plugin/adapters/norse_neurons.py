@@ -1,12 +1,13 @@
 """Norse's neurons in our terms: its activation functions -> the canonical family, or equations.
 
-The equations keep Norse's order of operations. In a recurrent layer Norse detaches some resets: ``z_reset`` says so.
+The equations keep Norse's order of operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -15,17 +16,9 @@ from torch import Tensor
 
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
-from ..errors import ConfigError
 from ..surrogates import Surrogate
-from . import Example, Neuron
-
-_LIF = """
-j = i + x + rec
-u = v + mem * ((leak - v) + j)
-i = j + -syn * j
-z = spike(u - threshold)
-"""
-_LIF_RESET = "w = (1 - {z_reset}) * u + {z_reset} * reset\n"
+from .base import Neuron
+from .norse_surrogates import surrogate_of
 
 # the exponential term, and for AdEx the adaptation current a, which jumps with every spike
 _LIF_EX = """
@@ -52,16 +45,6 @@ v = (1 - m) * w + m * v
 s = (1 - m) * z
 rho = (1 - s) * relu(rho - m) + s * rho_reset
 """
-# an adaptive threshold b; the input acts one step later
-_LSNN = """
-u = v + mem * ((leak - v) + i)
-j = i + -syn * i
-c = b + adaptation * (threshold - b)
-s = spike(u - c)
-v = (1 - {z_reset}) * u + {z_reset} * reset
-b = c + {z_reset} * jump
-i = j + x + rec
-"""
 _IZHIKEVICH = """
 y = v + rate * (square * (v * v) + linear * v + bias - u + x + rec)
 w = u + recovery * (coupling * v - u)
@@ -69,13 +52,47 @@ s = spike(y - threshold)
 v = (1 - s) * y + s * reset
 u = (1 - s) * w + s * (w + jump)
 """
+# excitatory and inhibitory conductances, each with an input of its own
+_CONDUCTANCE = """
+e = g_e + exc + rec_exc
+i = g_i + inh + rec_inh
+g_e = e + -syn_exc * e
+g_i = i + -syn_inh * i
+u = v + mem * (leak * (rest - v) + g_e * (e_rev_E - v) + g_i * (e_rev_I - v))
+s = spike(u - threshold)
+v = (1 - s) * u + s * reset
+"""
 _LI_BOX = "v = v + mem * ((leak - v) + x)\n"
 
 
+def _refractory_lif(recurrent: bool) -> str:
+    r = "detach(z)" if recurrent else "z"  # Norse detaches the reset of its recurrent layers
+    return f"""
+    j = i + x + rec
+    u = v + mem * ((leak - v) + j)
+    i = j + -syn * j
+    z = spike(u - threshold)
+    w = (1 - {r}) * u + {r} * reset
+    {_REFRACTORY}"""
+
+
+def _adaptive_lif(recurrent: bool) -> str:
+    """LSNN: an adaptive threshold b; the input acts one step later."""
+    r = "detach(s)" if recurrent else "s"
+    return f"""
+    u = v + mem * ((leak - v) + i)
+    j = i + -syn * i
+    c = b + adaptation * (threshold - b)
+    s = spike(u - c)
+    v = (1 - {r}) * u + {r} * reset
+    b = c + {r} * jump
+    i = j + x + rec
+    """
+
+
 @cache
-def _equations(text: str, states: str, recurrent: bool) -> Equations:
-    z = "s" if text is _LSNN else "z"
-    return Equations(text.replace("{z_reset}", f"detach({z})" if recurrent else z), tuple(states.split()))
+def _equations(text: str, states: str, inputs: str = "x") -> Equations:
+    return Equations(text, tuple(states.split()), inputs=tuple(inputs.split()))
 
 
 def _rates(module: Any, p: Any) -> dict[str, Any]:
@@ -144,7 +161,7 @@ def _by_equations(
         weights = {}
         if recurrent:
             weights = {"input_weight": module.input_weights, "recurrent_weight": module.recurrent_weights}
-        return Neuron(_equations(text, states, recurrent), values, surrogate, **weights)
+        return Neuron(_equations(text, states), values, surrogate, **weights)
 
     return build
 
@@ -171,7 +188,7 @@ def _box(module: Any) -> Neuron | str:
     resets: dict[Any, Any] = {norse.reset_value: "value", norse.reset_subtract: "subtract"}
     surrogate = surrogate_of(p.method, p.alpha)
     if p.reset_method not in resets:
-        return f"reset_method {getattr(p.reset_method, '__name__', p.reset_method)}"
+        return f"its reset_method {getattr(p.reset_method, '__name__', p.reset_method)} is a Python function"
     if isinstance(surrogate, str):
         return surrogate
     return Neuron(
@@ -201,12 +218,59 @@ def readout(module: Any) -> Neuron:
 
 def _box_readout(module: Any) -> Neuron:
     values = {"mem": module.dt * module.p.tau_mem_inv, "leak": module.p.v_leak}
-    return Neuron(_equations(_LI_BOX, "v", recurrent=False), values)
+    return Neuron(_equations(_LI_BOX, "v"), values)
+
+
+def _linear_readout(module: Any) -> Neuron:
+    return replace(readout(module), input_weight=module.input_weights)
+
+
+def _conductances(module: Any) -> Neuron | str:
+    """CobaLIFCell: positive weights excite, negative ones inhibit."""
+    p, recurrent = module.p, module.recurrent_weights
+    surrogate = surrogate_of(p.method, p.alpha)
+    if isinstance(surrogate, str):
+        return surrogate
+
+    def split(weights: Tensor) -> Tensor:
+        return torch.cat([torch.relu(weights), torch.relu(-weights)])
+
+    weights = module.input_weights
+    values = {
+        "mem": module.dt * p.c_m_inv,
+        "syn_exc": module.dt * p.tau_syn_exc_inv,
+        "syn_inh": module.dt * p.tau_syn_inh_inv,
+        "leak": p.g_l,
+        "rest": p.v_rest,
+        "e_rev_E": p.e_rev_E,
+        "e_rev_I": p.e_rev_I,
+        "threshold": p.v_thresh,
+        "reset": p.v_reset,
+    }
+    return Neuron(
+        _equations(_CONDUCTANCE, "v g_e g_i", "exc inh"),
+        values,
+        surrogate,
+        input_weight=split(weights)
+        if _reads_input()
+        else weights.new_zeros(2 * len(weights), weights.shape[1]),
+        recurrent_weight=split(recurrent),
+    )
+
+
+@cache
+def _reads_input() -> bool:
+    """Norse 1.1's coba_lif_step overwrites what its input did to the conductances: look instead of at the version."""
+    f = import_module("norse.torch.functional.coba_lif")
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    with torch.no_grad():
+        _, state = f.coba_lif_step(one, f.CobaLIFState(zero, zero, zero, zero), one, one)
+    return bool(state.g_e > 0)
 
 
 @cache
 def builders() -> dict[Any, Build]:
-    """Upstream's activation function -> what makes our :class:`Neuron` of a module that has it."""
+    """Upstream's activation function, or a class without one -> what makes our :class:`Neuron` of such a module."""
     f = import_module("norse.torch")
 
     def functional(name: str) -> Any:
@@ -218,15 +282,17 @@ def builders() -> dict[Any, Build]:
         f.lif_box_feed_forward_step: _box,
         f.iaf_feed_forward_step: _iaf,
         f.li_feed_forward_step: readout,
+        f.LILinearCell: _linear_readout,
+        f.CobaLIFCell: _conductances,
         functional("leaky_integrator_box").li_box_feed_forward_step: _box_readout,
     }
     for recurrent, ending in ((False, "_feed_forward_step"), (True, "_step")):
         for name, text, states, params, inner in (
             ("lif_ex", _LIF_EX + _PLAIN, "v i", _exponential, ""),
             ("lif_adex", _LIF_ADEX + _PLAIN, "v i a", _adaptive_exponential, ""),
-            ("lif_refrac", _LIF + _LIF_RESET + _REFRACTORY, "v i rho", _rates, "lif"),
+            ("lif_refrac", _refractory_lif(recurrent), "v i rho", _rates, "lif"),
             ("lif_adex_refrac", _LIF_ADEX + _REFRACTORY, "v i a rho", _adaptive_exponential, "lif_adex"),
-            ("lsnn", _LSNN, "v i b", _adaptive_threshold, ""),
+            ("lsnn", _adaptive_lif(recurrent), "v i b", _adaptive_threshold, ""),
         ):
             table[getattr(functional(name), name + ending)] = _by_equations(
                 text, states, params, recurrent=recurrent, inner=inner
@@ -239,81 +305,7 @@ def builders() -> dict[Any, Build]:
 
 # upstream's class or activation function -> why it is in no fused family
 WHY_NOT = {
-    "CobaLIFCell": "two recurrent matrices, and upstream ignores its input",
     "LIFMCRecurrentCell": "its compartments are coupled by a matrix",
     "LIFMCRefracRecurrentCell": "its compartments are coupled by a matrix",
     "LIFCorrelation": "it also runs correlation sensors",
-    "lsnn_adjoint_step": "upstream's own adjoint replaces the gradient",
-    "lsnn_feed_forward_adjoint_step": "upstream's own adjoint replaces the gradient",
 }
-
-
-# --- surrogates ---
-
-upstream_apply: dict[Any, Callable[..., Tensor]] = {}
-"""Upstream's own ``Function.apply`` of what the adapter has hooked."""
-
-_METHODS = {"triangle": "triangle", "tanh": "tanh", "circ": "circ", "heavi_erfc": "erfc"}
-
-
-def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
-    """The surrogate of Norse's ``threshold(x, method, alpha)``, or why there is none.
-
-    Example:
-        >>> surrogate_of("tanh", 2.0)
-        tanh(alpha=2)
-    """
-    if method == "heaviside":
-        return Surrogate("zero")
-    try:
-        value = float(alpha)
-        if method == "super":
-            return Surrogate("fast_sigmoid", (value if _super_uses_alpha() else 1.0,))
-        if method in _METHODS:
-            return Surrogate(_METHODS[method], (value,))
-    except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one alpha per neuron
-        return f"alpha={alpha} of threshold method {method!r}"
-    return f"threshold method {method!r}"
-
-
-@cache
-def _super_uses_alpha() -> bool:
-    """Norse 1.1.0 ignores alpha, later versions do not: look at the gradient instead of the version."""
-    with torch.enable_grad():
-        x = torch.tensor(0.5, requires_grad=True)
-        function = import_module("norse.torch.functional.superspike").SuperSpike
-        upstream = upstream_apply.get(function, function.apply)
-        (grad,) = torch.autograd.grad(upstream(x, torch.tensor(100.0)), x)
-    return bool(grad < 0.1)  # 1 / 1.5 ** 2 = 0.44 without alpha, 1 / 51 ** 2 with it
-
-
-# --- the table of supported neurons ---
-
-_NAMES = (
-    *("LIF", "LIFCell", "LIFRecurrent", "LIFRecurrentCell", "LIFBoxCell", "IAF", "IAFCell"),
-    *("LIFEx", "LIFExCell", "LIFExRecurrent", "LIFExRecurrentCell"),
-    *("LIFAdEx", "LIFAdExCell", "LIFAdExRecurrent", "LIFAdExRecurrentCell"),
-    *("LIFRefracCell", "LIFRefracRecurrent", "LIFRefracRecurrentCell"),
-    *("LIFAdExRefracCell", "LIFAdExRefracRecurrent", "LIFAdExRefracRecurrentCell"),
-    *("LSNN", "LSNNCell", "LSNNRecurrent", "LSNNRecurrentCell"),
-    *("Izhikevich", "IzhikevichCell", "IzhikevichRecurrent", "IzhikevichRecurrentCell"),
-    *("LI", "LICell", "LILinearCell", "LIBoxCell"),
-    *("LIFMCRecurrentCell", "LIFMCRefracRecurrentCell", "CobaLIFCell", "LIFCorrelation"),
-)
-
-
-def examples() -> dict[str, Example]:
-    """See :meth:`Adapter.examples`."""
-    norse = import_module("norse.torch")
-    found = {}
-    for name in _NAMES:
-        cls = getattr(norse, name)
-        sizes = (
-            (4, 4) if "Recurrent" in name or name in ("LILinearCell", "CobaLIFCell", "LIFCorrelation") else ()
-        )
-        behaviour = (norse.tonic_spiking,) if name.startswith("Izhikevich") else ()
-        takes_all = issubclass(cls, import_module("norse.torch.module.snn").SNN)
-        options = {"record_states": True} if takes_all else {}
-        exactness = "up to the last bit of exp()" if "Ex" in name else ""
-        found[name] = Example(partial(cls, *sizes, *behaviour), options, exactness)
-    return found

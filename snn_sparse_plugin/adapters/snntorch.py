@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from importlib import import_module
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
-from ..config import SparseConfig
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..equations import Equations
-from ..errors import ConfigError
-from ..surrogates import Surrogate
-from . import (
-    Adapter,
-    Example,
-    Neuron,
-    config_of,
-    has_hooks,
-    hook,
-    installed_version,
-    patched,
-    running,
-    spike,
-    spike_in_graph,
-)
-from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, examples
-
-SpikeFunction = Callable[[Tensor], Tensor]
+from .base import Adapter, Example, Neuron
+from .hooks import has_hooks, hook, patched
+from .loading import installed_version
+from .snntorch_examples import examples
+from .snntorch_hooks import MaskedAttribute, masked_method
+from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
+from .snntorch_surrogates import is_heaviside, recognise
 
 
 class SnnTorchAdapter(Adapter):
@@ -47,10 +31,10 @@ class SnnTorchAdapter(Adapter):
     def install(self) -> None:
         snn = Classes()
         for method in ("fire", "fire_inhibition"):
-            hook(snn.SpikingNeuron, method, _masked_method)
+            hook(snn.SpikingNeuron, method, masked_method)
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
-            if not isinstance(vars(cls).get("spike_grad"), _MaskedAttribute):
-                cls.spike_grad = _MaskedAttribute()
+            if not isinstance(vars(cls).get("spike_grad"), MaskedAttribute):
+                cls.spike_grad = MaskedAttribute()
 
     def examples(self) -> dict[str, Example]:
         return examples()
@@ -65,8 +49,7 @@ class SnnTorchAdapter(Adapter):
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
     def takes_sequence(self, module: Any) -> bool:
-        snn = Classes()
-        return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+        return takes_sequence(module)
 
     def takes_shape(self, module: Any, shape: Sequence[int]) -> bool:
         return len(shape) == 3 or not self.takes_sequence(module)
@@ -87,24 +70,25 @@ class SnnTorchAdapter(Adapter):
                 return foreign
         steps = cls is not snn.DeltaLeaky  # whose forward ignores both options
         if steps and getattr(module, "state_quant", False):
-            return "state_quant"
+            return "state_quant is a Python function on the membrane of every step"
         if steps and getattr(module, "inhibition", False):
-            return "inhibition"
+            return "inhibition lets only the neuron with the highest membrane fire"
         function = vars(module).get("spike_grad") or module.spike_grad  # a hooked class masks the attribute
         surrogate = recognise(function)
-        if surrogate.kind == "custom" and not _is_heaviside(function):
+        if surrogate.kind == "custom" and not is_heaviside(function):
             return "its spike function is not a step function"
         parts = _parts(module, cls, snn)
         if isinstance(parts, str):
             return parts
         factor = module.graded_spikes_factor
         graded = factor.requires_grad or factor.numel() != 1 or float(factor) != 1
-        scale = factor if graded and cls is not snn.DeltaLeaky else None
-        if scale is not None and issubclass(cls, snn.StateLeaky):
-            scale = scale * scale  # upstream multiplies in fire, and again after it
-        if scale is not None and ("recurrent_weight" in parts or "recurrent_diagonal" in parts):
-            return "graded spikes with recurrence"
-        return Neuron(surrogate=surrogate, scale=scale, **parts)
+        if graded and cls is not snn.DeltaLeaky:
+            if "recurrent_weight" in parts or "recurrent_diagonal" in parts:
+                return "graded spikes with recurrence"
+            # upstream multiplies in fire, and in StateLeaky again after it
+            scale = factor * factor if issubclass(cls, snn.StateLeaky) else factor
+            parts = {**parts, "output": _scaled(scale, parts.get("output"))}
+        return Neuron(surrogate=surrogate, **parts)
 
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
@@ -119,7 +103,10 @@ class SnnTorchAdapter(Adapter):
 
         names = tuple(self.read_state(module))
         if isinstance(neuron.spec, Equations):
-            return {name: fits(name) for name in neuron.spec.states}, names
+            start = {name: fits(name) for name in neuron.spec.states}
+            if isinstance(module, Classes().AssociativeLeaky):  # a product, before its first factor
+                start["kept"] = template.new_ones(template.shape[1:])
+            return start, names
         return NeuronState(fits("mem"), fits("syn"), fits("spk")), names
 
     def final_state(self, module: Any, state: Any, initial: Any) -> Any:
@@ -127,6 +114,12 @@ class SnnTorchAdapter(Adapter):
         if isinstance(state, NeuronState):
             values = {"mem": state.v, "syn": state.i, "spk": state.spikes}
         return {name: _own(values[name]) for name in initial}
+
+    def keeps(self, module: Any) -> tuple[str | None, str | None]:
+        snn = Classes()
+        if not isinstance(module, snn.StateLeaky):
+            return None, None
+        return "spk" if module.output else None, "mem" if isinstance(module, snn.LinearLeaky) else None
 
     def read_state(self, module: Any) -> Any:
         if isinstance(module, Classes().DeltaLeaky):
@@ -141,6 +134,8 @@ class SnnTorchAdapter(Adapter):
     def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out = module(x)
         spikes = out[0] if isinstance(out, tuple) else out
+        if isinstance(module, Classes().StateLeaky):  # returns its membranes, alone where it does not spike
+            return spikes, out[-1] if isinstance(out, tuple) else out, None
         return spikes, getattr(module, "mem", None), None
 
     def check_in_sequence(self, module: Any, last: bool) -> str | None:
@@ -151,6 +146,14 @@ class SnnTorchAdapter(Adapter):
         if module.output:
             return "returns (spk, mem): output=True is for the last layer only"
         return None
+
+
+Output = Callable[[Tensor, Any], Tensor]
+
+
+def _scaled(factor: Tensor, output: Output | None) -> Output:
+    """Graded spikes, and what is made of them."""
+    return lambda spikes, x: spikes * factor if output is None else output(spikes * factor, x)
 
 
 def _own(x: Tensor | None) -> Tensor | None:
@@ -201,189 +204,3 @@ def _recurrence(module: Any) -> dict[str, Tensor | None] | str:
     if type(module).__name__ == "RecurrentOneToOne":
         return {"recurrent_diagonal": module.V}
     return f"its recurrence is a {type(module).__name__}"
-
-
-# --- spike functions ---
-
-# upstream's factory -> (our kind, the factory's parameters in the order of ours)
-_FACTORIES = {
-    "atan": ("atan", ("alpha",)),
-    "fast_sigmoid": ("fast_sigmoid", ("slope",)),
-    "sigmoid": ("sigmoid", ("slope",)),
-    "straight_through_estimator": ("straight_through", ()),
-    "triangular": ("triangular", ("threshold",)),
-    "heaviside": ("heaviside", ()),
-    "spike_rate_escape": ("spike_rate_escape", ("beta", "slope")),
-    "SFS": ("sparse_fast_sigmoid", ("slope", "B")),
-}
-
-_recognised: WeakKeyDictionary[Any, Surrogate] = WeakKeyDictionary()
-
-
-def recognise(function: SpikeFunction) -> Surrogate:
-    """The surrogate behind a ``spike_grad``, by the code and closure of snnTorch's factories.
-
-    Anything unknown becomes ``Surrogate("custom")``, which evaluates the function's own gradient.
-
-    Example:
-        >>> from snntorch import surrogate
-        >>> recognise(surrogate.fast_sigmoid(slope=100))
-        fast_sigmoid(slope=100)
-    """
-    if isinstance(function, Surrogate):
-        return function
-    try:
-        return _recognised[function]
-    except (KeyError, TypeError):
-        pass
-    found = _by_code(function)
-    if found is None:
-        return _by_class(function) or Surrogate("custom", function=function)
-    if not any(isinstance(c.cell_contents, Tensor) for c in function.__closure__ or ()):
-        _recognised[function] = found
-    return found
-
-
-def _by_code(function: Any) -> Surrogate | None:
-    code: Any = getattr(function, "__code__", None)
-    snn = import_module("snntorch")
-    if code in (c._surrogate_bypass.__code__ for c in (snn.SpikingNeuron, snn.LeakyParallel)):
-        return Surrogate("zero")
-    if code not in _codes():
-        return None
-    kind, names = _codes()[code]
-    closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
-    return _surrogate(kind, *(closure[name] for name in names))
-
-
-def _by_class(function: SpikeFunction) -> Surrogate | None:
-    # `Heaviside.apply`, or LeakyParallel's private ATan.apply with its default parameter
-    cls = getattr(function, "__self__", None)
-    if getattr(function, "__name__", "") != "apply" or not isinstance(cls, type):
-        return None
-    known = import_module("snntorch.surrogate")
-    if cls is known.Heaviside:
-        return Surrogate("heaviside")
-    if cls is known.StraightThroughEstimator:
-        return Surrogate("straight_through")
-    if cls is import_module("snntorch").LeakyParallel.ATan:
-        return _surrogate("atan", inspect.signature(cls.forward).parameters["alpha"].default)
-    return None
-
-
-def _surrogate(kind: str, *params: Any) -> Surrogate | None:
-    try:
-        return Surrogate(kind, tuple(float(p) for p in params))
-    except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one slope per neuron
-        return None
-
-
-@cache
-def _codes() -> dict[Any, tuple[str, tuple[str, ...]]]:
-    known = import_module("snntorch.surrogate")
-    return {
-        getattr(known, name)().__code__: entry for name, entry in _FACTORIES.items() if hasattr(known, name)
-    }
-
-
-def _is_heaviside(function: SpikeFunction) -> bool:
-    probe = torch.tensor([[-2.0, -1e-3, 0.0, 1e-3, 0.5, 2.0]])
-    try:
-        with torch.no_grad():
-            return bool((function(probe) == (probe > 0)).all())
-    except Exception:  # a user's function may refuse the probe
-        return False
-
-
-# --- hooks ---
-
-
-class _Masked:
-    """A neuron seen with its spike function masked, so that upstream's own method runs on it."""
-
-    def __init__(self, neuron: nn.Module, spike_grad: SpikeFunction) -> None:
-        self._neuron, self.spike_grad = neuron, spike_grad
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._neuron, name)
-
-
-def _masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        function = self.spike_grad
-        if torch.compiler.is_compiling():
-            in_graph = _Masked(self, lambda x: spike_in_graph(x, self, function, recognise))
-            return upstream(in_graph, *args, **kwargs)
-        config = config_of(self)
-        if config is None:
-            return upstream(self, *args, **kwargs)
-        seen = _Masked(self, lambda x: spike(x, function, recognise(function), config))
-        with running(self):
-            return upstream(seen, *args, **kwargs)
-
-    return masked
-
-
-class _MaskedAttribute:
-    """``spike_grad`` of a class that calls it directly: masked while the module is sparse."""
-
-    def __get__(self, module: Any | None, owner: type | None = None) -> Any:
-        if module is None:
-            return self
-        attributes = vars(module)  # a spike function that is a module lives in _modules
-        function = attributes.get("spike_grad") or attributes.get("_modules", {}).get("spike_grad")
-        if function is None:
-            raise AttributeError("spike_grad")
-        if torch.compiler.is_compiling():
-            return partial(spike_in_graph, module=module, function=function, recognise=recognise)
-        config = config_of(module)
-        if config is None:
-            return function
-        return partial(_counted_spike, module=module, function=function, config=config)
-
-    def __set__(self, module: Any, function: SpikeFunction) -> None:
-        vars(module)["spike_grad"] = function
-
-
-def _counted_spike(x: Tensor, module: nn.Module, function: SpikeFunction, config: SparseConfig) -> Tensor:
-    with running(module):
-        return spike(x, function, recognise(function), config)
-
-
-# --- pickling of the import-swap classes ---
-
-
-def picklable_state(self: nn.Module) -> dict[str, Any]:
-    """A module's state with its spike function as a :class:`Surrogate` where that is recognised.
-
-    snnTorch's spike functions are closures, which do not pickle.
-    """
-    state = dict(vars(self))
-    function = state.get("spike_grad")
-    if inspect.isfunction(function) and "<locals>" in function.__qualname__:
-        surrogate = recognise(function)
-        if surrogate.kind != "custom":
-            state["spike_grad"] = _Factory(surrogate)
-    return state
-
-
-def restored_state(self: nn.Module, state: dict[str, Any]) -> None:
-    """Put back what :func:`picklable_state` made, with snnTorch's own spike function."""
-    function = state.get("spike_grad")
-    if isinstance(function, _Factory):
-        state = {**state, "spike_grad": function.build()}
-    nn.Module.__setstate__(self, state)
-
-
-class _Factory:
-    """Stands for a spike function in a pickle: which factory of snnTorch builds it again."""
-
-    def __init__(self, surrogate: Surrogate) -> None:
-        self.surrogate = surrogate
-
-    def build(self) -> SpikeFunction:
-        for name, (kind, parameters) in _FACTORIES.items():
-            if kind == self.surrogate.kind:
-                factory = getattr(import_module("snntorch.surrogate"), name)
-                return factory(**dict(zip(parameters, self.surrogate.params, strict=True)))
-        return self.surrogate

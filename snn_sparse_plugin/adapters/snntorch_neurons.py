@@ -6,7 +6,7 @@ Resets are delayed and detached in all of them: ``above`` of the membrane before
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
-from . import Example, has_hooks
+from ..spikes import SpikeTrain
+from .hooks import has_hooks
 
 _ALPHA = """
 r = above(mem - threshold)
@@ -41,20 +42,29 @@ s = spike(abs(u - mem) - delta_threshold)
 mem_prev = mem
 mem = u
 """
+# the entry (i, j) of a matrix: value_i key_j is written, and sigmoid(decay_j), written with exponents that are never
+# positive, forgets. As upstream, the writes are divided by the product of all factors, summed, and multiplied by it
+_ASSOCIATIVE = """
+low = decay - relu(decay)
+factor = exp(low) / (exp(low) + exp(-relu(decay)))
+kept = kept * (eps + relu(factor - eps))
+written = written + value * key * (1 / (kept + 1e-8))
+mem = written * kept
+"""
 # torch's RNN with a diagonal recurrent matrix
 _PARALLEL = "mem = relu(x + beta * mem)\ns = spike(mem - threshold)\n"
 
 
 @cache
-def _equations(text: str, states: str) -> Equations:
-    return Equations(text, tuple(states.split()), membrane="mem")
+def _equations(text: str, states: str, inputs: str = "x") -> Equations:
+    return Equations(text, tuple(states.split()), membrane="mem", inputs=tuple(inputs.split()))
 
 
 Parts = dict[str, Any]
 """What of :class:`~snn_sparse_plugin.adapters.Neuron` the class decides."""
 
 
-def alpha(module: Any, reset: str) -> Parts | str:
+def describe_alpha(module: Any, reset: str) -> Parts | str:
     """The second-order neuron: an excitatory and an inhibitory current, read by the membrane."""
     a, b = module.alpha.clamp(0, 1), module.beta.clamp(0, 1)
     tau = torch.log(a) / (torch.log(b) - torch.log(a)) + 1
@@ -64,7 +74,7 @@ def alpha(module: Any, reset: str) -> Parts | str:
     }
 
 
-def lapicque(module: Any, reset: str) -> Parts | str:
+def describe_lapicque(module: Any, reset: str) -> Parts | str:
     """The RC circuit, discretised by the forward Euler method."""
     rc = module.R * module.C
     params = {
@@ -77,7 +87,7 @@ def lapicque(module: Any, reset: str) -> Parts | str:
     return {"spec": _equations(_LAPICQUE + _LAPICQUE_RESETS[reset] + _FIRE, "mem"), "params": params}
 
 
-def delta(module: Any) -> Parts | str:
+def describe_delta(module: Any) -> Parts | str:
     """Fires on changes of the membrane."""
     return {
         "spec": _equations(_DELTA, "mem mem_prev"),
@@ -85,7 +95,7 @@ def delta(module: Any) -> Parts | str:
     }
 
 
-def state(module: Any) -> Parts | str:
+def describe_state(module: Any) -> Parts | str:
     """StateLeaky and LinearLeaky: a causal convolution with an exponential, which is a recursion."""
     if module.kernel_truncation_steps is not None:
         return "kernel_truncation_steps cuts the exponential off"
@@ -101,7 +111,40 @@ def state(module: Any) -> Parts | str:
     return parts
 
 
-def parallel(module: Any) -> Parts | str:
+def describe_associative(module: Any) -> Parts | str:
+    """AssociativeLeaky: d x n neurons of three inputs, each the row of a small projection that several share."""
+    projections = [
+        module.to_v,
+        module.to_k,
+        module.to_alpha,
+        *([module.to_q] if module.use_q_projection else []),
+    ]
+    if any(type(p).forward is not nn.Linear.forward or has_hooks(p) for p in projections):
+        return "its projections were replaced or have hooks"
+    d, n = module.d_value, module.d_key
+
+    def rows(name: str) -> Tensor:
+        value, key, decay = (getattr(p, name) for p in projections[:3])
+        others = (1,) * (value.dim() - 1)
+        return torch.cat([value.repeat_interleave(n, 0), key.repeat(d, *others), decay.repeat(d, *others)])
+
+    def read(spikes: Tensor, x: Tensor | SpikeTrain) -> Tensor:
+        query = module.to_q(x.to_dense() if isinstance(x, SpikeTrain) else x)
+        return (spikes.unflatten(-1, (d, n)) @ query.unflatten(-1, (n, d))).flatten(-2)
+
+    parts: Parts = {
+        "spec": _equations(
+            _ASSOCIATIVE + (_FIRE if module.output else ""), "written kept mem", "value key decay"
+        ),
+        "params": {"eps": module.eps} | ({"threshold": module.threshold} if module.output else {}),
+        "input_weight": rows("weight"),
+    }
+    if module.to_v.bias is not None:
+        parts["input_bias"] = rows("bias")
+    return parts | ({"output": read} if module.use_q_projection else {})
+
+
+def describe_parallel(module: Any) -> Parts | str:
     """LeakyParallel: a ReLU RNN whose recurrent matrix is diagonal unless the user made it dense."""
     rnn = module.rnn
     plain = type(rnn) is nn.RNN and (rnn.nonlinearity, rnn.num_layers) == ("relu", 1)
@@ -134,75 +177,28 @@ class Classes:
         return getattr(import_module("snntorch"), name, Absent)
 
 
+def takes_sequence(module: Any) -> bool:
+    """Whether its forward takes all steps at once."""
+    snn = Classes()
+    return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+
+
 @cache
 def builders() -> dict[type, tuple[Callable[..., Parts | str], bool]]:
     """Class -> (what describes it, whether that takes the reset mechanism)."""
     snn = Classes()
     return {
-        snn.Alpha: (alpha, True),
-        snn.Lapicque: (lapicque, True),
-        snn.DeltaLeaky: (delta, False),
-        snn.LinearLeaky: (state, False),
-        snn.StateLeaky: (state, False),
-        snn.LeakyParallel: (parallel, False),
+        snn.Alpha: (describe_alpha, True),
+        snn.Lapicque: (describe_lapicque, True),
+        snn.DeltaLeaky: (describe_delta, False),
+        snn.LinearLeaky: (describe_state, False),
+        snn.StateLeaky: (describe_state, False),
+        snn.AssociativeLeaky: (describe_associative, False),
+        snn.LeakyParallel: (describe_parallel, False),
     }
 
 
 WHY_NOT = {
     "SLSTM": "an LSTM cell makes its membrane",
     "SConv2dLSTM": "a convolutional LSTM cell makes its membrane",
-    "AssociativeLeaky": "its state is a matrix per sample, updated by outer products",
 }
-
-
-def examples() -> dict[str, Example]:
-    """See :meth:`Adapter.examples`."""
-    snn = import_module("snntorch")
-    options: dict[str, Any] = {
-        **{"learn_beta": True, "learn_threshold": True, "reset_mechanism": "zero"},
-        **{"state_quant": lambda x: x, "inhibition": True, "surrogate_disable": True},
-    }
-    graded = {"graded_spikes_factor": 0.5, "learn_graded_spikes_factor": True}
-    full = {**options, "reset_delay": False, **graded}
-    recurrent = {**full, "all_to_all": False}
-    whole = {"learn_beta": True, "learn_threshold": True, "surrogate_disable": True, **graded}
-    convolved = {**whole, "state_quant": lambda x: x, "kernel_truncation_steps": 3}
-    return {
-        "Leaky": Example(partial(_made, snn.Leaky, beta=0.9), full),
-        "Synaptic": Example(partial(_made, snn.Synaptic, alpha=0.9, beta=0.8), {**full, "learn_alpha": True}),
-        "RLeaky": Example(partial(_made, snn.RLeaky, beta=0.9, linear_features=4), recurrent),
-        "RSynaptic": Example(
-            partial(_made, snn.RSynaptic, alpha=0.9, beta=0.8, linear_features=4), recurrent
-        ),
-        "Alpha": Example(partial(_made, snn.Alpha, alpha=0.9, beta=0.8), options),
-        "Lapicque": Example(partial(_made, snn.Lapicque, beta=0.9), options),
-        "DeltaLeaky": Example(partial(_made, snn.DeltaLeaky, beta=0.9), full),
-        "StateLeaky": Example(
-            partial(_made, snn.StateLeaky, beta=0.9, channels=4),
-            convolved,
-            "up to the rounding of a convolution",
-        ),
-        "LinearLeaky": Example(
-            partial(_made, snn.LinearLeaky, beta=0.9, in_features=4, out_features=4),
-            convolved,
-            "up to the rounding of a convolution",
-        ),
-        "LeakyParallel": Example(
-            partial(_made, snn.LeakyParallel, input_size=4, hidden_size=4, beta=0.9),
-            {**whole, "bias": False, "weight_hh_enable": True},
-            "up to the rounding of torch's RNN",
-        ),
-        "AssociativeLeaky": Example(partial(_made, snn.AssociativeLeaky, 4, 2, 2, 4)),
-        "SLSTM": Example(partial(_made, snn.SLSTM, 4, 4)),
-        "SConv2dLSTM": Example(partial(_made, snn.SConv2dLSTM, 1, 2, 3)),
-    }
-
-
-def _made(cls: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    if options.get("all_to_all") is False:
-        options.pop("linear_features")
-    neuron = cls(*args, **options)
-    instances = import_module("snntorch").SpikingNeuron.instances
-    # snnTorch keeps every neuron ever made, and one DeltaLeaky among them breaks utils.reset for all
-    instances[:] = [other for other in instances if other is not neuron]
-    return neuron

@@ -33,7 +33,8 @@ class LayerCall:
     Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input. ``rec0`` is the
     recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
     :data:`~snn_sparse_plugin.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
-    and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``.
+    and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``; a neuron with C inputs
+    has C·N currents, input by input, where another one has N: in ``current``, ``rec0`` and the rows of all weights.
     """
 
     spec: NeuronSpec | Equations
@@ -60,6 +61,11 @@ class LayerCall:
     params_grad: bool = False  # whether decays or thresholds want a gradient
     name: str = "spiking_layer"  # how error messages call the layer
     save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
+
+    @property
+    def currents(self) -> int:
+        """C·N, the number of input currents."""
+        return len(self.spec.inputs) * self.N if isinstance(self.spec, Equations) else self.N
 
 
 def keeps_active(call: LayerCall) -> bool:

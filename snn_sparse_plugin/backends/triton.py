@@ -138,7 +138,7 @@ class TritonBackend(Backend):
             if need["rec_bias"] and call.rec_bias is not None:
                 found["rec_bias"] = nu[1:].sum((0, 1))
             if need["rec0"]:
-                found["rec0"] = nu[0] if T else nu.new_zeros(B, N)
+                found["rec0"] = nu[0] if T else nu.new_zeros(nu.shape[1:])
         if need["v0"]:
             found["v0"] = out.v0
         if need["i0"]:

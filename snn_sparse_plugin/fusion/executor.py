@@ -155,7 +155,9 @@ class _FusedCall:
         if torch.is_autocast_enabled(flow.device.type) and (weight is not None or neuron.recurrent):
             return None
         T, B = flow.shape[:2]
-        features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0],)
+        features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0] // neuron.inputs,)
+        if weight is None and neuron.inputs > 1:
+            features = (flow.shape[2] // neuron.inputs,)
         recurrent = _recurrent_weight(neuron, features)
         if neuron.recurrent and recurrent is None:
             return None
@@ -172,6 +174,8 @@ class _FusedCall:
         if self.last and config is not None and config.min_active > 0:
             # the fraction that the guard looks at does not notice a single class that fell silent
             config = config.updated(min_active=1.0)
+        as_events = events and neuron.spec.spiking and neuron.output is None
+        kept_output, kept_mem = adapter.keeps(module)
         with running(module):
             out = spiking_layer(
                 flow,
@@ -183,8 +187,8 @@ class _FusedCall:
                 recurrent_weight=recurrent,
                 recurrent_bias=neuron.recurrent_bias,
                 state=start,
-                events=events and neuron.spec.spiking and neuron.scale is None,
-                return_mem=want_mem,
+                events=as_events,
+                return_mem=want_mem or kept_mem is not None,
                 name=self.name,
                 **(vars(config) if config is not None else {}),
             )
@@ -196,12 +200,16 @@ class _FusedCall:
                 ended = ended._replace(spikes=ended.spikes.detach())
             elif isinstance(ended, dict) and "spikes" in ended:
                 ended = {**ended, "spikes": ended["spikes"].detach()}
-        if neuron.scale is not None:
-            spikes = spikes * neuron.scale
+        if neuron.output is not None:
+            spikes = neuron.output(spikes, flow)
+        if kept_output is not None:
+            setattr(module, kept_output, _dense(spikes))
+        if kept_mem is not None:
+            setattr(module, kept_mem, out.mem)
         # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then
         moved = T > 0 or not self.per_step
         state = adapter.final_state(module, ended, initial) if moved else self.state
-        return Passed(spikes, out.mem, state)
+        return Passed(spikes, out.mem if want_mem else None, state)
 
 
 def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | None:

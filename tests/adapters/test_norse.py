@@ -19,7 +19,8 @@ from norse.torch.functional.threshold import threshold  # noqa: E402
 import snn_sparse_plugin as ssp  # noqa: E402
 from snn_sparse_plugin import InputError, SpikeTrain, unroll  # noqa: E402
 from snn_sparse_plugin.adapters import norse as adapter_module  # noqa: E402
-from snn_sparse_plugin.adapters.norse import NorseAdapter, surrogate_of  # noqa: E402
+from snn_sparse_plugin.adapters.norse import NorseAdapter  # noqa: E402
+from snn_sparse_plugin.adapters.norse_surrogates import surrogate_of  # noqa: E402
 from snn_sparse_plugin.backends import calls  # noqa: E402
 
 
@@ -74,7 +75,7 @@ def test_two_threads_hook_a_threshold_once(monkeypatch):
 
     known = Slow()
     monkeypatch.setattr(adapter_module, "upstream_apply", known)
-    monkeypatch.setattr(adapter_module, "_functions", lambda: {Function: "super"})
+    monkeypatch.setattr(adapter_module, "threshold_functions", lambda: {Function: "super"})
     threads = [threading.Thread(target=NorseAdapter().install, name=name) for name in ("first", "second")]
     for thread in threads:
         thread.start()

@@ -13,7 +13,8 @@ snntorch = pytest.importorskip("snntorch")
 from snntorch import surrogate  # noqa: E402
 
 import snn_sparse_plugin as ssp  # noqa: E402
-from snn_sparse_plugin.adapters.snntorch import SnnTorchAdapter, recognise  # noqa: E402
+from snn_sparse_plugin.adapters.snntorch import SnnTorchAdapter  # noqa: E402
+from snn_sparse_plugin.adapters.snntorch_surrogates import recognise  # noqa: E402
 
 FACTORIES = {
     "atan": lambda: surrogate.atan(),

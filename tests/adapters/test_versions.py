@@ -18,7 +18,8 @@ norse = pytest.importorskip("norse.torch")
 
 from norse.torch.module.snn import SNNCell  # noqa: E402
 
-from snn_sparse_plugin import adapters, registry, sparse_mode, sparsify, unroll  # noqa: E402
+from snn_sparse_plugin import registry, sparse_mode, sparsify, unroll  # noqa: E402
+from snn_sparse_plugin.adapters import loading  # noqa: E402
 from snn_sparse_plugin.cli import app  # noqa: E402
 
 RANGES = {"snntorch": "0.9.4 to 1.0", "norse": "1.1"}
@@ -27,8 +28,8 @@ RANGES = {"snntorch": "0.9.4 to 1.0", "norse": "1.1"}
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which no library has been hooked yet; the hooks themselves are set once."""
-    monkeypatch.setattr(adapters, "_installed", [])
-    monkeypatch.setattr(adapters, "_refused", [])
+    monkeypatch.setattr(loading, "_installed", [])
+    monkeypatch.setattr(loading, "_refused", [])
 
 
 def install(monkeypatch: pytest.MonkeyPatch, library: str, version: str) -> list[str]:
@@ -75,7 +76,7 @@ class TestVersions:
         assert not install(monkeypatch, library, version)
 
     def test_the_installed_ones_are_inside(self) -> None:
-        assert [adapters.outside_tested(a) for a in registry.load_all("adapters").values()] == ["", ""]
+        assert [loading.outside_tested(a) for a in registry.load_all("adapters").values()] == ["", ""]
 
     def test_one_that_cannot_be_hooked_stays_exact(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(_: Any) -> None:

@@ -49,8 +49,25 @@ SECOND_ORDER = Equations(
     """,
     ("exc", "inh", "v"),
 )
+# an excitatory and an inhibitory input, which pull the membrane to values of their own
+CONDUCTANCE = Equations(
+    """
+    e = exc + drive + rec_drive
+    i = inh + brake + rec_brake
+    v = mem * v + e * (2 - v) - i
+    exc = e - mem * e
+    inh = i - syn * i
+    s = spike(v - threshold)
+    v = (1 - s) * v + s * reset
+    """,
+    ("v", "exc", "inh"),
+    inputs=("drive", "brake"),
+)
 READOUT = Equations("v = v + mem * (leak - v + x)", ("v",))
-NEURONS = {"adaptive": ADAPTIVE, "delta": DELTA, "second-order": SECOND_ORDER, "readout": READOUT}
+NEURONS = {
+    **{"adaptive": ADAPTIVE, "delta": DELTA, "second-order": SECOND_ORDER},
+    **{"two-inputs": CONDUCTANCE, "readout": READOUT},
+}
 VALUES = {
     **{"mem": 0.5, "syn": 0.25, "leak": 0.125, "threshold": 0.75, "reset": 0.125},
     **{"delta": 0.5, "adaptation": 0.125, "coupling": 0.25, "jump": 0.25},
@@ -68,13 +85,14 @@ class EquationTests:
             x = (torch.rand(T, B, M, **make) < 0.3).to(dtype)
             spread = torch.linspace(0.75, 1.25, N, **make)
             params = {k: (VALUES[k] * spread).requires_grad_() for k in equations.program.params}
-            weight = torch.round(torch.randn(N, M, **make) * 256).div(256).requires_grad_()
-            bias = torch.round(torch.randn(N, **make) * 32).div(256).requires_grad_()
+            currents = len(equations.inputs) * N
+            weight = torch.round(torch.randn(currents, M, **make) * 256).div(256).requires_grad_()
+            bias = torch.round(torch.randn(currents, **make) * 32).div(256).requires_grad_()
             state = {k: (torch.randn(B, N, **make) / 4).requires_grad_() for k in equations.states}
             leaves = [weight, bias, *params.values(), *state.values()]
             rec = None
             if recurrent:
-                rec = torch.round(torch.randn(N, N, **make) * 64).div(256).requires_grad_()
+                rec = torch.round(torch.randn(currents, N, **make) * 64).div(256).requires_grad_()
                 leaves.append(rec)
             given = (x, weight, bias) if events else (x @ weight.t() + bias,)
             out = spiking_layer(
@@ -117,7 +135,7 @@ class EquationTests:
     def test_every_kind(self, name, window):
         self.check(NEURONS[name], window=window)
 
-    @pytest.mark.parametrize("name", ["adaptive", "delta"])
+    @pytest.mark.parametrize("name", ["adaptive", "delta", "two-inputs"])
     def test_recurrent(self, name):
         self.check(NEURONS[name], recurrent=True)
 

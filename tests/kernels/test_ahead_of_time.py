@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 turns kernels into Python functions", allow_module_level=True)
 
 import triton
-from equation_cases import ADAPTIVE, DELTA, READOUT, SECOND_ORDER
+from equation_cases import ADAPTIVE, CONDUCTANCE, DELTA, READOUT, SECOND_ORDER
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -138,6 +138,7 @@ PROGRAM_CASES = {
     "adaptive-double": (ADAPTIVE, WORDS | RECURRENT, "fp64"),
     "delta": (DELTA, CURRENT | RECURRENT, "fp32"),
     "second-order": (SECOND_ORDER, CURRENT | RECURRENT, "fp32"),
+    "two-inputs": (CONDUCTANCE, WORDS, "fp32"),
     "readout": (READOUT, CURRENT | RECURRENT | {"spikes_ptr", "g_spikes_ptr", "near_ptr"}, "fp32"),
 }
 

@@ -64,6 +64,64 @@ def test_wrong_text(text, message):
         Equations(text, ("v",))
 
 
+def test_wrong_inputs():
+    for inputs in ("x", [], ("x", "x"), ("rec", "y"), ("s",)):
+        with pytest.raises(ConfigError, match="inputs must be a tuple of different names"):
+            Equations("v = x", ("v",), inputs=inputs)
+    with pytest.raises(ConfigError, match="states must be"):
+        Equations("v = e + i", ("e",), membrane="e", inputs=("e", "i"))
+    for text in ("v = e + rec_e + i", "v = (e + rec_e) * (i + rec_i) + i"):
+        with pytest.raises(ConfigError, match="right after the other"):
+            Equations(text, ("v",), inputs=("e", "i"))
+    # with several inputs "rec" is a name like any other
+    assert Equations("v = e + rec + i", ("v",), inputs=("e", "i")).program.params == ("rec",)
+
+
+TWO = Equations(
+    "v = beta * v + (e + rec_e) * (2 - v) - (i + rec_i)\ns = spike(v - 1)\nv = v * (1 - s)",
+    ("v",),
+    inputs=("e", "i"),
+)
+
+
+def test_two_inputs_are_two_currents():
+    """One matrix with the rows of both inputs, or their currents given: the same neurons."""
+    torch.manual_seed(0)
+    x, w = spikes(40, 3, 12, p=0.3), on_grid(2 * 7, 12)
+    current = x @ w.t()
+    outs = [
+        spiking_layer(*given, spec=TWO, params={"beta": 0.5}, return_mem=True, backend=backend)
+        for backend in ("cpu", "reference")
+        for given in ((x, w), (current,), (current.unflatten(2, (2, 7)),))
+    ]
+    assert 0.05 < outs[0].spikes.mean() < 0.9
+    assert outs[0].spikes.shape == (40, 3, 7)
+    v = torch.zeros(3, 7)
+    for t, (e, i) in enumerate(zip(*current.chunk(2, 2), strict=True)):
+        v = 0.5 * v + e * (2 - v) - i
+        s = (v > 1).float()
+        v = v * (1 - s)
+        for out in outs:
+            assert torch.equal(out.spikes[t], s)
+            assert torch.equal(out.mem[t], v)
+
+
+def test_wrong_sizes_of_several_inputs():
+    x = spikes(3, 2, 9)
+    with pytest.raises(InputError, match="current of 2·N features"):
+        spiking_layer(x, spec=TWO, params={"beta": 0.5})
+    with pytest.raises(InputError, match="weight of 2·N features"):
+        spiking_layer(x, torch.zeros(5, 9), spec=TWO, params={"beta": 0.5})
+    with pytest.raises(InputError, match=r"recurrent_weight has shape \(4, 4\), expected \(8, 4\)"):
+        spiking_layer(
+            x, torch.zeros(8, 9), spec=TWO, params={"beta": 0.5}, recurrent_weight=torch.zeros(4, 4)
+        )
+    with pytest.raises(InputError, match="never read a recurrent current"):
+        spiking_layer(
+            x, spec=LEAKY, params={"beta": 0.9, "threshold": 1.0}, recurrent_weight=torch.zeros(9, 9)
+        )
+
+
 def test_wrong_states():
     with pytest.raises(ConfigError, match="none of the states"):
         Equations("u = x", ("u",))
@@ -161,9 +219,13 @@ def test_spikes_that_enter_another_layer(events, backend):
         assert relative(a, e) < 1e-10
 
 
-@pytest.mark.parametrize(("B", "N"), [(13, 33), (5, 300)])
-def test_many_blocks_and_threads(B, N):
+ONE = Equations("v = beta * v + x + rec\ns = spike(v - 1)\nv = v - detach(s)", ("v",))
+
+
+@pytest.mark.parametrize(("equations", "B", "N"), [(ONE, 13, 33), (ONE, 5, 300), (TWO, 13, 33)])
+def test_many_blocks_and_threads(equations, B, N):
     """Rows of nu are delivered in blocks, whose borders fall anywhere in the samples of each thread."""
+    currents = len(equations.inputs) * N
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -171,12 +233,12 @@ def test_many_blocks_and_threads(B, N):
         for backend in ("reference", "cpu"):
             torch.manual_seed(0)
             x = spikes(150, B, 20, p=0.2).double()
-            w = torch.randn(N, 20, dtype=torch.float64).requires_grad_()
-            rec = (torch.randn(N, N, dtype=torch.float64) / N).requires_grad_()
+            w = torch.randn(currents, 20, dtype=torch.float64).div(len(equations.inputs)).requires_grad_()
+            rec = (torch.randn(currents, N, dtype=torch.float64) / N).requires_grad_()
             out = spiking_layer(
                 x,
                 w,
-                spec=Equations("v = beta * v + x + rec\ns = spike(v - 1)\nv = v - detach(s)", ("v",)),
+                spec=equations,
                 params={"beta": 0.9},
                 surrogate=SURROGATE,
                 recurrent_weight=rec,
@@ -220,11 +282,12 @@ EXPRESSIONS = st.recursive(LEAVES, combined, max_leaves=8)
     second=EXPRESSIONS,
     window=st.sampled_from([None, 0.3]),
     recurrent=st.booleans(),
+    inputs=st.sampled_from([("x",), ("x", "z")]),
     seed=st.integers(0, 1000),
 )
-def test_random_neurons(first, second, window, recurrent, seed):
+def test_random_neurons(first, second, window, recurrent, inputs, seed):
     text = f"""
-    y = p * v + x + rec - w
+    y = p * v + {"x + rec" if len(inputs) == 1 else "(x + rec_x) * (1 + w) + relu(z + rec_z)"} - w
     s = spike(y - q)
     a = {first}
     b = {second}
@@ -232,19 +295,19 @@ def test_random_neurons(first, second, window, recurrent, seed):
     v = v / (1 + abs(v)) * 2
     w = b / (1 + abs(b)) * (1 - s)
     """
-    equations = Equations(text, ("v", "w"))
+    equations = Equations(text, ("v", "w"), inputs=inputs)
     torch.manual_seed(seed)
     T, B, M, N = 37, 2, 6, 5
     x = (spikes(T, B, M, p=0.4)).double()
     leaves = {
-        "weight": torch.randn(N, M, dtype=torch.float64),
+        "weight": torch.randn(len(inputs) * N, M, dtype=torch.float64),
         "p": torch.rand(N, dtype=torch.float64),
         "q": torch.rand(N, dtype=torch.float64),
         "v": torch.randn(B, N, dtype=torch.float64),
         "w": torch.randn(B, N, dtype=torch.float64),
     }
     if recurrent:
-        leaves["rec"] = torch.randn(N, N, dtype=torch.float64) / 3
+        leaves["rec"] = torch.randn(len(inputs) * N, N, dtype=torch.float64) / 3
     known = equations.program.params
     results = []
     generator = torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ ADD, SUB, MUL, DIV, NEG, EXP, LOG, RELU, ABS, SPIKE, ABOVE, DETACH, COPY = range
 @cache
 def encoded(program: Program, params_grad: bool) -> tuple[np.ndarray, np.ndarray]:
     """The operations (kind, out, a, b, gradient to a, gradient to b), and the registers of s and of the site (-1 in a
-    readout), of the first parameter, and whether s is just the spike at the site."""
+    readout), of the first parameter, whether s is just the spike at the site, and how many inputs there are."""
     passes = program.passes(params_grad)
     rows = [
         (OPS.index(op.kind), op.out, op.a, op.b, *flags)
@@ -36,6 +36,7 @@ def encoded(program: Program, params_grad: bool) -> tuple[np.ndarray, np.ndarray
         -1 if program.site is None else program.site,
         program.first_param,
         int(program.direct),
+        len(program.inputs),
     )
     return np.array(rows, np.int32).reshape(-1, 6), np.array(places, np.int32)
 
@@ -101,7 +102,7 @@ def execute(ops, regs):  # type: ignore[no-untyped-def]
 def load_input(  # type: ignore[no-untyped-def]
     regs, x, t, b, r, current, still, indptr, indices, values, weight, bias
 ):
-    """Register x of step t: the given current, or the bias and the rows of W^T of the events."""
+    """Row x of step t: the given current, or the bias and the rows of W^T of the events."""
     k = np.uint32(x)
     if weight.shape[0] > 0:
         for j in range(bias.shape[0]):
@@ -117,7 +118,7 @@ def load_input(  # type: ignore[no-untyped-def]
 
 @kernel(forceinline=True)
 def load_rec(regs, x, t, b, rec_weight, rec_bias, rec0, indices, none, first, last):  # type: ignore[no-untyped-def]
-    """Register rec, which is after x: ``rec0`` at the first step, else from the events first..last of the last one."""
+    """Row rec, which is after x: ``rec0`` at the first step, else from the events first..last of the last one."""
     k = np.uint32(x + 1)
     if t == 0:
         sample = np.uint64(b)
@@ -129,6 +130,25 @@ def load_rec(regs, x, t, b, rec_weight, rec_bias, rec0, indices, none, first, la
         for j in range(rec_bias.shape[0], regs.shape[1]):
             regs[k, j] = 0
         add_rows(regs, x + 1, rec_weight, indices, none, first, last)
+
+
+@kernel(forceinline=True)
+def current_rows(regs, K, inputs, N):  # type: ignore[no-untyped-def]
+    """Where x and rec are loaded, and the row of x: the registers themselves, or for several inputs two long rows."""
+    if inputs == 1:
+        return regs, K
+    width = -(-inputs * N // LANES) * LANES
+    return np.zeros((2, width), regs.dtype), 0
+
+
+@kernel(forceinline=True)
+def to_registers(rows, regs, K, inputs, N):  # type: ignore[no-untyped-def]
+    """Two long rows to the registers of each input, and then of each recurrent input."""
+    for c in range(2 * inputs):
+        half = np.uint32(c // inputs)
+        k, first = np.uint32(K + c), (c % inputs) * N
+        for j in range(N):
+            regs[k, j] = rows[half, first + j]
 
 
 @cache
@@ -178,6 +198,8 @@ def _forward_kernel(dtype: np.dtype) -> Callable[..., Any]:
         keep_events, keep_active = out_idx.shape[0] > 0, act_idx.shape[0] > 0
         limit, still = dtype.type(window), current.shape[0] == 1
         distance, fired = np.full(width, -np.inf, dtype), np.zeros(width, dtype)
+        inputs = places[4]
+        rows, x = current_rows(regs, K, inputs, N)
         n, n_act, seen = counts[0], counts[1], counts[2]
         none = np.empty(0, dtype)
         for b in range(first, last):
@@ -196,10 +218,12 @@ def _forward_kernel(dtype: np.dtype) -> Callable[..., Any]:
                     for k in range(K):
                         for j in range(N):
                             checkpoints[chunk, np.uint32(k), sample, j] = regs[np.uint32(k), j]
-                load_input(regs, K, t, b, r, current, still, indptr, indices, values, weight, bias)
+                load_input(rows, x, t, b, r, current, still, indptr, indices, values, weight, bias)
                 if recurrent:
-                    load_rec(regs, K, t, b, rec_weight, rec_bias, rec0, out_idx, none, previous, n)
+                    load_rec(rows, x, t, b, rec_weight, rec_bias, rec0, out_idx, none, previous, n)
                     previous = n
+                if inputs > 1:
+                    to_registers(rows, regs, K, inputs, N)
                 execute(ops, regs)
                 if spiking:
                     for j in range(N):

@@ -23,9 +23,11 @@ from .program import (
     SPIKE,
     SUB,
     bound,
+    current_rows,
     execute,
     load_input,
     load_rec,
+    to_registers,
 )
 from .rows import dot, surrogate_row
 
@@ -132,15 +134,17 @@ def backward_program(  # type: ignore[no-untyped-def]
     g_out, g_spikes, g_mem = arriving
     K, N, width = lam.shape[0], lam.shape[2], regs.shape[1]
     dtype = regs.dtype
-    x = np.uint32(K)
+    inputs = places[4]
+    rows, x = current_rows(regs, K, inputs, N)
+    saved = K + 2 * inputs
     recurrent, spiking = rec_weight.shape[0] > 0, places[0] >= 0
     emitted, recorded = np.uint32(max(places[0], 0)), np.uint32(membrane)
     still = current.shape[0] == 1
     has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
     adjoint, carried = np.zeros(regs.shape, dtype), np.zeros((K, width), dtype)
-    # what each step of the chunk starts from: its states, x and rec
-    kept = np.zeros((CHUNK, K + 2, width), dtype)
-    site, phi, nu = np.zeros(width, dtype), np.zeros(width, dtype), np.zeros(width, dtype)
+    # what each step of the chunk starts from: its states and currents
+    kept = np.zeros((CHUNK, saved, width), dtype)
+    site, phi, nu = np.zeros(width, dtype), np.zeros(width, dtype), np.zeros(block.shape[1], dtype)
     looked_at, windowed = np.uint32(max(places[1], 0)), window >= 0 and places[3] == 1
     limit = dtype.type(window)
     none = np.empty(0, dtype)
@@ -150,7 +154,7 @@ def backward_program(  # type: ignore[no-untyped-def]
         for k in range(K):
             for j in range(N):
                 carried[np.uint32(k), j] = lam[np.uint32(k), sample, j]
-        for j in range(width):
+        for j in range(nu.shape[0]):
             nu[j] = 0
         for chunk in range((T - 1) // CHUNK, -1, -1):
             start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
@@ -159,11 +163,13 @@ def backward_program(  # type: ignore[no-untyped-def]
                     regs[np.uint32(k), j] = checkpoints[np.uint64(chunk), np.uint32(k), sample, j]
             for t in range(start, stop):
                 r, at = b * T + t, np.uint64(t - start)
-                load_input(regs, K, t, b, r, current, still, indptr, indices, values, weight, bias)
+                load_input(rows, x, t, b, r, current, still, indptr, indices, values, weight, bias)
                 if recurrent:
                     before, after = (out_ptr[r - 1], out_ptr[r]) if t > 0 else (0, 0)
-                    load_rec(regs, K, t, b, rec_weight, rec_bias, rec0, out_idx, none, before, after)
-                for k in range(K + 2):
+                    load_rec(rows, x, t, b, rec_weight, rec_bias, rec0, out_idx, none, before, after)
+                if inputs > 1:
+                    to_registers(rows, regs, K, inputs, N)
+                for k in range(saved):
                     for j in range(width):
                         kept[at, np.uint32(k), j] = regs[np.uint32(k), j]
                 execute(ops, regs)
@@ -173,7 +179,7 @@ def backward_program(  # type: ignore[no-untyped-def]
                             regs[np.uint32(k), j] = regs[np.uint32(results[k]), j]
             for t in range(stop - 1, start - 1, -1):
                 r, at = b * T + t, np.uint64(t - start)
-                for k in range(K + 2):
+                for k in range(saved):
                     for j in range(width):
                         regs[np.uint32(k), j] = kept[at, np.uint32(k), j]
                 execute(ops, regs)
@@ -201,10 +207,12 @@ def backward_program(  # type: ignore[no-untyped-def]
                         carried[np.uint32(k), j] = adjoint[np.uint32(k), j]
                         adjoint[np.uint32(k), j] = 0
                 slot = np.uint64(r % block.shape[0])
-                for j in range(N):
-                    nu[j] = adjoint[x, j]
-                    block[slot, j] = adjoint[x, j]
-                    adjoint[x, j] = 0
+                for c in range(inputs):
+                    of_input, begin = np.uint32(K + c), c * N
+                    for j in range(N):
+                        nu[begin + j] = adjoint[of_input, j]
+                        block[slot, begin + j] = adjoint[of_input, j]
+                        adjoint[of_input, j] = 0
                 if r % block.shape[0] == 0 or r == first * T:
                     deliver(block, r, until, T, incoming, outgoing)
                     until = r

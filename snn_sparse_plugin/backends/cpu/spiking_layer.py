@@ -129,7 +129,7 @@ def run_backward(
     grads: OutputGrads,
     needs: tuple[bool, ...],
 ) -> InputGrads:
-    T, B, N = call.T, call.B, call.N
+    T, B, N, currents = call.T, call.B, call.N, call.currents
     dtype = call.v0.dtype
     np_dtype = np.dtype("float32" if dtype == torch.float32 else "float64")
     need = dict(zip(InputGrads._fields, needs, strict=True))
@@ -149,14 +149,14 @@ def run_backward(
     inputs = _inputs(call, np_dtype, rows=sparse_input or not use_list)
     cv, ci = _copied(grads.v, call.v0.shape, np_dtype), _copied(grads.i, (B, N), np_dtype)
     dense_nu = need["input"] and not sparse_input
-    nu = torch.empty(T, B, N, dtype=dtype) if dense_nu else None
+    nu = torch.empty(T, B, currents, dtype=dtype) if dense_nu else None
     g_active = None
     none = np.empty(0, dtype=np.int32)
     in_ptr, in_idx = none, none
     if need["input"] and sparse_input:
         in_ptr, in_idx = (_numpy(x) for x in train.active)  # type: ignore[union-attr]
         g_active = torch.empty(in_idx.size, dtype=dtype)
-    g_rec0 = _copied(None, (B, N), np_dtype) if need["rec0"] and call.rec0 is not None else None
+    g_rec0 = _copied(None, (B, currents), np_dtype) if need["rec0"] and call.rec0 is not None else None
     out_ptr, out_idx = (none, none) if events is None else (_numpy(x) for x in events)
     act_ptr, act_idx = (none, none) if saved.active is None else (_numpy(x) for x in saved.active)
     dense = [_array(grads.spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
@@ -176,7 +176,7 @@ def run_backward(
             return np.zeros(shape if wanted else (0,) * len(shape), np_dtype)
 
         def rows(wanted: bool, count: int) -> np.ndarray:
-            out = _aligned(count if wanted else 0, _padded(N), np_dtype)
+            out = _aligned(count if wanted else 0, _padded(currents), np_dtype)
             out.fill(0)
             return out
 
@@ -186,7 +186,7 @@ def run_backward(
         g_rec_weight = rows(need["rec_weight"] and recurrent, N)
         g_rec_bias = rows(need["rec_bias"] and call.rec_bias is not None, 1)
         g_params = zeros(want_params, len(call.params), N)
-        block = rows(True, block_rows(_padded(N)))
+        block = rows(True, block_rows(_padded(currents)))
         outgoing = (g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
         if use_list:
             code = _code(call)
@@ -219,10 +219,10 @@ def run_backward(
     parts = parallel([lambda r=r: run(*r) for r in split(B)])  # type: ignore[misc]
     totals = [_sum(group) for group in zip(*parts, strict=True)]
     weights = [
-        torch.from_numpy(_flip(x, np.empty((N, len(x)), np_dtype))) if x.size else None
+        torch.from_numpy(_flip(x, np.empty((currents, len(x)), np_dtype))) if x.size else None
         for x in (totals[0], totals[2])
     ]
-    biases = [torch.from_numpy(x[0, :N]) if x.size else None for x in (totals[1], totals[3])]
+    biases = [torch.from_numpy(x[0, :currents]) if x.size else None for x in (totals[1], totals[3])]
     grad_input = g_active
     if nu is not None:
         grad_input = nu if train is None else nu @ call.weight  # type: ignore[operator]
@@ -273,7 +273,6 @@ def _code(call: LayerCall) -> Code:
 
 def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.ndarray, ...]:
     """current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0; empty where absent."""
-    N = call.N
     current = call.current
     if current is not None:
         still = call.T > 1 and current.stride(0) == 0
@@ -283,7 +282,7 @@ def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.nda
     if call.train is not None:
         indptr, indices = _numpy(call.train.indptr), _numpy(call.train.indices)
         values = _array(call.train.values, dtype, 1)
-    zeros = np.zeros(N, dtype)
+    zeros = np.zeros(call.currents, dtype)
     return (
         _array(current, dtype, 3),
         indptr,

@@ -60,7 +60,8 @@ def spiking_layer(
         x: input, (T, B, M) with ``weight``, the neurons' input current (T, B, N...) without. Dense, SpikeTrain,
             torch COO (T, B, M), torch CSR (T, B, M) or torch_sparse. float32 and float64; half precisions run on
             the reference backend.
-        weight: (N, M), as of ``nn.Linear``. ``bias``: (N,).
+        weight: (N, M), as of ``nn.Linear``. ``bias``: (N,). For equations with C > 1 inputs every N in the shape of a
+            weight, bias or current is C·N, the neurons of the first input first; a current may be (T, B, C, N...).
         spec: which neuron: a member of the canonical family, or :class:`~snn_sparse_plugin.equations.Equations`;
             default is snnTorch's Leaky.
         params: decays, thresholds: scalars or per neuron, tensors may require a gradient; with equations a dict by
@@ -95,15 +96,21 @@ def spiking_layer(
     first = train if train is not None else dense
     assert first is not None
     dtype, device, (T, B) = first.dtype, first.device, first.shape[:2]
-    features = (weight.shape[0],) if weight is not None else tuple(first.shape[2:])
+    features = _features(first, weight, spec, name)
     N = math.prod(features)
-    _check_tensors(name, dtype, device, N, weight, bias, recurrent_weight, recurrent_bias)
+    _check_tensors(
+        name, dtype, device, (_inputs_of(spec) * N, N), weight, bias, recurrent_weight, recurrent_bias
+    )
     names: tuple[str, ...] = PARAM_NAMES
     values = list(params) if isinstance(params, NeuronParams) else []
     if isinstance(spec, Equations):
         names, values = spec.program.params, _by_name(params, spec, name)
     packed = _pack_params(names, values, features, dtype, device, name)
     recurrent = recurrent_weight is not None
+    if recurrent and isinstance(spec, Equations) and not spec.program.recurrent:
+        raise InputError(
+            f"{name}: these equations never read a recurrent current, so they take no recurrent_weight."
+        )
     v0, i0, s0 = _pack_state(state, spec, recurrent, (B, *features), dtype, device, name)
     rec0 = None
     if recurrent_weight is not None:
@@ -141,7 +148,8 @@ def spiking_layer(
         assert dense is not None
         train, current = events_or_product(dense, weight, bias)
     elif weight is None:
-        current = (train.to_dense() if train is not None else dense).reshape(T, B, N)  # type: ignore[union-attr]
+        whole = train.to_dense() if train is not None else dense
+        current = whole.reshape(T, B, _inputs_of(spec) * N)  # type: ignore[union-attr]
         train = None
     if train is not None:
         train = train.flatten()
@@ -259,15 +267,40 @@ def _input(x: Any, weight: Tensor | None, name: str) -> tuple[SpikeTrain | None,
     return train, dense
 
 
+def _inputs_of(spec: NeuronSpec | Equations) -> int:
+    """C: how many input currents a neuron has."""
+    return len(spec.inputs) if isinstance(spec, Equations) else 1
+
+
+def _features(
+    first: Tensor | SpikeTrain, weight: Tensor | None, spec: NeuronSpec | Equations, name: str
+) -> tuple[int, ...]:
+    """The shape of the neurons, N..."""
+    found = (weight.shape[0],) if weight is not None else tuple(first.shape[2:])
+    count = _inputs_of(spec)
+    if count == 1:
+        return found
+    if weight is None and len(found) > 1 and found[0] == count:
+        return found[1:]
+    if len(found) == 1 and found[0] % count == 0:
+        return (found[0] // count,)
+    what = "current" if weight is None else "weight"
+    raise InputError(
+        f"{name}: a neuron with {count} inputs takes a {what} of {count}·N features, the neurons of the first input "
+        f"first, got {found}."
+    )
+
+
 def _check_tensors(
     name: str,
     dtype: torch.dtype,
     device: torch.device,
-    N: int,
+    sizes: tuple[int, int],
     *tensors: Tensor | None,
 ) -> None:
     labels = ("weight", "bias", "recurrent_weight", "recurrent_bias")
-    shapes = (None, (N,), (N, N), (N,))
+    currents, neurons = sizes
+    shapes = (None, (currents,), (currents, neurons), (currents,))
     for label, shape, tensor in zip(labels, shapes, tensors, strict=True):
         if tensor is None:
             continue

@@ -1,0 +1,177 @@
+"""What an adapter is: one upstream library's neurons in the terms of the fused op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from ..dynamics import NeuronParams, NeuronSpec
+from ..equations import Equations
+from ..spikes import SpikeTrain
+from ..surrogates import Surrogate
+
+
+@dataclass(frozen=True, eq=False)
+class Neuron:
+    """A neuron module as the fused op sees it now. Its tensors are live, so gradients reach their owners.
+
+    Args:
+        spec, params, surrogate: as :func:`snn_sparse_plugin.ops.spiking_layer` takes them.
+        input_weight: (N, M), of a neuron that holds its own synapses (Norse's recurrent cells); ``input_bias`` (N,).
+            With C inputs every first N here is C·N.
+        recurrent_weight: (N, N); ``recurrent_bias``: (N,).
+        recurrent_diagonal: broadcasts to the neurons: each neuron is fed with its own last spike.
+        output: what the layer returns for its spikes and its input, both over all steps; None for the spikes.
+    """
+
+    spec: NeuronSpec | Equations
+    params: NeuronParams | Mapping[str, Tensor | float]
+    surrogate: Surrogate = field(default_factory=lambda: Surrogate("zero"))
+    input_weight: Tensor | None = None
+    input_bias: Tensor | None = None
+    recurrent_weight: Tensor | None = None
+    recurrent_bias: Tensor | None = None
+    recurrent_diagonal: Tensor | None = None
+    output: Callable[[Tensor, Tensor | SpikeTrain], Tensor] | None = None
+
+    @property
+    def values(self) -> list[Tensor | float]:
+        """All parameters."""
+        return list(self.params.values()) if isinstance(self.params, Mapping) else list(self.params)
+
+    @property
+    def inputs(self) -> int:
+        """C: how many input currents each neuron has."""
+        return len(self.spec.inputs) if isinstance(self.spec, Equations) else 1
+
+    @property
+    def recurrent(self) -> bool:
+        return self.recurrent_weight is not None or self.recurrent_diagonal is not None
+
+
+class Example(NamedTuple):
+    """How to build one neuron class.
+
+    ``options``: what upstream offers, each asked for alone: a keyword argument and its value. Where one has several
+    values a label is ``"name=value"``. ``exactness``: how close the fused path is to upstream's where that is not bit
+    for bit.
+    """
+
+    build: Callable[..., nn.Module]
+    options: Mapping[str, Any] = MappingProxyType({})
+    exactness: str = ""
+
+    def with_option(self, label: str, **more: Any) -> nn.Module:
+        """The neuron with one of its options."""
+        return self.build(**{label.partition("=")[0]: self.options[label]}, **more)
+
+
+class Adapter:
+    """One upstream library. Register a subclass under ``snn_sparse_plugin.adapters``.
+
+    The methods from :meth:`neuron` on describe one neuron module; the executor of
+    :func:`snn_sparse_plugin.unroll` needs nothing else. A ``state`` is what the library's users know as one.
+    """
+
+    name = "unnamed"
+    package = ""
+    """The import name of the library; its adapter does nothing until that is imported."""
+    tested: tuple[str, str] | None = None
+    """Oldest and newest version of the library the adapter is tested with; an end ``"1.0"`` includes every 1.0.x."""
+
+    def available(self) -> tuple[bool, str]:
+        """Whether the library can be imported, and its version or the reason why not."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Hook the library's classes, once; without an active config the hooks do nothing."""
+
+    def examples(self) -> dict[str, Example]:
+        """How to build each neuron class of the library, by name; the table of supported neurons is made from it."""
+        return {}
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether this is a neuron of the library."""
+        raise NotImplementedError
+
+    def masks(self, module: nn.Module) -> str | None:
+        """None if a single step of this neuron gets the masked gradient, else why not."""
+        return None
+
+    def prepare(self, module: nn.Module) -> None:
+        """Hook whatever else this module needs before it is marked by ``sparsify``."""
+
+    def container(self, module: nn.Module) -> bool:
+        """Whether this is the library's own sequential container."""
+        return False
+
+    def stateful(self, container: nn.Module, index: int) -> bool:
+        """Whether the container calls its ``index``-th module as ``module(x, state) -> (x, state)``."""
+        return False
+
+    def unwrap(self, module: nn.Module) -> nn.Module | None:
+        """The module that a wrapper such as Norse's ``Lift`` applies at every step, else None."""
+        return None
+
+    def takes_shape(self, module: nn.Module, shape: Sequence[int]) -> bool:
+        """Whether the neuron's own forward takes an input of shape (T, B, ...), for one step each or as a whole."""
+        return True
+
+    def takes_sequence(self, module: nn.Module) -> bool:
+        """Whether the neuron's own forward takes all steps (T, B, N...) at once."""
+        return False
+
+    def neuron(self, module: nn.Module) -> Neuron | str:
+        """The neuron as a member of the fusable family, or why it is none."""
+        return "its adapter does not describe it"
+
+    def initial_state(
+        self, module: nn.Module, neuron: Neuron, template: Tensor, state: Any
+    ) -> tuple[Any, Any]:
+        """State before the first step, of ``neuron`` (:meth:`neuron`'s answer) for an input like ``template``:
+        -> (the op's form, the library's).
+
+        The op's form is a ``NeuronState``, or with equations a dict of their states and ``"spikes"``.
+        """
+        raise NotImplementedError
+
+    def final_state(self, module: nn.Module, state: Any, initial: Any) -> Any:
+        """The library's own form of the op's final state."""
+        raise NotImplementedError
+
+    def keeps(self, module: nn.Module) -> tuple[str | None, str | None]:
+        """The attributes in which the module's own forward leaves its output and its membranes of all steps."""
+        return None, None
+
+    def read_state(self, module: nn.Module) -> Any:
+        """State kept inside the module, None if it keeps none."""
+        return None
+
+    def write_state(self, module: nn.Module, state: Any) -> None:
+        """Put a state into a module that keeps one inside."""
+
+    def step(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
+        """One step of upstream's own forward: -> (spikes, membrane, state)."""
+        raise NotImplementedError
+
+    def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
+        """Why the module cannot stand in an ``nn.Sequential`` at that place, or None."""
+        return None
+
+
+class Runner(Protocol):
+    """Runs sequence modules fused (:mod:`snn_sparse_plugin.fusion.sequence`); None: not possible here."""
+
+    def neuron(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None: ...
+
+    def container(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None: ...
+
+
+def runner() -> Runner:
+    """The executor, which stands above the adapters: imported when a hook needs it."""
+    return import_module("snn_sparse_plugin.fusion.sequence").hooked  # type: ignore[no-any-return]

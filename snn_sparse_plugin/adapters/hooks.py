@@ -1,0 +1,55 @@
+"""Hooks on upstream's methods, and how to tell upstream's own from anyone else's."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+lock = threading.Lock()
+"""Held while something of an upstream library is replaced."""
+
+
+def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method of an upstream class by ``wrap(method)``, once."""
+    upstream = vars(cls)[name]
+    with lock:
+        if not getattr(upstream, "_snn_sparse_hook", False):
+            replacement = functools.wraps(upstream)(wrap(upstream))
+            replacement._snn_sparse_hook = True  # type: ignore[attr-defined]
+            setattr(cls, name, replacement)
+
+
+def patched(cls: type, method: str, package: ModuleType) -> str | None:
+    """Why a method of an upstream class is not upstream's own: someone else has replaced it. None if it is."""
+    return _patched(getattr(cls, method, None), method, os.path.dirname(str(package.__file__)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _patched(function: Any, name: str, folder: str) -> str | None:
+    while getattr(function, "_snn_sparse_hook", False):
+        function = function.__wrapped__
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_filename.startswith(folder):
+        return None
+    return f"its {name}() was patched by {function.__globals__.get('__name__', code.co_filename)}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks, which a fused path would skip."""
+    every = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )

@@ -1,0 +1,76 @@
+"""Hooks by which snnTorch's own methods run with the spike function masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseConfig
+from .active import config_of, spike, spike_in_graph
+from .counting import running
+from .snntorch_neurons import takes_sequence
+from .snntorch_surrogates import SpikeFunction, recognise
+
+
+class _Masked:
+    """A neuron seen with its spike function masked, so that upstream's own method runs on it."""
+
+    def __init__(self, neuron: nn.Module, spike_grad: SpikeFunction) -> None:
+        self._neuron, self.spike_grad = neuron, spike_grad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._neuron, name)
+
+
+def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        function = self.spike_grad
+        if torch.compiler.is_compiling():
+            in_graph = _Masked(
+                self, lambda x: spike_in_graph(x, self, function, recognise, takes_sequence(self))
+            )
+            return upstream(in_graph, *args, **kwargs)
+        config = config_of(self)
+        if config is None:
+            return upstream(self, *args, **kwargs)
+        seen = _Masked(self, lambda x: spike(x, function, recognise(function), config, takes_sequence(self)))
+        with running(self):
+            return upstream(seen, *args, **kwargs)
+
+    return masked
+
+
+class MaskedAttribute:
+    """``spike_grad`` of a class that calls it directly: masked while the module is sparse."""
+
+    def __get__(self, module: Any | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        attributes = vars(module)  # a spike function that is a module lives in _modules
+        function = attributes.get("spike_grad") or attributes.get("_modules", {}).get("spike_grad")
+        if function is None:
+            raise AttributeError("spike_grad")
+        if torch.compiler.is_compiling():
+            return partial(
+                spike_in_graph,
+                module=module,
+                function=function,
+                recognise=recognise,
+                sequence=takes_sequence(module),
+            )
+        config = config_of(module)
+        if config is None:
+            return function
+        return partial(_counted_spike, module=module, function=function, config=config)
+
+    def __set__(self, module: Any, function: SpikeFunction) -> None:
+        vars(module)["spike_grad"] = function
+
+
+def _counted_spike(x: Tensor, module: nn.Module, function: SpikeFunction, config: SparseConfig) -> Tensor:
+    with running(module):
+        return spike(x, function, recognise(function), config, takes_sequence(module))
