@@ -113,7 +113,7 @@ def build(case: Case, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]
         for name, p in module.named_parameters():
             if p.dim() > 1 and "weight_hh" not in name:
                 size = loudness(case) / (8 if "recurrent" in name else 1)
-                p.copy_((torch.randn(p.shape) * size * 64).round() / 256)
+                p.copy_(((torch.randn(p.shape) + 0.5) * size * 64).round() / 256)
     leaves = []
     if case.option == "p per neuron":
         module.p = changed(module.p, lambda _, v: leaf(v, dtype))
