@@ -85,12 +85,16 @@ def ways(library: str) -> list[Way]:
 
 
 def sweep() -> list[Any]:
-    """Every case in every way; all but one way of each, taken in turn, are slow."""
+    """Every case in every way; all but one way of each, taken in turn, are slow, in the interpreter most cases too."""
     found = []
     for number, case in enumerate(cases()):
         every = ways(case.library)
         for k, way in enumerate(every):
             marks = [] if k == number % len(every) else [pytest.mark.slow]
+            if INTERPRETING:
+                marks.append(pytest.mark.triton_interpreter)
+                if number % 30 and (case.neuron, case.option) != ("CobaLIFCell", ""):
+                    marks.append(pytest.mark.slow)
             window = "exact" if way.window is None else "window"
             name = "-".join([case.neuron, case.option or "plain", way.backend, window, str(way.dtype)[6:]])
             found.append(pytest.param(case, way, id=name, marks=marks))
