@@ -52,10 +52,10 @@ DDP = """
         torch.save(found, sys.argv[2])
     dist.barrier()
     dist.destroy_process_group()
-    # The abort that this avoids is torch's: 3 of 20 runs of two processes with nn.Linear alone, no neuron and nothing of
-    # this package, ended in "terminate called without an active exception" at the interpreter's shutdown, although
-    # the group was destroyed. A worker thread of gloo that still holds a tensor asks for the GIL of a closing
-    # interpreter, and Python ends such a thread by an unwinding that C++ does not survive. Results are saved by now
+    # The abort that this avoids is torch's: 3 of 20 runs of two processes with nn.Linear alone, no neuron and
+    # nothing of this package, ended in "terminate called without an active exception" at the interpreter's
+    # shutdown, although the group was destroyed. A worker thread of gloo that still holds a tensor asks for the GIL
+    # of a closing interpreter, and Python ends such a thread by an unwinding that C++ does not survive
     os._exit(0)
 """
 

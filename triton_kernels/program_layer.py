@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from ..backends import CHUNK, LayerCall, OutputGrads
-from ..equations import Equations, Program
+from ..equations import Equations
+from ..programs import Program
 from .program_kernels import program_backward, program_forward
 from .spiking_layer import Backward, Forward, _blocks, _flat, _grid, _input, _synapses
 

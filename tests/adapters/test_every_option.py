@@ -227,7 +227,8 @@ def test_option(case, way, counted):
     assert counted[way.backend, "forward"] == 1
     row = ROWS[case[:2]]
     readout = "readout" in row.per_step or case.option == "output"
-    assert readout or 0.01 < float((expected[0] != 0).float().mean()) < 0.97
+    # the few steps in the interpreter are too short for some to fire
+    assert readout or INTERPRETING or 0.01 < float((expected[0] != 0).float().mean()) < 0.97
     exact = row.exactness == supported.EXACT
     for a, e in zip([actual[0], *actual[1]], [expected[0], *expected[1]], strict=True):
         assert torch.equal(a, e) if exact else relative(a.detach(), e.detach()) < 1e-6
