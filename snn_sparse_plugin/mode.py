@@ -72,6 +72,9 @@ class Entry:
     record: tally.Record | None = field(default=None, compare=False, repr=False)
     module: ref[nn.Module] | None = field(default=None, compare=False, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "module": None}  # a reference stays in its process
+
     def now(self) -> Entry:
         """The same neuron as it would be described now; as it was if the model is gone."""
         module = None if self.module is None else self.module()
@@ -102,7 +105,7 @@ class SparsityReport:
 
     def names(self, status: str) -> list[str]:
         """The modules with this status."""
-        return [e.name for e in self.entries if e.status == status]
+        return [e.name for e in self._now() if e.status == status]
 
     def runs(self) -> dict[str, dict[str, int]]:
         """How often each module ran in sparse mode, up to now, by way of running.

@@ -1,7 +1,4 @@
-"""Norse's neurons in our terms: its activation functions -> the canonical family, or equations.
-
-The equations keep Norse's order of operations.
-"""
+"""Norse's neurons in our terms: its activation functions -> the canonical family, or equations."""
 
 from __future__ import annotations
 
@@ -18,76 +15,18 @@ from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
 from ..surrogates import Surrogate
 from .base import Neuron
+from .norse_equations import (
+    CONDUCTANCE,
+    IZHIKEVICH,
+    LI_BOX,
+    LIF_ADEX,
+    LIF_EX,
+    PLAIN,
+    REFRACTORY,
+    adaptive_lif,
+    refractory_lif,
+)
 from .norse_surrogates import surrogate_of
-
-# the exponential term, and for AdEx the adaptation current a, which jumps with every spike
-_LIF_EX = """
-j = i + x + rec
-u = v + mem * (leak - v + delta * exp((v - threshold) / delta) + j)
-i = j + -syn * j
-z = spike(u - threshold)
-w = (1 - z) * u + z * reset
-"""
-_LIF_ADEX = """
-j = i + x + rec
-u = v + mem * (leak - v + delta * exp((v - threshold) / delta) + j - a)
-i = j + -syn * j
-b = a + adaptation * (coupling * (v - leak) - a)
-z = spike(u - threshold)
-w = (1 - z) * u + z * reset
-a = b + z * jump
-"""
-_PLAIN = "v = w\ns = z\n"
-# while the counter rho is above zero the membrane keeps its value and spikes are suppressed
-_REFRACTORY = """
-m = spike(rho)
-v = (1 - m) * w + m * v
-s = (1 - m) * z
-rho = (1 - s) * relu(rho - m) + s * rho_reset
-"""
-_IZHIKEVICH = """
-y = v + rate * (square * (v * v) + linear * v + bias - u + x + rec)
-w = u + recovery * (coupling * v - u)
-s = spike(y - threshold)
-v = (1 - s) * y + s * reset
-u = (1 - s) * w + s * (w + jump)
-"""
-# excitatory and inhibitory conductances, each with an input of its own
-_CONDUCTANCE = """
-e = g_e + exc + rec_exc
-i = g_i + inh + rec_inh
-g_e = e + -syn_exc * e
-g_i = i + -syn_inh * i
-u = v + mem * (leak * (rest - v) + g_e * (e_rev_E - v) + g_i * (e_rev_I - v))
-s = spike(u - threshold)
-v = (1 - s) * u + s * reset
-"""
-_LI_BOX = "v = v + mem * ((leak - v) + x)\n"
-
-
-def _refractory_lif(recurrent: bool) -> str:
-    r = "detach(z)" if recurrent else "z"  # Norse detaches the reset of its recurrent layers
-    return f"""
-    j = i + x + rec
-    u = v + mem * ((leak - v) + j)
-    i = j + -syn * j
-    z = spike(u - threshold)
-    w = (1 - {r}) * u + {r} * reset
-    {_REFRACTORY}"""
-
-
-def _adaptive_lif(recurrent: bool) -> str:
-    """LSNN: an adaptive threshold b; the input acts one step later."""
-    r = "detach(s)" if recurrent else "s"
-    return f"""
-    u = v + mem * ((leak - v) + i)
-    j = i + -syn * i
-    c = b + adaptation * (threshold - b)
-    s = spike(u - c)
-    v = (1 - {r}) * u + {r} * reset
-    b = c + {r} * jump
-    i = j + x + rec
-    """
 
 
 @cache
@@ -218,7 +157,7 @@ def readout(module: Any) -> Neuron:
 
 def _box_readout(module: Any) -> Neuron:
     values = {"mem": module.dt * module.p.tau_mem_inv, "leak": module.p.v_leak}
-    return Neuron(_equations(_LI_BOX, "v"), values)
+    return Neuron(_equations(LI_BOX, "v"), values)
 
 
 def _linear_readout(module: Any) -> Neuron:
@@ -248,7 +187,7 @@ def _conductances(module: Any) -> Neuron | str:
         "reset": p.v_reset,
     }
     return Neuron(
-        _equations(_CONDUCTANCE, "v g_e g_i", "exc inh"),
+        _equations(CONDUCTANCE, "v g_e g_i", "exc inh"),
         values,
         surrogate,
         input_weight=split(weights)
@@ -288,18 +227,18 @@ def builders() -> dict[Any, Build]:
     }
     for recurrent, ending in ((False, "_feed_forward_step"), (True, "_step")):
         for name, text, states, params, inner in (
-            ("lif_ex", _LIF_EX + _PLAIN, "v i", _exponential, ""),
-            ("lif_adex", _LIF_ADEX + _PLAIN, "v i a", _adaptive_exponential, ""),
-            ("lif_refrac", _refractory_lif(recurrent), "v i rho", _rates, "lif"),
-            ("lif_adex_refrac", _LIF_ADEX + _REFRACTORY, "v i a rho", _adaptive_exponential, "lif_adex"),
-            ("lsnn", _adaptive_lif(recurrent), "v i b", _adaptive_threshold, ""),
+            ("lif_ex", LIF_EX + PLAIN, "v i", _exponential, ""),
+            ("lif_adex", LIF_ADEX + PLAIN, "v i a", _adaptive_exponential, ""),
+            ("lif_refrac", refractory_lif(recurrent), "v i rho", _rates, "lif"),
+            ("lif_adex_refrac", LIF_ADEX + REFRACTORY, "v i a rho", _adaptive_exponential, "lif_adex"),
+            ("lsnn", adaptive_lif(recurrent), "v i b", _adaptive_threshold, ""),
         ):
             table[getattr(functional(name), name + ending)] = _by_equations(
                 text, states, params, recurrent=recurrent, inner=inner
             )
     for recurrent, name in ((False, "izhikevich_feed_forward_step"), (True, "izhikevich_recurrent_step")):
         activation = getattr(functional("izhikevich"), name)
-        table[activation] = _by_equations(_IZHIKEVICH, "v u", _izhikevich, recurrent=recurrent)
+        table[activation] = _by_equations(IZHIKEVICH, "v u", _izhikevich, recurrent=recurrent)
     return table
 
 

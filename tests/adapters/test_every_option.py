@@ -85,12 +85,16 @@ def ways(library: str) -> list[Way]:
 
 
 def sweep() -> list[Any]:
-    """Every case in every way; all but one way of each, taken in turn, are slow."""
+    """Every case in every way; all but one way of each, taken in turn, are slow, in the interpreter most cases too."""
     found = []
     for number, case in enumerate(cases()):
         every = ways(case.library)
         for k, way in enumerate(every):
             marks = [] if k == number % len(every) else [pytest.mark.slow]
+            if INTERPRETING:
+                marks.append(pytest.mark.triton_interpreter)
+                if number % 30 and (case.neuron, case.option) != ("CobaLIFCell", ""):
+                    marks.append(pytest.mark.slow)
             window = "exact" if way.window is None else "window"
             name = "-".join([case.neuron, case.option or "plain", way.backend, window, str(way.dtype)[6:]])
             found.append(pytest.param(case, way, id=name, marks=marks))
@@ -113,7 +117,7 @@ def build(case: Case, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]
         for name, p in module.named_parameters():
             if p.dim() > 1 and "weight_hh" not in name:
                 size = loudness(case) / (8 if "recurrent" in name else 1)
-                p.copy_((torch.randn(p.shape) * size * 64).round() / 256)
+                p.copy_(((torch.randn(p.shape) + 0.5) * size * 64).round() / 256)
     leaves = []
     if case.option == "p per neuron":
         module.p = changed(module.p, lambda _, v: leaf(v, dtype))
@@ -223,7 +227,8 @@ def test_option(case, way, counted):
     assert counted[way.backend, "forward"] == 1
     row = ROWS[case[:2]]
     readout = "readout" in row.per_step or case.option == "output"
-    assert readout or 0.01 < float((expected[0] != 0).float().mean()) < 0.97
+    # the few steps in the interpreter are too short for some to fire
+    assert readout or INTERPRETING or 0.01 < float((expected[0] != 0).float().mean()) < 0.97
     exact = row.exactness == supported.EXACT
     for a, e in zip([actual[0], *actual[1]], [expected[0], *expected[1]], strict=True):
         assert torch.equal(a, e) if exact else relative(a.detach(), e.detach()) < 1e-6

@@ -76,6 +76,43 @@ class TestOneStep:
         assert (found.calls, found.modules) == ({"masked": 2}, {"masked": 1})
 
 
+class TestReasons:
+    """They are those of now: what is set on a module after its first run shows."""
+
+    def test_in_the_counts(self):
+        neuron = snntorch.Leaky(0.9, init_hidden=True)
+        with sparse_mode(**WINDOW):
+            neuron(torch.rand(4, 30))
+            assert tally.by_class()["Leaky"].reasons == {"called step by step": 1}
+            neuron.state_quant = torch.round
+            neuron(torch.rand(4, 30))
+            (reason,) = tally.by_class()["Leaky"].reasons
+            assert "state_quant" in reason
+            neuron.state_quant = False
+        assert tally.by_class()["Leaky"].reasons == {"called step by step": 1}
+
+    def test_of_a_module_that_is_gone(self):
+        neuron = snntorch.Leaky(0.9, init_hidden=True)
+        snntorch.SpikingNeuron.instances.clear()
+        with sparse_mode(**WINDOW):
+            neuron(torch.rand(4, 30))
+        del neuron
+        gc.collect()
+        assert tally.by_class()["Leaky"].reasons == {"called step by step": 1}
+
+    def test_in_a_report(self):
+        neuron = snntorch.Leaky(0.9, init_hidden=True)
+        report = sparsify(neuron, **WINDOW)
+        assert report.names("fused") == [""]
+        neuron(torch.rand(4, 30))
+        neuron.state_quant = torch.round
+        assert "state_quant" in str(report)
+        (row,) = report.as_dict()["rows"]
+        assert row["status"] == "masked"
+        assert row["ran"]
+        assert report.names("masked") == [""]
+
+
 def layers() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(6, 5),

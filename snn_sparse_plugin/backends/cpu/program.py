@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...backends import CHUNK, LayerCall
-from ...equations import OPS, Equations, Program
+from ...equations import Equations
+from ...programs import OPS, Program
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
 from .rows import add_rows

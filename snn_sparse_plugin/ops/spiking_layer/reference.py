@@ -23,7 +23,7 @@ from ...backends import (
 )
 from ...dynamics import NeuronSpec
 from ...equations import Equations
-from ...equations import step as equations_step
+from ...programs import step as equations_step
 from ...spikes import Active, SpikeTrain, coordinates
 
 Spike = Callable[[Tensor], Tensor]
