@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ..equations import Equations, Program
+from ..equations import Equations
+from ..programs import Program
 
 
 @cache
