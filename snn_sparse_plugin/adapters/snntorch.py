@@ -49,7 +49,7 @@ class SnnTorchAdapter(Adapter):
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
     def takes_sequence(self, module: Any) -> bool:
-        return takes_sequence(module)
+        return takes_sequence(type(module))
 
     def takes_shape(self, module: Any, shape: Sequence[int]) -> bool:
         return len(shape) == 3 or not self.takes_sequence(module)

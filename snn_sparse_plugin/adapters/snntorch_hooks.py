@@ -31,13 +31,15 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         function = self.spike_grad
         if torch.compiler.is_compiling():
             in_graph = _Masked(
-                self, lambda x: spike_in_graph(x, self, function, recognise, takes_sequence(self))
+                self, lambda x: spike_in_graph(x, self, function, recognise, takes_sequence(type(self)))
             )
             return upstream(in_graph, *args, **kwargs)
         config = config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
-        seen = _Masked(self, lambda x: spike(x, function, recognise(function), config, takes_sequence(self)))
+        seen = _Masked(
+            self, lambda x: spike(x, function, recognise(function), config, takes_sequence(type(self)))
+        )
         with running(self):
             return upstream(seen, *args, **kwargs)
 
@@ -60,7 +62,7 @@ class MaskedAttribute:
                 module=module,
                 function=function,
                 recognise=recognise,
-                sequence=takes_sequence(module),
+                sequence=takes_sequence(type(module)),
             )
         config = config_of(module)
         if config is None:
@@ -73,4 +75,4 @@ class MaskedAttribute:
 
 def _counted_spike(x: Tensor, module: nn.Module, function: SpikeFunction, config: SparseConfig) -> Tensor:
     with running(module):
-        return spike(x, function, recognise(function), config, takes_sequence(module))
+        return spike(x, function, recognise(function), config, takes_sequence(type(module)))

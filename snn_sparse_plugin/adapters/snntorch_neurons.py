@@ -177,10 +177,14 @@ class Classes:
         return getattr(import_module("snntorch"), name, Absent)
 
 
-def takes_sequence(module: Any) -> bool:
-    """Whether its forward takes all steps at once."""
+def takes_sequence(cls: type) -> bool:
+    """Whether the forward of this class takes all steps at once."""
     snn = Classes()
-    return isinstance(module, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+    return issubclass(cls, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+
+
+# a compiled graph takes the answer for a constant, as torch.compiler.assume_constant_result would make it
+takes_sequence._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
