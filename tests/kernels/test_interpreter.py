@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from equation_cases import EquationTests
 from layer_cases import LayerTests
+from ttfs_cases import TtfsTests
 
 
 @pytest.mark.triton_interpreter
@@ -20,3 +21,9 @@ class TestInterpreter(LayerTests):
 @pytest.mark.triton_interpreter
 class TestEquations(EquationTests):
     device = "cpu"
+
+
+@pytest.mark.triton_interpreter
+class TestTtfs(TtfsTests):
+    device = "cpu"
+    backend = "triton"
