@@ -19,14 +19,14 @@ from .threads import parallel, split
 
 _SMALL = 1 << 15  # elements that a second thread is not worth
 _BLOCK = 1024  # elements summed in x's dtype before they join a double
-_SHIFT = {torch.float32: 16, torch.float64: 45}  # leaves sign, exponent and seven bits of mantissa
-_INTEGER = {torch.float32: np.int32, torch.float64: np.int64}
+SHIFT = {"float32": 16, "float64": 45}  # leaves sign, exponent and seven bits of mantissa
+_INTEGER = {"float32": np.int32, "float64": np.int64}
 SILENT = 255
 
 
-def _buckets(thresholds: np.ndarray, shift: int) -> tuple[np.ndarray, int, int]:
+def buckets(thresholds: np.ndarray, shift: int) -> tuple[np.ndarray, int, int]:
     """The latest step of each bucket, the number of the first bucket, and the most thresholds inside one."""
-    integer = np.int32 if thresholds.dtype == np.float32 else np.int64
+    integer = _INTEGER[thresholds.dtype.name]
     keys = thresholds.view(integer) >> shift
     first = int(keys.min()) - 1  # all that is smaller joins a bucket in which nothing fires
     edges = (np.arange(first, int(keys.max()) + 2, dtype=np.int64) << shift).astype(integer)
@@ -143,8 +143,8 @@ def forward(x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
     if not x.numel():
         return
     rows = table.numpy()
-    shift, window = _SHIFT[x.dtype], rows.shape[1]
-    steps, first, compares = _buckets(np.ascontiguousarray(rows[0]), shift)
+    shift, window = SHIFT[rows.dtype.name], rows.shape[1]
+    steps, first, compares = buckets(np.ascontiguousarray(rows[0]), shift)
     above = np.concatenate([[np.nan], rows[0]]).astype(rows.dtype)  # no step before 0, not even at infinity
     values = np.concatenate([rows[1], [0.0]]).astype(rows.dtype)
     flat = _flat(x)
@@ -160,7 +160,7 @@ def forward(x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
         _flat(out),
         _flat(times),
     )
-    bits = flat.view(_INTEGER[x.dtype])
+    bits = flat.view(_INTEGER[rows.dtype.name])
     parallel([partial(_forward, flat, bits, *r, *arguments) for r in _ranges(flat.size)])
 
 
