@@ -68,7 +68,24 @@ def _layer_kernel(dense: bool) -> Any:
     """
 
     @kernel()
-    def layer(times, values, begin, end, weight, start, sizes, taps, first_fire, table, finder, u, bits, out, spikes, synops):  # type: ignore[no-untyped-def]
+    def layer(
+        times,
+        values,
+        begin,
+        end,
+        weight,
+        start,
+        sizes,
+        taps,
+        first_fire,
+        table,
+        finder,
+        u,
+        bits,
+        out,
+        spikes,
+        synops,
+    ):  # type: ignore[no-untyped-def]
         H, W, C, OH, OW, OC, PH, PW = sizes
         KH, KW, SH, SW, TH, TW, DH, DW, groups = taps
         first, shift, steps, above = finder

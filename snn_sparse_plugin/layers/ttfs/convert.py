@@ -58,7 +58,11 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
     last = [m for m in model.modules() if not list(m.children())][-1:]
     replaced: dict[int, nn.Module] = {}
     for module in neurons:
-        if hasattr(module, "recurrent") or "recurrent" in type(module).__name__.lower() or type(module).__name__.startswith("R"):
+        if (
+            hasattr(module, "recurrent")
+            or "recurrent" in type(module).__name__.lower()
+            or type(module).__name__.startswith("R")
+        ):
             raise UnsupportedError(
                 f"{type(module).__name__} feeds its spikes back; a neuron that spikes once has nothing to feed back."
             )
@@ -67,7 +71,9 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
 
     def convert(parent: nn.Module) -> int:
         changed = 0
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # a shared child is listed at each of its places
+            if child is None:
+                continue
             new = replaced.get(id(child))
             if new is None and isinstance(child, nn.ReLU):
                 new = replaced[id(child)] = TTFS(**options)
@@ -102,7 +108,11 @@ def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # also subclasses of torch's layers, which fx would look into
-        return isinstance(module, _LEAVES) or _is_neuron(module) or super().is_leaf_module(module, qualified_name)
+        return (
+            isinstance(module, _LEAVES)
+            or _is_neuron(module)
+            or super().is_leaf_module(module, qualified_name)
+        )
 
 
 class _Shapes(fx.Interpreter):
@@ -161,7 +171,9 @@ def to_snn(model: nn.Module, example: Tensor, *, exact_grid: bool = False) -> TT
         with torch.no_grad():
             shapes.run(example)
     except Exception as error:
-        raise InputError(f"the model does not run on the example {tuple(example.shape)}: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"the model does not run on the example {tuple(example.shape)}: {str(error).splitlines()[0]}"
+        ) from error
     net = _Builder(graph, shapes.shapes, source).build()
     return net.on_grid() if exact_grid else net
 
@@ -169,7 +181,9 @@ def to_snn(model: nn.Module, example: Tensor, *, exact_grid: bool = False) -> TT
 class _Builder:
     """Walks the chain of nodes and collects stages."""
 
-    def __init__(self, graph: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]], source: nn.Module) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]], source: nn.Module
+    ) -> None:
         self.modules = dict(graph.named_modules())
         self.graph, self.shapes, self.source = graph, shapes, source
         self.encoder: TTFS | None = None
@@ -181,7 +195,11 @@ class _Builder:
 
     def refuse(self, node: fx.Node, why: str) -> UnsupportedError:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        what = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        what = (
+            type(module).__name__
+            if module is not None
+            else getattr(node.target, "__name__", str(node.target))
+        )
         name = str(node.target) if module is not None else node.name
         return UnsupportedError(f"to_snn cannot map {name} ({what}): {why}")
 
@@ -194,20 +212,31 @@ class _Builder:
         for node in nodes:
             if node.op != "output" and len(node.users) > 1:
                 users = ", ".join(n.name for n in node.users)
-                raise self.refuse(node, f"its output goes to {users}; residual and parallel paths are not mapped.")
+                raise self.refuse(
+                    node, f"its output goes to {users}; residual and parallel paths are not mapped."
+                )
             if node.op in ("call_module", "call_function", "call_method"):
                 self.step(node)
             elif node.op == "get_attr":
                 raise self.refuse(node, "a tensor used outside a layer.")
         if self.pending is not None:
-            self.stages.append(replace(self.pending, name=self.synapses))
+            self.stages.append(replace(self.pending, name=self.unique(self.synapses)))
         elif self.before:
-            raise UnsupportedError("to_snn: the model ends in a pooling of spikes; end it with a layer that reads them.")
+            raise UnsupportedError(
+                "to_snn: the model ends in a pooling of spikes; end it with a layer that reads them."
+            )
         if self.encoder is None or not self.stages:
-            raise UnsupportedError("to_snn: the model has no synapses (nn.Linear, nn.Conv2d) behind a TTFSEncoder.")
+            raise UnsupportedError(
+                "to_snn: the model has no synapses (nn.Linear, nn.Conv2d) behind a TTFSEncoder."
+            )
         dtype = self.stages[0].weight.dtype
         table = self.encoder.table(dtype).detach()
         return TTFSNetwork(table, self.stages, shape, self.source)
+
+    def unique(self, name: str) -> str:
+        """The layer's name; a layer used at several places has a number at all but the first."""
+        uses = 1 + sum(s.name.split("#")[0] == name for s in self.stages)
+        return name if uses == 1 else f"{name}#{uses}"
 
     def step(self, node: fx.Node) -> None:
         shape = self.shapes[node][1:]
@@ -228,9 +257,16 @@ class _Builder:
             raise self.refuse(node, _hint(module))
 
     def function(self, node: fx.Node, shape: tuple[int, ...]) -> None:
-        arriving = next((self.shapes[a] for a in node.args if isinstance(a, fx.Node) and a in self.shapes), None)
+        arriving = next(
+            (self.shapes[a] for a in node.args if isinstance(a, fx.Node) and a in self.shapes), None
+        )
         flattens = node.target in (torch.flatten, "flatten", "view", "reshape", torch.reshape)
-        if flattens and arriving is not None and len(shape) == 1 and shape[0] == torch.Size(arriving[1:]).numel():
+        if (
+            flattens
+            and arriving is not None
+            and len(shape) == 1
+            and shape[0] == torch.Size(arriving[1:]).numel()
+        ):
             self.flatten(node)
         elif node.target in (operator.add, operator.iadd, torch.add, "add", "add_"):
             raise self.refuse(node, "residual and parallel paths are not mapped.")
@@ -249,7 +285,7 @@ class _Builder:
             raise self.refuse(node, "there are no synapses between it and the spikes before it.")
         stage = self.pending
         table = module.table(stage.weight.dtype).detach()
-        self.stages.append(replace(stage, name=str(node.target), table=table))
+        self.stages.append(replace(stage, name=self.unique(str(node.target)), table=table))
         self.pending, self.in_shape = None, shape
 
     def connect(self, node: fx.Node, module: nn.Module, shape: tuple[int, ...]) -> None:
@@ -273,21 +309,35 @@ class _Builder:
                 if padding == "same" and any(r % 2 for r in reach):
                     raise self.refuse(node, "padding='same' with an even kernel pads one side more.")
                 padding = tuple(r // 2 for r in reach) if padding == "same" else (0, 0)
-            stage = replace(stage, stride=_pair(module.stride), padding=_pair(padding), dilation=_pair(module.dilation), groups=module.groups)
+            stage = replace(
+                stage,
+                stride=_pair(module.stride),
+                padding=_pair(padding),
+                dilation=_pair(module.dilation),
+                groups=module.groups,
+            )
         elif len(shape) != 1:
-            raise self.refuse(node, f"a linear layer of {shape} acts on part of the dimensions: flatten to (B, N) first.")
+            raise self.refuse(
+                node, f"a linear layer of {shape} acts on part of the dimensions: flatten to (B, N) first."
+            )
         self.pending, self.synapses, self.before = stage, str(node.target), []
 
     def fold(self, node: fx.Node, module: _BatchNorm) -> None:
         stage = self.pending
         if stage is None or stage.after or stage.flatten_after:
-            raise self.refuse(node, "batch normalisation is folded into the linear or convolution right before it.")
+            raise self.refuse(
+                node, "batch normalisation is folded into the linear or convolution right before it."
+            )
         assert module.running_mean is not None
         assert module.running_var is not None
         scale = (module.running_var.double() + module.eps).rsqrt()
         if module.weight is not None:
             scale = scale * module.weight.detach().double()
-        shift = -module.running_mean.double() if stage.bias is None else stage.bias.double() - module.running_mean.double()
+        shift = (
+            -module.running_mean.double()
+            if stage.bias is None
+            else stage.bias.double() - module.running_mean.double()
+        )
         bias = shift * scale
         if module.bias is not None:
             bias = bias + module.bias.detach().double()
@@ -307,11 +357,17 @@ class _Builder:
             if module.return_indices:
                 raise self.refuse(node, "return_indices=True.")
             kernel, stride = _pair(module.kernel_size), _pair(module.stride)
-            pool = Pool("max", kernel, stride, _pair(module.padding), _pair(module.dilation), module.ceil_mode)
-            if self.pending is not None:  # the largest membrane fires first, so pooling can wait for the spikes
+            pool = Pool(
+                "max", kernel, stride, _pair(module.padding), _pair(module.dilation), module.ceil_mode
+            )
+            if (
+                self.pending is not None
+            ):  # the largest membrane fires first, so pooling can wait for the spikes
                 self.pending = replace(self.pending, after=[*self.pending.after, pool])
             elif any(p.kind == "avg" for p in self.before):
-                raise self.refuse(node, "what an average pooling passes is not a spike that can be the earliest.")
+                raise self.refuse(
+                    node, "what an average pooling passes is not a spike that can be the earliest."
+                )
             else:
                 self.before.append(pool)
         else:
@@ -321,7 +377,9 @@ class _Builder:
             if self.pending is not None:
                 raise self.refuse(node, "it averages membranes: put it behind the TTFS layer.")
             if not plain or module.divisor_override is not None or any(p.kind == "avg" for p in self.before):
-                raise self.refuse(node, "only one average pooling of windows side by side, without padding, is mapped.")
+                raise self.refuse(
+                    node, "only one average pooling of windows side by side, without padding, is mapped."
+                )
             self.before.append(Pool("avg", kernel, stride))
 
 

@@ -64,17 +64,17 @@ def simulate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> St
     layer = Synapses(*prepare(stage, arriving))
     image = arriving.permute(0, 2, 3, 1) if arriving.dim() == 4 else arriving
     thresholds = np.empty(0, layer.weight.dtype) if stage.table is None else stage.table[0].numpy()
-    found = run_layer(
-        image.reshape(times.shape[0], -1).contiguous().numpy(), values.numpy(), layer, thresholds, first_fire
-    )
+    found = run_layer(image.flatten(1).contiguous().numpy(), values.numpy(), layer, thresholds, first_fire)
     OH, OW, OC = layer.sizes[3:6]
 
     def back(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         if stage.conv:
-            tensor = tensor.view(-1, OH, OW, OC).permute(0, 3, 1, 2)
-        return tensor.reshape(-1, *stage.out_shape)
+            tensor = tensor.view(len(times), OH, OW, OC).permute(0, 3, 1, 2)
+        return tensor.reshape(len(times), *stage.out_shape)
 
     spiked = stage.table is not None
     spikes = torch.from_numpy(found.spikes) if spiked else torch.zeros(times.shape[0], dtype=torch.int64)
-    return StageRun(back(found.u), back(found.times) if spiked else None, spikes, torch.from_numpy(found.synops))
+    return StageRun(
+        back(found.u), back(found.times) if spiked else None, spikes, torch.from_numpy(found.synops)
+    )

@@ -28,7 +28,9 @@ def _bits(table: Tensor) -> int:
 
 
 def _round(x: Tensor, bits: int) -> Tensor:
-    return torch.ldexp(torch.round(torch.ldexp(x.double(), torch.tensor(bits))), torch.tensor(-bits)).to(x.dtype)
+    return torch.ldexp(torch.round(torch.ldexp(x.double(), torch.tensor(bits))), torch.tensor(-bits)).to(
+        x.dtype
+    )
 
 
 def on_grid(net: TTFSNetwork) -> TTFSNetwork:

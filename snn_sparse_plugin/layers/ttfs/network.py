@@ -83,7 +83,9 @@ class TTFSNetwork:
     def __repr__(self) -> str:
         layers = ", ".join(f"{s.name}: {'×'.join(map(str, s.out_shape))}" for s in self.stages)
         exact = ", on an exact grid" if self.exact else ""
-        return f"TTFSNetwork({'×'.join(map(str, self.input_shape))} → {layers}; {self.latency()} steps{exact})"
+        return (
+            f"TTFSNetwork({'×'.join(map(str, self.input_shape))} → {layers}; {self.latency()} steps{exact})"
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> TTFSNetwork:
         """A copy on another device or in another floating dtype, without the trained network."""
@@ -104,7 +106,9 @@ class TTFSNetwork:
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or tuple(x.shape[1:]) != self.input_shape:
             what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"the network takes floating intensities (B, {', '.join(map(str, self.input_shape))}), got {what}.")
+            raise InputError(
+                f"the network takes floating intensities (B, {', '.join(map(str, self.input_shape))}), got {what}."
+            )
         check_intensities(x, always=True)
         return coding.encode(x.detach().to(self.encoder), self.encoder)
 
@@ -154,9 +158,13 @@ class TTFSNetwork:
             raise UnsupportedError(
                 f'the event simulator runs on CPU tensors, not on {self.device.type}: simulator="clock", or net.to("cpu").'
             )
-        longest = max(t.shape[1] for t in (self.encoder, *(s.table for s in self.stages if s.table is not None)))
+        longest = max(
+            t.shape[1] for t in (self.encoder, *(s.table for s in self.stages if s.table is not None))
+        )
         if early_firing is not None and not 1 <= early_firing <= longest:
-            raise ConfigError(f"early_firing is a number of steps from 1 to the window, {longest}; got {early_firing!r}.")
+            raise ConfigError(
+                f"early_firing is a number of steps from 1 to the window, {longest}; got {early_firing!r}."
+            )
         arriving = self.encode(x) if times is None else self._checked(times)
         values = self.encoder[1]
         run = TTFSRun(values, {}, {}, {"input": _count(arriving)}, {}, self.latency(early_firing))
@@ -191,7 +199,9 @@ class TTFSNetwork:
                 f"spike times of the input are uint8 (B, {', '.join(map(str, self.input_shape))}), got {times.dtype} {tuple(times.shape)}."
             )
         if bool(((times >= window) & (times != SILENT)).any()):
-            raise InputError(f"a spike time is 0…{window - 1}, or {SILENT} for none; got one of {int(times[times != SILENT].max())}.")
+            raise InputError(
+                f"a spike time is 0…{window - 1}, or {SILENT} for none; got one of {int(times[times != SILENT].max())}."
+            )
         return times
 
     # --- what it is measured by ---
@@ -244,7 +254,13 @@ class TTFSNetwork:
             entry = {k: v for k, v in vars(stage).items() if k not in ("before", "after")}
             stages.append(entry | {k: [vars(p) for p in getattr(stage, k)] for k in ("before", "after")})
         torch.save(
-            {"format": _FORMAT, "encoder": self.encoder, "input_shape": self.input_shape, "exact": self.exact, "stages": stages},
+            {
+                "format": _FORMAT,
+                "encoder": self.encoder,
+                "input_shape": self.input_shape,
+                "exact": self.exact,
+                "stages": stages,
+            },
             path,
         )
 
@@ -262,7 +278,9 @@ class TTFSNetwork:
         except FileNotFoundError:
             raise InputError(f"there is no file {path}.") from None
         except Exception as error:  # torch's errors for foreign files are of many kinds
-            raise InputError(f"{path} is not a network written by TTFSNetwork.save: {str(error).splitlines()[0]}") from error
+            raise InputError(
+                f"{path} is not a network written by TTFSNetwork.save: {str(error).splitlines()[0]}"
+            ) from error
         stages = []
         for entry in data["stages"]:
             pools = {k: [Pool(**p) for p in entry[k]] for k in ("before", "after")}

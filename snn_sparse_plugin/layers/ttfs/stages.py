@@ -28,9 +28,7 @@ class Pool:
 
     def earliest(self, times: Tensor) -> Tensor:
         """Max pooling on spike times (B, C, H, W)."""
-        late = F.max_pool2d(
-            -times.float(), self.kernel, self.stride, self.padding, self.dilation, self.ceil
-        )
+        late = F.max_pool2d(-times.float(), self.kernel, self.stride, self.padding, self.dilation, self.ceil)
         return (-late).to(torch.uint8)
 
     def average(self, x: Tensor) -> Tensor:
@@ -119,9 +117,7 @@ class Stage:
 TENSORS = ("weight", "bias", "table")
 
 
-def integrate(
-    stage: Stage, times: Tensor, values: Tensor, first_fire: int
-) -> tuple[Tensor, Tensor | None]:
+def integrate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> tuple[Tensor, Tensor | None]:
     """Run one stage on the clock: -> membrane after all steps (B, …), and spike times (B, …) or None.
 
     Step k adds the spikes of time k, all samples and neurons at once. From step ``first_fire`` on the threshold

@@ -93,7 +93,7 @@ class RelaxationSchedule:
             if layer.drifted and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
-                    f"{name or 'TTFS'}: tau has fallen to {float(layer.tau):.3g}, its floor is {layer.tau_floor:.3g} steps; "
+                    f"{name or 'TTFS'}: tau has fallen to {float(layer.tau.detach()):.3g}, its floor is {layer.tau_floor:.3g} steps; "
                     "add kernel_regularization or lower the learning rate of tau_raw.",
                     stacklevel=2,
                 )

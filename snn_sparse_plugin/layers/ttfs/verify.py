@@ -56,8 +56,10 @@ def _trained(net: TTFSNetwork, x: Tensor) -> tuple[dict[str, Tensor], dict[str, 
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: TTFS, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0].detach()
-            times[name] = coding.encode(found[name], module.table(found[name].dtype))
+            uses = 1 + sum(known.split("#")[0] == name for known in found)
+            use = name if uses == 1 else f"{name}#{uses}"
+            found[use] = inputs[0].detach()
+            times[use] = coding.encode(found[use], module.table(found[use].dtype))
 
         return hook
 
@@ -123,7 +125,9 @@ def verify(
             differing += wrong
             if wrong and first is None:
                 index = unequal.nonzero()[0].tolist()
-                first = _reason(stage, index, begin, run.times[stage.name], expected, u, membranes[stage.name])
+                first = _reason(
+                    stage, index, begin, run.times[stage.name], expected, u, membranes[stage.name]
+                )
         same += int((run.output.argmax(-1) == out.argmax(-1)).sum())
         if progress is not None:
             progress(min(begin + batch_size, len(x)), len(x))
@@ -132,7 +136,13 @@ def verify(
 
 
 def _reason(
-    stage: Stage, index: list[int], begin: int, spiking: Tensor, trained: Tensor, u: Tensor | None, pre: Tensor
+    stage: Stage,
+    index: list[int],
+    begin: int,
+    spiking: Tensor,
+    trained: Tensor,
+    u: Tensor | None,
+    pre: Tensor,
 ) -> str:
     a, b = (int(t[tuple(index)]) for t in (spiking, trained))
     said = " and ".join("silent" if t == SILENT else f"step {t}" for t in (a, b))
