@@ -106,36 +106,33 @@ def times_from_norse(decoded: Tensor, window: int, dt: float | None = None) -> T
     return torch.where(fired, steps, SILENT).to(torch.uint8)
 
 
-def spike_view(values: Tensor, layer: TTFS) -> Tensor:
-    """The output of a :class:`TTFS` layer as spikes (window, B, N…), with a gradient: for losses on first spikes.
+def spike_view(x: Tensor, layer: TTFS) -> Tensor:
+    """The spikes (window, B, N…) of a :class:`TTFS` layer as an output, with a gradient, for losses on first spikes.
 
-    The gradient of a neuron's spike passes to its value, a silent neuron's from the last step, so that
-    ``snntorch.functional.ce_temporal_loss`` can move spikes and wake neurons.
+    The gradient at a neuron's spike passes to its pre-activation unchanged, a silent neuron's at the last step, so
+    that ``snntorch.functional.ce_temporal_loss``, which counts a silent neuron as a spike there, can wake it. The kernel
+    gets none.
 
     Args:
-        values: (B, N…), what the layer returned.
+        x: pre-activations (B, N…): what the layer would be called with.
         layer: the layer.
 
     Example:
-        >>> layer = TTFS(window=8)
-        >>> spike_view(layer(torch.tensor([[0.9, 0.1]])), layer).shape
-        torch.Size([8, 1, 2])
+        >>> spike_view(torch.tensor([[0.9, 0.1]]), TTFS(window=8)).argmax(0)
+        tensor([[2, 0]])
     """
-    if values.dim() < 2:
-        raise InputError(f"spike_view takes the output (B, N…) of a TTFS layer, got {tuple(values.shape)}.")
-    return _SpikeView.apply(values, layer.table(values.dtype))
+    if x.dim() < 2:
+        raise InputError(f"spike_view takes pre-activations (B, N…), got {tuple(x.shape)}.")
+    return _SpikeView.apply(x, layer.table(x.dtype))
 
 
 class _SpikeView(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, table: Tensor) -> Tensor:
-        # decoded values are entries of the table: the step is the first that is not above
-        window = table.shape[1]
-        steps = torch.searchsorted(-table[1], -values.contiguous())
-        times = torch.where(values > 0, steps, SILENT).to(torch.uint8)
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        times = coding.encode(x, table)
         ctx.save_for_backward(times)
-        ctx.window = window
-        return dense_spikes(times, window, values.dtype)
+        ctx.window = table.shape[1]
+        return dense_spikes(times, ctx.window, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
