@@ -46,7 +46,9 @@ def _network_and_images(model: Path, data: DataName, root: Path | None, samples:
     images = load_images(data.value, root)
     x, y = images.test_x, images.test_y
     if x[0].numel() != net.input_neurons:
-        raise ConfigError(f"{data.value} images have {x[0].numel()} pixels, the network in {model} takes {net.input_neurons}.")
+        raise ConfigError(
+            f"{data.value} images have {x[0].numel()} pixels, the network in {model} takes {net.input_neurons}."
+        )
     n = samples or len(y)
     return net, x[:n].view(-1, *net.input_shape), y[:n]
 
@@ -72,7 +74,9 @@ def report(
         if (spikes is None) != (steps is None):
             raise ConfigError("an energy reference needs both --spikes and --steps.")
         net, x, y = _network_and_images(model, data, root, samples)
-        options: dict[str, Any] = {} if spikes is None or steps is None else {"reference": EnergyReference(spikes, steps)}
+        options: dict[str, Any] = (
+            {} if spikes is None or steps is None else {"reference": EnergyReference(spikes, steps)}
+        )
         found = net.report(x, labels=y, early_firing=early_firing, **options)
         print(json.dumps(found.as_dict(), indent=2) if as_json else found)
 
@@ -118,7 +122,9 @@ def ablation(
     window: Annotated[int, typer.Option(min=2, max=255, help="Steps in a window.")] = 32,
     width: Annotated[int, typer.Option(min=1, help="Channels of the first convolution (28×28 images).")] = 32,
     tr: Annotated[float, typer.Option(min=0.0, help="Weight of TR.")] = 1e-3,
-    tb: Annotated[list[float] | None, typer.Option(help="Weight of TB; repeat for more rows. Default: 0.003 and 0.01.")] = None,
+    tb: Annotated[
+        list[float] | None, typer.Option(help="Weight of TB; repeat for more rows. Default: 0.003 and 0.01.")
+    ] = None,
     form: Annotated[FormName, typer.Option(help="Form of TB.")] = FormName.paper,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda, for training.")] = "cpu",
@@ -137,7 +143,9 @@ def ablation(
         rows = suite.recipes(tr, tuple(tb or (0.003, 0.01)), form.value)
         network = suite.digits_mlp if data is DataName.digits else lambda: suite.small_conv(width)
         console = Console(stderr=as_json or as_markdown)
-        found = suite.run_ablation(network, images, rows, options, seeds=seeds, console=console, device=device)
+        found = suite.run_ablation(
+            network, images, rows, options, seeds=seeds, console=console, device=device
+        )
         if as_json:
             print(json.dumps(suite.as_dicts(found), indent=2))
         elif as_markdown:

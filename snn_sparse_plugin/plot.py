@@ -147,7 +147,7 @@ def ttfs_spike_times(
 
 
 def ttfs_preactivations(model: Any, x: Tensor, path: str | PathLike[str] | None = None) -> Figure:
-    """Distribution of each TTFS layer's input with its smallest and largest value x_m and x_M; also written to ``path``.
+    """Distribution of each TTFS layer's input, with x_m, the smallest value that fires, and x_M, the largest told.
 
     Args:
         model: holds TTFS layers; run once on ``x``, in eval mode.
@@ -167,7 +167,9 @@ def ttfs_preactivations(model: Any, x: Tensor, path: str | PathLike[str] | None 
 
         return hook
 
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, TTFS) and not isinstance(m, TTFSEncoder)]
+    layers = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, TTFS) and not isinstance(m, TTFSEncoder)
+    ]
     handles = [m.register_forward_pre_hook(keep(n)) for n, m in layers]
     training = [m for m in model.modules() if m.training]
     try:

@@ -54,10 +54,7 @@ def ttfs_backward(
     inside = fires & (x <= largest)
     value = tl.load(table_ptr + window + t, mask=mask & fires, other=0.0)
     safe = tl.where(inside, x, largest)
-    if RATE == 0:
-        ratio = tl.where(inside, 1.0, 0.0)
-    else:
-        ratio = tl.where(inside, value / safe, 0.0)
+    ratio = tl.where(inside, 1.0, 0.0) if RATE == 0 else tl.where(inside, value / safe, 0.0)
     tl.store(out_ptr + at, grad * tl.where(x == x, ratio.to(x.dtype), x), mask=mask)
     if PARAMS:
         tau = tl.load(tau_ptr)

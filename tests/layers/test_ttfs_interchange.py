@@ -156,7 +156,9 @@ def test_nir_says_what_it_cannot_express(tmp_path):
     assert set(again.nodes) == set(graph.nodes)
     assert (again.nodes["2"].weight == net.stages[0].weight.numpy()).all()
     assert again.nodes["2_neurons"].threshold.max() == pytest.approx(model[2].x_m)
-    pooled = nn.Sequential(TTFSEncoder(), nn.Conv2d(1, 2, 3), TTFS(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 4))
+    pooled = nn.Sequential(
+        TTFSEncoder(), nn.Conv2d(1, 2, 3), TTFS(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 4)
+    )
     with pytest.raises(UnsupportedError, match="no max pooling, as before or behind 5"):
         to_nir(to_snn(pooled.eval(), torch.rand(1, 1, 8, 8)), neurons="threshold")
 
@@ -175,7 +177,9 @@ def test_bad_times_and_spikes():
 def test_energy_is_the_weighted_sum():
     assert energy(0.193e6, 512, REFERENCES["tsc-cifar10"]) == pytest.approx({"TrueNorth": 1, "SpiNNaker": 1})
     found = energy(50, 20, EnergyReference(100, 80))
-    assert found == pytest.approx({"TrueNorth": 0.5 * 0.4 + 0.25 * 0.6, "SpiNNaker": 0.5 * 0.64 + 0.25 * 0.36})
+    assert found == pytest.approx(
+        {"TrueNorth": 0.5 * 0.4 + 0.25 * 0.6, "SpiNNaker": 0.5 * 0.64 + 0.25 * 0.36}
+    )
     with pytest.raises(ConfigError, match="> 0"):
         energy(1, 1, EnergyReference(0, 5))
 

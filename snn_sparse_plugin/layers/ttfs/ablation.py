@@ -108,7 +108,9 @@ def train(
             if options.flip:
                 x = _flipped(x, generator)
             tb = recipe.tb if recipe.coding else 0.0
-            loss = ttfs_loss(model(x), y, model, tr=recipe.tr if recipe.coding else 0.0, tb=tb, form=recipe.form)
+            loss = ttfs_loss(
+                model(x), y, model, tr=recipe.tr if recipe.coding else 0.0, tb=tb, form=recipe.form
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -167,7 +169,9 @@ def run_ablation(
         ConfigError: no seeds or epochs.
     """
     if seeds < 1 or options.epochs < 1:
-        raise ConfigError(f"an ablation has at least one seed and one epoch, got {seeds} and {options.epochs}.")
+        raise ConfigError(
+            f"an ablation has at least one seed and one epoch, got {seeds} and {options.epochs}."
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     console = console or Console(quiet=True)
@@ -177,7 +181,9 @@ def run_ablation(
         torch.manual_seed(seed)
         model = train(build(network(), recipe, options).to(device), data, recipe, options, seed=seed)
         found.append(_outcome(model, data, recipe, seed))
-        console.print(f"seed {seed} {recipe.name}: {100 * found[-1].accuracy:.2f} %, {found[-1].hidden_spikes:.1f} hidden spikes")
+        console.print(
+            f"seed {seed} {recipe.name}: {100 * found[-1].accuracy:.2f} %, {found[-1].hidden_spikes:.1f} hidden spikes"
+        )
     return found
 
 
@@ -189,7 +195,9 @@ def _outcome(model: nn.Module, data: ImageData, recipe: Recipe, seed: int) -> Ou
     counted = to_snn(model.cpu(), data.test_x[:1]).report(data.test_x[:1000])
     taus = tuple(float(layer.tau.detach()) for layer in layers)
     least = tuple(layer.x_m for layer in layers)
-    return Outcome(recipe.name, seed, right, counted.hidden_spikes, counted.spikes, counted.latency, taus, least)
+    return Outcome(
+        recipe.name, seed, right, counted.hidden_spikes, counted.spikes, counted.latency, taus, least
+    )
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -213,9 +221,15 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def as_table(outcomes: Sequence[Outcome], title: str = "") -> Table:
     """The ablation table, for a rich console."""
-    table = Table("", "accuracy", "hidden spikes", "all spikes", "steps", title=title or None, box=None, pad_edge=False)
+    table = Table(
+        "", "accuracy", "hidden spikes", "all spikes", "steps", title=title or None, box=None, pad_edge=False
+    )
     for row in summary(outcomes):
-        counts = [f"{row['hidden_spikes']:.1f}", f"{row['spikes']:.1f}", str(row["latency"])] if row["latency"] else [""] * 3
+        counts = (
+            [f"{row['hidden_spikes']:.1f}", f"{row['spikes']:.1f}", str(row["latency"])]
+            if row["latency"]
+            else [""] * 3
+        )
         table.add_row(row["recipe"], f"{row['accuracy']:.2f} ± {row['deviation']:.2f} %", *counts)
     return table
 
@@ -224,7 +238,11 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """The ablation table, for a document."""
     lines = ["| | accuracy | hidden spikes | all spikes | steps |", "|---|---|---|---|---|"]
     for row in summary(outcomes):
-        counts = f"{row['hidden_spikes']:.1f} | {row['spikes']:.1f} | {row['latency']}" if row["latency"] else " | | "
+        counts = (
+            f"{row['hidden_spikes']:.1f} | {row['spikes']:.1f} | {row['latency']}"
+            if row["latency"]
+            else " | | "
+        )
         lines.append(f"| {row['recipe']} | {row['accuracy']:.2f} ± {row['deviation']:.2f} % | {counts} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""From a network to TTFS layers (:func:`to_ttfs`), and from trained TTFS layers to the spiking network (:func:`to_snn`)."""
+"""From a network to TTFS layers, :func:`to_ttfs`, and from these to the spiking network, :func:`to_snn`."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ def to_snn(model: nn.Module, example: Tensor, *, exact_grid: bool = False) -> TT
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise UnsupportedError(
-                f"{name}: batch normalisation in train mode depends on the batch and cannot be folded into weights: call model.eval()."
+                f"{name}: batch normalisation in train mode depends on the batch and cannot be folded into weights: "
+                "call model.eval()."
             )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -164,7 +165,8 @@ def to_snn(model: nn.Module, example: Tensor, *, exact_grid: bool = False) -> TT
         graph = fx.GraphModule(source, _Tracer().trace(source))
     except Exception as error:
         raise UnsupportedError(
-            f"torch.fx cannot trace {type(model).__name__}: {str(error).splitlines()[0]}. Its forward must not depend on values."
+            f"torch.fx cannot trace {type(model).__name__}: {str(error).splitlines()[0]}. "
+            "Its forward must not depend on values."
         ) from error
     shapes = _Shapes(graph)
     try:

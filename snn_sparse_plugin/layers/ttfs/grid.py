@@ -54,7 +54,8 @@ def _gridded(stage: Stage, arriving: Tensor) -> Stage:
         cells = math.prod(stage.average.kernel)
         if cells & (cells - 1):
             raise UnsupportedError(
-                f"{stage.name}: an average over {cells} cells is not a binary fraction, so no grid makes it exact: pool over 2×2 or 4×4."
+                f"{stage.name}: an average over {cells} cells is not a binary fraction, so no grid makes it exact: "
+                "pool over 2×2 or 4×4."
             )
         value_bits += int(math.log2(cells))
     bias = 0.0 if stage.bias is None else stage.bias.abs().double()
@@ -64,8 +65,8 @@ def _gridded(stage: Stage, arriving: Tensor) -> Stage:
     bits = min(significand - room - value_bits, significand + 8)
     if bits < 3:
         raise UnsupportedError(
-            f"{stage.name}: sums of up to {float(bound.max()):.3g} and values on 2^-{value_bits} leave {bits} bits for the weights "
-            f"in {stage.weight.dtype}: verify net.to(torch.float64) instead."
+            f"{stage.name}: sums of up to {float(bound.max()):.3g} and values on 2^-{value_bits} leave {bits} bits "
+            f"for the weights in {stage.weight.dtype}: verify net.to(torch.float64) instead."
         )
     return replace(
         stage,

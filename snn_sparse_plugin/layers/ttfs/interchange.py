@@ -6,6 +6,7 @@ snnTorch and Norse keep spikes dense with time first, so one pair of functions s
 
 from __future__ import annotations
 
+import itertools
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +111,8 @@ def spike_view(x: Tensor, layer: TTFS) -> Tensor:
     """The spikes (window, B, N…) of a :class:`TTFS` layer as an output, with a gradient, for losses on first spikes.
 
     The gradient at a neuron's spike passes to its pre-activation unchanged, a silent neuron's at the last step, so
-    that ``snntorch.functional.ce_temporal_loss``, which counts a silent neuron as a spike there, can wake it. The kernel
-    gets none.
+    that ``snntorch.functional.ce_temporal_loss``, which counts a silent neuron as a spike there, can wake it. The
+    kernel gets none.
 
     Args:
         x: pre-activations (B, N…): what the layer would be called with.
@@ -189,10 +190,10 @@ def decode_times(net: TTFSNetwork, layer: str, times: Tensor) -> Tensor:
 def to_nir(net: TTFSNetwork, *, neurons: str | None = None) -> Any:
     """The network as a ``nir.NIRGraph``, as far as NIR can express it.
 
-    NIR has linear layers, convolutions, average pooling and flattening, but no neuron with a falling threshold that fires
-    once, and no max pooling. So this raises unless ``neurons="threshold"`` is asked for: then each layer of neurons is a ``nir.Threshold``
-    at the smallest value that fires, which tells whether a neuron fires, not when, and its node's ``metadata`` holds
-    thresholds and values of every step, for readers that know this coding.
+    NIR has linear layers, convolutions, average pooling and flattening, but no neuron with a falling threshold that
+    fires once, and no max pooling. So this raises unless ``neurons="threshold"`` is asked for: then each layer of
+    neurons is a ``nir.Threshold`` at the smallest value that fires, which tells whether a neuron fires, not when, and
+    its node's ``metadata`` holds thresholds and values of every step, for readers that know this coding.
 
     Raises:
         UnsupportedError: what NIR cannot express, named.
@@ -239,7 +240,7 @@ def to_nir(net: TTFSNetwork, *, neurons: str | None = None) -> Any:
             nodes[f"{name}_neurons"] = _nir_threshold(nir, stage.table, stage.out_shape)
     nodes["output"] = nir.Output({"output": np.array(net.stages[-1].out_shape)})
     names = list(nodes)
-    return nir.NIRGraph(nodes, list(zip(names[:-1], names[1:], strict=True)))
+    return nir.NIRGraph(nodes, list(itertools.pairwise(names)))
 
 
 def _nir_threshold(nir: Any, table: Tensor, shape: tuple[int, ...]) -> Any:

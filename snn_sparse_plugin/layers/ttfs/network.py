@@ -156,7 +156,8 @@ class TTFSNetwork:
             raise ConfigError(f"simulators are {', '.join(SIMULATORS)}; got {simulator!r}.")
         if simulator == "event" and self.device.type != "cpu":
             raise UnsupportedError(
-                f'the event simulator runs on CPU tensors, not on {self.device.type}: simulator="clock", or net.to("cpu").'
+                f"the event simulator runs on CPU tensors, not on {self.device.type}: "
+                'simulator="clock", or net.to("cpu").'
             )
         longest = max(
             t.shape[1] for t in (self.encoder, *(s.table for s in self.stages if s.table is not None))
@@ -196,7 +197,8 @@ class TTFSNetwork:
         window = self.encoder.shape[1]
         if times.dtype != torch.uint8 or tuple(times.shape[1:]) != self.input_shape:
             raise InputError(
-                f"spike times of the input are uint8 (B, {', '.join(map(str, self.input_shape))}), got {times.dtype} {tuple(times.shape)}."
+                f"spike times of the input are uint8 (B, {', '.join(map(str, self.input_shape))}), "
+                f"got {times.dtype} {tuple(times.shape)}."
             )
         if bool(((times >= window) & (times != SILENT)).any()):
             raise InputError(

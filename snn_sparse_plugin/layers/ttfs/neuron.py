@@ -30,7 +30,8 @@ class TTFS(nn.Module):
             by a softplus.
         t_d: delay in steps: ``exp(t_d / tau)`` is the largest value that can be told.
         train_kernel: whether tau and t_d are parameters.
-        rounding: ``"ceil"``: the threshold is the value; ``"nearest"``, ``"floor"``: it runs half a step or a step ahead.
+        rounding: ``"ceil"``: the threshold is the value; ``"nearest"``, ``"floor"``: it runs half a step or a step
+            ahead.
         kernel: ``"exp"``, ``"power-of-two"``, ``"linear"``, or one given to :func:`register_kernel`.
         backend: a backend by name; ``""`` takes that of the active sparse mode.
 
@@ -47,6 +48,7 @@ class TTFS(nn.Module):
 
     relax_probability: Tensor
     tau_raw: Tensor
+    tau_fixed: Tensor
     t_d: Tensor
 
     def __init__(
@@ -82,7 +84,8 @@ class TTFS(nn.Module):
             )
         if rate == 0 and tau <= window - 1 - t_d:
             raise ConfigError(
-                f"a linear kernel with tau = {tau}, t_d = {t_d} is negative before step {window}: take tau > {window - 1 - t_d:g}."
+                f"a linear kernel with tau = {tau}, t_d = {t_d} is negative before step {window}: "
+                f"take tau > {window - 1 - t_d:g}."
             )
         self.train_kernel = train_kernel
         above = tau - self.tau_floor
@@ -100,7 +103,7 @@ class TTFS(nn.Module):
     def tau(self) -> Tensor:
         """The time constant in steps, 0-dimensional, positive."""
         if not self.train_kernel:
-            return self.tau_fixed  # type: ignore[no-any-return]
+            return self.tau_fixed
         return F.softplus(self.tau_raw) + self.tau_floor
 
     @property

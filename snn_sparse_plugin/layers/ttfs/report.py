@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,8 +112,8 @@ class TTFSReport:
             lines.append(f"{row.name:<{width}}  {row.neurons:>9} {fired} {synops}".rstrip())
         gain = f", {self.macs / self.synops:.1f} times fewer operations than MACs" if self.synops else ""
         lines.append(
-            f"{self.samples} samples: {self.spikes:.1f} spikes ({self.hidden_spikes:.1f} hidden) and {self.synops:.0f} synaptic operations "
-            f"each, {self.latency} steps{gain}"
+            f"{self.samples} samples: {self.spikes:.1f} spikes ({self.hidden_spikes:.1f} hidden) and "
+            f"{self.synops:.0f} synaptic operations each, {self.latency} steps{gain}"
         )
         against = self.reference.name or f"{self.reference.spikes:g} spikes in {self.reference.steps:g} steps"
         lines.append(
@@ -158,9 +158,12 @@ def report(
     for begin in range(0, len(x), batch_size):
         batch = x[begin : begin + batch_size].to(net.encoder)
         run = net.run(batch, early_firing=early_firing)
-        for total, counted in ((spikes, run.spikes), (synops, run.synops or _synops(net, batch))):
+        for sums, counted in (
+            (spikes, run.spikes),
+            (synops, run.synops or _synops(net, batch, early_firing)),
+        ):
             for name, count in counted.items():
-                total[name] = total.get(name, 0.0) + float(count.sum())
+                sums[name] = sums.get(name, 0.0) + float(count.sum())
         decided = run.output.argmax(-1)
         if labels is not None:
             right += int((decided == labels[begin : begin + batch_size].to(decided.device)).sum())
@@ -200,11 +203,9 @@ def report(
 
 
 @torch.no_grad()
-def _synops(net: TTFSNetwork, x: Tensor) -> dict[str, Tensor]:
+def _synops(net: TTFSNetwork, x: Tensor, early_firing: int | None = None) -> dict[str, Tensor]:
     """Synaptic operations counted on a device without the event simulator: spikes through synapses of ones."""
-    from dataclasses import replace
-
-    run = net.run(x, record=True)
+    run = net.run(x, record=True, early_firing=early_firing)
     found, arriving = {}, run.times["input"]
     for stage in net.stages:
         ones = replace(stage, weight=torch.ones_like(stage.weight), bias=None, before=[])

@@ -93,8 +93,8 @@ class RelaxationSchedule:
             if layer.drifted and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
-                    f"{name or 'TTFS'}: tau has fallen to {float(layer.tau.detach()):.3g}, its floor is {layer.tau_floor:.3g} steps; "
-                    "add kernel_regularization or lower the learning rate of tau_raw.",
+                    f"{name or 'TTFS'}: tau has fallen to {float(layer.tau.detach()):.3g}, its floor is "
+                    f"{layer.tau_floor:.3g} steps; add kernel_regularization or lower the learning rate of tau_raw.",
                     stacklevel=2,
                 )
 
@@ -170,7 +170,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[_BatchNorm, TTFS]]:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             last = module if module.affine else None
-            if last is not None and getattr(module, "_partner", ()):
+            if last is not None and isinstance(module, _Paired) and module._partner:
                 yield last, module._partner[0]
                 last = None
         elif isinstance(module, TTFS):

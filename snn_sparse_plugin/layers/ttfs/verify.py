@@ -42,8 +42,9 @@ class VerifyReport:
         grid = "on the exact grid, " if self.exact_grid else ""
         end = f"; first: {self.first}" if self.first else ""
         return (
-            f"{100 * self.equal:.5f} % of {self.compared} spike times equal ({self.differing} differ) {grid}over {self.samples} samples, "
-            f"worst membrane difference {self.worst_membrane:.2g}, same class {100 * self.same_class:.2f} %{end}"
+            f"{100 * self.equal:.5f} % of {self.compared} spike times equal ({self.differing} differ) {grid}over "
+            f"{self.samples} samples, worst membrane difference {self.worst_membrane:.2g}, "
+            f"same class {100 * self.same_class:.2f} %{end}"
         )
 
 
@@ -110,7 +111,8 @@ def verify(
         run = net.run(batch, simulator=simulator, record=True)
         membranes, times, out = _trained(net, batch)
         for stage in net.stages:
-            u = run.membranes[stage.name]
+            u: Tensor | None = run.membranes[stage.name]
+            assert u is not None
             if stage.table is None:
                 worst = max(worst, float((u - out).abs().max()))
                 continue
@@ -157,4 +159,7 @@ def _reason(
         step = min(a, b)
         threshold = float(stage.table[0, step])
         return f"{where}; membranes {mine:.9g} and {theirs:.9g} are rounded to two sides of threshold {threshold:.9g}"
-    return f"{where}; membranes {mine:.6g} and {theirs:.6g} differ by more than rounding: an earlier layer differs, or the weights do"
+    return (
+        f"{where}; membranes {mine:.6g} and {theirs:.6g} differ by more than rounding: "
+        "an earlier layer differs, or the weights do"
+    )

@@ -98,5 +98,6 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, d_tau, d_t_d = reference.backward(grads[0], *ctx.saved_tensors, ctx.kernel)
+        x, times, table, tau, t_d = ctx.saved_tensors
+        d_x, d_tau, d_t_d = reference.backward(grads[0], x, times, table, tau, t_d, ctx.kernel)
         return d_x, None, d_tau, d_t_d, None

@@ -74,7 +74,8 @@ def register_kernel(kernel: Kernel) -> None:
         ConfigError: the name is taken.
 
     Example:
-        >>> square = Kernel("doc-square", lambda u: (2 + u / 4) ** 2, lambda v: 4 * (v.sqrt() - 2), lambda v: v.sqrt() / 2)
+        >>> shape, inverse, slope = lambda u: (2 + u) ** 2, lambda v: v.sqrt() - 2, lambda v: 2 * v.sqrt()
+        >>> square = Kernel("doc-square", shape, inverse, slope)
         >>> register_kernel(square)
         >>> get_kernel("doc-square").name
         'doc-square'
