@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, InputError, UnsupportedError
-from ...ops.ttfs import SILENT
+from ...ops.ttfs import SILENT, ttfs
 from ...ops.ttfs import reference as coding
 from .events import simulate
 from .neuron import check_intensities
@@ -110,7 +110,8 @@ class TTFSNetwork:
                 f"the network takes floating intensities (B, {', '.join(map(str, self.input_shape))}), got {what}."
             )
         check_intensities(x, always=True)
-        return coding.encode(x.detach().to(self.encoder), self.encoder)
+        unused = self.encoder.new_ones(())  # a forward alone needs no parameters
+        return ttfs(x.detach().to(self.encoder), self.encoder, unused, unused)[1]
 
     def latency(self, early_firing: int | None = None) -> int:
         """Steps until the readout is complete: one window for the input and one for every spiking layer.
@@ -171,7 +172,7 @@ class TTFSNetwork:
         run = TTFSRun(values, {}, {}, {"input": _count(arriving)}, {}, self.latency(early_firing))
         if record:
             run.times["input"] = arriving
-        out = values
+        u = values
         for stage in self.stages:
             window = values.numel()
             first_fire = window if early_firing is None else min(early_firing, window)
@@ -183,15 +184,14 @@ class TTFSNetwork:
                 spikes = _count(fired) if fired is not None else torch.zeros(len(u), dtype=torch.int64)
             if record:
                 run.membranes[stage.name] = u
-            out = u
             if fired is not None:
                 assert stage.table is not None
                 run.spikes[stage.name] = spikes
                 arriving, values = stage.passed_on(fired), stage.table[1]
                 if record:
                     run.times[stage.name] = arriving
-                out = coding.decode(arriving, stage.table)
-        return run._replace(output=out)
+        last = self.stages[-1]
+        return run._replace(output=u if last.table is None else coding.decode(arriving, last.table))
 
     def _checked(self, times: Tensor) -> Tensor:
         window = self.encoder.shape[1]
