@@ -26,9 +26,9 @@ def encode(x: Tensor, table: Tensor) -> Tensor:
 
 def decode(times: Tensor, table: Tensor) -> Tensor:
     """What the spikes are worth: the value of each step, 0 where silent."""
-    silent = times == SILENT
-    values = table[1][times.masked_fill(silent, 0).long()]
-    return values.masked_fill(silent, 0)
+    values = table.new_zeros(SILENT + 1)
+    values[: table.shape[1]] = table[1]
+    return values[times.int()]
 
 
 def forward(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
