@@ -227,6 +227,20 @@ def test_a_module_with_a_forward_of_its_own():
     assert net.verify(x).worst_membrane < 1e-5
 
 
+def test_flat_images_are_unflattened():
+    layers = [
+        TTFSEncoder(),
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 3, 3),
+        TTFS(),
+        nn.Flatten(),
+        nn.Linear(108, 4),
+    ]
+    model, x = nn.Sequential(*layers).eval(), torch.rand(9, 64)
+    for simulator in SIMULATORS:
+        assert to_snn(model, x).verify(x, exact_grid=True, simulator=simulator).equal == 1.0
+
+
 def test_a_network_without_readout_gives_the_last_layers_values():
     model = nn.Sequential(TTFSEncoder(), nn.Linear(6, 5), TTFS()).eval()
     x = torch.rand(9, 6)

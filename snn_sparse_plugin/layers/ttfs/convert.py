@@ -253,6 +253,10 @@ class _Builder:
             self.connect(node, module, shape)
         elif isinstance(module, _BatchNorm):
             self.fold(node, module)
+        elif isinstance(module, nn.Unflatten):
+            if self.pending is not None or self.before:
+                raise self.refuse(node, "put it right behind a TTFS layer.")
+            self.in_shape = shape
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d | nn.Flatten):
             self.rearrange(node, module, shape)
         elif not isinstance(module, _PASS):

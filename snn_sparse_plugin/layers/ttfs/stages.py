@@ -79,7 +79,8 @@ class Stage:
         return next((p for p in self.before if p.kind == "avg"), None)
 
     def pooled(self, times: Tensor) -> Tensor:
-        """Incoming spike times after max pooling."""
+        """Incoming spike times, shaped as this stage takes them, after max pooling."""
+        times = times.reshape(len(times), *self.in_shape)
         for pool in self.before:
             if pool.kind == "max":
                 times = pool.earliest(times)

@@ -83,6 +83,7 @@ def _analogue(net: TTFSNetwork, x: Tensor) -> tuple[dict[str, Tensor], dict[str,
     times: dict[str, Tensor] = {}
     value, _ = coding.forward(x.to(net.encoder), net.encoder)
     for stage in net.stages:
+        value = value.reshape(len(value), *stage.in_shape)
         for pool in stage.before:
             if pool.kind == "max":
                 value = F.max_pool2d(value, pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil)
