@@ -119,8 +119,9 @@ def spike_view(x: Tensor, layer: TTFS) -> Tensor:
         layer: the layer.
 
     Example:
-        >>> spike_view(torch.tensor([[0.9, 0.1]]), TTFS(window=8)).argmax(0)
-        tensor([[2, 0]])
+        >>> from snn_sparse_plugin.layers.ttfs import TTFS
+        >>> spike_view(torch.tensor([[0.9, 0.1]]), TTFS(window=4)).flatten(1).tolist()
+        [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
     if x.dim() < 2:
         raise InputError(f"spike_view takes pre-activations (B, N…), got {tuple(x.shape)}.")

@@ -42,8 +42,8 @@ class TTFS(nn.Module):
         ConfigError: an option outside its range.
 
     Example:
-        >>> TTFS(window=32)(torch.tensor([2.0, 0.5, 0.01, -1.0]))
-        tensor([1.0000, 0.4966, 0.0000, 0.0000], grad_fn=<GeneratedBackwardFor_snn_sparse_plugin_ttfs_defaultBackward>)
+        >>> TTFS(window=32)(torch.tensor([2.0, 0.5, 0.01, -1.0])).detach()
+        tensor([1.0000, 0.4966, 0.0000, 0.0000])
     """
 
     relax_probability: Tensor
