@@ -65,7 +65,12 @@ def activations(elements: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name, module in modules.items():
         kept, _ = saved_bytes(lambda module=module: module(x), kept=[x])
-        row = {"op": "activation", "provider": name, "elements": elements, "saved_bytes_per_element": kept / elements}
+        row = {
+            "op": "activation",
+            "provider": name,
+            "elements": elements,
+            "saved_bytes_per_element": kept / elements,
+        }
         rows.append(row | Spread.of(seconds[name])._asdict())
     return rows
 
@@ -75,7 +80,10 @@ def layers(density: float) -> dict[str, tuple[TTFSNetwork, Tensor]]:
     dense = nn.Sequential(TTFSEncoder(), nn.Linear(1024, 1024), TTFS()).eval()
     conv = nn.Sequential(TTFSEncoder(), nn.Conv2d(32, 64, 3, padding=1), TTFS()).eval()
     found = {}
-    for name, model, shape in (("linear 1024-1024", dense, (1024,)), ("conv 32-64 3×3 on 16×16", conv, (32, 16, 16))):
+    for name, model, shape in (
+        ("linear 1024-1024", dense, (1024,)),
+        ("conv 32-64 3×3 on 16×16", conv, (32, 16, 16)),
+    ):
         x = torch.rand(64, *shape).clamp(min=0.05) * (torch.rand(64, *shape) < density)
         found[name] = (to_snn(model, x[:1]), x)
     return found
@@ -100,7 +108,9 @@ def simulators(densities: list[float], rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--elements", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -109,7 +119,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     about = {
         "threads": args.threads,
         "device": platform.processor() or platform.machine(),
@@ -121,7 +133,9 @@ def main() -> None:
     for row in rows:
         what = row.get("layer", f"{row.get('elements')} elements")
         density = f" {100 * row['density']:g} %" if "density" in row else ""
-        print(f"{row['provider']:<22} {what}{density}: {row['median']:.2f} ms ({row['p20']:.2f}…{row['p80']:.2f})")
+        print(
+            f"{row['provider']:<22} {what}{density}: {row['median']:.2f} ms ({row['p20']:.2f}…{row['p80']:.2f})"
+        )
     if args.json:
         args.json.write_text(json.dumps([row | about for row in rows], indent=2) + "\n")
 

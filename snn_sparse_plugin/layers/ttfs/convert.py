@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...adapters import loaded_adapters
+from ...adapters import Neuron, loaded_adapters
+from ...dynamics import NeuronSpec
 from ...errors import InputError, UnsupportedError
 from .network import TTFSNetwork
 from .neuron import TTFS, TTFSEncoder, TTFSMaxPool2d
@@ -21,6 +22,7 @@ from .training import TTFSBatchNorm1d, TTFSBatchNorm2d
 
 _PASS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
+_OURS = {nn.MaxPool2d: TTFSMaxPool2d, nn.BatchNorm1d: TTFSBatchNorm1d, nn.BatchNorm2d: TTFSBatchNorm2d}
 _LEAVES = (TTFS, nn.Linear, nn.Conv2d, _BatchNorm, nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -54,43 +56,41 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
         )
     """
     model = copy.deepcopy(model)
-    neurons = [m for m in model.modules() if _is_neuron(m)]
-    last = [m for m in model.modules() if not list(m.children())][-1:]
+    last = [m for m in model.modules() if not list(m.children())][-1]
     replaced: dict[int, nn.Module] = {}
-    for module in neurons:
-        if (
-            hasattr(module, "recurrent")
-            or "recurrent" in type(module).__name__.lower()
-            or type(module).__name__.startswith("R")
-        ):
-            raise UnsupportedError(
-                f"{type(module).__name__} feeds its spikes back; a neuron that spikes once has nothing to feed back."
-            )
-        if not any(module is m for parent in neurons if parent is not module for m in parent.modules()):
-            replaced[id(module)] = nn.Identity() if module in last else TTFS(**options)
 
-    def convert(parent: nn.Module) -> int:
-        changed = 0
+    def replacement(name: str, child: nn.Module) -> nn.Module | None:
+        if isinstance(child, nn.ReLU):
+            return TTFS(**options)
+        for adapter in loaded_adapters():
+            if adapter.owns(child):
+                neuron = adapter.neuron(child)
+                why = neuron if isinstance(neuron, str) else _why_not(neuron, child is last)
+                if why:
+                    raise UnsupportedError(
+                        f"to_ttfs cannot replace {name.removeprefix('model.')} ({type(child).__name__}): {why}."
+                    )
+                return nn.Identity() if child is last else TTFS(**options)
+            if adapter.container(child):  # its time loop is not needed any more
+                return nn.Sequential(*child.children())
+        ours = _OURS.get(type(child))
+        if ours is not None:
+            child.__class__ = ours  # the same module, its parameters and hooks, as a subclass
+        return None
+
+    def convert(parent: nn.Module, prefix: str) -> None:
         for name, child in list(parent._modules.items()):  # a shared child is listed at each of its places
             if child is None:
                 continue
-            new = replaced.get(id(child))
-            if new is None and isinstance(child, nn.ReLU):
-                new = replaced[id(child)] = TTFS(**options)
-            if new is not None:
-                setattr(parent, name, new)
-                changed += isinstance(new, TTFS)
-            elif type(child) is nn.MaxPool2d:
-                setattr(parent, name, _as(TTFSMaxPool2d, child))
-            elif type(child) is nn.BatchNorm1d:
-                setattr(parent, name, _as(TTFSBatchNorm1d, child))
-            elif type(child) is nn.BatchNorm2d:
-                setattr(parent, name, _as(TTFSBatchNorm2d, child))
-            else:
-                changed += convert(child)
-        return changed
+            if id(child) not in replaced:
+                replaced[id(child)] = replacement(prefix + name, child) or child
+            setattr(parent, name, replaced[id(child)])
+            convert(replaced[id(child)], f"{prefix}{name}.")
 
-    if not convert(model):
+    root = nn.ModuleDict({"model": model})
+    convert(root, "")
+    model = root["model"]
+    if not any(isinstance(m, TTFS) for m in model.modules()):
         raise UnsupportedError("to_ttfs found no nn.ReLU and no spiking neuron among the model's modules.")
     if not encode or any(isinstance(m, TTFSEncoder) for m in model.modules()):
         return model
@@ -99,10 +99,15 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
     return nn.Sequential(encoder, *layers)
 
 
-def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
-    """The same module, its parameters and hooks, as a subclass."""
-    module.__class__ = kind
-    return module
+def _why_not(neuron: Neuron, last: bool) -> str | None:
+    """Why a spiking neuron cannot become a TTFS layer."""
+    if neuron.recurrent:
+        return "it feeds its spikes back, and a neuron that spikes once has nothing to feed back"
+    if neuron.input_weight is not None:
+        return "it holds its own synapses: give them a linear layer"
+    if isinstance(neuron.spec, NeuronSpec) and not neuron.spec.spiking and not last:
+        return "a neuron that does not spike can only be read, at the end"
+    return None
 
 
 class _Tracer(fx.Tracer):
