@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from equation_cases import EquationTests
 from layer_cases import LayerTests
 from ttfs_cases import TtfsTests
+from ttfs_event_cases import TtfsEventTests
 
 
 @pytest.mark.triton_interpreter
@@ -27,3 +28,8 @@ class TestEquations(EquationTests):
 class TestTtfs(TtfsTests):
     device = "cpu"
     backend = "triton"
+
+
+@pytest.mark.triton_interpreter
+class TestTtfsEvents(TtfsEventTests):
+    device = "cpu"

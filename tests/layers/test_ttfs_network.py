@@ -114,7 +114,7 @@ def test_every_kernel_and_rounding(kernel, rounding):
         assert net.verify(x, exact_grid=True, simulator=simulator).equal == 1.0
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     channels=st.sampled_from([(1, 1, 1), (3, 5, 1), (4, 6, 2), (3, 3, 3)]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -139,7 +139,7 @@ def test_simulators_agree_on_any_convolution(channels, kernel, stride, padding, 
         nn.Flatten(),
     ]
     model = nn.Sequential(*layers)
-    x = torch.rand(3, cin, 9, 11)
+    x = torch.rand(3, cin, 12, 13)
     features = model(x).shape[1]
     model = nn.Sequential(*layers, nn.Linear(features, 4)).eval()
     net = to_snn(model, x, exact_grid=True)
@@ -382,8 +382,6 @@ def test_bad_input_of_a_simulation():
             net.run(good, early_firing=early)
     with pytest.raises(InputError, match="a spike time is 0…31, or 255"):
         net.run(good, times=torch.full((2, 20), 40, dtype=torch.uint8))
-    with pytest.raises(UnsupportedError, match='simulator="clock"'):
-        TTFSNetwork(net.encoder.to("meta"), net.stages, net.input_shape).run(good, simulator="event")
     assert net.run(good[:0]).output.shape == (0, 10)
 
 

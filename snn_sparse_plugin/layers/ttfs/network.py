@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, InputError, UnsupportedError
+from ...errors import ConfigError, InputError
 from ...ops.ttfs import SILENT, ttfs
 from ...ops.ttfs import reference as coding
 from .events import simulate
@@ -140,8 +140,8 @@ class TTFSNetwork:
 
         Args:
             x: intensities (B, …) in [0, 1].
-            simulator: ``"event"``, one spike at a time, CPU; ``"clock"``, step by step, any device. None: event on
-                CPU, else clock. Both give the same spikes up to the order of floating sums.
+            simulator: ``"event"``, the default: one spike at a time, compiled for CPU, in Triton on a GPU; ``"clock"``:
+                step by step, any device. Both give the same spikes up to the order of floating sums.
             early_firing: a layer begins to fire this many steps after its inputs do, 1…window: windows overlap, the
                 latency falls, and spikes that come later than their neuron's own are lost. None waits for all.
             record: also keep spike times and membranes.
@@ -150,16 +150,11 @@ class TTFSNetwork:
         Raises:
             InputError: a batch of another shape, NaN, or intensities outside [0, 1].
             ConfigError: an unknown simulator, or early firing outside its range.
-            UnsupportedError: the event simulator on a GPU.
+            UnsupportedError: early firing event by event on a GPU.
         """
-        simulator = simulator or ("event" if self.device.type == "cpu" else "clock")
+        simulator = simulator or "event"
         if simulator not in SIMULATORS:
             raise ConfigError(f"simulators are {', '.join(SIMULATORS)}; got {simulator!r}.")
-        if simulator == "event" and self.device.type != "cpu":
-            raise UnsupportedError(
-                f"the event simulator runs on CPU tensors, not on {self.device.type}: "
-                'simulator="clock", or net.to("cpu").'
-            )
         longest = max(
             t.shape[1] for t in (self.encoder, *(s.table for s in self.stages if s.table is not None))
         )
