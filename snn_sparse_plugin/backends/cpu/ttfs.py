@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .jit import kernel
+from .pages import advise_huge_pages
 from .threads import parallel, split
 
 _SMALL = 1 << 15  # elements that a second thread is not worth
@@ -142,6 +143,8 @@ def forward(x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
     """Write xhat and the spike times; all three tensors are dense with the same strides."""
     if not x.numel():
         return
+    advise_huge_pages(out)
+    advise_huge_pages(times)
     rows = table.numpy()
     shift, window = SHIFT[rows.dtype.name], rows.shape[1]
     steps, first, compares = buckets(np.ascontiguousarray(rows[0]), shift)
@@ -178,6 +181,7 @@ def backward(
     """Write the gradient of x and return those of tau and t_d (0 without ``params``)."""
     if not x.numel():
         return 0.0, 0.0
+    advise_huge_pages(out)
     rows = table.numpy()
     values = np.zeros(256, rows.dtype)
     values[: rows.shape[1]] = rows[1]
