@@ -69,7 +69,7 @@ def test_from_snntorch_latency():
     assert torch.equal(times == SILENT, spikes.sum(0) == 0)
     assert torch.equal(dense_spikes(times, WINDOW), spikes)
     _, net = network(11, 4)
-    assert net.run(x, times=times).spikes["input"].tolist() == spikes.sum((0, 2)).tolist()
+    assert net.run(times=times).spikes["input"].tolist() == spikes.sum((0, 2)).tolist()
 
 
 def test_snntorchs_first_spike_loss_trains_a_ttfs_network():

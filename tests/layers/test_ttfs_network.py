@@ -381,7 +381,9 @@ def test_bad_input_of_a_simulation():
         with pytest.raises(ConfigError, match="from 1 to the window, 32"):
             net.run(good, early_firing=early)
     with pytest.raises(InputError, match="a spike time is 0…31, or 255"):
-        net.run(good, times=torch.full((2, 20), 40, dtype=torch.uint8))
+        net.run(times=torch.full((2, 20), 40, dtype=torch.uint8))
+    with pytest.raises(InputError, match="one of them"):
+        net.run(good, times=torch.zeros(2, 20, dtype=torch.uint8))
     assert net.run(good[:0]).output.shape == (0, 10)
 
 

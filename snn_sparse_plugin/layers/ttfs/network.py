@@ -15,7 +15,7 @@ from ...ops.ttfs import SILENT, ttfs
 from ...ops.ttfs import reference as coding
 from .events import simulate
 from .neuron import check_intensities
-from .stages import TENSORS, Pool, Stage, integrate
+from .stages import Pool, Stage, integrate
 
 if TYPE_CHECKING:
     from .report import TTFSReport
@@ -129,7 +129,7 @@ class TTFSNetwork:
     @torch.no_grad()
     def run(
         self,
-        x: Tensor,
+        x: Tensor | None = None,
         *,
         simulator: str | None = None,
         early_firing: int | None = None,
@@ -162,7 +162,9 @@ class TTFSNetwork:
             raise ConfigError(
                 f"early_firing is a number of steps from 1 to the window, {longest}; got {early_firing!r}."
             )
-        arriving = self.encode(x) if times is None else self._checked(times)
+        if (x is None) == (times is None):
+            raise InputError("run takes intensities x, or their spike times, one of them.")
+        arriving = self._checked(times) if x is None else self.encode(x)
         values = self.encoder[1]
         run = TTFSRun(values, {}, {}, {"input": _count(arriving)}, {}, self.latency(early_firing))
         if record:
@@ -188,12 +190,16 @@ class TTFSNetwork:
         last = self.stages[-1]
         return run._replace(output=u if last.table is None else coding.decode(arriving, last.table))
 
-    def _checked(self, times: Tensor) -> Tensor:
+    def _checked(self, times: Any) -> Tensor:
         window = self.encoder.shape[1]
-        if times.dtype != torch.uint8 or tuple(times.shape[1:]) != self.input_shape:
+        if (
+            not isinstance(times, Tensor)
+            or times.dtype != torch.uint8
+            or tuple(times.shape[1:]) != self.input_shape
+        ):
             raise InputError(
                 f"spike times of the input are uint8 (B, {', '.join(map(str, self.input_shape))}), "
-                f"got {times.dtype} {tuple(times.shape)}."
+                f"got {f'{times.dtype} {tuple(times.shape)}' if isinstance(times, Tensor) else type(times).__name__}."
             )
         if bool(((times >= window) & (times != SILENT)).any()):
             raise InputError(
@@ -283,13 +289,6 @@ class TTFSNetwork:
             pools = {k: [Pool(**p) for p in entry[k]] for k in ("before", "after")}
             stages.append(Stage(**(entry | pools)))
         return cls(data["encoder"], stages, data["input_shape"], exact=data["exact"])
-
-    def tensors(self) -> list[Tensor]:
-        """Encoder table, weights, biases and tables."""
-        found = [self.encoder]
-        for stage in self.stages:
-            found += [t for k in TENSORS if (t := getattr(stage, k)) is not None]
-        return found
 
 
 def _count(times: Tensor) -> Tensor:

@@ -77,7 +77,6 @@ class TTFS(nn.Module):
         self.window, self.rounding, self.kernel, self.backend = window, rounding, kernel, backend
         self.tau_init, self.t_d_init = float(tau), float(t_d)
         self.tau_floor = (rate or 1.0) * (window - 1) / _RANGE
-        self.grid: int | None = None
         if tau <= self.tau_floor:
             raise ConfigError(
                 f"tau = {tau} falls by more than e^{_RANGE:.0f} within {window} steps: take tau > {self.tau_floor:.3g}."
@@ -121,7 +120,6 @@ class TTFS(nn.Module):
             t_d,
             rounding=self.rounding,
             dtype=dtype or t_d.dtype,
-            grid=self.grid,
         )
 
     @property

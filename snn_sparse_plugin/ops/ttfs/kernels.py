@@ -100,15 +100,11 @@ def spike_table(
     *,
     rounding: str = "ceil",
     dtype: torch.dtype = torch.float32,
-    grid: int | None = None,
 ) -> Tensor:
     """Thresholds (row 0) and values (row 1) of every step, (2, window), falling.
 
-    Computed in float64, rounded once to ``dtype``, or with ``grid`` to multiples of ``2^-grid``. Values are kept
-    above 0 and finite, so that no parameter makes a neuron fire at nothing.
-
-    Raises:
-        ConfigError: on a grid too coarse for the smallest value.
+    Computed in float64, rounded once to ``dtype``. Values are kept above 0 and finite, so that no parameter makes a
+    neuron fire at nothing.
     """
     tau, t_d = (torch.as_tensor(p).detach().double() for p in (tau, t_d))
     steps = torch.arange(window, dtype=torch.float64, device=tau.device)
@@ -116,12 +112,5 @@ def spike_table(
     value = kernel.shape((t_d - steps) / tau)
     threshold = value if ahead == 0 else kernel.shape((t_d - steps - ahead) / tau)
     table = torch.stack([threshold, value])
-    if grid is not None:
-        table = torch.round(table * 2.0**grid) / 2.0**grid
-        if not bool((table > 0).all()):
-            raise ConfigError(
-                f"a grid of 2^-{grid} is too coarse for a kernel that falls to {float(value[-1]):.2g}: "
-                "fewer weight bits, a shorter window or a larger tau."
-            )
     info = torch.finfo(dtype)
     return table.clamp(info.tiny, info.max).to(dtype)
