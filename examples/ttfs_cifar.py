@@ -10,19 +10,15 @@ t_d = 0, relaxation, kernel and spike regularisation. Images stay in [0, 1]; the
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from snn_sparse_plugin.data import load_images
 from snn_sparse_plugin.layers.ttfs import RelaxationSchedule, to_snn, to_ttfs, ttfs_loss
 from snn_sparse_plugin.layers.ttfs.ablation import accuracy
+from snn_sparse_plugin.layers.ttfs.networks import PLANS, vgg
 
-PLANS = {  # channels of the convolutions; 0 is a pooling
-    9: (64, 64, 0, 128, 128, 0, 256, 256, 0),
-    11: (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0),
-    16: (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0),
-}
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--root", type=Path, required=True)
 parser.add_argument("--classes", type=int, choices=(10, 100), default=10)
@@ -46,72 +42,23 @@ parser.add_argument("--save", help="write the spiking network here")
 args = parser.parse_args()
 
 
-def vgg(plan: tuple[int, ...], classes: int, width: float) -> nn.Module:
-    layers: list[nn.Module] = []
-    channels, hidden = 3, max(8, round(512 * width))
-    for wanted in plan:
-        if wanted:
-            out = max(4, round(wanted * width))
-            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
-        else:
-            layers.append(nn.MaxPool2d(2))
-    side = 32 >> plan.count(0)
-    layers.append(nn.Flatten())
-    features = channels * side * side
-    for _ in range(2):
-        layers += [
-            nn.Linear(features, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-        ]
-        features = hidden
-    return nn.Sequential(*layers, nn.Linear(hidden, classes))
-
-
-def load(root: Path, classes: int) -> list[torch.Tensor]:
-    """Images (N, 3, 32, 32) float32 in [0, 1] and labels, for training and test."""
-    file = root / f"cifar{classes}.npz"
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as data:
-            arrays = [data[name] for name in ("train_x", "train_y", "test_x", "test_y")]
-    else:
-        try:
-            from torchvision import datasets
-        except ImportError:
-            raise SystemExit(
-                f"there is no {file}, and torchvision, which reads the original files, is not installed"
-            ) from None
-        kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
-        parts = [kind(str(root), train=train) for train in (True, False)]
-        arrays = [array for part in parts for array in (part.data, np.array(part.targets))]
-    found = []
-    for array in arrays:
-        tensor = torch.from_numpy(array)
-        if tensor.dim() == 4:
-            tensor = tensor if tensor.shape[1] == 3 else tensor.permute(0, 3, 1, 2)
-            tensor = tensor.float().contiguous() / 255
-        found.append(tensor if tensor.dim() == 4 else tensor.long())
-    return found
-
-
 def augmented(x: torch.Tensor) -> torch.Tensor:
-    """Shifted by up to four pixels, half of them mirrored."""
-    padded = F.pad(x, (4, 4, 4, 4))
+    """Images (B, 3072) shifted by up to four pixels, half of them mirrored."""
+    padded = F.pad(x.view(-1, 3, 32, 32), (4, 4, 4, 4))
     rows, columns = torch.randint(9, (2, len(x), 1), device=x.device)
     at = torch.arange(32, device=x.device)
     columns = torch.where(torch.rand(len(x), 1, device=x.device) < 0.5, columns + 31 - at, columns + at)
     sample = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
     channel = torch.arange(3, device=x.device).view(1, -1, 1, 1)
-    return padded[sample, channel, (rows + at)[:, None, :, None], columns[:, None, None, :]]
+    return padded[sample, channel, (rows + at)[:, None, :, None], columns[:, None, None, :]].flatten(1)
 
 
 torch.manual_seed(args.seed)
-train_x, train_y, test_x, test_y = load(args.root, args.classes)
+data = load_images(f"cifar{args.classes}", args.root)
+train_x, train_y, test_x, test_y = data.train_x, data.train_y, data.test_x, data.test_y
 if args.samples:
     train_x, train_y = train_x[: args.samples], train_y[: args.samples]
-model = vgg(PLANS[args.depth], args.classes, args.width)
+model = vgg(args.depth, args.classes, args.width)
 if not args.relu:
     model = to_ttfs(model, window=args.window)
 model = model.to(args.device)

@@ -13,7 +13,8 @@ import torch
 
 from snn_sparse_plugin.data import load_images
 from snn_sparse_plugin.layers.ttfs import to_snn
-from snn_sparse_plugin.layers.ttfs.ablation import Recipe, TrainOptions, accuracy, build, small_conv, train
+from snn_sparse_plugin.layers.ttfs.ablation import Recipe, TrainOptions, accuracy, build, train
+from snn_sparse_plugin.layers.ttfs.networks import small_conv
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--root", type=Path, required=True)

@@ -21,6 +21,8 @@ class DataName(str, Enum):
     digits = "digits"
     mnist = "mnist"
     fashion_mnist = "fashion-mnist"
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
 
 
 class FormName(str, Enum):
@@ -32,7 +34,7 @@ class FormName(str, Enum):
 
 Model = Annotated[Path, typer.Argument(help="A file written by TTFSNetwork.save.")]
 Data = Annotated[DataName, typer.Option(help="Which images.")]
-Root = Annotated[Path | None, typer.Option(help="Folder of the idx files of mnist or fashion-mnist.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of the image files.")]
 Samples = Annotated[int, typer.Option(min=0, help="Test images to use; 0 is all.")]
 Early = Annotated[int | None, typer.Option(min=1, help="Fire this many steps after the inputs do.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
@@ -121,6 +123,8 @@ def ablation(
     batch: Annotated[int, typer.Option(min=2, help="Batch size B.")] = 64,
     window: Annotated[int, typer.Option(min=2, max=255, help="Steps in a window.")] = 32,
     width: Annotated[int, typer.Option(min=1, help="Channels of the first convolution (28×28 images).")] = 32,
+    depth: Annotated[int, typer.Option(help="VGG-9, 11 or 16 (CIFAR).")] = 16,
+    flip: Annotated[bool, typer.Option(help="Mirror images at random.")] = False,
     tr: Annotated[float, typer.Option(min=0.0, help="Weight of TR.")] = 1e-3,
     tb: Annotated[
         list[float] | None, typer.Option(help="Weight of TB; repeat for more rows. Default: 0.003 and 0.01.")
@@ -137,11 +141,16 @@ def ablation(
     with _readable_errors(context):
         from .data import load_images
         from .layers.ttfs import ablation as suite
+        from .layers.ttfs import networks
 
         images = load_images(data.value, root).limited(samples)
-        options = suite.TrainOptions(epochs=epochs, batch=batch, window=window, threads=threads)
+        options = suite.TrainOptions(epochs=epochs, batch=batch, window=window, flip=flip, threads=threads)
         rows = suite.recipes(tr, tuple(tb or (0.003, 0.01)), form.value)
-        network = suite.digits_mlp if data is DataName.digits else lambda: suite.small_conv(width)
+        network = {
+            "digits": networks.digits_mlp,
+            "mnist": lambda: networks.small_conv(width),
+            "fashion-mnist": lambda: networks.small_conv(width),
+        }.get(data.value, lambda: networks.vgg(depth, images.classes))
         console = Console(stderr=as_json or as_markdown)
         found = suite.run_ablation(
             network, images, rows, options, seeds=seeds, console=console, device=device

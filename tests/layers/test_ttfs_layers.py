@@ -353,7 +353,8 @@ def test_to_ttfs_replaces_spiking_neurons(library):
 
 
 DOCUMENTED = [
-    f"layers.ttfs.{name}" for name in ("ablation", "convert", "interchange", "neuron", "report", "training")
+    f"layers.ttfs.{name}"
+    for name in ("ablation", "convert", "interchange", "mapping", "neuron", "report", "training")
 ]
 
 

@@ -5,7 +5,8 @@ times. Coding and training methods after Park & Yoon, arXiv 2106.02568.
 """
 
 from ...ops.ttfs import SILENT, Kernel, register_kernel
-from .convert import to_snn, to_ttfs
+from .convert import to_ttfs
+from .mapping import to_snn
 from .network import TTFSNetwork, TTFSRun
 from .neuron import TTFS, TTFSEncoder, TTFSMaxPool2d, TTFSReadout
 from .training import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from ...data import ImageData
 from ...errors import ConfigError
-from .convert import to_snn, to_ttfs
+from .convert import to_ttfs
+from .mapping import to_snn
 from .training import RelaxationSchedule, hidden_layers, ttfs_loss
 
 
@@ -53,23 +55,6 @@ def recipes(tr: float = 1e-3, tb: Sequence[float] = (0.003, 0.01), form: str = "
     rows = [Recipe("ReLU", coding=False), Recipe("SM"), Recipe("+SR", relax=0.5)]
     rows.append(replace(rows[-1], name="+TR", tr=tr))
     return rows + [replace(rows[3], name=f"+TB {weight:g}", tb=weight, form=form) for weight in tb]
-
-
-def digits_mlp() -> nn.Module:
-    """64-128-64-10 for 8×8 images, batch normalised."""
-    layers: list[nn.Module] = []
-    for a, b in ((64, 128), (128, 64)):
-        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(64, 10))
-
-
-def small_conv(width: int = 32) -> nn.Module:
-    """Two 3×3 convolutions and a hidden layer of 128 for 28×28 images, batch normalised."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
-    for a, b in ((1, width), (width, 2 * width)):
-        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Flatten(), nn.Linear(2 * width * 49, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(128, 10))
 
 
 def build(network: nn.Module, recipe: Recipe, options: TrainOptions) -> nn.Module:
@@ -123,11 +108,12 @@ def train(
 
 
 def _flipped(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Square images (B, pixels), or (B, C, H, W), half of them mirrored."""
-    side = int(x.shape[1] ** 0.5)
-    images = x.view(-1, side, side) if x.dim() == 2 else x
+    """Square images (B, pixels) of one channel or of three, half of them mirrored."""
+    channels = 1 if math.isqrt(x.shape[1]) ** 2 == x.shape[1] else 3
+    side = math.isqrt(x.shape[1] // channels)
+    images = x.view(-1, channels, side, side)
     mirror = torch.rand(len(x), generator=generator) < 0.5
-    mirror = mirror.to(x.device).view(-1, *(1 for _ in images.shape[1:]))
+    mirror = mirror.to(x.device).view(-1, 1, 1, 1)
     return torch.where(mirror, images.flip(-1), images).view_as(x)
 
 
