@@ -61,6 +61,7 @@ def to_snn(model: nn.Module, example: Tensor, *, exact_grid: bool = False) -> TT
         InputError: the model does not run on the example, or has weights that are not finite.
 
     Example:
+        >>> from snn_sparse_plugin.layers.ttfs import TTFSEncoder
         >>> model = nn.Sequential(TTFSEncoder(), nn.Linear(6, 5), TTFS(), nn.Linear(5, 3)).eval()
         >>> net = to_snn(model, torch.rand(1, 6))
         >>> net.verify(torch.rand(100, 6), exact_grid=True).equal
