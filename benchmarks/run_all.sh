@@ -10,3 +10,6 @@ bench=(python -m snn_sparse_plugin bench)
 "${bench[@]}" "$@" --sweep density --no-peak --json results/density.json
 "${bench[@]}" "$@" --sweep size --no-peak --json results/size.json
 "${bench[@]}" "$@" --protocol s3gd --json results/s3gd.json
+
+# "$@" is for snn-sparse bench alone
+python ttfs.py --json results/ttfs.json

@@ -1,4 +1,4 @@
-"""The command line: ``snn-sparse doctor | plugins | supported | demo | bench``.
+"""The command line: ``snn-sparse doctor | plugins | supported | demo | bench | ttfs``.
 
 Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the
 commands.
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_ttfs import app as ttfs_app
 from .errors import ConfigError, SparsePluginError
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(ttfs_app)
 
 _COLOURS = {
     "ok": "green",

@@ -31,7 +31,7 @@ _BUILTIN = {
         "norse": "snn_sparse_plugin.adapters.norse:NorseAdapter",
     },
     "learners": {},
-    "layers": {},
+    "layers": {"ttfs": "snn_sparse_plugin.layers.ttfs:Plugin"},
 }
 
 

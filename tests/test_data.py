@@ -183,3 +183,50 @@ def test_a_black_batch_is_silent() -> None:
     train = latency_spikes(torch.zeros(2, 3), steps=5)
     assert train.events == 0
     assert train.shape == (5, 2, 3)
+
+
+def write_cifar(path: Path, **changes: np.ndarray) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "train_x": rng.integers(0, 256, (5, 32, 32, 3)).astype(np.uint8),
+        "train_y": rng.integers(0, 10, 5),
+        "test_x": rng.integers(0, 256, (3, 3, 32, 32)).astype(np.uint8),
+        "test_y": rng.integers(0, 10, 3),
+    }
+    arrays |= changes
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return arrays
+
+
+def test_cifar_from_npz_in_both_orders(tmp_path: Path) -> None:
+    arrays = write_cifar(tmp_path / "cifar10.npz")
+    data = load_images("cifar10", tmp_path)
+    assert (data.classes, data.pixels) == (10, 3072)
+    expected = arrays["train_x"].transpose(0, 3, 1, 2).reshape(5, -1) / 255
+    np.testing.assert_allclose(data.train_x.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(data.test_x.numpy(), arrays["test_x"].reshape(3, -1) / 255, atol=1e-6)
+    assert data.test_y.tolist() == arrays["test_y"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_x": np.zeros((5, 28, 28), np.uint8)}, r"uint8 \(N, 3, 32, 32\), got uint8 \(5, 28, 28\)"),
+        ({"test_x": np.zeros((3, 3, 32, 32))}, "got float64"),
+        ({"train_y": np.arange(4)}, "5 cifar10 images need as many labels"),
+        ({"test_y": np.array([0, 1, 10])}, "labels, 0 to 9"),
+    ],
+    ids=["shape", "dtype", "count", "class"],
+)
+def test_broken_cifar_files(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:
+    write_cifar(tmp_path / "cifar10.npz", **changes)
+    with pytest.raises(InputError, match=message):
+        load_images("cifar10", tmp_path)
+
+
+def test_cifar_that_is_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "cifar100.npz").write_bytes(b"not a zip")
+    with pytest.raises(InputError, match="does not hold train_x"):
+        load_images("cifar100", tmp_path)
+    with pytest.raises(ConfigError, match="--root"):
+        load_images("cifar10")

@@ -155,6 +155,8 @@ class Backend:
         """Whether it can run this call, and why not."""
         raise NotImplementedError
 
+    # A backend that also has ``ttfs`` and ``ttfs_backward``, as the built-in ones do, runs time-to-first-spike layers.
+
     def spiking_layer(self, call: LayerCall) -> LayerResult:
         """Forward of the op."""
         raise NotImplementedError
@@ -180,12 +182,14 @@ def select(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    spec: NeuronSpec | Equations,
-    surrogate: Surrogate,
+    spec: NeuronSpec | Equations | None = None,
+    surrogate: Surrogate | None = None,
     recurrent: bool = False,
     without: str = "",
 ) -> Backend:
     """The backend for a call: the named one, or the first by priority (``without`` one) that supports it.
+
+    ``spec`` and ``surrogate`` are given for ``spiking_layer`` alone.
 
     Raises:
         UnsupportedError: the named backend is unknown, missing or cannot do this; the message says why.
@@ -219,6 +223,8 @@ def select(
 
 def _verdict(backend: Backend, op: str, what: dict) -> tuple[bool, str]:
     try:
+        if not hasattr(backend, op):
+            return False, f"has no op {op!r}"
         ok, reason = backend.available()
         if ok and isinstance(what["spec"], Equations) and not backend.equations:
             return False, "does not run neurons given by equations"

@@ -50,19 +50,19 @@ class TritonBackend(Backend):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spec: NeuronSpec | Equations,
-        surrogate: Surrogate,
+        spec: NeuronSpec | Equations | None = None,
+        surrogate: Surrogate | None = None,
         recurrent: bool = False,
     ) -> tuple[bool, str]:
-        if op != "spiking_layer":
+        if op not in ("spiking_layer", "ttfs"):
             return False, f"has no op {op!r}"
         if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
             return False, f"runs on CUDA and ROCm devices, not on {device.type}"
         if dtype not in (torch.float32, torch.float64):
             return False, f"computes in float32 and float64, not in {dtype}"
-        if recurrent and not spec.spiking:
+        if recurrent and spec is not None and not spec.spiking:
             return False, "feeds spikes back, and a readout has none"
-        if surrogate.kind not in KINDS:
+        if surrogate is not None and surrogate.kind not in KINDS:
             return False, f"has no kernel for {surrogate!r}; its formula is known to Python only"
         return True, ""
 
@@ -146,6 +146,31 @@ class TritonBackend(Backend):
         if need["params"] and out.params is not None:
             found["params"] = out.params.sum(1)
         return InputGrads(**found)
+
+    def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
+        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
+        from ..triton_kernels.ttfs import forward
+
+        calls[self.name, "ttfs"] += 1
+        forward(x, table, out, times)
+
+    def ttfs_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        times: Tensor,
+        table: Tensor,
+        out: Tensor,
+        tau: Tensor,
+        t_d: Tensor,
+        rate: float,
+        params: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of x into ``out``; those of tau and t_d, zero without ``params``."""
+        from ..triton_kernels.ttfs import backward
+
+        calls[self.name, "ttfs_backward"] += 1
+        return backward(grad, x, times, table, out, tau, t_d, rate, params)
 
     def _forward(self, call: LayerCall, **wanted: Any) -> Forward:
         from ..triton_kernels import spiking_layer as kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, InputError, MissingDependencyError
 
-NAMES = ("digits", "mnist", "fashion-mnist")
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
 
 _FOLDERS = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
 _IMAGES, _LABELS = 0x00000803, 0x00000801  # idx magic: unsigned bytes in three dimensions, in one
@@ -54,12 +55,14 @@ def load_images(name: str = "digits", root: str | Path | None = None) -> ImageDa
 
     ``"digits"`` is scikit-learn's 1797 handwritten 8x8 digits, 1437 for training and 360 for testing.
     ``"mnist"`` and ``"fashion-mnist"`` are the published idx files, plain or gzipped, in ``root`` itself or
-    in torchvision's layout below it (``MNIST/raw``, ``FashionMNIST/raw``).
+    in torchvision's layout below it (``MNIST/raw``, ``FashionMNIST/raw``). ``"cifar10"`` and ``"cifar100"`` are a file
+    ``cifar10.npz`` in ``root`` with ``train_x``, ``test_x``, uint8 (N, 3, 32, 32) or (N, 32, 32, 3), and ``train_y``,
+    ``test_y``, or torchvision's files, which torchvision reads; pixels are ordered channel, row, column.
 
     Raises:
         ConfigError: an unknown name, or no ``root`` where one is needed.
         InputError: a file that is missing, truncated, or something else.
-        MissingDependencyError: scikit-learn is not installed.
+        MissingDependencyError: scikit-learn, or torchvision where it is needed, is not installed.
 
     Example:
         >>> load_images("digits").train_x.shape
@@ -67,10 +70,12 @@ def load_images(name: str = "digits", root: str | Path | None = None) -> ImageDa
     """
     if name == "digits":
         return _digits()
-    if name not in _FOLDERS:
+    if name not in NAMES:
         raise ConfigError(f"no image set {name!r}; known: {', '.join(NAMES)}.")
     if root is None:
         raise ConfigError(f"{name} is read from disk: say where with --root DIR (root=...).")
+    if name.startswith("cifar"):
+        return _cifar(name, Path(root))
     folder = _find_folder(name, Path(root))
     train_x, train_y = _pair(folder, "train")
     test_x, test_y = _pair(folder, "t10k")
@@ -93,6 +98,44 @@ def _digits() -> ImageData:
     y = torch.from_numpy(digits.target).long()[order]
     split = len(y) * 4 // 5
     return ImageData("digits", x[:split], y[:split], x[split:], y[split:])
+
+
+def _cifar(name: str, root: Path) -> ImageData:
+    classes, file = int(name.removeprefix("cifar")), root / f"{name}.npz"
+    if file.is_file():
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                arrays = [data[key] for key in ("train_x", "train_y", "test_x", "test_y")]
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file} does not hold train_x, train_y, test_x and test_y: {error}") from error
+    else:
+        try:
+            from torchvision import datasets
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"there is no {file}, and the original files are read by torchvision: pip install torchvision"
+            ) from error
+        kind = getattr(datasets, name.upper())
+        try:
+            parts = [kind(str(root), train=train) for train in (True, False)]
+        except RuntimeError as error:
+            raise InputError(
+                f"no {name} files in {root}, neither {file.name} nor torchvision's: {error}"
+            ) from error
+        arrays = [array for part in parts for array in (part.data, np.array(part.targets))]
+    tensors = []
+    for images, labels in (arrays[:2], arrays[2:]):
+        if images.dtype != np.uint8 or images.shape[1:] not in ((3, 32, 32), (32, 32, 3)):
+            raise InputError(
+                f"{root}: {name} images are uint8 (N, 3, 32, 32), got {images.dtype} {images.shape}."
+            )
+        if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= classes:
+            raise InputError(f"{root}: {len(images)} {name} images need as many labels, 0 to {classes - 1}.")
+        images = images if images.shape[1] == 3 else images.transpose(0, 3, 1, 2)
+        tensors.append(torch.from_numpy(images.reshape(len(images), -1).astype(np.float32) / 255))
+        tensors.append(torch.from_numpy(labels.astype(np.int64)))
+    train_x, train_y, test_x, test_y = tensors
+    return ImageData(name, train_x, train_y, test_x, test_y, classes)
 
 
 def _find_folder(name: str, root: Path) -> Path:

@@ -24,6 +24,8 @@ from snn_sparse_plugin.triton_kernels import (
     program_kernels,
     spiking_layer,
     surrogates,
+    ttfs,
+    ttfs_events,
 )
 
 KERNELS = {
@@ -34,6 +36,13 @@ PROGRAM_KERNELS = {
     "program-forward": program_kernels.program_forward,
     "program-backward": program_kernels.program_backward,
 }
+TTFS_KERNELS = {
+    "ttfs-forward": ttfs.ttfs_forward,
+    "ttfs-backward": ttfs.ttfs_backward,
+    "dense-events": ttfs_events.dense_events,
+    "conv-events": ttfs_events.conv_events,
+}
+TAPS = {"KH": 3, "KW": 2, "SH": 2, "SW": 1, "TH": 1, "TW": 0, "DH": 1, "DW": 2}
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "cubin"),
     "sm_90": (GPUTarget("cuda", 90, 32), "cubin"),
@@ -158,6 +167,30 @@ def test_programs_compile(kernel, case, target):
     assert len(compiled.asm[binary]) > 0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("element", ["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("kernel", "rate"), [*((name, 1.0) for name in TTFS_KERNELS), ("ttfs-backward", 0.0)]
+)
+def test_ttfs_compiles(kernel, rate, element, target):
+    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
+        pytest.skip("Triton 3.2 bundles no assembler for this target")
+    function = TTFS_KERNELS[kernel]
+    fixed = {"BLOCK": 128, "RATE": rate, "PARAMS": True, **TAPS}
+    constexprs = {name: fixed[name] for name in function.arg_names if name in fixed}
+    signature = {}
+    for name in function.arg_names:
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in ("times_ptr", "index_ptr", "ptr_ptr", "sample_ptr"):
+            signature[name] = {"times_ptr": "*u8", "index_ptr": "*i32"}.get(name, "*i64")
+        else:
+            signature[name] = f"*{element}" if name.endswith("_ptr") else "i32"
+    gpu, binary = TARGETS[target]
+    compiled = triton.compile(ASTSource(function, signature, constexprs), target=gpu)
+    assert len(compiled.asm[binary]) > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_surrogate_compiles(kind):
     constants = {"KIND": kind, "P0": 2.0, "P1": 0.5}
@@ -183,7 +216,17 @@ def test_a_new_length_does_not_recompile(kernel):
 def test_the_list_of_kernels_is_complete():
     # every @triton.jit function is a kernel above or a function one of them calls
     found = set()
-    for module in (forward, backward, neuron, packed, program, program_kernels, surrogates):
+    for module in (
+        forward,
+        backward,
+        neuron,
+        packed,
+        program,
+        program_kernels,
+        surrogates,
+        ttfs,
+        ttfs_events,
+    ):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
     called = {"input_current", "recurrent_current", "add_recurrent_grad", "store_packed", "gather_rows"}
     called |= {"load_params", "step", "adjoint", "surrogate_grad"}
@@ -197,4 +240,4 @@ def test_the_list_of_kernels_is_complete():
         "passed_back",
         "execute_back",
     }
-    assert found - called == {f.__name__ for f in (KERNELS | PROGRAM_KERNELS).values()}
+    assert found - called == {f.__name__ for f in (KERNELS | PROGRAM_KERNELS | TTFS_KERNELS).values()}

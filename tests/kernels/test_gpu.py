@@ -11,6 +11,8 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 
 from equation_cases import EquationTests
 from layer_cases import RECURRENT, LayerTests, compare
+from ttfs_cases import TtfsTests
+from ttfs_event_cases import TtfsEventTests
 
 from snn_sparse_plugin.dynamics import NeuronSpec
 
@@ -45,4 +47,15 @@ class TestGpu(LayerTests):
 
 @pytest.mark.gpu
 class TestGpuEquations(EquationTests):
+    device = "cuda"
+
+
+@pytest.mark.gpu
+class TestGpuTtfs(TtfsTests):
+    device = "cuda"
+    backend = "triton"
+
+
+@pytest.mark.gpu
+class TestGpuTtfsEvents(TtfsEventTests):
     device = "cuda"

@@ -10,6 +10,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from equation_cases import EquationTests
 from layer_cases import LayerTests
+from ttfs_cases import TtfsTests
+from ttfs_event_cases import TtfsEventTests
 
 
 @pytest.mark.triton_interpreter
@@ -19,4 +21,15 @@ class TestInterpreter(LayerTests):
 
 @pytest.mark.triton_interpreter
 class TestEquations(EquationTests):
+    device = "cpu"
+
+
+@pytest.mark.triton_interpreter
+class TestTtfs(TtfsTests):
+    device = "cpu"
+    backend = "triton"
+
+
+@pytest.mark.triton_interpreter
+class TestTtfsEvents(TtfsEventTests):
     device = "cpu"

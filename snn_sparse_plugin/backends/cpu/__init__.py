@@ -31,17 +31,17 @@ class CPUBackend(Backend):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        spec: NeuronSpec | Equations,
-        surrogate: Surrogate,
+        spec: NeuronSpec | Equations | None = None,
+        surrogate: Surrogate | None = None,
         recurrent: bool = False,
     ) -> tuple[bool, str]:
-        if op != "spiking_layer":
+        if op not in ("spiking_layer", "ttfs"):
             return False, f"has no op {op!r}"
         if device.type != "cpu":
             return False, f"runs on CPU tensors, not on {device.type}"
         if dtype not in (torch.float32, torch.float64):
             return False, f"runs in float32 and float64, not in {dtype}"
-        if surrogate.code == CUSTOM:
+        if surrogate is not None and surrogate.code == CUSTOM:
             return False, "has no kernel for a custom surrogate function"
         return True, ""
 
@@ -63,6 +63,33 @@ class CPUBackend(Backend):
 
         calls[self.name, "backward"] += 1
         return run_backward(call, saved, events, grads, needs)
+
+    def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
+        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
+        from .ttfs import forward
+
+        calls[self.name, "ttfs"] += 1
+        forward(x, table, out, times)
+
+    def ttfs_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        times: Tensor,
+        table: Tensor,
+        out: Tensor,
+        tau: Tensor,
+        t_d: Tensor,
+        rate: float,
+        params: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of x into ``out``; those of tau and t_d, zero without ``params``."""
+        from .ttfs import backward
+
+        calls[self.name, "ttfs_backward"] += 1
+        found = backward(grad, x, times, table, out, float(tau), float(t_d), rate, params)
+        d_tau, d_t_d = torch.tensor(found, dtype=torch.float64)
+        return d_tau, d_t_d
 
 
 __all__: list[Any] = ["CPUBackend"]

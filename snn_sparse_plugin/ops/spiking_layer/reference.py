@@ -25,6 +25,8 @@ from ...dynamics import NeuronSpec
 from ...equations import Equations
 from ...programs import step as equations_step
 from ...spikes import Active, SpikeTrain, coordinates
+from ..ttfs import reference as ttfs_reference
+from ..ttfs.kernels import family
 
 Spike = Callable[[Tensor], Tensor]
 
@@ -129,7 +131,33 @@ class ReferenceBackend(Backend):
         return True, f"torch {torch.__version__}"
 
     def supports(self, op: str, **_: Any) -> tuple[bool, str]:
-        return (True, "") if op == "spiking_layer" else (False, f"has no op {op!r}")
+        return (True, "") if op in ("spiking_layer", "ttfs") else (False, f"has no op {op!r}")
+
+    def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
+        calls[self.name, "ttfs"] += 1
+        found = ttfs_reference.forward(x, table)
+        out.copy_(found[0])
+        times.copy_(found[1])
+
+    def ttfs_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        times: Tensor,
+        table: Tensor,
+        out: Tensor,
+        tau: Tensor,
+        t_d: Tensor,
+        rate: float,
+        params: bool,
+    ) -> tuple[Tensor, Tensor]:
+        calls[self.name, "ttfs_backward"] += 1
+        kernel = family(rate)
+        d_x, d_tau, d_t_d = ttfs_reference.backward(
+            grad, x, times, table, tau.to(x.dtype), t_d.to(x.dtype), kernel
+        )
+        out.copy_(d_x)
+        return d_tau, d_t_d
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:
         calls[self.name, "forward"] += 1

@@ -1,0 +1,163 @@
+"""``snn-sparse ttfs report | verify | ablation``."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import ConfigError
+
+app = typer.Typer(name="ttfs", help="Time-to-first-spike networks.", no_args_is_help=True)
+
+
+class DataName(str, Enum):
+    """Choices of ``--data``."""
+
+    digits = "digits"
+    mnist = "mnist"
+    fashion_mnist = "fashion-mnist"
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+
+
+class FormName(str, Enum):
+    """Choices of ``--form``."""
+
+    paper = "paper"
+    gaussian = "gaussian"
+
+
+Model = Annotated[Path, typer.Argument(help="A file written by TTFSNetwork.save.")]
+Data = Annotated[DataName, typer.Option(help="Which images.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of the image files.")]
+Samples = Annotated[int, typer.Option(min=0, help="Test images to use; 0 is all.")]
+Early = Annotated[int | None, typer.Option(min=1, help="Fire this many steps after the inputs do.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
+
+
+def _network_and_images(model: Path, data: DataName, root: Path | None, samples: int) -> tuple[Any, Any, Any]:
+    from .data import load_images
+    from .layers.ttfs import TTFSNetwork
+
+    net = TTFSNetwork.load(model)
+    images = load_images(data.value, root)
+    x, y = images.test_x, images.test_y
+    if x[0].numel() != net.input_neurons:
+        raise ConfigError(
+            f"{data.value} images have {x[0].numel()} pixels, the network in {model} takes {net.input_neurons}."
+        )
+    n = samples or len(y)
+    return net, x[:n].view(-1, *net.input_shape), y[:n]
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    model: Model,
+    data: Data = DataName.digits,
+    root: Root = None,
+    samples: Samples = 1000,
+    early_firing: Early = None,
+    spikes: Annotated[float | None, typer.Option(min=1e-9, help="Spikes of the energy reference.")] = None,
+    steps: Annotated[float | None, typer.Option(min=1e-9, help="Steps of the energy reference.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Count spikes, latency, operations and relative energy of a saved network on test images."""
+    from .cli import _readable_errors
+
+    with _readable_errors(context):
+        from .layers.ttfs.report import EnergyReference
+
+        if (spikes is None) != (steps is None):
+            raise ConfigError("an energy reference needs both --spikes and --steps.")
+        net, x, y = _network_and_images(model, data, root, samples)
+        options: dict[str, Any] = (
+            {} if spikes is None or steps is None else {"reference": EnergyReference(spikes, steps)}
+        )
+        found = net.report(x, labels=y, early_firing=early_firing, **options)
+        print(json.dumps(found.as_dict(), indent=2) if as_json else found)
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    model: Model,
+    data: Data = DataName.digits,
+    root: Root = None,
+    samples: Samples = 0,
+    exact_grid: Annotated[bool, typer.Option(help="Weights and kernels on the binary grid.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare every spike time of a saved network with the same weights run as activations."""
+    from .cli import _readable_errors
+
+    with _readable_errors(context):
+        from dataclasses import asdict
+
+        from rich.progress import Progress
+
+        net, x, _ = _network_and_images(model, data, root, samples)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("comparing", total=len(x))
+            found = net.verify(
+                x, exact_grid=exact_grid, progress=lambda done, total: bar.update(task, completed=done)
+            )
+        print(json.dumps(asdict(found), indent=2) if as_json else found)
+    if exact_grid and found.equal < 1:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ablation(
+    context: typer.Context,
+    data: Data = DataName.digits,
+    root: Root = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Networks of each row.")] = 5,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
+    samples: Annotated[int, typer.Option(min=0, help="Training images to use; 0 is all.")] = 0,
+    batch: Annotated[int, typer.Option(min=2, help="Batch size B.")] = 64,
+    window: Annotated[int, typer.Option(min=2, max=255, help="Steps in a window.")] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the first convolution (28×28 images).")] = 32,
+    depth: Annotated[int, typer.Option(help="VGG-9, 11 or 16 (CIFAR).")] = 16,
+    flip: Annotated[bool, typer.Option(help="Mirror images at random.")] = False,
+    tr: Annotated[float, typer.Option(min=0.0, help="Weight of TR.")] = 1e-3,
+    tb: Annotated[
+        list[float] | None, typer.Option(help="Weight of TB; repeat for more rows. Default: 0.003 and 0.01.")
+    ] = None,
+    form: Annotated[FormName, typer.Option(help="Form of TB.")] = FormName.paper,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for training.")] = "cpu",
+    as_json: JsonFlag = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table for a document.")] = False,
+) -> None:
+    """Train ReLU, SM, +SR, +TR and +TB networks and print the ablation table."""
+    from .cli import _readable_errors
+
+    with _readable_errors(context):
+        from .data import load_images
+        from .layers.ttfs import ablation as suite
+        from .layers.ttfs import networks
+
+        images = load_images(data.value, root).limited(samples)
+        options = suite.TrainOptions(epochs=epochs, batch=batch, window=window, flip=flip, threads=threads)
+        rows = suite.recipes(tr, tuple(tb or (0.003, 0.01)), form.value)
+        network = {
+            "digits": networks.digits_mlp,
+            "mnist": lambda: networks.small_conv(width),
+            "fashion-mnist": lambda: networks.small_conv(width),
+        }.get(data.value, lambda: networks.vgg(depth, images.classes))
+        console = Console(stderr=as_json or as_markdown)
+        found = suite.run_ablation(
+            network, images, rows, options, seeds=seeds, console=console, device=device
+        )
+        if as_json:
+            print(json.dumps(suite.as_dicts(found), indent=2))
+        elif as_markdown:
+            print(suite.as_markdown(found))
+        else:
+            console.print(suite.as_table(found, f"{data.value}, {seeds} seeds, {epochs} epochs"))

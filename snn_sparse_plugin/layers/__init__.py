@@ -1,0 +1,1 @@
+"""Layer types registered under ``snn_sparse_plugin.layers``."""

@@ -1,0 +1,123 @@
+"""The event-by-event simulator of a stage: prepares memory orders for the compiled kernels, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...backends import calls
+from ...config import current_config
+from ...errors import UnsupportedError
+from ...ops.ttfs import SILENT, ttfs
+from .stages import Stage
+
+
+class StageRun(NamedTuple):
+    """One stage's neurons: membranes (B, …), spike times (B, …) uint8 or None, spikes and operations (B,)."""
+
+    u: Tensor
+    times: Tensor | None
+    spikes: Tensor
+    synops: Tensor
+
+
+def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Rows, columns, channels; a flat layer is one position."""
+    return (shape[1], shape[2], shape[0]) if len(shape) == 3 else (1, 1, math.prod(shape))
+
+
+def prepare(stage: Stage, arriving: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], bool]:
+    """Weights as rows, membranes at the start, sizes and taps in the kernels' order, and whether the layer is dense.
+
+    ``arriving`` are the spike times (B, …) behind a max pooling.
+    """
+    H, W, C = _image(tuple(arriving.shape[1:]))
+    OH, OW, OC = _image(stage.out_shape)
+    ph, pw = stage.average.kernel if stage.average else (1, 1)
+    weight = stage.weight.detach()
+    if stage.conv:
+        # (out, in / groups, kh, kw) -> a row of one group's outputs for every input channel and tap
+        out, per_group, kh, kw = weight.shape
+        rows = weight.view(stage.groups, out // stage.groups, per_group, kh, kw).permute(0, 2, 3, 4, 1)
+        rows = rows.reshape(-1, out // stage.groups)
+        taps = (kh, kw, *stage.stride, *stage.padding, *stage.dilation, stage.groups)
+    else:
+        rows = weight.t()
+        if H * W > 1:  # features of an image come channel first
+            ih, iw = H // ph, W // pw
+            rows = rows.view(C, ih, iw, -1).permute(1, 2, 0, 3).reshape(ih * iw * C, -1)
+        taps = (1, 1, 1, 1, 0, 0, 1, 1, 1)
+    bias = weight.new_zeros(weight.shape[0]) if stage.bias is None else stage.bias.detach()
+    start = bias.repeat(OH * OW)
+    return rows.contiguous(), start.contiguous(), (H, W, C, OH, OW, OC, ph, pw), taps, not stage.conv
+
+
+def on_triton(device: torch.device) -> bool:
+    """Whether events run in the Triton kernels: on a GPU, or where that backend is asked for."""
+    return device.type != "cpu" or current_config().backend == "triton"
+
+
+def simulate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> StageRun:
+    """As :func:`~snn_sparse_plugin.layers.ttfs.stages.integrate`, one spike at a time."""
+    arriving = stage.pooled(times)
+    rows, start, sizes, taps, dense = prepare(stage, arriving)
+    image = arriving.permute(0, 2, 3, 1) if arriving.dim() == 4 else arriving
+    flat = image.flatten(1).contiguous()
+    OH, OW, OC = sizes[3:6]
+
+    def back(tensor: Tensor) -> Tensor:
+        if stage.conv:
+            tensor = tensor.view(len(times), OH, OW, OC).permute(0, 3, 1, 2)
+        return tensor.reshape(len(times), *stage.out_shape)
+
+    if on_triton(times.device):
+        if first_fire < values.numel():
+            raise UnsupportedError(
+                'early firing event by event runs on the CPU backend; use simulator="clock".'
+            )
+        return _on_triton(stage, flat, values, (rows, start, sizes, taps, dense), back)
+
+    from ...backends.cpu.ttfs_events import Synapses, run_layer
+
+    calls["cpu", "ttfs_events"] += 1
+    layer = Synapses(rows.numpy(), start.numpy(), sizes, taps, dense)
+    thresholds = np.empty(0, layer.weight.dtype) if stage.table is None else stage.table[0].numpy()
+    found = run_layer(flat.numpy(), values.numpy(), layer, thresholds, first_fire)
+    u, synops = back(torch.from_numpy(found.u)), torch.from_numpy(found.synops)
+    if stage.table is None:
+        return StageRun(u, None, torch.zeros(len(times), dtype=torch.int64), synops)
+    return StageRun(u, back(torch.from_numpy(found.times)), torch.from_numpy(found.spikes), synops)
+
+
+def _on_triton(
+    stage: Stage, flat: Tensor, values: Tensor, layer: tuple, back: Callable[[Tensor], Tensor]
+) -> StageRun:
+    from ...triton_kernels.ttfs_events import membranes
+
+    calls["triton", "ttfs_events"] += 1
+    rows, start, sizes, taps, dense = layer
+    H, W, C, *out, ph, pw = sizes
+    if ph * pw > 1:  # every spike moves to its cell, and is worth a share; an incomplete border is left out
+        cells = flat.view(-1, H, W, C)[:, : H // ph * ph, : W // pw * pw]
+        cells = cells.unflatten(2, (-1, pw)).unflatten(1, (-1, ph)).permute(0, 2, 4, 1, 3, 5)
+        sizes = (H // ph, W // pw, C, *out, 1, 1)
+        parts = [
+            membranes(
+                part.flatten(1).contiguous(), values / (ph * pw), rows, start * (k == 0), sizes, taps, dense
+            )
+            for k, part in enumerate(cells.flatten(1, 2).unbind(1))
+        ]
+        u, synops = (torch.stack([part[k] for part in parts]).sum(0) for k in (0, 1))
+    else:
+        u, synops = membranes(flat, values, rows, start, sizes, taps, dense)
+    none = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+    if stage.table is None:
+        return StageRun(back(u), None, none, synops)
+    unused = values.new_ones(())
+    times = ttfs(u, stage.table, unused, unused)[1]
+    return StageRun(back(u), back(times), (times != SILENT).sum(1), synops)

@@ -1,0 +1,103 @@
+"""Time-to-first-spike coding as one op: what an activation becomes when it travels as a single spike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ...spikes import check_float
+from . import reference
+from .kernels import (
+    MAX_WINDOW,
+    ROUNDINGS,
+    SILENT,
+    Kernel,
+    get_kernel,
+    register_kernel,
+    spike_table,
+)
+from .library import ttfs_op
+
+__all__ = [
+    "MAX_WINDOW",
+    "ROUNDINGS",
+    "SILENT",
+    "Kernel",
+    "get_kernel",
+    "register_kernel",
+    "spike_table",
+    "ttfs",
+]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def ttfs(
+    x: Tensor,
+    table: Tensor,
+    tau: Tensor,
+    t_d: Tensor,
+    *,
+    kernel: str = "exp",
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Encode ``x`` as spike times and decode them again; gradients pass straight through.
+
+    Equations and gradients: :mod:`snn_sparse_plugin.ops.ttfs.reference` (Park & Yoon, arXiv 2106.02568).
+
+    Args:
+        x: pre-activations of any shape, floating. Half precisions are computed in float32.
+        table: thresholds and values (2, window), falling, of :func:`spike_table`; no gradient passes through it.
+        tau, t_d: the kernel's parameters, 0-dimensional, in steps.
+        kernel: the name of the kernel that the table was made from.
+        backend: ``""`` takes that of the active sparse mode.
+
+    Returns:
+        xhat of x's shape and dtype, and the spike times, uint8 of x's shape: 0…window-1, or 255 for no spike.
+        NaN stays NaN and has no spike.
+
+    Raises:
+        InputError: integer input, or a table of another form.
+        UnsupportedError: a backend asked for by name that cannot run this.
+
+    Example:
+        >>> tau, t_d = torch.tensor(10.0), torch.tensor(0.0)
+        >>> table = spike_table(get_kernel("exp"), 32, tau, t_d)
+        >>> xhat, times = ttfs(torch.tensor([2.0, 0.5, 0.01]), table, tau, t_d)
+        >>> times.tolist()
+        [0, 7, 255]
+    """
+    check_float(x, "a pre-activation")
+    if table.dim() != 2 or table.shape[0] != 2 or not 2 <= table.shape[1] <= MAX_WINDOW:
+        raise InputError(f"a spike table has shape (2, 2…{MAX_WINDOW}), got {tuple(table.shape)}.")
+    found = get_kernel(kernel)
+    if x.dtype in _HALF:
+        out, times = ttfs(x.float(), table.float(), tau, t_d, kernel=kernel, backend=backend)
+        return out.to(x.dtype), times
+    table = table.to(x.dtype)
+    if found.rate is None:
+        return _Plain.apply(x, table, tau, t_d, found)
+    return ttfs_op(x, table, tau, t_d, found.rate, backend)
+
+
+class _Plain(torch.autograd.Function):
+    """Kernels that the fused op does not know."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, table: Tensor, tau: Tensor, t_d: Tensor, kernel: Kernel
+    ) -> tuple[Tensor, Tensor]:
+        out, times = reference.forward(x, table)
+        ctx.save_for_backward(x, times, table, tau, t_d)
+        ctx.kernel = kernel
+        ctx.mark_non_differentiable(times)
+        return out, times
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, times, table, tau, t_d = ctx.saved_tensors
+        d_x, d_tau, d_t_d = reference.backward(grads[0], x, times, table, tau, t_d, ctx.kernel)
+        return d_x, None, d_tau, d_t_d, None
