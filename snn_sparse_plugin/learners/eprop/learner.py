@@ -277,7 +277,7 @@ class EProp:
                 "learner.step(loss): the loss does not depend on this step's outputs. Where a step has no loss, call "
                 "learner.step()."
             )
-        self._phase, self._passing = "direct", bool(self._indirect)
+        self._phase = "direct"
         loss.backward()
         self._phase = "filtered"
         errors = [(r.below[0], r) for r in self.readout.open if r.direct is not None and r.below]
@@ -292,7 +292,6 @@ class EProp:
                     roots.append(below)
                     signals.append(record.direct)
         learning = [x for x in self.hidden if x.learns()]
-        self._passing = False
         again = self._indirect is None or bool(self._indirect)
         torch.autograd.backward(roots, signals, retain_graph=again)
         if self._indirect is None:
@@ -305,14 +304,18 @@ class EProp:
                 log.warning("e-prop: %s; the memory of those layers is left out", self.approximations[0])
         if self._indirect:
             self._passing = True
-            torch.autograd.backward(roots, signals)
-            self._passing = False
+            try:
+                torch.autograd.backward(roots, signals)
+            finally:
+                self._passing = False
 
     def _has_memory(self) -> bool:
         return not isinstance(self.readout.module, nn.Linear)
 
     def receive(self, layer: WatchedLayer, record: Record, grad: Tensor) -> Tensor | None:
         """A learning signal arrives at the spikes of a hidden layer; returns what goes on below."""
+        if self._passing and not any(record is r for r in layer.open):
+            return None  # what feeds back into a layer above came a step before
         self.guard(layer, record)
         if self._phase == "direct":
             record.direct = grad if record.direct is None else record.direct + grad

@@ -45,13 +45,15 @@ class Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
         ctx.call, ctx.weight = call, weight
+        ctx.set_materialize_grads(False)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0] is None or not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
         weight = ctx.weight if ctx.call.feedback is None else ctx.call.feedback
-        wanted = ctx.needs_input_grad[0]
-        return (grads[0] @ weight.to(grads[0].dtype) if wanted else None), None, None, None, None
+        return grads[0] @ weight.to(grads[0].dtype), None, None, None, None
 
 
 class Tap(Function):
@@ -60,11 +62,13 @@ class Tap(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, receive: Callable[[Tensor], Tensor | None], *below: Tensor) -> Tensor:
         ctx.receive, ctx.below = receive, len(below)
+        ctx.set_materialize_grads(False)  # what a tap keeps for itself does not arrive as zeros further down
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(ctx.receive(grads[0]),) * ctx.below
+        passed = None if grads[0] is None else ctx.receive(grads[0])
+        return None, None, None, *(passed,) * ctx.below
 
 
 def anchor(like: Tensor) -> Tensor:
