@@ -111,7 +111,10 @@ NETWORKS = {
         nn.Linear(M, N), norse.LSNNCell(p=norse.LSNNParameters(v_th=torch.tensor(0.3))), nn.Linear(N, C)
     ),
     "norse-box": lambda: norse_net(
-        nn.Linear(M, N), norse.LIFBoxCell(p=norse.LIFBoxParameters(v_th=torch.tensor(0.05))), nn.Linear(N, C), readout=norse.LIBoxCell()
+        nn.Linear(M, N),
+        norse.LIFBoxCell(p=norse.LIFBoxParameters(v_th=torch.tensor(0.05))),
+        nn.Linear(N, C),
+        readout=norse.LIBoxCell(),
     ),
     "norse-li-linear": lambda: norse_net(
         nn.Linear(M, N), norse.LIFCell(p=LIF), readout=norse.LILinearCell(N, C)

@@ -53,7 +53,9 @@ def test_offline_keeps_no_traces():
     with eprop.EProp(net, engine="offline") as learner:
         loop(net, x, learner.step)
         learner.flush()
-        assert not any(s.per_synapse or s.per_input for layer in learner.layers for s in layer.synapses.values())
+        assert not any(
+            s.per_synapse or s.per_input for layer in learner.layers for s in layer.synapses.values()
+        )
     compare(grads(net), expected, 1e-12)
 
 

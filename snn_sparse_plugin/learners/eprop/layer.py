@@ -90,7 +90,7 @@ class WatchedLayer:
         regular = self.learner.rate_reg
         for record in self.open:
             record.below = []
-            self.spikes, self.size = self.spikes + record.z.sum(), record.z.numel()
+            self.count(record.z)
             if regular is not None and not self.is_readout:
                 self.rate = regular.follow(self.rate, record.z)
                 push = regular.c * (self.rate - regular.target)
@@ -99,7 +99,16 @@ class WatchedLayer:
         self.steps += steps
         self.open = []
 
+    def count(self, z: Tensor) -> None:
+        """Add spikes (…, B, N) to the tally."""
+        self.spikes, self.size = self.spikes + z.sum(), z.shape[-1] * z.shape[-2]
+
     # --- the gradient ---
+
+    def add(self, weight: Tensor, grad: Tensor, mask: Tensor | None) -> None:
+        """A part of the gradient of a weight or bias that was found elsewhere."""
+        name = self.learner.name_of(weight)
+        self._synapses(name, grad.shape, mask).add(grad.clone())
 
     @torch.no_grad()
     def process(self, carry: bool) -> None:
@@ -136,7 +145,11 @@ class WatchedLayer:
             if call.name and by_name[call.name].requires_grad:
                 x = torch.stack([r.calls[k].pre for r in records]).to(like.dtype)
                 yield self._synapses(call.name, call.weight.shape, call.mask), x
-            if call.bias is not None and (name := self.learner._names.get(call.bias)) and call.bias.requires_grad:
+            if (
+                call.bias is not None
+                and (name := self.learner._names.get(call.bias))
+                and call.bias.requires_grad
+            ):
                 ones = like.new_ones(len(records), like.shape[0], 1)
                 yield self._synapses(name, (call.bias.numel(), 1), None), ones
 

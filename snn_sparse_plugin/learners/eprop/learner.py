@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, InputError, UnsupportedError
 from . import distributed
+from .compiled import Network
 from .layer import WatchedLayer
 from .options import ENGINES, FEEDBACKS, UPDATES, FiringRate, infer_filter, one_pole, same_filter
 from .rule import NO_MEMORY, Filter
@@ -93,7 +95,9 @@ class EProp:
         if trace_dtype is not None and not trace_dtype.is_floating_point:
             raise ConfigError(f"EProp(trace_dtype={trace_dtype}): must be a floating dtype.")
         if engine == "offline" and update != "sequence":
-            raise ConfigError('EProp(engine="offline") knows gradients at the end only: use update="sequence".')
+            raise ConfigError(
+                'EProp(engine="offline") knows gradients at the end only: use update="sequence".'
+            )
         self.wrapper, self.model = model, distributed.inner(model)
         self.kappa, self.feedback, self.rate_reg, self.update = kappa, feedback, rate_reg, update
         self.engine = "chunk" if engine == "auto" else engine
@@ -104,7 +108,6 @@ class EProp:
         self._names = {p: name for name, p in self.model.named_parameters(remove_duplicate=False)}
         self._feedback: dict[str, Tensor] = {}  # by the readout weight's name
         self._followed: dict[str, Tensor] = {}
-        self._waiting: dict[str, Any] = {}  # loaded for layers that have not run yet
         self._stack: ExitStack | None = None
         self._passing, self._phase = False, ""
         self.last_state: Any = None  # of the model, after run()
@@ -117,9 +120,7 @@ class EProp:
     def __repr__(self) -> str:
         hidden = ", ".join(x.name for x in self.hidden)
         notes = f", approximation: {'; '.join(self.approximations)}" if self.approximations else ""
-        return (
-            f"EProp(hidden: {hidden}; readout: {self.readout.name}; engine={self.engine!r}, chunk={self.chunk}{notes})"
-        )
+        return f"EProp(hidden: {hidden}; readout: {self.readout.name}; engine={self.engine!r}, chunk={self.chunk}{notes})"
 
     @property
     def layers(self) -> list[WatchedLayer]:
@@ -175,10 +176,11 @@ class EProp:
         self.steps_seen = 0
         self._batch: int | None = None
         self._versions: dict[str, int] | None = None
+        self.compiled: Network | None = None  # what run() keeps where kernels do the work
         self._drop()
         for layer in self.layers:
             layer.reset()
-        if self.feedback == "adaptive":
+        if isinstance(self.feedback, str) and self.feedback == "adaptive":
             self._follow()
 
     def _drop(self) -> None:
@@ -206,7 +208,7 @@ class EProp:
         if self.engine != "offline" and len(self.readout.pending) >= self.chunk:
             self._process(carry=True)
             if self.update != "sequence":
-                self._deliver()
+                self.deliver()
                 self._versions = None
                 return True
         return False
@@ -219,7 +221,7 @@ class EProp:
                 layer.ended = True
         else:
             self._process(carry=True)
-        self._deliver()
+        self.deliver()
 
     def run(
         self,
@@ -250,6 +252,10 @@ class EProp:
             self, x, loss_fn, targets,
             per_step=per_step, fresh=fresh, state=state, on_update=on_update, keep_outputs=keep_outputs,
         )  # fmt: skip
+
+    def block_size(self) -> int:
+        """How many steps run() takes at a time."""
+        return sys.maxsize if self.engine == "offline" else self.chunk
 
     # --- the parts of a step ---
 
@@ -352,7 +358,7 @@ class EProp:
                 "Call learner.reset() where a sequence begins."
             )
         self._batch = B
-        self._check_versions()
+        self.check_versions()
         self._check_shared(layer, records)
         if layer is self.readout and self.kappa == "auto" and self._has_memory():
             for record in records:
@@ -363,9 +369,10 @@ class EProp:
         if layer is self.readout:
             for record in records:
                 for call in record.calls:
-                    call.feedback = self._carrier(call)
+                    symmetric = isinstance(self.feedback, str) and self.feedback == "symmetric"
+                    call.feedback = None if symmetric else self.carrier(call.weight, call.name)
 
-    def _check_versions(self) -> None:
+    def check_versions(self) -> None:
         now = {name: p._version for p, name in self._names.items()}
         if self._versions is None:
             self._versions = now
@@ -403,7 +410,7 @@ class EProp:
             layer.process(carry)
 
     @torch.no_grad()
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         by_name = {name: p for p, name in self._names.items()}
         found = [pair for layer in self.layers for pair in layer.gradients()]
         grads = distributed.averaged(self.wrapper, [g for _, g in found])
@@ -417,26 +424,27 @@ class EProp:
 
     # --- feedback ---
 
-    def _carrier(self, call: Call) -> Tensor | None:
-        """What carries errors back in place of a readout weight, None for the weight itself."""
+    def carrier(self, weight: Tensor, name: str | None = None) -> Tensor:
+        """What carries errors back from the readout: its own weight, or the feedback in its place."""
+        name = self._names.get(weight, "") if name is None else name
+        weight = weight.detach()
         if isinstance(self.feedback, str) and self.feedback == "symmetric":
-            return None
-        if call.name not in self._feedback:
-            weight = call.weight.detach()
+            return weight
+        if name not in self._feedback:
             if isinstance(self.feedback, Tensor):
                 if self.feedback.shape != weight.shape:
                     raise ConfigError(
-                        f"EProp(feedback=tensor): shape {tuple(self.feedback.shape)}, but readout weight {call.name} "
+                        f"EProp(feedback=tensor): shape {tuple(self.feedback.shape)}, but readout weight {name} "
                         f"has {tuple(weight.shape)}."
                     )
                 made = self.feedback.detach().to(weight)
             else:  # spread as nn.Linear's own start
                 drawn = torch.rand(weight.shape, generator=self.generator, dtype=weight.dtype)
                 made = ((2 * drawn - 1) / weight.shape[1] ** 0.5).to(weight.device)
-            self._feedback[call.name] = made
+            self._feedback[name] = made
             if isinstance(self.feedback, str) and self.feedback == "adaptive":
-                self._followed[call.name] = weight.clone()
-        return self._feedback[call.name]
+                self._followed[name] = weight.clone()
+        return self._feedback[name]
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -468,6 +476,10 @@ class EProp:
             "feedback": {k: v.clone() for k, v in self._feedback.items()},
             "followed": {k: v.clone() for k, v in self._followed.items()},
             "layers": {x.name: x.state_dict() for x in self.layers},
+            "compiled": [
+                {k: v.clone() for k, v in part.items()}
+                for part in ([] if self.compiled is None else self.compiled.tensors())
+            ],
             "buffers": {f"{layer.name}.{k}": v.detach().clone() for layer, k, v in self._hidden_buffers()},
         }
 
@@ -489,10 +501,17 @@ class EProp:
         self._followed = {k: v.clone() for k, v in state["followed"].items()}
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
+        if state["compiled"]:
+            self.compiled = Network(self)
+            self.compiled.restore(state["compiled"])
+            self.last_state = self.compiled.state()
         modules = dict(self.model.named_modules())
         for name, value in state["buffers"].items():
             owner, _, buffer = name.rpartition(".")
             setattr(modules[owner], buffer, value.clone())
+
+    def name_of(self, parameter: Tensor) -> str:
+        return self._names[parameter]
 
     def _hidden_buffers(self) -> Iterator[tuple[Layer, str, Tensor]]:
         # snnTorch keeps hidden states in buffers that its own state_dict leaves out

@@ -134,7 +134,9 @@ class ChunkRule:
         self.reset()
 
     def reset(self) -> None:
-        self.shared: dict[int, dict[int, float]] | None = None  # of every state with one decay: its row of numbers
+        self.shared: dict[int, dict[int, float]] | None = (
+            None  # of every state with one decay: its row of numbers
+        )
 
     def process(
         self,
@@ -223,7 +225,9 @@ class ChunkRule:
             fresh = nu[lane].permute(1, 2, 0) @ x.transpose(0, 1)  # (B, N, M)
             for s in shared:
                 if s in synapses.per_input:
-                    fresh += start[lane, components.index(s)].unsqueeze(-1) * synapses.per_input[s].unsqueeze(1)
+                    fresh += start[lane, components.index(s)].unsqueeze(-1) * synapses.per_input[s].unsqueeze(
+                        1
+                    )
             if synapses.exists is not None:
                 fresh = fresh[:, synapses.exists[0], synapses.exists[1]]
             for s in own:

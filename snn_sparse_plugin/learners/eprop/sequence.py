@@ -52,9 +52,9 @@ def run(
     elif state is None:
         state = learner.last_state
     totals = Totals(loss_fn, keep_outputs)
-    step_model = _stepper(learner)
+    step_model = _compiled(learner, fresh) or _stepper(learner)
     before = {name: count for name, (count, _) in learner.spike_counts().items()}
-    for block, wanted in blocks(x, targets, per_step, learner.chunk):
+    for block, wanted in blocks(x, targets, per_step, learner.block_size()):
         state = step_model(block, wanted, state, totals, on_update)
     if not totals.steps:
         raise InputError("EProp.run: the input has no steps.")
@@ -65,6 +65,9 @@ def run(
         for name, (count, size) in learner.spike_counts().items()
     }
     return RunResult(totals.loss, totals.output, rates, totals.steps, state, totals.stacked())
+
+
+Targets = Callable[[int], Any]
 
 
 class Totals:
@@ -86,11 +89,21 @@ class Totals:
                 self.kept.append(output.detach())
         return loss
 
+    def add_all(self, outputs: Tensor, target: Targets) -> Tensor:
+        """The sum of the losses of some steps, from outputs (K, B, C) that hang on nothing else."""
+        losses = [self.loss_fn(y, target(t)) for t, y in enumerate(outputs.unbind(0))]
+        loss = torch.stack(losses).sum()
+        self.loss += float(loss.detach())
+        self.steps += len(losses)
+        self.output = self.output + outputs.detach().sum(0)
+        if self.kept is not None:
+            self.kept.extend(outputs.detach().unbind(0))
+        return loss
+
     def stacked(self) -> Tensor | None:
         return torch.stack(self.kept) if self.kept else None
 
 
-Targets = Callable[[int], Any]
 Stepper = Callable[[Any, Targets, Any, Totals, "Callable[[], Any] | None"], Any]
 
 
@@ -128,6 +141,15 @@ class Window(NamedTuple):
 
 def _cut(x: Tensor | SpikeTrain, start: int, stop: int) -> Tensor | Window:
     return x[start:stop] if isinstance(x, Tensor) else Window(x, start, stop)
+
+
+def _compiled(learner: EProp, fresh: bool) -> Stepper | None:
+    """The kernels' way, where the model and the sequence so far allow it."""
+    from .compiled import Network, why_not
+
+    if learner.compiled is None and fresh and not why_not(learner):
+        learner.compiled = Network(learner)
+    return None if learner.compiled is None else learner.compiled.block
 
 
 def _stepper(learner: EProp) -> Stepper:

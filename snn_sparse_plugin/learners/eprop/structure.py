@@ -79,17 +79,25 @@ def _readout(model: nn.Module, named: dict[nn.Module, str], layers: list[Layer])
     if len(silent) == 1:
         return silent[0]
     inner = {m for x in layers for m in x.module.modules() if m is not x.module}
-    order = [m for m in named if m not in inner and (isinstance(m, nn.Linear) or any(x.module is m for x in layers))]
+    order = [
+        m
+        for m in named
+        if m not in inner and (isinstance(m, nn.Linear) or any(x.module is m for x in layers))
+    ]
     last = order[-1] if order and not silent else None
     if isinstance(last, nn.Linear):
         return Layer(named[last], last, None)
     for layer in layers:
         if layer.module is last and layer.adapter is not None and layer.adapter.name == "snntorch":
             return layer
-    why = f"{len(silent)} leaky integrators" if silent else "no leaky integrator and no Linear after its neurons"
+    why = (
+        f"{len(silent)} leaky integrators"
+        if silent
+        else "no leaky integrator and no Linear after its neurons"
+    )
     raise ConfigError(
         f"EProp: {type(model).__name__} has no readable readout ({why}). E-prop needs one linear readout: a Linear, "
-        'Norse\'s LI, snnTorch\'s Leaky(reset_mechanism="none") or LeakyReadout. Name it with readout=module.'
+        "Norse's LI, snnTorch's Leaky(reset_mechanism=\"none\") or LeakyReadout. Name it with readout=module."
     )
 
 

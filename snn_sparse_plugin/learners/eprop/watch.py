@@ -43,7 +43,9 @@ class Linear(Function):
     """``F.linear`` whose gradient reaches the input alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+    ) -> Tensor:
         ctx.call, ctx.weight = call, weight
         ctx.set_materialize_grads(False)
         return F.linear(x, weight, bias)
@@ -60,7 +62,9 @@ class Tap(Function):
     """Passes a tensor on and hands its gradient to ``receive``, whose result goes on to the currents below."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, receive: Callable[[Tensor], Tensor | None], *below: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, receive: Callable[[Tensor], Tensor | None], *below: Tensor
+    ) -> Tensor:
         ctx.receive, ctx.below = receive, len(below)
         ctx.set_materialize_grads(False)  # what a tap keeps for itself does not arrive as zeros further down
         return x.view_as(x)
@@ -126,7 +130,9 @@ def derivatives(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Jacobian
         return found
     for row, out in enumerate(outputs):
         if out.requires_grad:
-            columns = torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True, allow_unused=True)
+            columns = torch.autograd.grad(
+                out, inputs, torch.ones_like(out), retain_graph=True, allow_unused=True
+            )
             found |= {(row, k): g for k, g in enumerate(columns) if g is not None}
     return found
 
@@ -149,7 +155,9 @@ class Neuron:
         name = self.layer.name
         if self.library == "snntorch":
             if type(module).__name__ not in (*_SNNTORCH_STATES,) and not hasattr(module, "mem"):
-                raise UnsupportedError(f"e-prop: {name} is a {type(module).__name__}, which is not elementwise.")
+                raise UnsupportedError(
+                    f"e-prop: {name} is a {type(module).__name__}, which is not elementwise."
+                )
             if getattr(module, "inhibition", False):
                 raise UnsupportedError(f"e-prop: {name} has inhibition=True, which couples its neurons.")
             inner = getattr(module, "recurrent", None)
@@ -159,7 +167,9 @@ class Neuron:
                     "use all_to_all=True, or eprop.detached(model)."
                 )
 
-    def steps(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Record], Any, bool]:
+    def steps(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Record], Any, bool]:
         """All steps of a call -> their records, what the call returns, and whether its state began anew."""
         if not isinstance(x, Tensor) or x.dim() != 2 + self.sequence:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -191,12 +201,16 @@ class Neuron:
         record = Record({}, [call.at(t) for call in outside], x, 0)
         with torch.enable_grad():
             current = x.detach().requires_grad_()
-            inner: list[tuple[Tensor, Tensor]] = []  # of linear layers inside the neuron: current with and without graph
+            inner: list[
+                tuple[Tensor, Tensor]
+            ] = []  # of linear layers inside the neuron: current with and without graph
 
             def linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 name = self.parameters.get(weight)
                 if name is None:
-                    raise UnsupportedError(f"e-prop: {self.layer.name} multiplies by a weight that is no parameter.")
+                    raise UnsupportedError(
+                        f"e-prop: {self.layer.name} multiplies by a weight that is no parameter."
+                    )
                 outer = given is current or given._base is current
                 given = x.view_as(given) if outer else given.detach()
                 call = Call(name, weight, bias, _mask(self.layer.module, weight), given.detach())
@@ -217,7 +231,9 @@ class Neuron:
             leaves = [*(leaf for _, leaf in inner), current]
             leaves = [tapped] if feeds_itself else leaves
             rows = [z, *after]
-            found = self._local(rows, leaves, leaves[-1] if feeds_itself else current, state.leaves, state.aliases)
+            found = self._local(
+                rows, leaves, leaves[-1] if feeds_itself else current, state.leaves, state.aliases
+            )
         record.local, record.z, record.states = found, _flat(z, self.sequence).detach(), len(after)
         record.below = [graph for graph, _ in inner] or [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
@@ -259,7 +275,12 @@ class Neuron:
         return tree_map_only(Tensor, replace, out)
 
     def _local(
-        self, rows: list[Tensor], currents: list[Tensor], outer: Tensor, states: list[Tensor], aliases: set[int]
+        self,
+        rows: list[Tensor],
+        currents: list[Tensor],
+        outer: Tensor,
+        states: list[Tensor],
+        aliases: set[int],
     ) -> Jacobian:
         found = derivatives(rows, [*currents, *states])
         n = len(currents)
