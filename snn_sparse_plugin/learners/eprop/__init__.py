@@ -26,3 +26,8 @@ __all__ = [
     "RunResult",
     "detached",
 ]
+
+
+def plugin() -> type[EProp]:
+    """What the entry point ``eprop`` of the group ``snn_sparse_plugin.learners`` gives: the learner's class."""
+    return EProp

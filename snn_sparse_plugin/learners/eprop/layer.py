@@ -108,7 +108,7 @@ class WatchedLayer:
     def add(self, weight: Tensor, grad: Tensor, mask: Tensor | None) -> None:
         """A part of the gradient of a weight or bias that was found elsewhere."""
         name = self.learner.name_of(weight)
-        self._synapses(name, grad.shape, mask).add(grad.clone())
+        self._synapses(name, grad.shape, mask).add(grad.clone(memory_format=torch.contiguous_format))
 
     @torch.no_grad()
     def process(self, carry: bool) -> None:

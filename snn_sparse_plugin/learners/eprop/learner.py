@@ -209,7 +209,6 @@ class EProp:
             self._process(carry=True)
             if self.update != "sequence":
                 self.deliver()
-                self._versions = None
                 return True
         return False
 
@@ -421,6 +420,8 @@ class EProp:
                 changed = hook(grad)
                 grad = grad if changed is None else changed
             parameter.grad = grad.clone() if parameter.grad is None else parameter.grad + grad
+        if self.update != "sequence":
+            self._versions = None  # from here on weights may be others
 
     # --- feedback ---
 
