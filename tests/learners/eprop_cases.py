@@ -42,7 +42,7 @@ class SnnNet(nn.Module):
         spikes, *first = self.hidden(self.fc1(x), *first)
         first = (spikes, *first) if isinstance(self.hidden, snn.RLeaky) else first
         first = (spikes, *first) if isinstance(self.hidden, snn.RSynaptic) else first
-        spk, *second = self.readout(self.fc2(spikes), *second)
+        _spk, *second = self.readout(self.fc2(spikes), *second)
         return second[-1], (tuple(first), tuple(second))
 
 

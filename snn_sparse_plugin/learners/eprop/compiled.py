@@ -39,12 +39,12 @@ def why_not(learner: EProp) -> str:
         return "it is neither float32 nor float64"
     if learner.engine == "step" or learner.trace_dtype is not None:
         return "engine='step' or a trace_dtype"
-    if any(m is not None and not _only_autapses(m) for x in model.layers for _, m in x.masks()):
+    if any(not _only_autapses(m) for x in model.layers for _, m in x.masks()):
         return "a sparse connectivity mask, whose traces are kept per existing synapse"
     return ""
 
 
-def _only_autapses(mask: Tensor) -> bool:
+def _only_autapses(mask: Any) -> bool:
     missing = ~mask
     return mask.shape[0] == mask.shape[1] and not bool(
         (missing & ~torch.eye(len(mask), dtype=torch.bool)).any()
@@ -56,10 +56,11 @@ class Network:
 
     def __init__(self, learner: EProp) -> None:
         self.learner = learner
-        self.model: Any = learner.model
+        model: Any = learner.model
+        self.model = model
         self.dtype = next(self.model.parameters()).dtype
         self.numpy_dtype = np.dtype("float32" if self.dtype == torch.float32 else "float64")
-        self.kappa = self.model.readout.kappa
+        self.kappa: float = self.model.readout.kappa
         memory = learner._filter
         self.decay = self.kappa if memory is None else float(memory.A[0, 0]) if len(memory.b) else 0.0
         self.layers: list[_Layer] = []
@@ -71,7 +72,7 @@ class Network:
         events, K, B = self._events(block)
         if not self.layers:
             self._begin(B, state)
-        if B != len(self.layers[0].v):
+        if len(self.layers[0].v) != B:
             raise InputError(
                 f"EProp.run: a block of {B} samples, the sequence began with {len(self.layers[0].v)}. "
                 "Use fresh=True for other samples."
@@ -124,7 +125,8 @@ class Network:
 
     def tensors(self) -> list[dict[str, Tensor]]:
         """Everything that has to be kept to go on later."""
-        return [x.tensors() for x in [*self.layers, *([] if self.out is None else [self.out])]]
+        parts: list[Any] = [*self.layers, *([] if self.out is None else [self.out])]
+        return [x.tensors() for x in parts]
 
     def restore(self, saved: list[dict[str, Tensor]]) -> None:
         if not saved:

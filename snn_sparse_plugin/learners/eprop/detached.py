@@ -86,7 +86,7 @@ def _cut_gates(current: Tensor) -> None:
             continue
         seen.add(node)
         if isinstance(node, _Gate._backward_cls):  # type: ignore[attr-defined]
-            node.is_cut = True
+            node.is_cut = True  # type: ignore[attr-defined]
         else:
             waiting.extend(after for after, _ in node.next_functions)
 
@@ -96,7 +96,7 @@ def _cut(module: nn.Module, between_layers: bool) -> Callable[..., Any]:
     names = {weight: name for name, weight in module.named_parameters()}
 
     def linear(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
-        cut = between_layers or "recurrent" in names.get(weight, "")
+        cut = between_layers or "recurrent" in names.get(weight, "")  # type: ignore[call-overload]
         return F.linear(x.detach() if cut else x, weight, *rest, **options)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:

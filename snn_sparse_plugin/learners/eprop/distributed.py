@@ -10,26 +10,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def _is_wrapped(model: nn.Module) -> bool:
-    return dist.is_available() and isinstance(model, nn.parallel.DistributedDataParallel)
+def _wrapped(model: nn.Module) -> Any:
+    """The ``DistributedDataParallel`` that the model is, or None."""
+    # the class exists only where torch was built with distributed
+    if dist.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model
+    return None
 
 
 def inner(model: nn.Module) -> nn.Module:
     """The module inside ``DistributedDataParallel``, or the module itself."""
-    return model.module if _is_wrapped(model) else model
+    wrapper = _wrapped(model)
+    return model if wrapper is None else wrapper.module
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[Any]:
     """Keeps the wrapper from waiting for gradients of its own; here they never pass through autograd."""
-    return model.no_sync() if _is_wrapped(model) else nullcontext()  # type: ignore[operator]
+    wrapper = _wrapped(model)
+    return nullcontext() if wrapper is None else wrapper.no_sync()
 
 
 def averaged(model: nn.Module, grads: list[Tensor]) -> list[Tensor]:
     """Gradients averaged over the processes of a wrapped model, as ``DistributedDataParallel`` does."""
-    if not _is_wrapped(model) or not grads:
+    wrapper = _wrapped(model)
+    if wrapper is None or not grads:
         return grads
     flat = torch.cat([g.flatten() for g in grads])
-    group = model.process_group
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
+    dist.all_reduce(flat, group=wrapper.process_group)
+    flat /= dist.get_world_size(wrapper.process_group)
     return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .rule import RULES, Steps, Synapses
+from .rule import RULES, ChunkRule, Steps, Synapses, TextbookRule
 from .structure import Layer
 from .watch import Neuron, Record, Tap, anchor, tracked
 
@@ -29,7 +29,9 @@ class WatchedLayer:
         self.reset()
 
     def reset(self) -> None:
-        self.steps, self.ended, self.rule, self.rate = 0, False, None, None
+        self.steps, self.ended = 0, False
+        self.rule: ChunkRule | TextbookRule | None = None
+        self.rate: Tensor | None = None
         self.states: list[int] = []
         self.spikes: Tensor | float = 0.0
         self.size = 1
@@ -48,8 +50,7 @@ class WatchedLayer:
     def attach(self) -> Callable[..., Any]:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
-        names = {p: name for p, name in self.learner._names.items()}
-        neuron = Neuron(self.layer, names, self.is_readout)
+        neuron = Neuron(self.layer, self.learner._names, self.is_readout)
         neuron.guard = lambda record: self.learner.guard(self, record)
         neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
 
@@ -147,7 +148,7 @@ class WatchedLayer:
                 yield self._synapses(call.name, call.weight.shape, call.mask), x
             if (
                 call.bias is not None
-                and (name := self.learner._names.get(call.bias))
+                and (name := self.learner.name_of(call.bias))
                 and call.bias.requires_grad
             ):
                 ones = like.new_ones(len(records), like.shape[0], 1)
@@ -170,7 +171,7 @@ class WatchedLayer:
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        shared = getattr(self.rule, "shared", None)
+        shared = self.rule.shared if isinstance(self.rule, ChunkRule) else None
         return {
             "steps": self.steps,
             "rate": None if self.rate is None else self.rate.clone(),
@@ -194,7 +195,7 @@ class WatchedLayer:
             like = next(iter([*synapses.per_input.values(), *synapses.per_synapse.values()]), None)
             if like is not None and self.rule is None:
                 self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
-        if self.rule is not None and hasattr(self.rule, "shared"):
+        if isinstance(self.rule, ChunkRule):
             self.rule.shared = state["shared"]
 
 

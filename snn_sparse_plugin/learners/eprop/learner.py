@@ -120,7 +120,8 @@ class EProp:
     def __repr__(self) -> str:
         hidden = ", ".join(x.name for x in self.hidden)
         notes = f", approximation: {'; '.join(self.approximations)}" if self.approximations else ""
-        return f"EProp(hidden: {hidden}; readout: {self.readout.name}; engine={self.engine!r}, chunk={self.chunk}{notes})"
+        where = f"hidden: {hidden}; readout: {self.readout.name}"
+        return f"EProp({where}; engine={self.engine!r}, chunk={self.chunk}{notes})"
 
     @property
     def layers(self) -> list[WatchedLayer]:
@@ -164,7 +165,7 @@ class EProp:
 
     def call_of(self, module: nn.Linear, x: Tensor) -> Call:
         """What is remembered of a call of a Linear; one pruned by ``torch.nn.utils.prune`` has a mask."""
-        name = self._names.get(module._parameters.get("weight_orig", module.weight), "")  # type: ignore[arg-type]
+        name = self.name_of(module._parameters.get("weight_orig", module.weight))
         if not x.is_floating_point():
             raise InputError(f"{name or 'Linear'}: expected a floating input, got {x.dtype}.")
         return Call(name, module.weight, module.bias, module._buffers.get("weight_mask"), x.detach())
@@ -346,7 +347,7 @@ class EProp:
         if layer.ended:
             raise UnsupportedError('engine="offline" ends a sequence at flush(): call learner.reset().')
         B = records[0].z.shape[0]
-        if self._batch is not None and B != self._batch:
+        if self._batch is not None and self._batch != B:
             raise InputError(
                 f"e-prop: {layer.name} got {B} samples, the sequence began with {self._batch}. Traces belong to "
                 "samples: call learner.reset() between sequences."
@@ -396,10 +397,7 @@ class EProp:
 
     def filter_of(self, layer: WatchedLayer, like: Tensor) -> Filter:
         """The memory behind a layer's outputs."""
-        if layer is self.readout:
-            found = NO_MEMORY
-        else:
-            found = self._filter if self._filter is not None else one_pole(0.0)
+        found = NO_MEMORY if layer is self.readout or self._filter is None else self._filter
         return Filter(found.A.to(like), found.b.to(like), found.out)
 
     # --- gradients ---
@@ -427,7 +425,7 @@ class EProp:
 
     def carrier(self, weight: Tensor, name: str | None = None) -> Tensor:
         """What carries errors back from the readout: its own weight, or the feedback in its place."""
-        name = self._names.get(weight, "") if name is None else name
+        name = self.name_of(weight) if name is None else name
         weight = weight.detach()
         if isinstance(self.feedback, str) and self.feedback == "symmetric":
             return weight
@@ -454,7 +452,7 @@ class EProp:
             if name in self._followed and not torch.equal(parameter, self._followed[name]):
                 self._feedback[name] += parameter - self._followed[name]
                 self._feedback[name] *= 1 - self.feedback_decay
-                parameter *= 1 - self.feedback_decay
+                parameter.mul_(1 - self.feedback_decay)
                 self._followed[name] = parameter.detach().clone()
 
     # --- state ---
@@ -511,8 +509,9 @@ class EProp:
             owner, _, buffer = name.rpartition(".")
             setattr(modules[owner], buffer, value.clone())
 
-    def name_of(self, parameter: Tensor) -> str:
-        return self._names[parameter]
+    def name_of(self, parameter: Tensor | None) -> str:
+        """The name of a parameter of the model; of anything else ``""``."""
+        return self._names.get(parameter, "")  # type: ignore[arg-type, call-overload]
 
     def _hidden_buffers(self) -> Iterator[tuple[Layer, str, Tensor]]:
         # snnTorch keeps hidden states in buffers that its own state_dict leaves out

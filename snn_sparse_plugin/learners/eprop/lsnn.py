@@ -58,6 +58,8 @@ class LSNN(nn.Module):
         torch.Size([32, 256])
     """
 
+    betas: Tensor
+
     def __init__(
         self,
         input_size: int,

@@ -295,4 +295,8 @@ def scan(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tensor, T
     return nu, adjoint
 
 
-RULES = {"chunk": ChunkRule, "offline": ChunkRule, "step": TextbookRule}
+RULES: dict[str, type[ChunkRule] | type[TextbookRule]] = {
+    "chunk": ChunkRule,
+    "offline": ChunkRule,
+    "step": TextbookRule,
+}

@@ -7,7 +7,7 @@ reset will do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ...errors import ConfigError, InputError, UnsupportedError
+from ...errors import InputError, UnsupportedError
 from .rule import Jacobian
 from .structure import Intercept, Layer
 
@@ -95,11 +95,11 @@ def sources(current: Tensor, name: str) -> list[Call]:
     found: list[Call] = []
     waiting: list[Any] = [current.grad_fn]
     while waiting:
-        node = waiting.pop()
+        node: Any = waiting.pop()
         if node is None:
             continue
         if isinstance(node, Linear._backward_cls):  # type: ignore[attr-defined]
-            found.append(node.call)
+            found.append(node.call)  # type: ignore[attr-defined]
         elif node.name() == "AddBackward0" and node._saved_alpha == 1:
             waiting.extend(after for after, _ in node.next_functions)
         else:
@@ -144,7 +144,7 @@ class Neuron:
         readout: outputs keep their graph from the current on, instead of being tapped.
     """
 
-    def __init__(self, layer: Layer, parameters: dict[Tensor, str], readout: bool = False) -> None:
+    def __init__(self, layer: Layer, parameters: dict[nn.Parameter, str], readout: bool = False) -> None:
         self.layer, self.parameters, self.readout = layer, parameters, readout
         self.forward = layer.module.forward
         self.library = layer.adapter.name if layer.adapter is not None else ""
@@ -206,7 +206,7 @@ class Neuron:
             ] = []  # of linear layers inside the neuron: current with and without graph
 
             def linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-                name = self.parameters.get(weight)
+                name = self.parameters.get(weight)  # type: ignore[call-overload]
                 if name is None:
                     raise UnsupportedError(
                         f"e-prop: {self.layer.name} multiplies by a weight that is no parameter."
@@ -221,7 +221,7 @@ class Neuron:
                     inner[-1] = (graph, self._read(graph, record))
                 return inner[-1][1]
 
-            feeds_itself = self.readout and not self._has_inner(x)
+            feeds_itself = self.readout and not self._has_inner()
             tapped = self._read(x, record) if feeds_itself else current
             run = _SnnTorchState if self.library == "snntorch" else _TupleState
             state = run(self, tapped if not self.sequence else tapped.unsqueeze(0), args, kwargs)
@@ -242,9 +242,11 @@ class Neuron:
         state.detach()
         return record, out, state.fresh
 
-    def _has_inner(self, x: Tensor) -> bool:
-        own = self.layer.module._parameters | {n: m for n, m in self.layer.module._modules.items()}
-        return "input_weights" in own or any(isinstance(m, nn.Linear) for m in own.values())
+    def _has_inner(self) -> bool:
+        module = self.layer.module
+        return "input_weights" in module._parameters or any(
+            isinstance(m, nn.Linear) for m in module.children()
+        )
 
     def _read(self, current: Tensor, record: Record) -> Tensor:
         """The readout's current, cut from its graph: its gradient is kept, and sent down later by the feedback."""
