@@ -28,8 +28,11 @@ Events = tuple[
 def why_not(learner: EProp) -> str:
     """Why a model does not run through the kernels, or ``""``."""
     model: Any = learner.model
-    if type(model) is not LSNNNetwork or any(type(x) is not LSNN for x in model.layers):
+    if type(model) is not LSNNNetwork:
         return "it is not an LSNNNetwork"
+    layers: Any = model.layers
+    if any(type(x) is not LSNN for x in layers):
+        return "its layers are of another class"
     if type(model.readout) is not LeakyReadout or any(has_hooks(m) for m in model.modules()):
         return "a module has hooks"
     weights = list(model.parameters())
@@ -39,7 +42,7 @@ def why_not(learner: EProp) -> str:
         return "it is neither float32 nor float64"
     if learner.engine == "step" or learner.trace_dtype is not None:
         return "engine='step' or a trace_dtype"
-    if any(not _only_autapses(m) for x in model.layers for _, m in x.masks()):
+    if any(not _only_autapses(m) for x in layers for _, m in x.masks()):
         return "a sparse connectivity mask, whose traces are kept per existing synapse"
     return ""
 

@@ -64,12 +64,14 @@ class Synapses:
         traces = traces if self.exists is None else traces[..., self.exists[0], self.exists[1]]
         return traces if self.trace_dtype is None else traces.to(self.trace_dtype)
 
-    def scaled(self, factor: Tensor, component: int) -> Tensor:
-        """``factor`` (B, N) times the traces of a component, as they are stored but in the dtype of ``factor``."""
-        traces = self.per_synapse[component].to(factor.dtype)
-        if self.exists is None:
-            return factor.unsqueeze(-1) * traces
-        return factor[:, self.exists[0]] * traces
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape in which one sample's traces per synapse are kept."""
+        return self.shape if self.exists is None else (len(self.exists[0]),)
+
+    def rows(self, factor: Tensor) -> Tensor:
+        """A factor of every neuron, (N,), for each of its synapses."""
+        return factor.unsqueeze(-1) if self.exists is None else factor[self.exists[0]]
 
     def spread(self, summed: Tensor) -> Tensor:
         """(N, M) of what was summed over samples in the form of storage."""
@@ -160,10 +162,15 @@ class ChunkRule:
         own = [c for c in components if c not in shared]
         lanes = own if carry else []
         nu, start = scan(steps, self.readout, [components.index(c) for c in lanes])
+        places = {c: k for k, c in enumerate(components)}
         for synapses, x in inputs:
-            self._add(synapses, x, nu, start, components, shared, own)
+            synapses.add(nu[0].flatten(0, 1).T @ x.flatten(0, 1))
+            for c, trace in synapses.per_input.items():
+                synapses.add(start[0, places[c]].T @ trace)
+            if synapses.per_synapse or lanes:
+                self._per_synapse(synapses, x, nu, start, places, own, carry)
             if carry:
-                self._carry(synapses, x, nu[1:], start[1:], components, shared, lanes)
+                synapses.per_input = _per_input(synapses.per_input, x, shared)
 
     def _share(self, local: Tensor, states: Sequence[int]) -> dict[int, dict[int, float]]:
         """States with the same decay for all neurons, samples and steps so far, that only such states feed."""
@@ -192,50 +199,41 @@ class ChunkRule:
             synapses.per_synapse[state] = synapses.kept(trace.unsqueeze(1).expand(B, n, M)).contiguous()
 
     @staticmethod
-    def _add(
+    def _per_synapse(
         synapses: Synapses,
         x: Tensor,
         nu: Tensor,
         start: Tensor,
-        components: Sequence[int],
-        shared: dict[int, dict[int, float]],
+        places: dict[int, int],
         own: Sequence[int],
+        carry: bool,
     ) -> None:
-        synapses.add(nu[0].flatten(0, 1).T @ x.flatten(0, 1))
-        for c in shared:
-            if c in synapses.per_input:
-                synapses.add(start[0, components.index(c)].T @ synapses.per_input[c])
-        for c in own:
-            if c in synapses.per_synapse:
-                factor = start[0, components.index(c)]
-                synapses.add(synapses.spread(synapses.scaled(factor, c).sum(0)))
+        """What traces per synapse add to the gradient, and what becomes of them in the chunk.
 
-    @staticmethod
-    def _carry(
-        synapses: Synapses,
-        x: Tensor,
-        nu: Tensor,
-        start: Tensor,
-        components: Sequence[int],
-        shared: dict[int, dict[int, float]],
-        own: Sequence[int],
-    ) -> None:
-        after = {}
-        for lane, c in enumerate(own):
-            fresh = nu[lane].permute(1, 2, 0) @ x.transpose(0, 1)  # (B, N, M)
-            for s in shared:
-                if s in synapses.per_input:
-                    fresh += start[lane, components.index(s)].unsqueeze(-1) * synapses.per_input[s].unsqueeze(
-                        1
-                    )
-            if synapses.exists is not None:
-                fresh = fresh[:, synapses.exists[0], synapses.exists[1]]
-            for s in own:
-                if s in synapses.per_synapse:
-                    fresh += synapses.scaled(start[lane, components.index(s)], s)
-            after[c] = fresh if synapses.trace_dtype is None else fresh.to(synapses.trace_dtype)
-        synapses.per_synapse.update(after)
-        synapses.per_input.update(_per_input(synapses.per_input, x, shared))
+        Sample by sample: one (N, M) at a time stays in cache, where (B, N, M) of anything new would not.
+        """
+        total = nu.new_zeros(synapses.stored)
+        if carry:
+            dtype = synapses.trace_dtype or nu.dtype
+            for c in own:
+                if c not in synapses.per_synapse:
+                    synapses.per_synapse[c] = nu.new_zeros(x.shape[1], *synapses.stored, dtype=dtype)
+        for b in range(x.shape[1]):
+            before = {c: traces[b].to(nu.dtype) for c, traces in synapses.per_synapse.items()}
+            for c, trace in before.items():
+                total += synapses.rows(start[0, places[c], b]) * trace
+            new = []
+            for lane in range(len(own) if carry else 0):
+                fresh = nu[1 + lane, :, b].T @ x[:, b]
+                for c, trace in synapses.per_input.items():
+                    fresh.addr_(start[1 + lane, places[c], b], trace[b])
+                fresh = fresh if synapses.exists is None else fresh[synapses.exists]
+                for c, trace in before.items():
+                    fresh.addcmul_(synapses.rows(start[1 + lane, places[c], b]), trace)
+                new.append(fresh)
+            for c, fresh in zip(own, new, strict=False):
+                synapses.per_synapse[c][b] = fresh
+        synapses.add(synapses.spread(total))
 
 
 def _per_input(
