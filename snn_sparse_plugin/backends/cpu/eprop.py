@@ -312,7 +312,11 @@ def _sum_and_carry(  # type: ignore[no-untyped-def]
             add_rows(out, i, nu, rows, scaled, starts[i], starts[i + 1])
         if carry:
             if some:
-                alive[b, i] = True
+                if not alive[b, i]:
+                    alive[b, i] = True
+                    eps[b, i] = 0  # a row holds nothing yet, or what another sequence has left
+                    if nu_r.shape[0] > 0:
+                        ebar[b, i] = 0
                 add_rows(eps[b], i, nu_a, rows, scaled, starts[i], starts[i + 1])
                 if nu_r.shape[0] > 0:
                     add_rows(ebar[b], i, nu_r, rows, scaled, starts[i], starts[i + 1])

@@ -57,8 +57,11 @@ def _only_autapses(mask: Any) -> bool:
 class Network:
     """The states and traces of a network, and its steps chunk by chunk."""
 
-    def __init__(self, learner: EProp) -> None:
+    def __init__(self, learner: EProp, spare: Network | None = None) -> None:
         self.learner = learner
+        self.spare: list[list[_Traces]] = (
+            [] if spare is None else [x.sources for x in spare.layers]
+        )  # memory for traces
         model: Any = learner.model
         self.model = model
         self.dtype = next(self.model.parameters()).dtype
@@ -118,8 +121,12 @@ class Network:
 
     def _begin(self, B: int, state: Any) -> None:
         states = [None] * (len(self.model.layers) + 1) if state is None else list(state)
-        for watched, module, before in zip(self.learner.hidden, self.model.layers, states, strict=False):
-            self.layers.append(_Layer(self, watched, module, B, before))
+        for k, (watched, module, before) in enumerate(
+            zip(self.learner.hidden, self.model.layers, states, strict=False)
+        ):
+            spare = self.spare[k] if self.spare else []
+            self.layers.append(_Layer(self, watched, module, B, before, spare))
+        self.spare = []
         self.out = _Readout(self, B, states[-1])
 
     def state(self) -> tuple[Any, ...]:
@@ -141,7 +148,15 @@ class Network:
 
 
 class _Layer:
-    def __init__(self, network: Network, watched: Any, module: LSNN, B: int, state: LSNNState | None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        watched: Any,
+        module: LSNN,
+        B: int,
+        state: LSNNState | None,
+        spare: list[_Traces],
+    ) -> None:
         self.network, self.watched, self.module, self.B = network, watched, module, B
         N, M = module.hidden_size, module.input_size
         self.P = -(-N // LANES) * LANES
@@ -154,10 +169,11 @@ class _Layer:
                 own[:, :N] = given.detach()
         regular = network.learner.rate_reg
         self.rate = zeros[:0] if regular is None else torch.full_like(zeros, regular.target)
-        self.sources = [_Traces(B, M, self.P, self.low, network)]
-        if module.recurrent:
-            self.sources.append(_Traces(B, N, self.P, self.low, network))
-        self.sources += [_Traces(0, 0, self.P, self.low, network)] * (2 - len(self.sources))
+        rows = [M, N if module.recurrent else 0]
+        old: list[Any] = spare or [None, None]
+        self.sources: list[_Traces] = [
+            _Traces(B, m, self.P, self.low, network, e) for m, e in zip(rows, old, strict=True)
+        ]
         self.versions: tuple[int, ...] = ()
         self.weights: list[np.ndarray] = []
 
@@ -265,16 +281,21 @@ class _Layer:
 class _Traces:
     """Of one weight matrix: per input, of the adaptation and of the output per synapse, in rows of P neurons."""
 
-    def __init__(self, B: int, rows: int, P: int, low: int, network: Network) -> None:
+    def __init__(
+        self, B: int, rows: int, P: int, low: int, network: Network, spare: _Traces | None = None
+    ) -> None:
         dtype, self.rows = network.dtype, rows
         carried = B if network.learner.engine != "offline" else 0
         self.zeta = torch.zeros(B, rows, dtype=dtype)
-        # zeros that the system hands out as they are touched: rows of silent inputs cost nothing
-        self.eps = torch.from_numpy(np.zeros((carried, rows, P - low), network.numpy_dtype))
-        self.ebar = torch.from_numpy(
-            np.zeros((carried if network.decay else 0, rows, P), network.numpy_dtype)
-        )
-        self.alive = torch.zeros(B, rows, dtype=torch.bool)
+        self.alive = torch.zeros(B, rows, dtype=torch.bool)  # whether the input has spiked
+        shapes = (carried, rows, P - low), (carried if network.decay else 0, rows, P)
+        if spare is not None and (spare.eps.shape, spare.ebar.shape) == shapes and spare.eps.dtype == dtype:
+            # a row is cleared when its input first spikes; new memory for every sequence would take longer
+            self.eps: Tensor = spare.eps
+            self.ebar: Tensor = spare.ebar
+        else:
+            # filled, so that all the memory that a sequence may need is taken at once
+            self.eps, self.ebar = (torch.empty(shape, dtype=dtype).fill_(0) for shape in shapes)
 
     def arrays(self) -> list[np.ndarray]:
         return [x.numpy() for x in (self.zeta, self.eps, self.ebar, self.alive)]

@@ -113,6 +113,8 @@ class EProp:
         self.last_state: Any = None  # of the model, after run()
         self.approximations: tuple[str, ...] = ()
         self._indirect: set[str] | None = None
+        self.compiled: Network | None = None  # what run() keeps where kernels do the work
+        self._spare: Network | None = None
         self.hidden = [WatchedLayer(x, self) for x in self.structure.hidden]
         self.readout = WatchedLayer(self.structure.readout, self, readout=True)
         self.reset()
@@ -177,7 +179,8 @@ class EProp:
         self.steps_seen = 0
         self._batch: int | None = None
         self._versions: dict[str, int] | None = None
-        self.compiled: Network | None = None  # what run() keeps where kernels do the work
+        self._spare = self.compiled or self._spare
+        self.compiled = None
         self._drop()
         for layer in self.layers:
             layer.reset()
@@ -252,6 +255,11 @@ class EProp:
             self, x, loss_fn, targets,
             per_step=per_step, fresh=fresh, state=state, on_update=on_update, keep_outputs=keep_outputs,
         )  # fmt: skip
+
+    def compile(self) -> Network:
+        """Begin with the kernels of run(), in the memory of the sequence before."""
+        self.compiled, self._spare = Network(self, self._spare), None
+        return self.compiled
 
     def block_size(self) -> int:
         """How many steps run() takes at a time."""
@@ -501,9 +509,7 @@ class EProp:
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
         if state["compiled"]:
-            self.compiled = Network(self)
-            self.compiled.restore(state["compiled"])
-            self.last_state = self.compiled.state()
+            self.compile().restore(state["compiled"])
         modules = dict(self.model.named_modules())
         for name, value in state["buffers"].items():
             owner, _, buffer = name.rpartition(".")

@@ -145,10 +145,10 @@ def _cut(x: Tensor | SpikeTrain, start: int, stop: int) -> Tensor | Window:
 
 def _compiled(learner: EProp, fresh: bool) -> Stepper | None:
     """The kernels' way, where the model and the sequence so far allow it."""
-    from .compiled import Network, why_not
+    from .compiled import why_not
 
     if learner.compiled is None and fresh and not why_not(learner):
-        learner.compiled = Network(learner)
+        learner.compile()
     return None if learner.compiled is None else learner.compiled.block
 
 
