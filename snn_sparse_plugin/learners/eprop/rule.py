@@ -11,7 +11,9 @@ and the gradient is the sum over t of L_t dr_t/dW (for the one r that is the out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,8 +72,8 @@ class Synapses:
         return self.shape if self.exists is None else (len(self.exists[0]),)
 
     def rows(self, factor: Tensor) -> Tensor:
-        """A factor of every neuron, (N,), for each of its synapses."""
-        return factor.unsqueeze(-1) if self.exists is None else factor[self.exists[0]]
+        """A factor of every neuron, (B, N), for each of its synapses."""
+        return factor.unsqueeze(-1) if self.exists is None else factor[:, self.exists[0]]
 
     def spread(self, summed: Tensor) -> Tensor:
         """(N, M) of what was summed over samples in the form of storage."""
@@ -210,24 +212,27 @@ class ChunkRule:
     ) -> None:
         """What traces per synapse add to the gradient, and what becomes of them in the chunk.
 
-        Sample by sample: one (N, M) at a time stays in cache, where (B, N, M) of anything new would not.
+        On a CPU sample by sample: one (N, M) at a time stays in cache, where (B, N, M) of anything new would not.
         """
+        size = x.shape[1] if x.is_cuda else 1
         total = nu.new_zeros(synapses.stored)
         if carry:
             dtype = synapses.trace_dtype or nu.dtype
             for c in own:
                 if c not in synapses.per_synapse:
                     synapses.per_synapse[c] = nu.new_zeros(x.shape[1], *synapses.stored, dtype=dtype)
-        for b in range(x.shape[1]):
+        for part in range(0, x.shape[1], size):
+            b = slice(part, part + size)
             before = {c: traces[b].to(nu.dtype) for c, traces in synapses.per_synapse.items()}
             for c, trace in before.items():
-                total += synapses.rows(start[0, places[c], b]) * trace
+                total += (synapses.rows(start[0, places[c], b]) * trace).sum(0)
             new = []
             for lane in range(len(own) if carry else 0):
-                fresh = nu[1 + lane, :, b].T @ x[:, b]
+                fresh = nu[1 + lane, :, b].permute(1, 2, 0) @ x[:, b].transpose(0, 1)
                 for c, trace in synapses.per_input.items():
-                    fresh.addr_(start[1 + lane, places[c], b], trace[b])
-                fresh = fresh if synapses.exists is None else fresh[synapses.exists]
+                    fresh.addcmul_(start[1 + lane, places[c], b].unsqueeze(-1), trace[b].unsqueeze(-2))
+                if synapses.exists is not None:
+                    fresh = fresh[:, synapses.exists[0], synapses.exists[1]]
                 for c, trace in before.items():
                     fresh.addcmul_(synapses.rows(start[1 + lane, places[c], b]), trace)
                 new.append(fresh)
@@ -268,6 +273,8 @@ def scan(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tensor, T
     Returns:
         nu (targets, K, B, N) and start (targets, components, B, N), components being h and then r.
     """
+    if _on_triton(steps.local):
+        return _scan_on_triton(steps, readout, lanes)
     A, b, out = readout
     K, d = steps.local.shape[0], steps.local.shape[1] - 1
     B, N = steps.local.shape[-2:]
@@ -291,6 +298,34 @@ def scan(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tensor, T
         nu[:, t] = back[:, 0]
         adjoint = torch.cat([back[:, 1:], torch.einsum("pq,lpbn->lqbn", A, r)], 1)
     return nu, adjoint
+
+
+def _on_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.float32, torch.float64) and find_spec("triton") is not None
+
+
+def _scan_on_triton(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The same in one launch; states and the readout's memory are one system there, current and spikes its last."""
+    A, b, out = readout
+    K, d = steps.local.shape[0], steps.local.shape[1] - 1
+    m, shape = len(b), steps.local.shape[-2:]
+    n = d + m
+    system = steps.local.new_zeros(K, n + 1, n + 1, *shape)
+    order = [*range(1, d + 1), 0]  # states, then spikes or current
+    places = [*range(d), n]
+    for row, k in zip(order, places, strict=True):
+        for column, c in zip(order, places, strict=True):
+            system[:, k, c] = steps.local[:, row, column]
+            if k == n:
+                for p in range(m):
+                    system[:, d + p, c] = b[p] * steps.local[:, row, column]
+    system[:, d:n, d:n] += A[..., None, None]
+    first = steps.local.new_zeros(1 + len(lanes), n)
+    for k, component in enumerate(lanes):
+        first[1 + k, component] = 1
+    kernels: Any = import_module("snn_sparse_plugin.triton_kernels.eprop")
+    direct = steps.direct if m else steps.direct + steps.filtered
+    return kernels.scan(system, steps.filtered, direct, first, d + out if m else -1)  # type: ignore[no-any-return]
 
 
 RULES: dict[str, type[ChunkRule] | type[TextbookRule]] = {
