@@ -574,3 +574,31 @@ def test_registered_as_a_learner():
 def test_bad_layers(options):
     with pytest.raises(ConfigError):
         eprop.LSNN(4, 5, **options)
+
+
+def test_parameters_of_neurons_that_get_no_gradient_are_named(caplog):
+    net, x = SnnNet(snn.Leaky(beta=0.9, learn_beta=True), silent_leaky()), inputs(dtype=torch.float32)
+    found = learned(net, x)
+    assert "hidden.beta" in caplog.text
+    assert "hidden.beta" not in found
+
+
+def test_autocast():
+    net, x = build("leaky-subtract", torch.float32), inputs(dtype=torch.float32)
+    expected = oracle(net, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = learned(net, x, chunk=5)
+    for name, grad in expected.items():
+        assert found[name].dtype == torch.float32
+        assert 0 < relative(found[name], grad) < 3e-2
+
+
+def test_inside_sparse_mode_the_surrogate_is_cut_as_anywhere_else():
+    import snn_sparse_plugin
+
+    net, x = build("norse-lif-recurrent"), inputs()
+    exact = learned(net, x)
+    with snn_sparse_plugin.sparse_mode(backprop_threshold=0.1, min_active=0):
+        found, expected = learned(net, x, chunk=5), oracle(net, x)
+    compare(found, expected)
+    assert relative(found["0.input_weights"], exact["0.input_weights"]) > 1e-3

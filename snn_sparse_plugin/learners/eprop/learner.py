@@ -118,6 +118,7 @@ class EProp:
         self.hidden = [WatchedLayer(x, self) for x in self.structure.hidden]
         self.readout = WatchedLayer(self.structure.readout, self, readout=True)
         self.reset()
+        self._warn_of_untrained()
 
     def __repr__(self) -> str:
         hidden = ", ".join(x.name for x in self.hidden)
@@ -171,6 +172,16 @@ class EProp:
         if not x.is_floating_point():
             raise InputError(f"{name or 'Linear'}: expected a floating input, got {x.dtype}.")
         return Call(name, module.weight, module.bias, module._buffers.get("weight_mask"), x.detach())
+
+    def _warn_of_untrained(self) -> None:
+        modules = {m for x in self.layers for m in x.module.modules() if not isinstance(m, nn.Linear)}
+        own = {p for m in modules for p in m._parameters.values() if p is not None and p.dim() < 2}
+        names = [self._names[p] for p in own if p.requires_grad]
+        if names:
+            log.warning(
+                "e-prop trains weights and biases of linear layers; %s, a parameter of a neuron, gets no gradient",
+                ", ".join(sorted(names)),
+            )
 
     # --- learning ---
 
@@ -300,7 +311,12 @@ class EProp:
         roots, signals = [], []
         for record in self.readout.open:
             if record.direct is not None:
-                gain = record.local[0, 0] if self._has_memory() else torch.ones_like(record.direct)
+                if (0, 0) not in record.local:
+                    raise UnsupportedError(
+                        f"e-prop: readout {self.readout.name} answers a current only in the step after it; use "
+                        "eprop.detached(model)."
+                    )
+                gain = record.local[0, 0]
                 record.direct = record.direct / gain
                 for below in record.below:
                     roots.append(below)
@@ -416,6 +432,7 @@ class EProp:
 
     @torch.no_grad()
     def deliver(self) -> None:
+        """Write what was gathered to ``.grad``."""
         by_name = {name: p for p, name in self._names.items()}
         found = [pair for layer in self.layers for pair in layer.gradients()]
         grads = distributed.averaged(self.wrapper, [g for _, g in found])

@@ -75,6 +75,11 @@ def infer_filter(local: Jacobian, states: int, name: str) -> Filter:
         raise ConfigError(
             f"kappa cannot be inferred: the output of readout {name} is none of its states. Give kappa=."
         )
+    if rows[0][0] == 0:
+        raise ConfigError(
+            f"kappa cannot be inferred: readout {name} answers a current only in the step after it. Give the output of "
+            "the same step to the loss, or use eprop.detached(model)."
+        )
     table = torch.tensor(rows[1:], dtype=torch.float64)
     return Filter(table[:, 1:], table[:, 0], same[0])
 

@@ -64,7 +64,7 @@ def run(
         name: (count - before[name]) / (totals.steps * size)
         for name, (count, size) in learner.spike_counts().items()
     }
-    return RunResult(totals.loss, totals.output, rates, totals.steps, state, totals.stacked())
+    return RunResult(float(totals.losses), totals.output, rates, totals.steps, state, totals.stacked())
 
 
 Targets = Callable[[int], Any]
@@ -75,16 +75,17 @@ class Totals:
 
     def __init__(self, loss_fn: LossFunction, keep: bool) -> None:
         self.loss_fn = loss_fn
-        self.loss, self.output, self.steps = 0.0, torch.zeros(()), 0
+        self.steps = 0
+        self.losses, self.output = torch.zeros((), dtype=torch.float64), torch.zeros(())
         self.kept: list[Tensor] | None = [] if keep else None
 
     def add(self, output: Any, target: Any) -> Tensor:
         """The loss of one step."""
         loss = self.loss_fn(output, target)
-        self.loss += float(loss.detach())
+        self.losses = self.losses.to(loss.device) + loss.detach()
         self.steps += 1
         if isinstance(output, Tensor):
-            self.output = self.output + output.detach()
+            self.output = self.output.to(output.device) + output.detach()
             if self.kept is not None:
                 self.kept.append(output.detach())
         return loss
@@ -93,7 +94,7 @@ class Totals:
         """The sum of the losses of some steps, from outputs (K, B, C) that hang on nothing else."""
         losses = [self.loss_fn(y, target(t)) for t, y in enumerate(outputs.unbind(0))]
         loss = torch.stack(losses).sum()
-        self.loss += float(loss.detach())
+        self.losses = self.losses + loss.detach()
         self.steps += len(losses)
         self.output = self.output + outputs.detach().sum(0)
         if self.kept is not None:
