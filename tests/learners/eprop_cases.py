@@ -116,6 +116,21 @@ NETWORKS = {
         nn.Linear(N, C),
         readout=norse.LIBoxCell(),
     ),
+    "norse-iaf": lambda: norse_net(
+        nn.Linear(M, N), norse.IAFCell(p=norse.IAFParameters(v_th=torch.tensor(0.5))), nn.Linear(N, C)
+    ),
+    "norse-ex": lambda: norse_net(
+        nn.Linear(M, N), norse.LIFExCell(p=norse.LIFExParameters(v_th=torch.tensor(0.3))), nn.Linear(N, C)
+    ),
+    "norse-adex-recurrent": lambda: norse_net(
+        norse.LIFAdExRecurrentCell(M, N, p=norse.LIFAdExParameters(v_th=torch.tensor(0.3))), nn.Linear(N, C)
+    ),
+    "norse-refractory": lambda: norse_net(
+        nn.Linear(M, N), norse.LIFRefracCell(p=norse.LIFRefracParameters(lif=LIF)), nn.Linear(N, C)
+    ),
+    "norse-refractory-recurrent": lambda: norse_net(
+        norse.LIFRefracRecurrentCell(M, N, p=norse.LIFRefracParameters(lif=LIF)), nn.Linear(N, C)
+    ),
     "norse-li-linear": lambda: norse_net(
         nn.Linear(M, N), norse.LIFCell(p=LIF), readout=norse.LILinearCell(N, C)
     ),

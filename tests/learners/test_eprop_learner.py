@@ -525,6 +525,13 @@ def test_currents_that_are_not_sums_of_linears_are_refused():
     with pytest.raises(UnsupportedError, match="inhibition"), eprop.EProp(inhibited):
         pass
     assert "forward" not in vars(inhibited.hidden)
+    coupled = norse.SequentialState(norse.LIFMCRecurrentCell(M, N), nn.Linear(N, C), norse.LICell())
+    refused(coupled, lambda _: coupled(torch.ones(2, M)), UnsupportedError, "do not simply add up")
+    with (
+        pytest.raises(UnsupportedError, match="CobaLIFCell"),
+        eprop.EProp(norse.SequentialState(norse.CobaLIFCell(M, N), nn.Linear(N, C), norse.LICell())),
+    ):
+        pass
 
 
 def test_steps_out_of_order_are_refused():

@@ -152,12 +152,12 @@ class Neuron:
         self._check(layer.module)
 
     def _check(self, module: Any) -> None:
-        name = self.layer.name
+        name, kind = self.layer.name, type(module).__name__
+        if self.library == "norse" and not hasattr(module, "state_fallback") and kind != "LILinearCell":
+            raise UnsupportedError(
+                f"e-prop: {name} is a {kind}, which it does not take; use eprop.detached(model)."
+            )
         if self.library == "snntorch":
-            if type(module).__name__ not in (*_SNNTORCH_STATES,) and not hasattr(module, "mem"):
-                raise UnsupportedError(
-                    f"e-prop: {name} is a {type(module).__name__}, which is not elementwise."
-                )
             if getattr(module, "inhibition", False):
                 raise UnsupportedError(f"e-prop: {name} has inhibition=True, which couples its neurons.")
             inner = getattr(module, "recurrent", None)
