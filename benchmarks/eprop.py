@@ -74,6 +74,45 @@ def step_loop(learner, net, x, labels):
     learner.flush()
 
 
+@torch.no_grad()
+def textbook(net, x, labels):
+    """The rule as it is written, for this network alone and in place: every trace of every synapse at every step."""
+    layer, readout = net.layers[0], net.readout
+    B, low = x.shape[1], N - layer.adaptive
+    pre_trace = x.new_zeros(B, M + N)
+    eps, e, e_bar = x.new_zeros(B, layer.adaptive, M + N), x.new_zeros(B, N, M + N), x.new_zeros(B, N, M + N)
+    grad, out_trace = x.new_zeros(N, M + N), x.new_zeros(B, N)
+    out_grad, bias_trace, bias_grad = x.new_zeros(C, N), 0.0, x.new_zeros(C)
+    betas, wanted = layer.betas[low:, None], F.one_hot(labels, C)
+    state = (*layer.initial_state(x[0]),)
+    y = x.new_zeros(B, C)
+    for now in x.unbind(0):
+        z, v, a, left = state
+        pre_trace.mul_(layer.alpha).add_(torch.cat([now, z], 1))
+        v = layer.alpha * v + F.linear(now, layer.input_weights) + F.linear(z, layer.recurrent_weights)
+        v -= layer.v_th * z
+        distance = (v - layer.v_th - layer.betas * a) / layer.v_th
+        psi = layer.surrogate.grad(distance) / layer.v_th * (left == 0)
+        z = (distance > 0) * (left == 0).to(x.dtype)
+        state = z, v, layer.rho * a + z, torch.where(z > 0, float(layer.refractory), (left - 1).clamp(min=0))
+        e.copy_(pre_trace.unsqueeze(1).expand_as(e))
+        e[:, low:].addcmul_(eps, betas, value=-1)
+        e.mul_(psi.unsqueeze(-1))
+        eps.mul_(layer.rho).add_(e[:, low:])
+        e_bar.mul_(readout.kappa).add_(e)
+        out_trace.mul_(readout.kappa).add_(z)
+        bias_trace = readout.kappa * bias_trace + 1
+        y = readout.kappa * y + readout.linear(z)
+        error = (y.softmax(-1) - wanted) / B
+        signal = error @ readout.linear.weight
+        grad += torch.einsum("bn,bnm->nm", signal, e_bar)
+        out_grad += error.T @ out_trace
+        bias_grad += bias_trace * error.sum(0)
+    grads = grad[:, :M], grad[:, M:].clone().fill_diagonal_(0), out_grad, bias_grad
+    for p, g in zip(net.parameters(), grads, strict=True):
+        p.grad = g.clone() if p.grad is None else p.grad + g
+
+
 def providers(args):
     """Name -> a training step without the optimizer, for a dense input (T, B, M) and its events."""
     labels = torch.randint(0, C, (args.batch,))
@@ -87,8 +126,8 @@ def providers(args):
 
         return net, run
 
-    events, dense, textbook = ran("chunk"), ran("chunk"), ran("step")
-    hooked, bptt = network(), network()
+    events, dense = ran("chunk"), ran("chunk")
+    hooked, bptt, plain = network(), network(), network()
 
     def loop(x):
         with eprop.EProp(hooked, chunk=args.chunk) as learner:
@@ -103,7 +142,7 @@ def providers(args):
             lambda x, train: backward_through_time(bptt, [x], labels),
             1,
         ),
-        "e-prop, textbook rule": (textbook[0], lambda x, train: textbook[1](x), 50),
+        "e-prop, textbook rule": (plain, lambda x, train: textbook(plain, x, labels), 10),
     }  # the last number: how many times fewer steps it is timed over
 
 

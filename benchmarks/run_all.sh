@@ -10,3 +10,4 @@ bench=(python -m snn_sparse_plugin bench)
 "${bench[@]}" "$@" --sweep density --no-peak --json results/density.json
 "${bench[@]}" "$@" --sweep size --no-peak --json results/size.json
 "${bench[@]}" "$@" --protocol s3gd --json results/s3gd.json
+python eprop.py --json results/eprop.json
