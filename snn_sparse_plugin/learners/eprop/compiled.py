@@ -174,6 +174,7 @@ class _Layer:
         self.sources: list[_Traces] = [
             _Traces(B, m, self.P, self.low, network, e) for m, e in zip(rows, old, strict=True)
         ]
+        self.K = 0
         self.versions: tuple[int, ...] = ()
         self.weights: list[np.ndarray] = []
 
@@ -191,6 +192,16 @@ class _Layer:
             self.versions = now
         return self.weights
 
+    def _allocate(self, K: int) -> None:
+        """Space for a chunk of K steps, used again by the next."""
+        B, N, P, dtype = self.B, self.module.hidden_size, self.P, self.network.dtype
+        self.K = K
+        self.psi, self.filtered = torch.empty(B, K, P, dtype=dtype), torch.zeros(B, K, P, dtype=dtype)
+        self.direct = torch.zeros(B if len(self.rate) else 0, K, P, dtype=dtype)
+        self.own_ptr = np.empty(B * (K + 2), np.int64)
+        self.own = np.empty((B, (K + 1) * N + 1), np.int32)
+        self.spikes = torch.empty(K, B, N, dtype=dtype)
+
     def forward(self, events: Events, K: int) -> Tensor:
         """Run the steps -> spikes (K, B, N)."""
         m, B, network = self.module, self.B, self.network
@@ -200,12 +211,11 @@ class _Layer:
             scalars[4:] = [regular.decay, regular.c, regular.target]
         if not bool(torch.isfinite(self.v).all()):
             raise InputError(f"EProp.run: the membrane of {self.watched.name} is NaN or infinite.")
-        self.K, self.input = K, events
-        self.psi = torch.empty(B, K, self.P, dtype=network.dtype)
-        self.direct = torch.zeros(B if regular is not None else 0, K, self.P, dtype=network.dtype)
-        self.own_ptr = np.empty(B * (K + 2), np.int64)
-        self.own = np.empty((B, (K + 1) * m.hidden_size + 1), np.int32)
-        spikes = torch.empty(K, B, m.hidden_size, dtype=network.dtype)
+        self.input = events
+        if K != self.K:
+            self._allocate(K)
+        self.direct.zero_()
+        spikes = self.spikes
         weights = self._transposed()
         numbers = np.array(scalars, dtype)
         states = [x.numpy() for x in (self.v, self.a, self.left, self.z, self.rate)]
@@ -242,14 +252,13 @@ class _Layer:
     def gradient(self, signal: Tensor, carry: bool) -> None:
         """Add the gradient of the chunk; ``signal`` (K, B, N) came through the readout."""
         K, B, N, network = self.K, self.B, self.module.hidden_size, self.network
-        filtered = torch.zeros(B, K, self.P, dtype=network.dtype)
-        filtered[..., :N] = signal.transpose(0, 1)
+        self.filtered[..., :N] = signal.transpose(0, 1)
         scalars = np.array([self.module.alpha, self.module.rho, network.decay], network.numpy_dtype)
         ptr, indices, values, stride, offset = self.input
         shapes = [(x.rows, self.P) for x in self.sources]
         own = self.own.reshape(-1)
         arrays = [x.arrays() for x in self.sources]
-        shared = [x.numpy() for x in (self.betas, self.psi, filtered, self.direct)]
+        shared = [x.numpy() for x in (self.betas, self.psi, self.filtered, self.direct)]
 
         def task(first: int, last: int) -> list[Tensor]:
             outs = [torch.zeros(shape, dtype=network.dtype) for shape in shapes]
