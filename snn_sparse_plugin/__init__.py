@@ -40,7 +40,17 @@ _HOMES = {
     "sparsify": "mode",
     "unroll": "fusion.sequence",
 }
-_MODULES = {*_HOMES.values(), "adapters", "backends", "fusion", "ops", "plot", "registry", "tally"}
+_MODULES = {
+    *_HOMES.values(),
+    "adapters",
+    "backends",
+    "fusion",
+    "learners",
+    "ops",
+    "plot",
+    "registry",
+    "tally",
+}
 
 __all__ = [
     "ActivityLog",

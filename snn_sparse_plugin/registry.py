@@ -30,7 +30,7 @@ _BUILTIN = {
         "snntorch": "snn_sparse_plugin.adapters.snntorch:SnnTorchAdapter",
         "norse": "snn_sparse_plugin.adapters.norse:NorseAdapter",
     },
-    "learners": {},
+    "learners": {"eprop": "snn_sparse_plugin.learners.eprop:plugin"},
     "layers": {"ttfs": "snn_sparse_plugin.layers.ttfs:Plugin"},
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from snn_sparse_plugin import ConfigError, InputError, SpikeTrain
-from snn_sparse_plugin.data import latency_spikes, load_images
+from snn_sparse_plugin.data import SpikeFile, latency_spikes, load_images
 from snn_sparse_plugin.spikes import coordinates
 
 IMAGES, LABELS = 0x803, 0x801
@@ -230,3 +230,55 @@ def test_cifar_that_is_no_archive(tmp_path: Path) -> None:
         load_images("cifar100", tmp_path)
     with pytest.raises(ConfigError, match="--root"):
         load_images("cifar10")
+
+
+def spike_file(path: Path, times: list[list[float]], units: list[list[int]], labels: list[int]) -> Path:
+    h5py = pytest.importorskip("h5py", reason="the data extra is not installed")
+    with h5py.File(path, "w") as file:
+        group = file.create_group("spikes")
+        for name, rows, dtype in (("times", times, np.float16), ("units", units, np.uint16)):
+            data = group.create_dataset(name, (len(rows),), dtype=h5py.vlen_dtype(np.dtype(dtype)))
+            for k, row in enumerate(rows):
+                data[k] = np.array(row, dtype)
+        file.create_dataset("labels", data=np.array(labels, np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "plain"])
+def test_recorded_spikes_become_events(tmp_path: Path, zipped: bool) -> None:
+    path = spike_file(
+        tmp_path / "shd_test.h5",
+        [[0.0, 0.0011, 0.0012, 0.0052], [0.003], []],
+        [[3, 1, 1, 2], [0], []],
+        [7, 4, 9],
+    )
+    if zipped:
+        (tmp_path / "shd_test.h5.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = tmp_path / "shd_test.h5.gz"
+    data = SpikeFile(path, channels=5)
+    assert len(data) == 3
+    train, labels = data.batch([1, 0, 2], dt=0.001, T=5)
+    assert labels.tolist() == [4, 7, 9]
+    expected = torch.zeros(5, 3, 5)
+    expected[3, 0, 0] = expected[0, 1, 3] = expected[1, 1, 1] = (
+        1  # two in one bin are one; what is late is left out
+    )
+    assert torch.equal(train.to_dense(), expected)
+    assert len(SpikeFile(path, channels=5, limit=2)) == 2
+
+
+def test_bad_recordings_are_refused(tmp_path: Path) -> None:
+    path = spike_file(tmp_path / "a.h5", [[0.0]], [[9]], [1])
+    with pytest.raises(InputError, match="unit 9, expected 5 channels"):
+        SpikeFile(path, channels=5)
+    with pytest.raises(ConfigError, match="no file"):
+        SpikeFile(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("no spikes here")
+    with pytest.raises(InputError, match="not an HDF5 file"):
+        SpikeFile(tmp_path / "text.h5")
+    import h5py
+
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file.create_dataset("labels", data=np.zeros(1))
+    with pytest.raises(InputError, match="layout of SHD"):
+        SpikeFile(tmp_path / "other.h5")

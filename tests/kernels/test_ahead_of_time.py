@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from snn_sparse_plugin.surrogates import KINDS
 from snn_sparse_plugin.triton_kernels import (
     backward,
+    eprop,
     forward,
     neuron,
     packed,
@@ -191,6 +192,28 @@ def test_ttfs_compiles(kernel, rate, element, target):
     assert len(compiled.asm[binary]) > 0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("states", "targets", "out", "element"),
+    [(0, 1, -1, "fp32"), (1, 1, -1, "fp32"), (3, 3, 2, "fp32"), (4, 4, 3, "fp64")],
+)
+def test_the_scan_of_eprop_compiles(states, targets, out, element, target):
+    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
+        pytest.skip("Triton 3.2 bundles no assembler for this target")
+    gpu, binary = TARGETS[target]
+    rows, lanes = triton.next_power_of_2(states + 1), triton.next_power_of_2(targets)
+    constants = {"N_STATES": states, "TARGETS": targets, "OUT": out, "ROWS": rows, "LANES": lanes}
+    constants["BLOCK"] = max(16, 1024 // (rows * max(rows, lanes)))
+    signature = {
+        name: "constexpr" if name in constants else f"*{element}" if name.endswith("_ptr") else "i32"
+        for name in eprop.eprop_scan.arg_names
+    }
+    compiled = triton.compile(
+        ASTSource(eprop.eprop_scan, signature, constants), target=gpu, options={"num_warps": 4}
+    )
+    assert len(compiled.asm[binary]) > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_surrogate_compiles(kind):
     constants = {"KIND": kind, "P0": 2.0, "P1": 0.5}
@@ -226,6 +249,7 @@ def test_the_list_of_kernels_is_complete():
         surrogates,
         ttfs,
         ttfs_events,
+        eprop,
     ):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
     called = {"input_current", "recurrent_current", "add_recurrent_grad", "store_packed", "gather_rows"}
@@ -240,4 +264,5 @@ def test_the_list_of_kernels_is_complete():
         "passed_back",
         "execute_back",
     }
-    assert found - called == {f.__name__ for f in (KERNELS | PROGRAM_KERNELS | TTFS_KERNELS).values()}
+    kernels = {**KERNELS, **PROGRAM_KERNELS, **TTFS_KERNELS, "eprop-scan": eprop.eprop_scan}
+    assert found - called == {f.__name__ for f in kernels.values()}

@@ -9,6 +9,7 @@ pytest.importorskip("triton.language", reason="the triton extra is not installed
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA or ROCm device and no TRITON_INTERPRET", allow_module_level=True)
 
+from eprop_cases import ScanTests
 from equation_cases import EquationTests
 from layer_cases import RECURRENT, LayerTests, compare
 from ttfs_cases import TtfsTests
@@ -59,3 +60,26 @@ class TestGpuTtfs(TtfsTests):
 @pytest.mark.gpu
 class TestGpuTtfsEvents(TtfsEventTests):
     device = "cuda"
+
+
+@pytest.mark.gpu
+class TestGpuEPropScan(ScanTests):
+    device = "cuda"
+
+    def test_a_learner_on_the_device(self):
+        from snn_sparse_plugin.learners import eprop
+
+        net = eprop.LSNNNetwork(20, 33, 4, beta=0.3, v_th=0.4).cuda().double()
+        x = (torch.rand(30, 3, 20, device="cuda") < 0.3).double()
+        with eprop.detached(net):
+            state, total = None, 0.0
+            for now in x:
+                y, state = net(now, state)
+                total = total + y.square().sum()
+            total.backward()
+        expected = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        with eprop.EProp(net, chunk=7) as learner:
+            learner.run(x, lambda y, _: y.square().sum())
+        for p, grad in zip(net.parameters(), expected, strict=True):
+            assert (p.grad - grad).norm() < 1e-12 * grad.norm()

@@ -8,6 +8,7 @@ pytest.importorskip("triton.language", reason="the triton extra is not installed
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
+from eprop_cases import ScanTests
 from equation_cases import EquationTests
 from layer_cases import LayerTests
 from ttfs_cases import TtfsTests
@@ -32,4 +33,9 @@ class TestTtfs(TtfsTests):
 
 @pytest.mark.triton_interpreter
 class TestTtfsEvents(TtfsEventTests):
+    device = "cpu"
+
+
+@pytest.mark.triton_interpreter
+class TestEPropScan(ScanTests):
     device = "cpu"

@@ -1,0 +1,341 @@
+"""E-prop of a layer of LIF and adaptive LIF neurons, a chunk of steps at a time.
+
+``forward_chunk`` runs the steps and keeps the pseudo-derivative; ``gradient_chunk`` walks back over them and touches
+every trace per synapse once. Rows are one sample's N neurons, padded to whole vectors; events of sample b and step t
+are row ``b * stride + offset + t`` of a CSR pattern.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .jit import kernel
+from .rows import add_rows
+
+
+@kernel(forceinline=True)
+def _gather(out, weight, ptr, indices, values, r):  # type: ignore[no-untyped-def]
+    """``out = sum of value * weight[index]`` over the events of row r."""
+    zero = out.dtype.type(0)
+    for j in range(out.shape[0]):
+        out[j] = zero
+    for e in range(ptr[np.uint64(r)], ptr[np.uint64(r) + np.uint64(1)]):
+        i = np.uint32(indices[np.uint64(e)])
+        if values.shape[0] > 0:
+            value = values[np.uint64(e)]
+            for j in range(out.shape[0]):
+                out[j] += value * weight[i, j]
+        else:
+            for j in range(out.shape[0]):
+                out[j] += weight[i, j]
+
+
+@kernel()
+def forward_chunk(  # type: ignore[no-untyped-def]
+    first,  # samples first..last
+    last,
+    K,
+    ptr,  # input events
+    indices,
+    values,
+    stride,
+    offset,
+    weight,  # (M, P), rows of W_in^T
+    rec_weight,  # (N, P), rows of W_rec^T, or empty
+    betas,  # (P,)
+    scalars,  # alpha, rho, v_th, gamma_pd, rate decay, c_reg, f*
+    refractory,
+    N,
+    v,  # (B, P) and so on: state in, state out
+    a,
+    left,  # refractory steps left
+    z,  # the last spikes
+    rate,  # (B, P), or empty without regularisation
+    own_ptr,  # out (B * (K + 2),): row b (K + 2) holds the spikes before the chunk, row t + 1 those of step t
+    own,  # out (B, (K + 1) N + 1): their columns
+    spikes,  # out (K, B, N)
+    psi,  # out (B, K, P)
+    direct,  # (B, K, P): what acts on spikes is added, or empty
+):
+    P = v.shape[1]
+    dtype = v.dtype
+    zero, one = dtype.type(0), dtype.type(1)
+    alpha, rho, v_th, height = scalars[0], scalars[1], scalars[2], scalars[3]
+    decay, strength, target = scalars[4], scalars[5], scalars[6]
+    current, fed_back = np.zeros(P, dtype), np.zeros(P, dtype)
+    none = values[:0]
+    flat = own.reshape(-1)
+    has_rate = rate.shape[0] > 0
+    fixed = dtype.type(refractory)
+    for b in range(first, last):
+        at = np.uint64(b)
+        base = b * (K + 2)
+        end = b * own.shape[1]
+        own_ptr[base] = end
+        for j in range(N):
+            flat[np.uint64(end)] = j
+            end += 1 if z[at, j] > zero else 0
+        own_ptr[base + 1] = end
+        for t in range(K):
+            step, row = np.uint64(t), base + t
+            _gather(current, weight, ptr, indices, values, b * stride + offset + t)
+            if rec_weight.shape[0] > 0:
+                _gather(fed_back, rec_weight, own_ptr, flat, none, row)
+                for j in range(P):
+                    current[j] += fed_back[j]
+            for j in range(P):
+                u = (alpha * v[at, j] + current[j]) - v_th * z[at, j]
+                v[at, j] = u
+                x = ((u - v_th) - betas[j] * a[at, j]) / v_th
+                free = left[at, j] == zero
+                z[at, j] = one if x > zero and free else zero
+                psi[at, step, j] = height * max(one - abs(x), zero) / v_th if free else zero
+            for j in range(P):
+                a[at, j] = rho * a[at, j] + z[at, j]
+                left[at, j] = fixed if z[at, j] > zero else max(left[at, j] - one, zero)
+            if has_rate:
+                for j in range(P):
+                    f = decay * rate[at, j] + (one - decay) * z[at, j]
+                    rate[at, j] = f
+                    direct[at, step, j] += strength * (f - target)
+            for j in range(N):
+                spikes[step, at, j] = z[at, j]
+                flat[np.uint64(end)] = j
+                end += 1 if z[at, j] > zero else 0
+            own_ptr[row + 2] = end
+
+
+@kernel()
+def _sort(m, low, high, ptr, indices, values):  # type: ignore[no-untyped-def]
+    """The events of some rows by column: where each column's begin, their rows, and their values if any."""
+    starts = np.zeros(m + 1, np.int32)
+    begin, end = ptr[low], ptr[high]
+    for e in range(begin, end):
+        starts[np.uint32(indices[e]) + np.uint32(1)] += 1
+    for i in range(m):
+        starts[i + 1] += starts[i]
+    filled = starts.copy()
+    rows = np.empty(end - begin, np.int32)
+    scaled = np.empty(end - begin if values.shape[0] > 0 else 0, values.dtype)
+    for r in range(low, high):
+        for e in range(ptr[r], ptr[r + 1]):
+            column = np.uint32(indices[e])
+            k = np.uint32(filled[column])
+            rows[k] = r - low
+            if scaled.shape[0] > 0:
+                scaled[k] = values[e]
+            filled[column] += 1
+    return starts, rows, scaled
+
+
+@kernel()
+def back_scan(  # type: ignore[no-untyped-def]
+    b, K, psi, filtered, direct, betas, alpha, rho, kappa, low, carry, nu, nu_a, nu_r, start
+):
+    """Back over the steps of sample b: nu of the loss, of the adaptation and of the output trace at the end.
+
+    ``start`` (8, P) holds what the state before the chunk does to them: of the loss by v, a and r; of a by v and a; of
+    r by v, a and r. Adaptation is looked at from column ``low`` on; without ``carry`` only the loss is.
+    """
+    P = betas.shape[0]
+    dtype = betas.dtype
+    zero, one = dtype.type(0), dtype.type(1)
+    lam = np.zeros(P, dtype)  # alpha lambda
+    mu = np.zeros(P, dtype)
+    big = np.zeros(P, dtype)  # kappa Lambda
+    lam_a, mu_a = np.zeros(P - low, dtype), np.ones(P - low, dtype)
+    lam_r, mu_r = np.zeros(P, dtype), np.zeros(P, dtype)
+    power = one
+    has_direct, has_r = direct.shape[0] > 0, kappa > zero
+    at = np.uint64(b)
+    for back in range(K):
+        t = np.uint64(K - 1 - back)
+        if has_r:
+            for j in range(P):
+                big[j] += filtered[at, t, j]
+        else:
+            for j in range(P):
+                big[j] = filtered[at, t, j]
+        if has_direct:
+            for j in range(P):
+                q = psi[at, t, j] * (big[j] + mu[j] + direct[at, t, j])
+                n = lam[j] + q
+                nu[t, j] = n
+                mu[j] = rho * mu[j] - betas[j] * q
+                lam[j] = alpha * n
+        else:
+            for j in range(P):
+                q = psi[at, t, j] * (big[j] + mu[j])
+                n = lam[j] + q
+                nu[t, j] = n
+                mu[j] = rho * mu[j] - betas[j] * q
+                lam[j] = alpha * n
+        if has_r:
+            for j in range(P):
+                big[j] *= kappa
+        if not carry:
+            continue
+        for j in range(P - low):
+            q = psi[at, t, j + low] * mu_a[j]
+            n = lam_a[j] + q
+            nu_a[t, j] = n
+            mu_a[j] = rho * mu_a[j] - betas[j + low] * q
+            lam_a[j] = alpha * n
+        if has_r:
+            for j in range(P):
+                q = psi[at, t, j] * (power + mu_r[j])
+                n = lam_r[j] + q
+                nu_r[t, j] = n
+                mu_r[j] = rho * mu_r[j] - betas[j] * q
+                lam_r[j] = alpha * n
+            power *= kappa
+    for j in range(P):
+        start[0, j], start[1, j], start[2, j] = lam[j], mu[j], big[j] if has_r else zero
+        start[5, j], start[6, j], start[7, j] = lam_r[j], mu_r[j], power
+    for j in range(P - low):
+        start[3, j + low], start[4, j + low] = lam_a[j], mu_a[j]
+
+
+@kernel(forceinline=True)
+def _row(i, b, low, zeta, eps, ebar, start, out):  # type: ignore[no-untyped-def]
+    """Row i of the traces: what it adds to the gradient, and what becomes of it in the chunk without new events."""
+    i, b = np.uint64(i), np.uint64(b)
+    trace = zeta[b, i]
+    P = out.shape[1]
+    if ebar.shape[0] > 0:
+        for j in range(low):
+            bar = ebar[b, i, j]
+            out[i, j] += start[0, j] * trace + start[2, j] * bar
+            ebar[b, i, j] = start[7, j] * bar + start[5, j] * trace
+        for k in range(P - low):
+            j = k + low
+            bar, e = ebar[b, i, j], eps[b, i, k]
+            out[i, j] += start[0, j] * trace + start[2, j] * bar + start[1, j] * e
+            ebar[b, i, j] = start[7, j] * bar + start[5, j] * trace + start[6, j] * e
+            eps[b, i, k] = start[4, j] * e + start[3, j] * trace
+    else:
+        for j in range(low):
+            out[i, j] += start[0, j] * trace
+        for k in range(P - low):
+            j = k + low
+            e = eps[b, i, k]
+            out[i, j] += start[0, j] * trace + start[1, j] * e
+            eps[b, i, k] = start[4, j] * e + start[3, j] * trace
+
+
+@kernel()
+def gradient_chunk(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    K,
+    scalars,  # alpha, rho, kappa
+    low,  # no neuron before this one adapts
+    carry,  # False: no trace is needed after this chunk
+    betas,
+    psi,  # (B, K, P)
+    filtered,  # (B, K, P): learning signals through the readout
+    direct,  # (B, K, P), or empty
+    ptr,  # input events
+    indices,
+    values,
+    stride,
+    offset,
+    zeta,  # (B, M): traces per input
+    eps,  # (B, M, P - low): traces of the adaptation per synapse
+    ebar,  # (B, M, P): traces of the output per synapse, or empty
+    alive,  # (B, M): whether the input has spiked since the sequence began
+    out,  # (M, P) of this range: the gradient is added
+    rec_ptr,  # the same for the recurrent weights; rows are those of the spikes that came a step before
+    rec_indices,
+    rec_zeta,
+    rec_eps,
+    rec_ebar,
+    rec_alive,
+    rec_out,
+):
+    P = betas.shape[0]
+    dtype = betas.dtype
+    alpha, rho, kappa = scalars[0], scalars[1], scalars[2]
+    nu = np.empty((K, P), dtype)
+    nu_a, nu_r = (
+        np.empty((K if carry else 0, P - low), dtype),
+        np.empty((K if carry and ebar.shape[0] > 0 else 0, P), dtype),
+    )
+    start = np.zeros((8, P), dtype)
+    powers = np.empty(K + 1, dtype)
+    powers[0] = 1
+    for t in range(K):
+        powers[t + 1] = alpha * powers[t]
+    none = values[:0]
+    for b in range(first, last):
+        back_scan(b, K, psi, filtered, direct, betas, alpha, rho, kappa, low, carry, nu, nu_a, nu_r, start)
+        at = b * stride + offset
+        _sum_and_carry(
+            b,
+            K,
+            at,
+            low,
+            carry,
+            ptr,
+            indices,
+            values,
+            zeta,
+            eps,
+            ebar,
+            alive,
+            out,
+            nu,
+            nu_a,
+            nu_r,
+            start,
+            powers,
+        )
+        if rec_out.shape[0] > 0:
+            at = b * (K + 2)
+            _sum_and_carry(
+                b, K, at, low, carry, rec_ptr, rec_indices, none,
+                rec_zeta, rec_eps, rec_ebar, rec_alive, rec_out, nu, nu_a, nu_r, start, powers,
+            )  # fmt: skip
+
+
+@kernel()
+def _sum_and_carry(  # type: ignore[no-untyped-def]
+    b, K, at, low, carry, ptr, indices, values, zeta, eps, ebar, alive, out, nu, nu_a, nu_r, start, powers
+):
+    starts, rows, scaled = _sort(out.shape[0], at, at + K, ptr, indices, values)
+    one = nu.dtype.type(1)
+    for i in range(out.shape[0]):
+        some = starts[i + 1] > starts[i]
+        if alive[b, i]:
+            _row(i, b, low, zeta, eps, ebar, start, out)
+        if some:
+            add_rows(out, i, nu, rows, scaled, starts[i], starts[i + 1])
+        if carry:
+            if some:
+                if not alive[b, i]:
+                    alive[b, i] = True
+                    eps[b, i] = 0  # a row holds nothing yet, or what another sequence has left
+                    if nu_r.shape[0] > 0:
+                        ebar[b, i] = 0
+                add_rows(eps[b], i, nu_a, rows, scaled, starts[i], starts[i + 1])
+                if nu_r.shape[0] > 0:
+                    add_rows(ebar[b], i, nu_r, rows, scaled, starts[i], starts[i + 1])
+            trace = powers[K] * zeta[b, i]
+            for e in range(starts[i], starts[i + 1]):
+                trace += powers[K - 1 - rows[e]] * (scaled[e] if scaled.shape[0] > 0 else one)
+            zeta[b, i] = trace
+
+
+@kernel()
+def leaky(x, before, kappa, reverse):  # type: ignore[no-untyped-def]
+    """``x_t += kappa x_{t-1}`` in place over (K, columns), from ``before`` on; backwards in time if ``reverse``."""
+    K = x.shape[0]
+    for k in range(K):
+        t = np.uint64(K - 1 - k if reverse else k)
+        if k == 0:
+            for j in range(x.shape[1]):
+                x[t, j] += kappa * before[j]
+        else:
+            s = t + np.uint64(1) if reverse else t - np.uint64(1)
+            for j in range(x.shape[1]):
+                x[t, j] += kappa * x[s, j]

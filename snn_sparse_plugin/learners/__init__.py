@@ -1,0 +1,1 @@
+"""Learning rules that attach to a model from outside."""

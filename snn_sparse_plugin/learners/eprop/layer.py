@@ -1,0 +1,217 @@
+"""One layer under a learner: its steps since the last chunk, and the traces of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .rule import RULES, ChunkRule, Steps, Synapses, TextbookRule
+from .structure import Layer
+from .watch import Neuron, Record, Tap, anchor, tracked
+
+if TYPE_CHECKING:
+    from .learner import EProp
+
+
+class WatchedLayer:
+    """A hidden layer or the readout, with everything :class:`EProp` keeps for it."""
+
+    def __init__(self, layer: Layer, learner: EProp, readout: bool = False) -> None:
+        self.name, self.module, self.layer, self.learner = layer.name, layer.module, layer, learner
+        self.is_readout = readout
+        self.weights: set[str] = set()
+        self.open: list[Record] = []  # of the step under way
+        self.pending: list[Record] = []  # of the chunk under way
+        self.synapses: dict[str, Synapses] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps, self.ended = 0, False
+        self.rule: ChunkRule | TextbookRule | None = None
+        self.rate: Tensor | None = None
+        self.states: list[int] = []
+        self.spikes: Tensor | float = 0.0
+        self.size = 1
+        for synapses in self.synapses.values():
+            synapses.reset()
+            synapses.grad = None
+
+    def takes_sequence(self) -> bool:
+        return self.layer.adapter is not None and self.layer.adapter.takes_sequence(self.module)
+
+    def learns(self) -> bool:
+        return bool(self.weights)
+
+    # --- watching ---
+
+    def attach(self) -> Callable[..., Any]:
+        if isinstance(self.module, nn.Linear):
+            return self._linear_readout(self.module)
+        neuron = Neuron(self.layer, self.learner._names, self.is_readout)
+        neuron.guard = lambda record: self.learner.guard(self, record)
+        neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            records, out, fresh = neuron.steps(x, args, kwargs)
+            self.learner.ran(self, records, fresh)
+            self.open.extend(records)
+            return out
+
+        return forward
+
+    def _linear_readout(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            call = self.learner.call_of(module, x)
+            graph = tracked(call, x)
+            parts = [graph] if graph.dim() == 2 else list(graph.unbind(0))
+            records = []
+            for t, part in enumerate(parts):
+                one = torch.ones_like(part, requires_grad=False)
+                step = call if graph.dim() == 2 else call.at(t)
+                records.append(Record({(0, 0): one}, [step], part.detach(), 0, [part]))
+            self.learner.ran(self, records, fresh=False)
+            self.open.extend(records)
+
+            def receive(grad: Tensor) -> None:
+                grads = [grad] if graph.dim() == 2 else list(grad.unbind(0))
+                for record, g in zip(records, grads, strict=True):
+                    self.learner.guard(self, record)
+                    record.direct = g if record.direct is None else record.direct + g
+
+            return Tap.apply(graph.detach(), anchor(graph), receive)  # type: ignore[no-any-return]
+
+        return forward
+
+    @torch.no_grad()
+    def close(self, steps: int) -> None:
+        """The step is over: its graph goes, its numbers stay until the chunk is processed."""
+        regular = self.learner.rate_reg
+        for record in self.open:
+            record.below = []
+            self.count(record.z)
+            if regular is not None and not self.is_readout:
+                self.rate = regular.follow(self.rate, record.z)
+                push = regular.c * (self.rate - regular.target)
+                record.direct = push if record.direct is None else record.direct + push
+        self.pending.extend(self.open)
+        self.steps += steps
+        self.open = []
+
+    def count(self, z: Tensor) -> None:
+        """Add spikes (…, B, N) to the tally."""
+        self.spikes, self.size = self.spikes + z.sum(), z.shape[-1] * z.shape[-2]
+
+    # --- the gradient ---
+
+    def add(self, weight: Tensor, grad: Tensor, mask: Tensor | None) -> None:
+        """A part of the gradient of a weight or bias that was found elsewhere."""
+        name = self.learner.name_of(weight)
+        self._synapses(name, grad.shape, mask).add(grad.clone(memory_format=torch.contiguous_format))
+
+    @torch.no_grad()
+    def process(self, carry: bool) -> None:
+        """Add the gradient of the pending steps."""
+        records, self.pending = self.pending, []
+        if not records:
+            return
+        like = records[0].z
+        if self.rule is None:
+            self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
+        self.states = sorted({*self.states, *(k for r in records for k in _states(r))})
+        steps = self._stack(records, like)
+        inputs = list(self._inputs(records))
+        self.rule.process(steps, self.states, inputs, carry)
+
+    def _stack(self, records: list[Record], like: Tensor) -> Steps:
+        place = {0: 0} | {state + 1: k + 1 for k, state in enumerate(self.states)}
+        size = len(place)
+        local = like.new_zeros(len(records), size, size, *like.shape)
+        filtered, direct = like.new_zeros(2, len(records), *like.shape)
+        for t, record in enumerate(records):
+            for (row, column), value in record.local.items():
+                local[t, place[row], place[column]] = value
+            if record.filtered is not None:
+                filtered[t] = record.filtered
+            if record.direct is not None:
+                direct[t] = record.direct
+        return Steps(local, filtered, direct)
+
+    def _inputs(self, records: list[Record]) -> Iterator[tuple[Synapses, Tensor]]:
+        by_name = {name: p for p, name in self.learner._names.items()}
+        for k, call in enumerate(records[0].calls):
+            like = records[0].z
+            if call.name and by_name[call.name].requires_grad:
+                x = torch.stack([r.calls[k].pre for r in records]).to(like.dtype)
+                yield self._synapses(call.name, call.weight.shape, call.mask), x
+            if (
+                call.bias is not None
+                and (name := self.learner.name_of(call.bias))
+                and call.bias.requires_grad
+            ):
+                ones = like.new_ones(len(records), like.shape[0], 1)
+                yield self._synapses(name, (call.bias.numel(), 1), None), ones
+
+    def _synapses(self, name: str, shape: Any, mask: Tensor | None) -> Synapses:
+        if name not in self.synapses:
+            self.synapses[name] = Synapses(shape, mask, self.learner.trace_dtype)
+        return self.synapses[name]
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Names of parameters and what they gathered since the last time."""
+        for name, synapses in self.synapses.items():
+            if synapses.grad is not None:
+                grad, synapses.grad = synapses.grad, None
+                if synapses.exists is not None:
+                    grad = synapses.spread(grad[synapses.exists])
+                yield name, grad
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        shared = self.rule.shared if isinstance(self.rule, ChunkRule) else None
+        return {
+            "steps": self.steps,
+            "rate": None if self.rate is None else self.rate.clone(),
+            "states": list(self.states),
+            "shared": None if shared is None else {k: dict(v) for k, v in shared.items()},
+            "weights": sorted(self.weights),
+            "synapses": {name: _synapses_state(s) for name, s in self.synapses.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.states = state["steps"], list(state["states"])
+        self.rate = None if state["rate"] is None else state["rate"].clone()
+        self.weights = set(state["weights"])
+        self.synapses = {}
+        for name, saved in state["synapses"].items():
+            synapses = self._synapses(name, saved["shape"], None)
+            synapses.exists = saved["exists"]
+            synapses.grad = None if saved["grad"] is None else saved["grad"].clone()
+            synapses.per_input = {k: v.clone() for k, v in saved["per_input"].items()}
+            synapses.per_synapse = {k: v.clone() for k, v in saved["per_synapse"].items()}
+            like = next(iter([*synapses.per_input.values(), *synapses.per_synapse.values()]), None)
+            if like is not None and self.rule is None:
+                self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
+        if isinstance(self.rule, ChunkRule):
+            self.rule.shared = state["shared"]
+
+
+def _states(record: Record) -> set[int]:
+    """The states that the local derivatives mention."""
+    return {place - 1 for pair in record.local for place in pair if place > 0}
+
+
+def _synapses_state(synapses: Synapses) -> dict[str, Any]:
+    def copies(traces: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {k: v.clone() for k, v in traces.items()}
+
+    return {
+        "shape": synapses.shape,
+        "exists": synapses.exists,
+        "grad": None if synapses.grad is None else synapses.grad.clone(),
+        "per_input": copies(synapses.per_input),
+        "per_synapse": copies(synapses.per_synapse),
+    }
