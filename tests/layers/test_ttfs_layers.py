@@ -1,8 +1,6 @@
 """TTFS layers and how they are trained."""
 
 import copy
-import doctest
-import importlib
 import io
 import math
 
@@ -350,17 +348,3 @@ def test_to_ttfs_replaces_spiking_neurons(library):
     assert found(torch.rand(2, 6)).shape == (2, 3)
     with pytest.raises(Exception, match=r"cannot replace 1 \(R?\w+\): it (feeds its spikes back|holds)"):
         to_ttfs(nn.Sequential(nn.Linear(6, 5), recurrent))
-
-
-DOCUMENTED = [
-    f"layers.ttfs.{name}"
-    for name in ("ablation", "convert", "interchange", "mapping", "neuron", "report", "training")
-]
-
-
-@pytest.mark.parametrize("name", [*DOCUMENTED, "ops.ttfs", "ops.ttfs.kernels"])
-def test_the_examples_in_docstrings_run(name):
-    module = importlib.import_module(f"snn_sparse_plugin.{name}")
-    found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert found.attempted > 0
-    assert found.failed == 0
