@@ -203,10 +203,17 @@ def test_relaxation_inside_a_compiled_graph():
     torch._dynamo.reset()
     layer = TTFS()
     layer.set_relaxation(0.5)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    graphs = []
+    compiled = torch.compile(
+        layer, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph.forward
+    )
     x = torch.randn(40)
     relaxed = sum(bool(torch.equal(compiled(x), x.relu())) for _ in range(60))
     assert 10 < relaxed < 50
+    layer.set_relaxation(0.01)
+    relaxed = sum(bool(torch.equal(compiled(x), x.relu())) for _ in range(60))
+    assert relaxed < 10
+    assert len(graphs) == 1
 
 
 def test_relaxation_needs_a_layer_and_a_target():
