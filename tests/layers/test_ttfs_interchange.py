@@ -271,9 +271,25 @@ def test_command_line(tmp_path):
 
 def test_ablation_command():
     pytest.importorskip("sklearn")
-    options = ["--epochs", 2, "--samples", 120, "--seeds", 2, "--tb", 0.5, "--form", "gaussian", "--json"]
+    before = torch.get_num_threads()
+    options = [
+        "--threads",
+        1,
+        "--epochs",
+        2,
+        "--samples",
+        129,
+        "--seeds",
+        2,
+        "--tb",
+        0.5,
+        "--form",
+        "gaussian",
+        "--json",
+    ]
     found = invoke("ttfs", "ablation", *options)
     assert found.exit_code == 0, found.output
+    assert torch.get_num_threads() == before
     rows = json.loads(found.stdout)
     assert [r["recipe"] for r in rows] == 2 * ["ReLU", "SM", "+SR", "+TR", "+TB 0.5"]
     assert rows[0]["latency"] == 0

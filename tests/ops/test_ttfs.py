@@ -196,6 +196,14 @@ def test_a_kernel_of_ones_own():
         assert relative(a, b) < 1e-12
 
 
+def test_a_table_that_wants_a_gradient_gets_none():
+    x, table, tau, t_d = problem(shape=(40,))
+    leaf = table.clone().requires_grad_()
+    out, _ = ttfs(x, leaf * 1.0, tau, t_d)
+    out.nan_to_num(posinf=0, neginf=0).sum().backward()
+    assert leaf.grad is None
+
+
 def test_bad_input():
     _, table, tau, t_d = problem()
     with pytest.raises(InputError, match="floating"):

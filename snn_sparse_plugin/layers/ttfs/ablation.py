@@ -89,6 +89,8 @@ def train(
     for epoch in range(options.epochs):
         model.train()
         for batch in torch.randperm(len(data.train_y), generator=generator).split(options.batch):
+            if len(batch) < 2:  # one sample has no batch statistics
+                continue
             x, y = data.train_x[batch].to(device), data.train_y[batch].to(device)
             if options.flip:
                 x = _flipped(x, generator)
@@ -158,9 +160,23 @@ def run_ablation(
         raise ConfigError(
             f"an ablation has at least one seed and one epoch, got {seeds} and {options.epochs}."
         )
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    console = console or Console(quiet=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads or before)
+    try:
+        return _run(network, data, rows, options, seeds, console or Console(quiet=True), device)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(
+    network: Callable[[], nn.Module],
+    data: ImageData,
+    rows: Sequence[Recipe],
+    options: TrainOptions,
+    seeds: int,
+    console: Console,
+    device: str,
+) -> list[Outcome]:
     found = []
     jobs = [(seed, recipe) for seed in range(seeds) for recipe in rows]
     for seed, recipe in track(jobs, description="training", console=console, disable=not console.is_terminal):

@@ -96,7 +96,9 @@ class TTFS(nn.Module):
             self.register_buffer("tau_fixed", torch.tensor(float(tau)))
             self.register_buffer("t_d", torch.tensor(float(t_d)))
         self.register_buffer("relax_probability", torch.zeros(()))
-        self._relax = 0.0  # the same number where it can be read without waiting for a device
+        # the same number where it can be read without waiting for a device; a graph reads the flag alone, so that it
+        # is not compiled anew for every number
+        self._relax, self._relaxing = 0.0, False
 
     @property
     def tau(self) -> Tensor:
@@ -136,24 +138,24 @@ class TTFS(nn.Module):
         """How often a training step uses plain ReLU instead; see :class:`RelaxationSchedule`."""
         if not 0 <= probability <= 1:
             raise ConfigError(f"a probability lies in [0, 1], got {probability!r}.")
-        self._relax = float(probability)
+        self._relax, self._relaxing = float(probability), probability > 0
         self.relax_probability.fill_(self._relax)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.relax_probability.device.type != "meta":
             self._relax = float(self.relax_probability)
+            self._relaxing = self._relax > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        relaxed = self.training and self._relax > 0
-        if relaxed and not torch.compiler.is_compiling():
-            if torch.rand(()) < self._relax:
-                return F.relu(x)
-            relaxed = False
+        compiling = torch.compiler.is_compiling()
+        relaxed = self.training and self._relaxing
+        if relaxed and not compiling and torch.rand(()) < self._relax:
+            return F.relu(x)
         tau, t_d = self.tau, self.t_d
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         out, _ = ttfs(x, self.table(dtype), tau, t_d, kernel=self.kernel, backend=self.backend)
-        if relaxed:  # a graph cannot branch on a random number
+        if relaxed and compiling:  # a graph cannot branch on a random number
             draw = torch.rand((), device=x.device)
             out = torch.where(draw < self.relax_probability, F.relu(x), out)
         return out

@@ -77,7 +77,7 @@ def ttfs(
     if x.dtype in _HALF:
         out, times = ttfs(x.float(), table.float(), tau, t_d, kernel=kernel, backend=backend)
         return out.to(x.dtype), times
-    table = table.to(x.dtype)
+    table = table.detach().to(x.dtype)
     if found.rate is None:
         return _Plain.apply(x, table, tau, t_d, found)
     return ttfs_op(x, table, tau, t_d, found.rate, backend)
