@@ -252,7 +252,14 @@ def test_the_list_of_kernels_is_complete():
         eprop,
     ):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
-    called = {"input_current", "recurrent_current", "add_recurrent_grad", "store_packed", "gather_rows"}
+    called = {
+        "input_current",
+        "recurrent_current",
+        "all_currents",
+        "add_recurrent_grad",
+        "store_packed",
+        "gather_rows",
+    }
     called |= {"load_params", "step", "adjoint", "surrogate_grad"}
     called |= {
         "load_rows",
