@@ -13,6 +13,8 @@ from . import tally
 from .adapters import MARK, Adapter, Mark, entered, install_adapters, loaded_adapters, record_of
 from .config import SparseConfig, current_config
 from .errors import InputError
+from .fusion.flush import flush
+from .fusion.sources import watched
 
 __all__ = ["Entry", "SparsityReport", "restore", "sparse_mode", "sparsify"]
 
@@ -47,8 +49,11 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
     """
     config = current_config().updated(**overrides)
     install_adapters()
-    with entered(config):
-        yield config
+    with entered(config), watched():
+        try:
+            yield config
+        finally:
+            flush(reason="end of sparse_mode()")
 
 
 @dataclass(frozen=True)

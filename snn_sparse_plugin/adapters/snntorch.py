@@ -26,6 +26,7 @@ from . import (
     hook,
     installed_version,
     patched,
+    runner,
     running,
     spike,
     spike_in_graph,
@@ -48,6 +49,8 @@ class SnnTorchAdapter(Adapter):
         snn = Classes()
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, _masked_method)
+        for name in _STEPPED:
+            hook(getattr(snn, name), "forward", self._recorded_forward)
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
             if not isinstance(vars(cls).get("spike_grad"), _MaskedAttribute):
                 cls.spike_grad = _MaskedAttribute()
@@ -143,6 +146,71 @@ class SnnTorchAdapter(Adapter):
         spikes = out[0] if isinstance(out, tuple) else out
         return spikes, getattr(module, "mem", None), None
 
+    # A call's state is given by position or name, or kept in buffers of the same names.
+
+    zeros_for_other_shapes = True
+
+    def _recorded_forward(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            config = None if torch.compiler.is_compiling() else config_of(module)
+            if config is None or not config.fuse_time:
+                return upstream(module, *args, **kwargs)
+            return runner().step(self, module, upstream, args, kwargs, config)
+
+        return forward
+
+    def read_call(self, module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any], Any] | None:
+        names = _state_names(type(module))
+        if kwargs or not 0 < len(args) <= 1 + len(names):
+            known = ("input_", *names)
+            args = (*args, *(kwargs.get(name) for name in known[len(args) :]))
+            if len(args) > len(known) or not set(kwargs) <= set(known):
+                return None
+        x, buffers, leaves = args[0], module._buffers, {}
+        for index, name in enumerate(names, 1):
+            given = args[index] if index < len(args) else None
+            if name not in buffers or (given is not None and module.init_hidden):
+                return None
+            leaf = buffers[name] if given is None else given
+            if not isinstance(leaf, Tensor):
+                return None
+            leaves[name] = leaf
+        return x, leaves, None
+
+    def write_call(self, module: Any, out: Tensor, leaves: dict[str, Tensor], like: Any) -> Any:
+        module._buffers.update(leaves)
+        if module.init_hidden and not module.output:
+            return out
+        return (out, *(leaf for name, leaf in leaves.items() if name != "spk"))
+
+    def leaves(self, state: Any) -> dict[str, Any]:
+        return dict(state)
+
+    def state_of(self, leaves: dict[str, Any], like: Any) -> Any:
+        return leaves
+
+    def output_leaf(self, module: Any, neuron: Neuron) -> str | None:
+        return "spk" if "spk" in module._buffers else None
+
+    def membrane_leaf(self) -> str:
+        return "mem"
+
+    def hidden_names(self, module: Any) -> set[str]:
+        return set(_state_names(type(module)))
+
+    def upstream_step(
+        self, upstream: Callable[..., Any], module: Any, x: Tensor, leaves: dict[str, Any], like: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        buffers = module._buffers
+        kept = {name: buffers[name] for name in leaves}
+        # an empty tensor has no input's shape, so that upstream starts from zeros
+        buffers.update({name: x.new_zeros(0) if leaf is None else leaf for name, leaf in leaves.items()})
+        try:
+            out = upstream(module, x)
+            return (out[0] if isinstance(out, tuple) else out), {name: buffers[name] for name in leaves}
+        finally:
+            buffers.update(kept)
+
     def check_in_sequence(self, module: Any, last: bool) -> str | None:
         if last or self.takes_sequence(module):
             return None
@@ -151,6 +219,22 @@ class SnnTorchAdapter(Adapter):
         if module.output:
             return "returns (spk, mem): output=True is for the last layer only"
         return None
+
+
+# classes whose single steps time fusion records, with their states in the order of their forward's arguments
+_STEPPED = {
+    "Leaky": ("mem",),
+    "Lapicque": ("mem",),
+    "Synaptic": ("syn", "mem"),
+    "Alpha": ("syn_exc", "syn_inh", "mem"),
+    "RLeaky": ("spk", "mem"),
+    "RSynaptic": ("spk", "syn", "mem"),
+}
+
+
+@cache
+def _state_names(cls: type) -> tuple[str, ...]:
+    return next(_STEPPED[base.__name__] for base in cls.__mro__ if base.__name__ in _STEPPED)
 
 
 def _own(x: Tensor | None) -> Tensor | None:

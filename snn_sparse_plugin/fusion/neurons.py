@@ -1,0 +1,128 @@
+"""Single steps of neurons, recorded instead of run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter
+from ..config import SparseConfig
+from .executor import takes_step
+from .flush import flush, realize
+from .record import NeuronLane, Record, backoff, can_record, entry_of, here, open_record
+from .recorded import Recorded
+from .sources import note_feeding
+
+ASK_AGAIN = 64
+"""Calls after which a neuron that could not be recorded, or was asked for step by step, is tried again."""
+
+
+def step(
+    adapter: Adapter,
+    module: nn.Module,
+    upstream: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: SparseConfig,
+) -> Any:
+    """What the hook on a neuron's forward calls: the step is recorded, or upstream's forward runs on numbers."""
+    if not here.paused:
+        skips = backoff.get(module)
+        if skips is None or not skips[1]:
+            found = _record(adapter, module, upstream, args, kwargs, config)
+            if found is not None:
+                return found
+        else:
+            skips[1] -= 1
+    realize((args, kwargs, module._buffers), type(module).__name__)
+    return upstream(module, *args, **kwargs)
+
+
+def _record(
+    adapter: Adapter, module: nn.Module, upstream: Callable[..., Any], args: Any, kwargs: Any, config: Any
+) -> Any:
+    call = adapter.read_call(module, args, kwargs)
+    if call is None:
+        return None
+    x, leaves, like = call
+    if type(x) is Recorded:
+        source = x._value[0]
+        shape, dtype, device = source.shape, source.dtype, source.device
+    elif type(x) is Tensor and x.layout is torch.strided:
+        shape, dtype, device = x.shape, x.dtype, x.device
+    else:
+        return None
+    if dtype is not torch.float32 or not shape or not can_record(device):
+        return None
+    record = open_record()
+    with record.lock:
+        if adapter.zeros_for_other_shapes:
+            leaves = {n: leaf if leaf is not None and _shape(leaf) == shape else None for n, leaf in leaves.items()}
+        if type(x) is Recorded and x._value[0].record is not record:
+            return None
+        lane = next((leaf._value[0] for leaf in leaves.values() if type(leaf) is Recorded), None)
+        if not (
+            type(lane) is NeuronLane
+            and lane.input_shape == shape
+            and lane.device == device
+            and lane.continues(record, module, leaves, config)
+        ):
+            if type(x) is Tensor:
+                note_feeding(x)
+            lane = _open(record, adapter, module, upstream, config, leaves, like, shape, device)
+            if lane is None:
+                return None
+        lane.columns[0].append(entry_of(x))
+        record.count(lane)
+        out = lane.make(0)
+        new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
+        result = adapter.write_call(module, out, new, lane.like)
+    if config.max_steps is not None and len(lane) >= config.max_steps:
+        flush(record, "max_steps")
+    return result
+
+
+def _open(
+    record: Record,
+    adapter: Adapter,
+    module: nn.Module,
+    upstream: Callable[..., Any],
+    config: SparseConfig,
+    leaves: dict[str, Any],
+    like: Any,
+    shape: torch.Size,
+    device: torch.device,
+) -> NeuronLane | None:
+    neuron = adapter.neuron(module)
+    present = [leaf for leaf in leaves.values() if leaf is not None]
+    if isinstance(neuron, str) or not all(_fits(leaf, record) for leaf in present):
+        backoff[module] = [0, ASK_AGAIN]
+        return None
+    out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
+    if out_shape is None:
+        backoff[module] = [0, ASK_AGAIN]
+        return None
+    lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
+    lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
+    return lane
+
+
+def _fits(leaf: Any, record: Record) -> bool:
+    if type(leaf) is Recorded:
+        return leaf._value[0].record is record
+    return isinstance(leaf, Tensor) and type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided
+
+
+def _shape(x: Any) -> torch.Size:
+    return x._value[0].shape if type(x) is Recorded else x.shape
+
+
+def _plain(leaf: Any) -> Tensor:
+    """A tensor of the same shape and dtype."""
+    if type(leaf) is not Recorded:
+        return leaf  # type: ignore[no-any-return]
+    lane = leaf._value[0]
+    return torch.empty((), dtype=lane.dtype, device=lane.device).expand(lane.shape)
