@@ -103,6 +103,7 @@ class SparsityReport:
             >>> report.runs()
             {'': {'masked': 1, 'backward': 1}}
         """
+        flush(reason="a report")
         return {e.name: dict(e.record.calls) for e in self.entries if e.record is not None}
 
     def as_dict(self) -> dict[str, Any]:
@@ -127,6 +128,7 @@ class SparsityReport:
         return {"config": asdict(self.config), "rows": rows}
 
     def _rows(self) -> list[tuple[str, ...]]:
+        flush(reason="a report")
         rows: list[tuple[str, ...]] = [
             ("module", "neuron", "mode", "why", "ran"),
             *((e.name, e.kind, e.status, e.reason, e.ran) for e in self.entries),

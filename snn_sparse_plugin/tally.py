@@ -126,8 +126,14 @@ def show(spikes: Any, active: Any, steps: int = 1) -> None:
             watcher(current(), spikes, active, steps)
 
 
+settle: list[Callable[[], None]] = []
+"""Called before counts are read: what runs recorded steps that nobody has asked for yet."""
+
+
 def by_class() -> dict[str, ClassRuns]:
     """A copy of the counts of every class that ran, by name; ``"functional"`` is what ran outside any module."""
+    for run in settle:
+        run()
     with _lock:
         return {
             kind: ClassRuns(dict(runs.calls), dict(runs.modules), dict(runs.reasons))
@@ -137,6 +143,8 @@ def by_class() -> dict[str, ClassRuns]:
 
 def clear() -> None:
     """Start again from zero."""
+    for run in settle:
+        run()
     with _lock:
         _classes.clear()
         for record in [_outside, *(record for record, _ in list(_records.values()))]:

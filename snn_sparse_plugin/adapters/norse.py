@@ -143,7 +143,7 @@ class NorseAdapter(Adapter):
             args = (given["input_tensor"], given.get("state"))
         x, state = args
         if state is None:
-            if not isinstance(x, Tensor) or self.takes_sequence(module):
+            if not isinstance(x, Tensor) or type(module).__name__ in WHY_NOT or self.takes_sequence(module):
                 return None
             state = _fallback_state(module, x)
         if not hasattr(state, "_asdict"):

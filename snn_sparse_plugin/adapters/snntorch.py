@@ -201,8 +201,8 @@ class SnnTorchAdapter(Adapter):
     def upstream_step(
         self, upstream: Callable[..., Any], module: Any, x: Tensor, leaves: dict[str, Any], like: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        buffers = module._buffers
-        kept = {name: buffers[name] for name in leaves}
+        buffers, attributes = module._buffers, vars(module)
+        kept, reset = {name: buffers[name] for name in leaves}, attributes.get("reset", self)
         # an empty tensor has no input's shape, so that upstream starts from zeros
         buffers.update({name: x.new_zeros(0) if leaf is None else leaf for name, leaf in leaves.items()})
         try:
@@ -210,6 +210,10 @@ class SnnTorchAdapter(Adapter):
             return (out[0] if isinstance(out, tuple) else out), {name: buffers[name] for name in leaves}
         finally:
             buffers.update(kept)
+            # the forward's own note of its last reset, which is no part of the neuron's description
+            attributes.pop("reset", None)
+            if reset is not self:
+                attributes["reset"] = reset
 
     def check_in_sequence(self, module: Any, last: bool) -> str | None:
         if last or self.takes_sequence(module):

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import tally
 from ..errors import FusionError
 from .lanes import Plan, run_lane, run_steps
-from .record import FunctionLane, Lane, Record, here, paused, reasons
+from .record import FunctionLane, Lane, NeuronLane, Record, here, in_mode, paused, reasons
 from .recorded import Recorded
 
 
-def flush(record: Record | None = None, reason: Any = "flush()") -> None:
+def flush(record: Record | None = None, reason: Any = "flush()", *, stepped: bool = False) -> None:
     """Run what this thread has recorded; the recorded tensors become ordinary ones.
 
-    Seldom needed: whatever wants numbers does it.
+    Seldom needed: whatever wants numbers does it. ``stepped``: by upstream's own steps, one after the other, so that
+    every value has the place in the graph that it has in the step loop.
 
     Raises:
         FusionError: a tensor that a recorded step reads was changed in place in the meantime.
@@ -37,13 +38,19 @@ def flush(record: Record | None = None, reason: Any = "flush()") -> None:
         reasons[reason if isinstance(reason, str) else getattr(reason, "__name__", str(reason))] += 1
         try:
             with paused(), torch._C.DisableTorchFunctionSubclass():
-                _run(record)
+                _run(record, stepped)
         except BaseException as error:
             record.error = error
             raise
         finally:
-            record.lanes.clear()
-            record.functions.clear()
+            record.close()
+
+
+tally.settle.append(lambda: flush(reason="a report"))
+
+
+# what looks at a value's place in the graph, not only at its numbers
+_GRAPH = {Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__, torch.autograd.grad}  # type: ignore[attr-defined]
 
 
 def realize(items: Any, reason: Any) -> None:
@@ -51,7 +58,7 @@ def realize(items: Any, reason: Any) -> None:
     for x in _recorded_in(items):
         if type(x) is Recorded:
             record = x._value[0].record
-            flush(record, reason)
+            flush(record, reason, stepped=reason in _GRAPH)
             if type(x) is Recorded:
                 raise FusionError(
                     f"the step recorded at {x._value[0].where} was never computed, as running the record failed: "
@@ -70,7 +77,7 @@ def _recorded_in(items: Any) -> Iterator[Recorded]:
             yield from _recorded_in(item)
 
 
-def _run(record: Record) -> None:
+def _run(record: Record, stepped: bool) -> None:
     waiting = [
         (lane, slot, call, found)
         for lane in record.lanes
@@ -78,17 +85,20 @@ def _run(record: Record) -> None:
         for call in range(len(calls))
         if (found := lane.waiting(slot, call)) is not None
     ]
-    if not waiting:
+    # who watches the neurons wants to see steps that nobody uses
+    seen = tally.watchers.get() is not None
+    watched = [lane for lane in record.lanes if isinstance(lane, NeuronLane)] if seen else []
+    if not waiting and not watched:
         return
     record.check_versions()
-    plan = Plan(waiting)
+    plan = Plan(waiting, watched, stepped)
     for group in plan.groups:
         try:
-            with _mode(group[0].mode):
-                if len(group) == 1 and not plan.feeds_itself(group[0]):
+            if len(group) == 1 and not stepped and not plan.feeds_itself(group[0]):
+                with in_mode(group[0].mode):
                     run_lane(group[0], plan)
-                else:
-                    run_steps(group, plan)
+            else:
+                run_steps(group, plan)
         except Exception as error:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
@@ -98,27 +108,17 @@ def _run(record: Record) -> None:
         found.become(tensor)
 
 
-def _mode(mode: int) -> AbstractContextManager[Any]:
-    return torch.inference_mode() if mode == 2 else _grad(bool(mode))
-
-
-@contextmanager
-def _grad(enabled: bool) -> Iterator[None]:
-    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
-        yield
-
-
 def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[Tensor]:
     """The tensors that the user's objects become, in the order of ``waiting``."""
     calls: dict[tuple[Lane, int], list[int]] = {}
     for lane, slot, call, _ in waiting:
         calls.setdefault((lane, slot), []).append(call)
-    found: dict[tuple[Lane, int, int], Tensor] = {}
+    found: dict[Any, Tensor] = {}  # by value: lane, call, slot
     for (lane, slot), wanted in calls.items():
-        with _mode(lane.mode):
+        with in_mode(lane.mode):
             found.update(
                 {
-                    (lane, slot, call): x
+                    (lane, call, slot): x
                     for call, x in zip(wanted, plan.own(lane, slot, wanted), strict=True)
                 }
             )
@@ -127,14 +127,14 @@ def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[
         if isinstance(lane, FunctionLane) and lane.view:
             sources = [column[call] for column in lane.columns]
             if any(source in found for source in sources):
-                with _mode(lane.mode):
-                    found[lane, slot, call] = plan.call(
+                with in_mode(lane.mode):
+                    found[lane, call, slot] = plan.call(
                         lane, [found.get(s) if len(s) == 3 else s[0] for s in sources], call
                     )
     seen: set[int] = set()
     values = []
     for lane, slot, call, _ in waiting:
-        x = found[lane, slot, call]
+        x = found[lane, call, slot]
         if id(x) in seen:
             x = x.view_as(x)
         seen.add(id(x))

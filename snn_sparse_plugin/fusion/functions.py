@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .record import Entry, FunctionLane, Record, can_record, entry_of, here
+from .record import LONGEST, Entry, FunctionLane, Record, can_record, entry_of, here
 from .recorded import Recorded, Value
 
 
@@ -130,7 +129,7 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     record, device = _place(call.entries)
     if record is None or device is None or not can_record(device):
         return None
-    with record.lock:
+    with record:
         if record.closed:
             return None
         key: Any = (*call.key, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -152,7 +151,12 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         if lane.view:
             record.viewed.update(now)
         record.count(lane)
-        return lane.make(0)
+        made_now = lane.make(0)
+    if record.calls > LONGEST:
+        from .flush import flush
+
+        flush(record, "a long record")
+    return made_now
 
 
 def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
@@ -371,7 +375,7 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
     if made.shape != lane.shape or made.dtype != lane.dtype:
         return NotImplemented
     x._value = found._value
-    made.live[0][-1] = ref(x)
+    made.live[0][-1] = lane.record.awaited(x)
     return x
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..errors import FusionError
 from ..spikes import SpikeTrain
 from .executor import FusedCall, Synapses
 from .functions import BATCHED, LINEAR, filled
-from .record import Entry, FunctionLane, Lane, NeuronLane, backoff
+from .record import Entry, FunctionLane, Lane, NeuronLane, backoff, in_mode
 from .recorded import Recorded
 from .series import Series, constant_of, piece, source_of, stacked, train_of
 from .stepping import Flow, Layer
@@ -29,7 +29,12 @@ class Plan:
     """What is wanted of a record, and ``groups``: lanes in the order in which they can run, together where they
     feed each other in a circle."""
 
-    def __init__(self, waiting: list[tuple[Lane, int, int, Recorded]]) -> None:
+    def __init__(
+        self,
+        waiting: list[tuple[Lane, int, int, Recorded]],
+        watched: Sequence[Lane] = (),
+        stepped: bool = False,
+    ) -> None:
         self.sources: dict[Lane, set[Lane]] = {}
         self.readers: dict[tuple[Lane, int], set[Lane]] = {}
         self.early: set[tuple[Lane, int]] = set()  # wanted before the last call
@@ -38,7 +43,7 @@ class Plan:
             self.waiting.setdefault((lane, slot), []).append(call)
             if call < len(lane) - 1:
                 self.early.add((lane, slot))
-        todo = list({lane: None for lane, _, _, _ in waiting})
+        todo = [*{lane: None for lane, _, _, _ in waiting}, *watched]
         while todo:
             lane = todo.pop()
             if lane in self.sources:
@@ -52,8 +57,9 @@ class Plan:
                     if call < len(source) - 1:
                         self.early.add((source, slot))
             todo += found
-        self.groups = list(_components(self.sources))
-        self.alone = {group[0] for group in self.groups if len(group) == 1}
+        self.stepped = stepped
+        self.groups = [list(self.sources)] if stepped else list(_components(self.sources))
+        self.alone = {group[0] for group in self.groups if len(group) == 1 and not stepped}
         self.inside = {
             lane for lane in self.sources if isinstance(lane, FunctionLane) and self._runs_inside(lane)
         }
@@ -75,10 +81,22 @@ class Plan:
             and reader in self.alone
             and len(reader) > 1
             and reader.neuron.input_weight is None
+            and not self.wants_currents(reader)
             and source_of(reader.columns[0]) is not None
             and reader.mode == lane.mode
             for reader in readers
         )
+
+    def wants_currents(self, lane: NeuronLane) -> bool:
+        """Whether a state other than the membrane is wanted between steps, which is in no output of the op."""
+        outputs = (0, lane.slots.get(lane.adapter.membrane_leaf()))
+        return any((lane, slot) in self.early for slot in lane.slots.values() if slot not in outputs)
+
+    def piece(self, entry: Entry) -> Tensor:
+        """One tensor argument of one call."""
+        if len(entry) == 3 and entry[0] in self.inside:
+            return self.own(entry[0], entry[2], [entry[1]])[0]
+        return piece(entry)
 
     @staticmethod
     def _varies(column: list[Entry]) -> bool:
@@ -183,7 +201,8 @@ def run_lane(lane: Lane, plan: Plan) -> None:
     if lane in plan.inside:
         return
     if isinstance(lane, NeuronLane):
-        if len(lane) == 1 or not _run_neuron(lane, plan):
+        # a single step is upstream's own, unless the module has changed since
+        if (len(lane) == 1 and lane.unchanged()) or not _run_neuron(lane, plan):
             _note_length(lane)
             run_steps([lane], plan)
         else:
@@ -272,8 +291,8 @@ def _stack_of_steps(lane: FunctionLane, plan: Plan) -> Tensor | None:
 def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
     """One call of the fused op for all steps; False where only single steps do what upstream does."""
     membrane = lane.slots.get(lane.adapter.membrane_leaf(), -1)
-    if any((lane, slot) in plan.early for slot in lane.slots.values() if slot not in (0, membrane)):
-        return False  # a synaptic current between steps is in no output of the op
+    if plan.wants_currents(lane):
+        return False
     column, synapses, name = lane.columns[0], None, type(lane.module).__name__
     source = source_of(column)
     if source is not None and source[0] in plan.inside:
@@ -357,22 +376,33 @@ def run_steps(group: list[Lane], plan: Plan) -> None:
         ((number, call, lane) for lane in group for call, number in enumerate(lane.order)), key=lambda x: x[0]
     )
     for _, call, lane in todo:
-        tensors = [piece(column[call]) for column in lane.columns]
-        if isinstance(lane, FunctionLane):
-            pieces[lane][0].append(plan.call(lane, tensors, call))
-            continue
-        assert isinstance(lane, NeuronLane)
-        if not lane.unchanged():
-            raise FusionError(
-                f"{type(lane.module).__name__} was changed after its step was recorded at {lane.where}, before the "
-                f"result was used. Use the result first, or switch time fusion off (fuse_time=False)."
-            )
-        before = states[lane] if lane in states else _initial(lane)
-        with use_config(lane.config), running(lane.module):
-            out, after = lane.adapter.upstream_step(lane.upstream, lane.module, tensors[0], before, lane.like)
-        states[lane] = dict(after)
-        pieces[lane][0].append(out)
-        for name, slot in lane.slots.items():
-            if slot:
-                pieces[lane][slot].append(after[name])
+        with in_mode(lane.mode):
+            _run_step(lane, call, plan, states, pieces)
+
+
+def _run_step(
+    lane: Lane,
+    call: int,
+    plan: Plan,
+    states: dict[Lane, dict[str, Tensor | None]],
+    pieces: dict[Lane, list[list[Tensor]]],
+) -> None:
+    tensors = [plan.piece(column[call]) for column in lane.columns]
+    if isinstance(lane, FunctionLane):
+        pieces[lane][0].append(plan.call(lane, tensors, call))
+        return
+    assert isinstance(lane, NeuronLane)
+    if not lane.unchanged():
+        raise FusionError(
+            f"{type(lane.module).__name__} was changed after its step was recorded at {lane.where}, before the "
+            f"result was used. Use the result first, or switch time fusion off (fuse_time=False)."
+        )
+    before = states[lane] if lane in states else _initial(lane)
+    with use_config(lane.config), running(lane.module):
+        out, after = lane.adapter.upstream_step(lane.upstream, lane.module, tensors[0], before, lane.like)
+    states[lane] = dict(after)
+    pieces[lane][0].append(out)
+    for name, slot in lane.slots.items():
+        if slot:
+            pieces[lane][slot].append(after[name])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from .. import tally
 from ..adapters import Adapter, Neuron
 from ..config import SparseConfig
 from ..errors import FusionError
@@ -21,8 +23,8 @@ from .recorded import Recorded, Value
 Entry = Value | tuple[Tensor, int]
 """One tensor argument of one call: a recorded value, or a tensor and its version at that time."""
 
-PRUNE_AT = 20_000
-"""Calls after which a record that nobody waits for is dropped."""
+LONGEST = 100_000
+"""Calls after which a record runs although nobody asked, so that its memory is bounded."""
 
 
 class Lane:
@@ -52,7 +54,7 @@ class Lane:
     def make(self, slot: int) -> Recorded:
         """What the user gets from the newest call."""
         made = Recorded.of(self.shape, self.dtype, self.device, (self, len(self.order) - 1, slot))
-        self.live[slot].append(ref(made))
+        self.live[slot].append(self.record.awaited(made))
         return made
 
     def waiting(self, slot: int, call: int) -> Recorded | None:
@@ -141,7 +143,17 @@ class Record:
         self.lanes: list[Lane] = []
         self.functions: dict[Any, FunctionLane] = {}
         self.calls = 0
-        self.prune_at = PRUNE_AT
+        self.alive = self.busy = 0
+        this = ref(self)
+
+        def gone(_: Any) -> None:
+            record = this()
+            if record is not None:
+                record.alive -= 1
+                if not record.alive and not record.busy and tally.watchers.get() is None:
+                    record.close()  # nobody waits for anything
+
+        self.gone = gone
         self.viewed: set[Value] = set()
         self.closed = False
         self.error: BaseException | None = None
@@ -150,14 +162,23 @@ class Record:
         lane.order.append(self.calls)
         self.calls += 1
 
-    def idle(self) -> bool:
-        """Whether no value is waited for any more."""
-        return not any(
-            lane.waiting(slot, call) is not None
-            for lane in self.lanes
-            for slot in range(len(lane.live))
-            for call in range(len(lane.live[slot]))
-        )
+    def awaited(self, x: Recorded) -> ref[Tensor]:
+        """A weak reference to a tensor that waits for this record."""
+        self.alive += 1
+        return ref(x, self.gone)
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.busy -= 1
+        self.lock.release()
+
+    def close(self) -> None:
+        self.closed = True
+        self.lanes.clear()
+        self.functions.clear()
 
     def check_versions(self) -> None:
         """Raise :class:`FusionError` if a tensor was changed in place after a step that reads it was recorded."""
@@ -196,11 +217,6 @@ def open_record() -> Record:
     record = here.record
     if record is None or record.closed:
         record = here.record = Record()
-    elif record.calls > record.prune_at:
-        if record.idle():
-            record = here.record = Record()
-        else:
-            record.prune_at *= 2
     return record
 
 
@@ -232,6 +248,17 @@ def grad_mode() -> int:
     return 2 if torch.is_inference_mode_enabled() else int(torch.is_grad_enabled())
 
 
+def in_mode(mode: int) -> AbstractContextManager[Any]:
+    """What :func:`grad_mode` said, again in force."""
+    return torch.inference_mode() if mode == 2 else _without_inference_mode(bool(mode))
+
+
+@contextmanager
+def _without_inference_mode(grad: bool) -> Iterator[None]:
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
+
+
 def version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
@@ -258,9 +285,17 @@ def _description(adapter: Adapter, module: nn.Module) -> _Description:
                 if value is not None and not (owner is module and name in hidden)
             ]
         for value in vars(owner).values():
-            fields = value._asdict() if isinstance(value, tuple) and hasattr(value, "_asdict") else {}
-            tensors += [(fields, n, v, version(v)) for n, v in fields.items() if type(v) is Tensor]
+            tensors += _of_tuple(value)
     return attributes, tensors
+
+
+def _of_tuple(value: Any) -> list[tuple[dict[str, Any], str, Tensor, int]]:
+    """The tensors of Norse's parameters, which are nested named tuples."""
+    if not isinstance(value, tuple) or not hasattr(value, "_asdict"):
+        return []
+    fields = value._asdict()
+    found = [(fields, n, v, version(v)) for n, v in fields.items() if isinstance(v, Tensor)]
+    return [*found, *(item for v in fields.values() for item in _of_tuple(v))]
 
 
 def _users_line() -> str:
