@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from . import tally
 from .adapters import MARK, Adapter, Mark, entered, install_adapters, loaded_adapters, record_of
 from .config import SparseConfig, current_config
-from .errors import InputError
+from .errors import InputError, SparsePluginError
 from .fusion.flush import flush
 from .fusion.sources import watched
 
@@ -52,8 +52,11 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
     with entered(config), watched():
         try:
             yield config
-        finally:
-            flush(reason="end of sparse_mode()")
+        except BaseException:
+            with suppress(SparsePluginError):  # the first error is the one to see
+                flush(reason="end of sparse_mode()")
+            raise
+        flush(reason="end of sparse_mode()")
 
 
 @dataclass(frozen=True)

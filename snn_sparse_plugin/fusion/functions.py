@@ -159,6 +159,36 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return made_now
 
 
+def _linear(func: Any, args: Any, kwargs: Any) -> Any:
+    """The commonest call, without the search for what its arguments are."""
+    if kwargs or len(args) != 3 or type(args[0]) is not Recorded:
+        return _recorded(func, args, kwargs)
+    x, weight, bias = args
+    value = x._value
+    source = value[0]
+    record = source.record
+    key = (LINEAR, source, value[2], id(weight), id(bias), torch.is_grad_enabled())
+    lane = record.functions.get(key)
+    if lane is None or lane.columns[0][-1] == value or record is not here.record or not can_record(lane.device):
+        made = _recorded(func, args, kwargs)
+        if type(made) is Recorded and not torch.is_inference_mode_enabled():
+            lane = made._value[0]
+            leaves = weight.requires_grad and weight.is_leaf and (bias is None or bias.requires_grad and bias.is_leaf)
+            if leaves and isinstance(lane, FunctionLane) and lane.columns[0][0][-1] == value[2]:
+                record.functions[key] = lane
+        return made
+    with record:
+        if record.closed or torch.is_inference_mode_enabled():
+            return NotImplemented
+        columns = lane.columns
+        columns[0].append(value)
+        columns[1].append((weight, weight._version))
+        if bias is not None:
+            columns[2].append((bias, bias._version))
+        record.count(lane)
+        return lane.make(0)
+
+
 def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
     """The one open record of this thread that all recorded arguments belong to, and the device of all arguments."""
     record, device, scalars = here.record, None, True
@@ -392,6 +422,7 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     F.dropout: _dropout,
     F.dropout2d: _dropout,
     F.batch_norm: _batch_norm,
+    LINEAR: _linear,
     Tensor.__getitem__: _getitem,
 }
 

@@ -13,6 +13,7 @@ from ..adapters import running
 from ..config import use_config
 from ..errors import FusionError
 from ..spikes import SpikeTrain
+from . import meter
 from .executor import FusedCall, Synapses
 from .functions import BATCHED, LINEAR, filled
 from .record import Entry, FunctionLane, Lane, NeuronLane, backoff, in_mode
@@ -321,7 +322,17 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
     events = plan.wants_events(lane) and not single
     want_mem = membrane > 0 and (lane, membrane) in plan.early
     with use_config(lane.config):
-        passed = call.run(flow, events, want_mem)
+        if meter.current is None:
+            passed = call.run(flow, events, want_mem)
+        else:
+            x, state = piece(lane.columns[0][0]) if synapses is None else piece(column[0]), _initial(lane)
+            passed = meter.current.add(
+                lane.module,
+                n,
+                lambda: call.run(flow, events, want_mem),
+                lambda: _one_step(lane, synapses, x, state),
+                (lane.input_shape, synapses is None, lane.mode),
+            )
     if passed is None:
         return False
     spikes, mem = passed.flow, passed.mem
@@ -337,6 +348,14 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
             last = x.squeeze(0) if single else x
             lane.results[slot] = Series(n, dense=mem if slot == membrane else None, last=last)
     return True
+
+
+def _one_step(lane: NeuronLane, synapses: Synapses | None, x: Tensor, state: Any) -> None:
+    """A single step as upstream runs it, for the meter."""
+    if synapses is not None:
+        x = F.linear(x, *synapses)
+    with use_config(None):
+        lane.adapter.upstream_step(lane.upstream, lane.module, x, state, lane.like)
 
 
 def _flow(column: list[Entry]) -> Flow:

@@ -30,7 +30,7 @@ def step(
 ) -> Any:
     """What the hook on a neuron's forward calls: the step is recorded, or upstream's forward runs on numbers."""
     if not here.paused:
-        skips = backoff.get(module)
+        skips = backoff.get(module) if backoff else None
         if skips is None or not skips[1]:
             found = _record(adapter, module, upstream, args, kwargs, config)
             if found is not None:

@@ -27,6 +27,9 @@ LONGEST = 100_000
 """Calls after which a record runs although nobody asked, so that its memory is bounded."""
 
 
+_make = Tensor._make_wrapper_subclass
+
+
 class Lane:
     """Calls of one function or neuron, in the order of its steps.
 
@@ -53,8 +56,11 @@ class Lane:
 
     def make(self, slot: int) -> Recorded:
         """What the user gets from the newest call."""
-        made = Recorded.of(self.shape, self.dtype, self.device, (self, len(self.order) - 1, slot))
-        self.live[slot].append(self.record.awaited(made))
+        made: Recorded = _make(Recorded, self.shape, dtype=self.dtype, device=self.device)
+        made._value = (self, len(self.order) - 1, slot)
+        record = self.record
+        record.alive += 1
+        self.live[slot].append(ref(made, record.gone))
         return made
 
     def waiting(self, slot: int, call: int) -> Recorded | None:
@@ -120,7 +126,10 @@ class NeuronLane(Lane):
             return False
         for name, slot in self.slots.items():
             leaf = leaves[name]
-            if type(leaf) is not Recorded or leaf._value != (self, last, slot):
+            if type(leaf) is not Recorded:
+                return False
+            lane, call, place = leaf._value
+            if lane is not self or call != last or place != slot:
                 return False
         return self.unchanged()
 
@@ -129,7 +138,10 @@ class NeuronLane(Lane):
         for owner, kept in self.attributes:
             if len(owner) != len(kept) or not all(map(is_, owner.values(), kept)):
                 return False
-        return all(owner.get(name) is tensor for owner, name, tensor, _ in self.tensors)
+        for owner, name, tensor, _ in self.tensors:
+            if owner.get(name) is not tensor:
+                return False
+        return True
 
     def entries(self) -> list[Entry]:
         return [*super().entries(), *(entry for entry in self.initial.values() if entry is not None)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +25,6 @@ class Recorded(Tensor):
     """
 
     _value: Value
-
-    @staticmethod
-    def of(shape: Iterable[int], dtype: torch.dtype, device: torch.device, value: Value) -> Recorded:
-        made: Recorded = Tensor._make_wrapper_subclass(Recorded, shape, dtype=dtype, device=device)
-        made._value = value
-        return made
 
     def become(self, real: Tensor) -> None:
         """Put the computed tensor into this object, wherever it is referred to."""

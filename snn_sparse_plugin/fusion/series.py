@@ -72,9 +72,10 @@ class Series:
 
     def _owned(self, call: int) -> Tensor:
         x = self.step(call)
-        events = self.train is not None and self.dense is None
-        fresh = events or (self.last is not None and call == self.n - 1 and not x._is_view())
-        return x if fresh else x.clone()
+        alone = self.last is not None and call == self.n - 1
+        events = self.train is not None and self.dense is None and not alone
+        # upstream's own resets detach states in place, which a view refuses
+        return x if (alone or events) and not x._is_view() else x.clone()
 
     def _densify(self) -> None:
         if self.dense is None and self.train is not None:
