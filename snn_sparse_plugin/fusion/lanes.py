@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters import running
 from ..config import use_config
@@ -23,7 +23,8 @@ from .stepping import Flow, Layer
 
 SHORT = 2
 """Records in a row in which a neuron was asked for a single step, after which it is stepped for a while."""
-LONGEST_PAUSE = 1024
+FIRST_PAUSE, LONGEST_PAUSE = 64, 4096
+"""Calls for which it is not recorded: each time twice as many."""
 
 
 class Plan:
@@ -204,11 +205,13 @@ def run_lane(lane: Lane, plan: Plan) -> None:
     if isinstance(lane, NeuronLane):
         # a single step is upstream's own, unless the module has changed since
         if (len(lane) == 1 and lane.unchanged()) or not _run_neuron(lane, plan):
-            _note_length(lane)
+            note_length(lane.module, len(lane))
             run_steps([lane], plan)
         else:
-            backoff.pop(lane.module, None)
+            note_length(lane.module, len(lane))
     elif isinstance(lane, FunctionLane):
+        if lane.func is same:
+            note_length(lane.kwargs["module"], len(lane))
         lane.results[0] = _run_function(lane, plan)
 
 
@@ -370,15 +373,16 @@ def _initial(lane: NeuronLane) -> dict[str, Tensor | None]:
     return {name: None if entry is None else piece(entry) for name, entry in lane.initial.items()}
 
 
-def _note_length(lane: NeuronLane) -> None:
-    """Stop recording a neuron for a while that is always asked for single steps."""
-    if len(lane) > 1:
+def note_length(module: nn.Module, steps: int) -> None:
+    """Stop recording a module for a while that is always asked for single steps."""
+    if steps > 1:
+        backoff.pop(module, None)
         return
-    found = backoff.setdefault(lane.module, [0, 0, 32])
+    found = backoff.setdefault(module, [0, 0, FIRST_PAUSE])
     found[0] += 1
     if found[0] >= SHORT:
-        pause = min(LONGEST_PAUSE, 2 * (found[2] if len(found) > 2 else 32))
-        backoff[lane.module] = [SHORT - 1, pause, pause]
+        found[1] = found[2]
+        found[2] = min(LONGEST_PAUSE, 2 * found[2])
 
 
 # --- one call after the other ---

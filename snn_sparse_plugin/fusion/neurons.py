@@ -12,7 +12,7 @@ from ..adapters import Adapter
 from ..config import SparseConfig
 from .executor import takes_step
 from .flush import flush, realize
-from .record import NeuronLane, Record, backoff, can_record, entry_of, here, open_record
+from .record import NeuronLane, Record, backoff, can_record, entry_of, here, open_record, resting
 from .recorded import Recorded
 from .sources import note_feeding
 
@@ -30,13 +30,10 @@ def step(
 ) -> Any:
     """What the hook on a neuron's forward calls: the step is recorded, or upstream's forward runs on numbers."""
     if not here.paused:
-        skips = backoff.get(module) if backoff else None
-        if skips is None or not skips[1]:
+        if not resting(module):
             found = _record(adapter, module, upstream, args, kwargs, config)
             if found is not None:
                 return found
-        else:
-            skips[1] -= 1
     realize((args, kwargs, module._buffers), type(module).__name__)
     return upstream(module, *args, **kwargs)
 
@@ -103,11 +100,11 @@ def _open(
         neuron = "its adapter failed"
     present = [leaf for leaf in leaves.values() if leaf is not None]
     if isinstance(neuron, str) or not all(_fits(leaf, record) for leaf in present):
-        backoff[module] = [0, ASK_AGAIN]
+        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
         return None
     out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
     if out_shape is None:
-        backoff[module] = [0, ASK_AGAIN]
+        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
         return None
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape

@@ -219,7 +219,19 @@ class _Here(threading.local):
 
 here = _Here()
 backoff: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-"""Modules whose steps are asked for one by one: (single steps so far, calls that will not be recorded)."""
+"""Modules whose steps are asked for one by one: single steps so far, calls that will not be recorded, and how many
+will not be the next time."""
+
+
+def resting(module: nn.Module) -> bool:
+    """Whether this call of the module is not to be recorded."""
+    found = backoff.get(module) if backoff else None
+    if found is None or not found[1]:
+        return False
+    found[1] -= 1
+    return True
+
+
 reasons: Counter[str] = Counter()
 """Why records ran: the function that wanted numbers, and from where."""
 

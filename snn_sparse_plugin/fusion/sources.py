@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..config import active_config
 from .flush import flush, realize
 from .lanes import same
-from .record import FunctionLane, can_record, entry_of, here, open_record, paused
+from .record import FunctionLane, can_record, entry_of, here, open_record, paused, resting
 from .recorded import Recorded
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,8 +64,11 @@ def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
     x = args[0] if len(args) == 1 and not kwargs else None
     if config is None or not config.fuse_time or type(x) is not Tensor:
         return nn.Module.__call__(self, *args, **kwargs)
-    if self in _feeding and x.layout is torch.strided and x.dtype is torch.float32 and can_record(x.device):
-        return nn.Module.__call__(self, _entering(self, x))
+    if self in _feeding:
+        plain = x.layout is torch.strided and x.dtype is torch.float32
+        if plain and not resting(self) and can_record(x.device):
+            return nn.Module.__call__(self, _entering(self, x))
+        return nn.Module.__call__(self, x)
     out = nn.Module.__call__(self, x)
     if type(out) is Tensor:
         _recent.calls.append((self, ref(out), out.grad_fn))
