@@ -198,6 +198,10 @@ class Adapter:
         state's form), a None for a tensor of zeros; None where upstream's own forward has to see the call."""
         return None
 
+    def next_state(self, module: nn.Module, args: tuple[Any, ...]) -> Sequence[Any] | None:
+        """The tensors of the state that :meth:`read_call` would find, or None to ask that instead."""
+        return None
+
     def write_call(self, module: nn.Module, out: Tensor, leaves: dict[str, Tensor], like: Any) -> Any:
         """Keep the state as upstream's forward does, and return what it returns."""
         raise NotImplementedError

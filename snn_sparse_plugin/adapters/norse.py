@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -149,6 +149,12 @@ class NorseAdapter(Adapter):
         if not hasattr(state, "_asdict"):
             return None
         return x, _leaves(state), state
+
+    def next_state(self, module: Any, args: tuple[Any, ...]) -> Sequence[Any] | None:
+        if len(args) != 2 or not isinstance(args[1], tuple):
+            return None
+        # a flat state is its own list of tensors
+        return args[1] if all(isinstance(leaf, Tensor) for leaf in args[1]) else None
 
     def write_call(self, module: Any, out: Tensor, leaves: dict[str, Tensor], like: Any) -> Any:
         return out, _rebuilt(like, leaves)

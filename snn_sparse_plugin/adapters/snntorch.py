@@ -177,10 +177,19 @@ class SnnTorchAdapter(Adapter):
             leaves[name] = leaf
         return x, leaves, None
 
+    def next_state(self, module: Any, args: tuple[Any, ...]) -> Sequence[Any] | None:
+        names = _state_names(type(module))
+        if len(args) == 1:
+            buffers = module._buffers
+            return [buffers.get(name) for name in names]
+        return None if module.init_hidden or len(args) != 1 + len(names) else args[1:]
+
     def write_call(self, module: Any, out: Tensor, leaves: dict[str, Tensor], like: Any) -> Any:
         module._buffers.update(leaves)
         if module.init_hidden and not module.output:
             return out
+        if len(leaves) == 1:
+            return out, leaves["mem"]
         return (out, *(leaf for name, leaf in leaves.items() if name != "spk"))
 
     def leaves(self, state: Any) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def _run(record: Record, stepped: bool) -> None:
         for call in range(len(calls))
         if (found := lane.waiting(slot, call)) is not None
     ]
+    for lane in record.lanes:
+        lane.complete()
     # who watches the neurons wants to see steps that nobody uses
     seen = tally.watchers.get() is not None
     watched = [lane for lane in record.lanes if isinstance(lane, NeuronLane)] if seen else []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .record import LONGEST, Entry, FunctionLane, Record, can_record, entry_of, here
+from .record import LONGEST, Entry, FunctionLane, Record, can_record, entry_of, grad_mode, here
 from .recorded import Recorded, Value
 
 
@@ -146,6 +146,7 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             lane = FunctionLane(record, func, form, named, len(call.entries), func in VIEWS)
             lane.shape, lane.dtype, lane.device = *made, device
             record.functions[key] = lane
+        lane.complete()
         for column, entry in zip(lane.columns, call.entries, strict=True):
             column.append(entry)
         if lane.view:
@@ -160,32 +161,33 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
+    if not kwargs and len(args) == 3 and type(args[0]) is Recorded:
+        return record_linear(*args)
+    return _recorded(func, args, kwargs)
+
+
+def record_linear(x: Recorded, weight: Tensor, bias: Tensor | None) -> Any:
     """The commonest call, without the search for what its arguments are."""
-    if kwargs or len(args) != 3 or type(args[0]) is not Recorded:
-        return _recorded(func, args, kwargs)
-    x, weight, bias = args
     value = x._value
-    source = value[0]
+    source, call, slot = value
     record = source.record
-    key = (LINEAR, source, value[2], id(weight), id(bias), torch.is_grad_enabled())
-    lane = record.functions.get(key)
-    if lane is None or lane.columns[0][-1] == value or record is not here.record or not can_record(lane.device):
-        made = _recorded(func, args, kwargs)
-        if type(made) is Recorded and not torch.is_inference_mode_enabled():
+    mode = grad_mode()
+    key = (source, slot, id(weight), id(bias), mode)
+    lane = record.linears.get(key)
+    if lane is None or lane.columns[0][-1][1] == call or record is not here.record or not can_record(lane.device):
+        made = _recorded(LINEAR, (x, weight, bias), {})
+        if type(made) is Recorded:
             lane = made._value[0]
-            leaves = weight.requires_grad and weight.is_leaf and (bias is None or bias.requires_grad and bias.is_leaf)
-            if leaves and isinstance(lane, FunctionLane) and lane.columns[0][0][-1] == value[2]:
-                record.functions[key] = lane
+            if all(t is None or t.requires_grad and t.is_leaf for t in (weight, bias)):  # else another may take its id
+                record.linears[key] = lane
         return made
-    with record:
-        if record.closed or torch.is_inference_mode_enabled():
+    with record.lock:
+        if record.closed:
             return NotImplemented
-        columns = lane.columns
-        columns[0].append(value)
-        columns[1].append((weight, weight._version))
-        if bias is not None:
-            columns[2].append((bias, bias._version))
-        record.count(lane)
+        # weight and bias are those of the first call, at the version of that time
+        lane.columns[0].append(value)
+        lane.order.append(record.calls)
+        record.calls += 1
         return lane.make(0)
 
 

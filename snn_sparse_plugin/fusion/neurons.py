@@ -12,7 +12,7 @@ from ..adapters import Adapter
 from ..config import SparseConfig
 from .executor import takes_step
 from .flush import flush, realize
-from .record import NeuronLane, Record, backoff, can_record, entry_of, here, open_record, resting
+from .record import NeuronLane, Record, backoff, can_record, entry_of, grad_mode, here, open_record, resting
 from .recorded import Recorded
 from .sources import note_feeding
 
@@ -30,12 +30,54 @@ def step(
 ) -> Any:
     """What the hook on a neuron's forward calls: the step is recorded, or upstream's forward runs on numbers."""
     if not here.paused:
+        record = here.record
+        if record is not None and not kwargs:
+            lane = record.neurons.get(id(module))
+            if lane is not None and lane.config is config:
+                found = _advance(record, lane, args)
+                if found is not None:
+                    return found
         if not resting(module):
             found = _record(adapter, module, upstream, args, kwargs, config)
             if found is not None:
                 return found
     realize((args, kwargs, module._buffers), type(module).__name__)
     return upstream(module, *args, **kwargs)
+
+
+def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
+    """The next step of a lane, where the state is the one that its last step left; else None."""
+    adapter, module, x = lane.adapter, lane.module, args[0]
+    leaves = adapter.next_state(module, args)
+    if leaves is None or len(leaves) != len(lane.slots):
+        return None
+    live = lane.live
+    for leaf, slot in zip(leaves, lane.slots.values(), strict=True):
+        if type(leaf) is not Recorded or live[slot][-1]() is not leaf:
+            return None
+    if type(x) is Recorded:
+        source = x._value[0]
+        if source.record is not record or source.shape != lane.input_shape or source.dtype is not torch.float32:
+            return None
+        entry: Any = x._value
+    elif type(x) is Tensor and x.shape == lane.input_shape and x.dtype is torch.float32 and x.device == lane.device:
+        entry = entry_of(x)
+    else:
+        return None
+    steps = lane.config.max_steps
+    if lane.mode != grad_mode() or not lane.unchanged() or not can_record(lane.device):
+        return None
+    if steps is not None and len(lane.order) >= steps:
+        return None
+    with record.lock:
+        if record.closed:
+            return None
+        lane.columns[0].append(entry)
+        lane.order.append(record.calls)
+        record.calls += 1
+        out = lane.make(0)
+        new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
+        return adapter.write_call(module, out, new, lane.like)
 
 
 def _record(
@@ -108,6 +150,7 @@ def _open(
         return None
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
+    record.neurons[id(module)] = lane
     return lane
 
 

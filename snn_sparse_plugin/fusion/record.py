@@ -68,6 +68,12 @@ class Lane:
         found = self.live[slot][call]()
         return found if type(found) is Recorded and found._value == (self, call, slot) else None
 
+    def complete(self) -> None:
+        """Fill the columns of arguments that were noted once for all calls."""
+        for column in self.columns:
+            if len(column) < len(self.order):
+                column += column[-1:] * (len(self.order) - len(column))
+
     def entries(self) -> list[Entry]:
         """Every tensor argument of every call."""
         return [entry for column in self.columns for entry in column]
@@ -154,6 +160,9 @@ class Record:
         self.lock = threading.RLock()
         self.lanes: list[Lane] = []
         self.functions: dict[Any, FunctionLane] = {}
+        self.neurons: dict[int, NeuronLane] = {}  # the newest lane of a module, by the module's id
+        # the lane that a linear layer's next call goes into: by input lane, slot, weight, bias and mode
+        self.linears: dict[Any, FunctionLane] = {}
         self.calls = 0
         self.alive = self.busy = 0
         this = ref(self)
@@ -191,6 +200,8 @@ class Record:
         self.closed = True
         self.lanes.clear()
         self.functions.clear()
+        self.neurons.clear()
+        self.linears.clear()
 
     def check_versions(self) -> None:
         """Raise :class:`FusionError` if a tensor was changed in place after a step that reads it was recorded."""
@@ -225,7 +236,7 @@ will not be the next time."""
 
 def resting(module: nn.Module) -> bool:
     """Whether this call of the module is not to be recorded."""
-    found = backoff.get(module) if backoff else None
+    found = backoff.get(module) if backoff.data else None
     if found is None or not found[1]:
         return False
     found[1] -= 1
@@ -244,16 +255,25 @@ def open_record() -> Record:
     return record
 
 
+# looked up once: these are asked at every call
+_transformed = torch._C._are_functorch_transforms_active
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_autocast = torch.is_autocast_enabled
+_tracing = torch._C._is_tracing
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def can_record(device: torch.device) -> bool:
     """Whether a call here and now may run later instead."""
     return not (
         here.paused
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled(device.type)
-        or torch.jit.is_tracing()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or _transformed()
+        or _function_modes()
+        or _dispatch_modes()
+        or _autocast(device.type)
+        or _tracing()
+        or _saving_hooks(True) is not None
     )
 
 

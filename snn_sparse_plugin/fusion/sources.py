@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..adapters import has_hooks
 from ..config import active_config
 from .flush import flush, realize
+from .functions import record_linear
 from .lanes import same
 from .record import FunctionLane, can_record, entry_of, here, open_record, paused, resting
 from .recorded import Recorded
@@ -62,12 +64,20 @@ def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)
     config = active_config()
     x = args[0] if len(args) == 1 and not kwargs else None
+    if type(x) is Recorded:
+        if type(self) is nn.Linear and not has_hooks(self) and "forward" not in self.__dict__:
+            held = self._parameters  # what the layer's own forward comes to
+            if "weight" in held and "bias" in held:
+                found = record_linear(x, held["weight"], held["bias"])  # type: ignore[arg-type]
+                if found is not NotImplemented:
+                    return found
+        return nn.Module.__call__(self, x)
     if config is None or not config.fuse_time or type(x) is not Tensor:
         return nn.Module.__call__(self, *args, **kwargs)
     if self in _feeding:
         plain = x.layout is torch.strided and x.dtype is torch.float32
         if plain and not resting(self) and can_record(x.device):
-            return nn.Module.__call__(self, _entering(self, x))
+            return _called(self, _entering(self, x))
         return nn.Module.__call__(self, x)
     out = nn.Module.__call__(self, x)
     if type(out) is Tensor:
