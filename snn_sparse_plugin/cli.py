@@ -111,7 +111,13 @@ def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)
 def run(
     context: typer.Context,
     script: Annotated[str, typer.Argument(help="A script, or with -m a module; its own arguments follow.")],

@@ -100,7 +100,11 @@ def _since(before: dict[str, ClassRuns], after: dict[str, ClassRuns]) -> dict[st
     for kind, runs in after.items():
         old = before.get(kind, ClassRuns())
         parts = {
-            name: {k: n - getattr(old, name).get(k, 0) for k, n in counts.items() if n > getattr(old, name).get(k, 0)}
+            name: {
+                k: n - getattr(old, name).get(k, 0)
+                for k, n in counts.items()
+                if n > getattr(old, name).get(k, 0)
+            }
             for name, counts in vars(runs).items()
         }
         if parts["calls"]:

@@ -1,4 +1,4 @@
-"""Norse: the time constant of a single LIF neuron learned from a voltage trace."""
+"""Norse: the time constant of a single LIF neuron, below its threshold, learned from a voltage trace."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ STEPS = 100
 
 def trace(tau_mem_inv, current):
     """The membrane (T, 1, 1) of a neuron with this inverse time constant."""
-    cell = norse.LIFCell(norse.LIFParameters(tau_mem_inv=tau_mem_inv, v_th=torch.tensor(0.4)))
+    cell = norse.LIFCell(norse.LIFParameters(tau_mem_inv=tau_mem_inv, v_th=torch.tensor(2.0)))
     state, voltages = None, []
     for step in current:
         _, state = cell(step, state)
@@ -22,7 +22,7 @@ def trace(tau_mem_inv, current):
 current = (torch.rand(STEPS, 1, 1) < 0.2).float()
 with torch.no_grad():
     wanted = trace(torch.tensor(220.0), current)
-log_tau, clock = torch.tensor(100.0).log().requires_grad_(), Clock()
+log_tau, clock = torch.tensor(120.0).log().requires_grad_(), Clock()
 optimizer = torch.optim.Adam([log_tau], lr=0.05)
 with sparse(args.mode):
     for _ in range(args.epochs):

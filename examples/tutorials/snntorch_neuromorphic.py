@@ -61,7 +61,7 @@ def forward_pass(net, data):  # data: (T, B, 2, 34, 34)
     spk_rec = []
     utils.reset(net)
     for step in range(data.size(0)):
-        spk_out, mem_out = net(data[step])
+        spk_out, _ = net(data[step])
         spk_rec.append(spk_out)
     return torch.stack(spk_rec)
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 from tutorial import Clock, arguments, library, report, sparse
 
-args = arguments(__doc__, epochs=150)
+args = arguments(__doc__, epochs=300)
 snn = library("snntorch", args.mode)
-num_steps, hidden, batch_size = 50, 128, 16
+num_steps, hidden, batch_size = 30, 128, 16
 
 
 class Net(nn.Module):
@@ -36,12 +36,14 @@ net, clock = Net(), Clock()
 with torch.no_grad():
     net.lif1.recurrent.weight.mul_(0.5)
 optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=args.epochs)
 with sparse(args.mode):
-    for epoch in range(args.epochs):
+    for _ in range(args.epochs):
         loss = F.mse_loss(net(x), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        scheduler.step()
         clock.tick()
     print(f"mean squared error {loss.item():.4f}, of the mean {target.var().item():.4f}")
 explained = 100 * (1 - loss.item() / target.var().item())

@@ -1,7 +1,7 @@
 """What the tutorials share: ``--mode``, the digits, and a last line of numbers.
 
-``--mode upstream`` needs nothing but the library itself; ``swapped`` imports the sparse face instead, ``sparse`` runs the
-same code inside ``sparse_mode()``.
+``--mode upstream`` needs nothing but the library itself; ``swapped`` imports the sparse face instead, ``sparse`` runs
+the same code inside ``sparse_mode()``.
 """
 
 from __future__ import annotations

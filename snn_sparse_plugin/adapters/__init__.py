@@ -202,7 +202,7 @@ class Adapter:
         """The tensors of the state that :meth:`read_call` would find, or None to ask that instead."""
         return None
 
-    def write_call(self, module: nn.Module, out: Tensor, leaves: dict[str, Tensor], like: Any) -> Any:
+    def write_call(self, module: nn.Module, out: Tensor, leaves: Mapping[str, Tensor], like: Any) -> Any:
         """Keep the state as upstream's forward does, and return what it returns."""
         raise NotImplementedError
 

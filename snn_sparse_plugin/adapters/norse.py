@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -156,7 +156,7 @@ class NorseAdapter(Adapter):
         # a flat state is its own list of tensors
         return args[1] if all(isinstance(leaf, Tensor) for leaf in args[1]) else None
 
-    def write_call(self, module: Any, out: Tensor, leaves: dict[str, Tensor], like: Any) -> Any:
+    def write_call(self, module: Any, out: Tensor, leaves: Mapping[str, Tensor], like: Any) -> Any:
         return out, _rebuilt(like, leaves)
 
     def leaves(self, state: Any) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _leaves(state: Any) -> dict[str, Any]:
     return found
 
 
-def _rebuilt(like: Any, values: dict[str, Any]) -> Any:
+def _rebuilt(like: Any, values: Mapping[str, Any]) -> Any:
     """A state of the same type with other tensors."""
     fields = {
         name: _rebuilt(value, values) if hasattr(value, "_asdict") else values[name]

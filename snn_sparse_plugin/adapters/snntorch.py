@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -160,7 +160,7 @@ class SnnTorchAdapter(Adapter):
         return forward
 
     def read_call(self, module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any], Any] | None:
-        names = _state_names(type(module))
+        names = _state_names(module.__class__)
         if kwargs or not 0 < len(args) <= 1 + len(names):
             known = ("input_", *names)
             args = (*args, *(kwargs.get(name) for name in known[len(args) :]))
@@ -178,13 +178,13 @@ class SnnTorchAdapter(Adapter):
         return x, leaves, None
 
     def next_state(self, module: Any, args: tuple[Any, ...]) -> Sequence[Any] | None:
-        names = _state_names(type(module))
+        names = _state_names(module.__class__)
         if len(args) == 1:
             buffers = module._buffers
             return [buffers.get(name) for name in names]
         return None if module.init_hidden or len(args) != 1 + len(names) else args[1:]
 
-    def write_call(self, module: Any, out: Tensor, leaves: dict[str, Tensor], like: Any) -> Any:
+    def write_call(self, module: Any, out: Tensor, leaves: Mapping[str, Tensor], like: Any) -> Any:
         module._buffers.update(leaves)
         if module.init_hidden and not module.output:
             return out
@@ -205,7 +205,7 @@ class SnnTorchAdapter(Adapter):
         return "mem"
 
     def hidden_names(self, module: Any) -> set[str]:
-        return set(_state_names(type(module)))
+        return set(_state_names(module.__class__))
 
     def upstream_step(
         self, upstream: Callable[..., Any], module: Any, x: Tensor, leaves: dict[str, Any], like: Any
@@ -246,7 +246,7 @@ _STEPPED = {
 
 
 @cache
-def _state_names(cls: type) -> tuple[str, ...]:
+def _state_names(cls: Any) -> tuple[str, ...]:
     return next(_STEPPED[base.__name__] for base in cls.__mro__ if base.__name__ in _STEPPED)
 
 

@@ -50,7 +50,8 @@ tally.settle.append(lambda: flush(reason="a report"))
 
 
 # what looks at a value's place in the graph, not only at its numbers
-_GRAPH = {Tensor.register_hook, Tensor.retain_grad, Tensor.grad_fn.__get__, torch.autograd.grad}  # type: ignore[attr-defined]
+_get: Any = Tensor  # its attributes as descriptors
+_GRAPH = {Tensor.register_hook, Tensor.retain_grad, _get.grad_fn.__get__, torch.autograd.grad}
 
 
 def realize(items: Any, reason: Any) -> None:
@@ -119,10 +120,7 @@ def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[
     for (lane, slot), wanted in calls.items():
         with in_mode(lane.mode):
             found.update(
-                {
-                    (lane, call, slot): x
-                    for call, x in zip(wanted, plan.own(lane, slot, wanted), strict=True)
-                }
+                {(lane, call, slot): x for call, x in zip(wanted, plan.own(lane, slot, wanted), strict=True)}
             )
     # a view of something that the user holds as well stays a view of it
     for lane, slot, call, _ in waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,8 @@ getitem view_as
 """
 # their forward on an input with more samples is their forward on each
 BATCHED = _functions(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d
-    avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool2d adaptive_max_pool3d"""
 )
 VIEWS = _functions(_VIEWS)
@@ -69,7 +69,7 @@ def filled(form: Any, tensors: list[Any]) -> Any:
 
 
 class _Call:
-    """The arguments of a call: ``form`` without tensors, ``entries`` of the tensors, and ``key``, what tells lanes apart."""
+    """The arguments of a call: ``entries`` of the tensors, ``key``, what tells lanes apart, and their ``shapes``."""
 
     __slots__ = ("entries", "key", "shapes")
 
@@ -166,7 +166,7 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     return _recorded(func, args, kwargs)
 
 
-def record_linear(x: Recorded, weight: Tensor, bias: Tensor | None) -> Any:
+def record_linear(x: Recorded, weight: Any, bias: Any) -> Any:
     """The commonest call, without the search for what its arguments are."""
     value = x._value
     source, call, slot = value
@@ -174,11 +174,18 @@ def record_linear(x: Recorded, weight: Tensor, bias: Tensor | None) -> Any:
     mode = grad_mode()
     key = (source, slot, id(weight), id(bias), mode)
     lane = record.linears.get(key)
-    if lane is None or lane.columns[0][-1][1] == call or record is not here.record or not can_record(lane.device):
+    if (
+        lane is None
+        or lane.columns[0][-1][1] == call
+        or record is not here.record
+        or not can_record(lane.device)
+    ):
         made = _recorded(LINEAR, (x, weight, bias), {})
         if type(made) is Recorded:
-            lane = made._value[0]
-            if all(t is None or t.requires_grad and t.is_leaf for t in (weight, bias)):  # else another may take its id
+            lane = cast(FunctionLane, made._value[0])
+            if all(
+                t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)
+            ):  # else another may take its id
                 record.linears[key] = lane
         return made
     with record.lock:
@@ -212,9 +219,7 @@ def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
 _shapes: dict[Any, tuple[torch.Size, torch.dtype] | None] = {}
 
 
-def _result(
-    key: Any, func: Any, form: Any, named: Any, call: _Call
-) -> tuple[torch.Size, torch.dtype] | None:
+def _result(key: Any, func: Any, form: Any, named: Any, call: _Call) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and dtype of a call's result, seen on tensors without data; None where it is no single tensor."""
     key = (key, torch.get_default_dtype())
     if key not in _shapes:
@@ -254,19 +259,20 @@ def _size(x: Any, dim: int | None = None) -> Any:
     return shape if dim is None else shape[dim]
 
 
+_get: Any = Tensor  # its attributes as descriptors
 _META: dict[Any, Callable[..., Any]] = {
-    Tensor.shape.__get__: lambda x: x._value[0].shape,
+    _get.shape.__get__: lambda x: x._value[0].shape,
     Tensor.size: _size,
-    Tensor.dtype.__get__: lambda x: x._value[0].dtype,
-    Tensor.device.__get__: lambda x: x._value[0].device,
-    Tensor.layout.__get__: lambda x: torch.strided,
-    Tensor.ndim.__get__: lambda x: len(x._value[0].shape),
+    _get.dtype.__get__: lambda x: x._value[0].dtype,
+    _get.device.__get__: lambda x: x._value[0].device,
+    _get.layout.__get__: lambda x: torch.strided,
+    _get.ndim.__get__: lambda x: len(x._value[0].shape),
     Tensor.dim: lambda x: len(x._value[0].shape),
     Tensor.numel: lambda x: x._value[0].shape.numel(),
     Tensor.nelement: lambda x: x._value[0].shape.numel(),
     Tensor.__len__: lambda x: x._value[0].shape[0],
-    Tensor.is_sparse.__get__: lambda x: False,
-    Tensor.is_cuda.__get__: lambda x: x._value[0].device.type == "cuda",
+    _get.is_sparse.__get__: lambda x: False,
+    _get.is_cuda.__get__: lambda x: x._value[0].device.type == "cuda",
     Tensor.is_floating_point: lambda x: x._value[0].dtype.is_floating_point,
     torch.is_floating_point: lambda x: x._value[0].dtype.is_floating_point,
     Tensor.is_complex: lambda x: x._value[0].dtype.is_complex,

@@ -72,7 +72,11 @@ class Plan:
     def _runs_inside(self, lane: FunctionLane) -> bool:
         """Whether this is a linear layer that runs within the calls of the neurons it feeds."""
         readers = self.readers.get((lane, 0), set())
-        if lane.func is not LINEAR or not readers or (lane, 0) in self.waiting and len(self.waiting[lane, 0]) > 2:
+        if (
+            lane.func is not LINEAR
+            or not readers
+            or ((lane, 0) in self.waiting and len(self.waiting[lane, 0]) > 2)
+        ):
             return False
         if len(lane) < 2 or len(lane.shape) != 2 or lane not in self.alone or self.feeds_itself(lane):
             return False
@@ -114,7 +118,7 @@ class Plan:
                 and reader.neuron.input_weight is not None
                 and len(reader) > 1
                 and reader in self.alone
-                and not any(len(e or ()) == 3 and e[0] is lane for e in reader.initial.values())  # type: ignore[index]
+                and not any(e is not None and e[0] is lane for e in reader.initial.values())
             )
             for reader in readers
         )
@@ -137,7 +141,7 @@ class Plan:
         """Values of these calls in memory of their own."""
         if lane in self.inside:
             return [self.call(lane, [piece(c[call]) for c in lane.columns], call) for call in calls]
-        return lane.results[slot].own(calls)  # type: ignore[no-any-return]
+        return lane.results[slot].own(calls)
 
     @staticmethod
     def call(lane: Lane, tensors: list[Any], call: int) -> Tensor:
@@ -147,7 +151,7 @@ class Plan:
             piece(column[call]) if x is None else x for column, x in zip(lane.columns, tensors, strict=True)
         ]
         if lane.func is same:
-            return given[0].view_as(given[0])  # type: ignore[no-any-return]
+            return given[0].view_as(given[0])
         kwargs = {name: filled(form, given) for name, form in lane.kwargs.items()}
         out: Tensor = lane.func(*filled(lane.args, given), **kwargs)
         # what a function returns as it is may be in somebody's hands
@@ -188,7 +192,7 @@ def _components(sources: dict[Lane, set[Lane]]) -> Iterator[list[Lane]]:
                 if work:
                     low[work[-1][0]] = min(low[work[-1][0]], low[lane])
                 if low[lane] == index[lane]:
-                    group = []
+                    group: list[Lane] = []
                     while not group or group[-1] is not lane:
                         group.append(stack.pop())
                         on_stack.discard(group[-1])
@@ -228,9 +232,7 @@ def _run_function(lane: FunctionLane, plan: Plan) -> Series:
     constants = [constant_of(column) for column in lane.columns]
     if all(x is not None for x in constants):
         return Series(n, constant=plan.call(lane, constants, 0))
-    tensors = [
-        stacked(column) if x is None else x for column, x in zip(lane.columns, constants, strict=True)
-    ]
+    tensors = [stacked(column) if x is None else x for column, x in zip(lane.columns, constants, strict=True)]
     varying = [x is None for x in constants]
     return Series(n, dense=_over_time(lane, tensors, varying, n))
 
@@ -249,7 +251,12 @@ def _over_time(lane: FunctionLane, tensors: list[Tensor], varying: list[bool], n
     if lane.func is LINEAR and varying[0] and not any(varying[1:]):
         return Plan.call(lane, tensors, 0)
     kwargs = lane.kwargs
-    if lane.func in BATCHED and varying[0] and not any(varying[1:]) and len(lane.shape) == tensors[0].dim() - 1:
+    if (
+        lane.func in BATCHED
+        and varying[0]
+        and not any(varying[1:])
+        and len(lane.shape) == tensors[0].dim() - 1
+    ):
         flat = [tensors[0].flatten(0, 1), *tensors[1:]]
         if tensors[0].dim() == _batched_dims(lane):
             return Plan.call(lane, flat, 0).unflatten(0, tensors[0].shape[:2])
@@ -262,7 +269,7 @@ def _over_time(lane: FunctionLane, tensors: list[Tensor], varying: list[bool], n
 
     over = [x for x, v in zip(tensors, varying, strict=True) if v]
     try:
-        return torch.vmap(step)(*over)  # type: ignore[no-any-return]
+        return torch.vmap(step)(*over)
     except (RuntimeError, ValueError):  # no rule for it: call by call
         return torch.stack([step(*x) for x in zip(*(x.unbind(0) for x in over), strict=True)])
 
@@ -282,7 +289,7 @@ def _stack_of_steps(lane: FunctionLane, plan: Plan) -> Tensor | None:
     source = source_of(column)
     if source is None:
         return None
-    made, start, slot = source  # type: ignore[misc]
+    made, start, slot = source
     series = made.results[slot]
     if made in plan.inside or series is None or series.pieces is not None or series.constant is not None:
         return None
@@ -301,8 +308,8 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
     source = source_of(column)
     if source is not None and source[0] in plan.inside:
         linear, start = source[0], source[1]
-        column = linear.columns[0][start : start + len(lane)]  # type: ignore[misc]
-        rest = [c[0][0] for c in linear.columns[1:]]  # type: ignore[misc]
+        column = linear.columns[0][start : start + len(lane)]
+        rest = [c[0][0] for c in linear.columns[1:]]
         synapses = Synapses(rest[0], rest[1] if len(rest) > 1 else None)
         name = f"Linear→{name}"
     flow, n = _flow(column), len(lane)
@@ -342,9 +349,7 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
     if single:
         assert isinstance(spikes, Tensor)
         spikes, mem = spikes.squeeze(1), None if mem is None else mem.squeeze(1)
-    lane.results[0] = (
-        Series(n, train=spikes) if isinstance(spikes, SpikeTrain) else Series(n, dense=spikes)
-    )
+    lane.results[0] = Series(n, train=spikes) if isinstance(spikes, SpikeTrain) else Series(n, dense=spikes)
     for leaf, x in lane.adapter.leaves(passed.state).items():
         slot = lane.slots[leaf]
         if slot:
@@ -428,4 +433,3 @@ def _run_step(
     for name, slot in lane.slots.items():
         if slot:
             pieces[lane][slot].append(after[name])
-

@@ -57,10 +57,19 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
             return None
     if type(x) is Recorded:
         source = x._value[0]
-        if source.record is not record or source.shape != lane.input_shape or source.dtype is not torch.float32:
+        if (
+            source.record is not record
+            or source.shape != lane.input_shape
+            or source.dtype is not torch.float32
+        ):
             return None
         entry: Any = x._value
-    elif type(x) is Tensor and x.shape == lane.input_shape and x.dtype is torch.float32 and x.device == lane.device:
+    elif (
+        type(x) is Tensor
+        and x.shape == lane.input_shape
+        and x.dtype is torch.float32
+        and x.device == lane.device
+    ):
         entry = entry_of(x)
     else:
         return None
@@ -99,7 +108,9 @@ def _record(
     record = open_record()
     with record:
         if adapter.zeros_for_other_shapes:
-            leaves = {n: leaf if leaf is not None and _shape(leaf) == shape else None for n, leaf in leaves.items()}
+            leaves = {
+                n: leaf if leaf is not None and _shape(leaf) == shape else None for n, leaf in leaves.items()
+            }
         if type(x) is Recorded and x._value[0].record is not record:
             return None
         lane = next((leaf._value[0] for leaf in leaves.values() if type(leaf) is Recorded), None)

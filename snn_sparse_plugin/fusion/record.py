@@ -20,8 +20,8 @@ from ..config import SparseConfig
 from ..errors import FusionError
 from .recorded import Recorded, Value
 
-Entry = Value | tuple[Tensor, int]
-"""One tensor argument of one call: a recorded value, or a tensor and its version at that time."""
+Entry = tuple[Any, ...]
+"""One tensor argument of one call: a recorded value (lane, call, slot), or a tensor and its version at that time."""
 
 LONGEST = 100_000
 """Calls after which a record runs although nobody asked, so that its memory is bounded."""
@@ -144,7 +144,7 @@ class NeuronLane(Lane):
         for owner, kept in self.attributes:
             if len(owner) != len(kept) or not all(map(is_, owner.values(), kept)):
                 return False
-        for owner, name, tensor, _ in self.tensors:
+        for owner, name, tensor, _ in self.tensors:  # noqa: SIM110, at every step
             if owner.get(name) is not tensor:
                 return False
         return True
@@ -236,7 +236,7 @@ will not be the next time."""
 
 def resting(module: nn.Module) -> bool:
     """Whether this call of the module is not to be recorded."""
-    found = backoff.get(module) if backoff.data else None
+    found = backoff.get(module) if backoff.data else None  # type: ignore[attr-defined]
     if found is None or not found[1]:
         return False
     found[1] -= 1

@@ -52,7 +52,9 @@ class Recorded(Tensor):
         return called(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise FusionError(
             f"{func} was called on a recorded step without torch's function protocol. Call .clone() on the tensor "
             f"before it gets there, or switch time fusion off (SNN_SPARSE_FUSE=0)."

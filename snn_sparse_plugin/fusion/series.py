@@ -87,7 +87,7 @@ def piece(entry: Entry) -> Tensor:
     if len(entry) == 2:
         return entry[0]
     lane, call, slot = entry
-    return lane.results[slot].step(call)  # type: ignore[no-any-return]
+    return lane.results[slot].step(call)
 
 
 def source_of(column: list[Entry]) -> Entry | None:
@@ -109,7 +109,7 @@ def constant_of(column: list[Entry]) -> Tensor | None:
         series = first[0].results[first[2]]
         same = all(len(e) == 3 and e[0] is first[0] and e[2] == first[2] for e in column)
         if same and series is not None and series.constant is not None:
-            return series.constant  # type: ignore[no-any-return]
+            return series.constant
         same = same and all(e[1] == first[1] for e in column)
         return piece(first) if same and series is not None else None
     return first[0] if all(len(e) == 2 and _same(e[0], first[0]) for e in column) else None
@@ -133,8 +133,8 @@ def stacked(column: list[Entry]) -> Tensor:
     """(n, ...): the tensors of a column; a view where they are slices of one tensor."""
     source = source_of(column)
     if source is not None:
-        lane, start, slot = source  # type: ignore[misc]
-        return lane.results[slot].stacked(start, len(column))  # type: ignore[no-any-return]
+        lane, start, slot = source
+        return lane.results[slot].stacked(start, len(column))
     view = _slices(column)
     return torch.stack([piece(entry) for entry in column]) if view is None else view
 
@@ -143,24 +143,24 @@ def train_of(column: list[Entry]) -> SpikeTrain | None:
     """The events of a column, where they are events."""
     source = source_of(column)
     if source is not None:
-        series = source[0].results[source[2]]  # type: ignore[index, union-attr, misc]
+        series = source[0].results[source[2]]
         whole = source[1] == 0 and len(column) == series.n
-        return series.train if whole else None  # type: ignore[no-any-return]
+        return series.train if whole else None
     step = getattr(column[0][0], "_snn_step", None)
-    if step is None or step[0].T != len(column):
+    if step is None or len(column) != step[0].T:
         return None
     for t, entry in enumerate(column):
         found = getattr(entry[0], "_snn_step", None)
         if found is None or found[0] is not step[0] or found[1] != t:
             return None
-    return step[0]  # type: ignore[no-any-return]
+    return step[0]
 
 
 def _slices(column: list[Entry]) -> Tensor | None:
     """The view that holds the column's tensors at equal distances in one tensor's memory."""
     if len(column) < 2 or any(len(entry) == 3 for entry in column):
         return None
-    tensors: list[Tensor] = [entry[0] for entry in column]  # type: ignore[misc]
+    tensors: list[Tensor] = [entry[0] for entry in column]
     first, base = tensors[0], tensors[0]._base
     if base is None or any(x._base is not base or x.requires_grad for x in tensors):
         return None

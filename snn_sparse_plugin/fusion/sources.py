@@ -89,7 +89,14 @@ def _entering(module: nn.Module, x: Tensor) -> Recorded:
     """A plain input of a layer as a recorded value."""
     record = open_record()
     with record:
-        key = ("source", id(module), x.shape, x.device, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        key = (
+            "source",
+            id(module),
+            x.shape,
+            x.device,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
         lane = record.functions.get(key)
         if lane is None:
             lane = record.functions[key] = FunctionLane(record, same, (), {}, 1, view=True)

@@ -16,8 +16,24 @@ import snn_sparse_plugin as ssp
 snntorch = pytest.importorskip("snntorch")
 
 B, N = 3, 6
-KINDS = ("linear", "leaky", "synaptic", "relu", "add", "mul", "cat", "view", "feedback", "read", "static", "drop", "detach")
-layers = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9)
+KINDS = (
+    "linear",
+    "leaky",
+    "synaptic",
+    "relu",
+    "add",
+    "mul",
+    "cat",
+    "view",
+    "feedback",
+    "read",
+    "static",
+    "drop",
+    "detach",
+)
+layers = st.lists(
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9
+)
 
 
 class Program:
@@ -51,7 +67,7 @@ class Program:
         read = 0.0
         for t in range(self.steps):
             values = [self.x[t]]
-            for k, ((kind, a, b), module) in enumerate(zip(self.ops, self.modules, strict=True)):
+            for k, ((kind, a, _), module) in enumerate(zip(self.ops, self.modules, strict=True)):
                 x, y = values[a % len(values)], values[-1]
                 values.append(self._value(kind, k, module, x, y, states, before))
                 if kind == "read" and t in self.marks:
@@ -67,7 +83,9 @@ class Program:
         loss.backward() if loss.requires_grad else None
         return [out.detach(), torch.tensor(read), loss.detach()], [p.grad for p in self.modules.parameters()]
 
-    def _value(self, kind: str, k: int, module: Any, x: Tensor, y: Tensor, states: Any, before: Any) -> Tensor:
+    def _value(
+        self, kind: str, k: int, module: Any, x: Tensor, y: Tensor, states: Any, before: Any
+    ) -> Tensor:
         if kind == "linear":
             return module(y)
         if kind == "leaky":

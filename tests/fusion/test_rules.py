@@ -260,7 +260,9 @@ class Products(TorchDispatchMode):
 def test_the_static_input_is_multiplied_once() -> None:
     fc, lif, image = nn.Linear(4, 5), snn.Leaky(0.875), torch.rand(3, 4)
     with ssp.sparse_mode():
-        loop(lambda _, mem: lif(fc(image), mem), torch.zeros(3, 3, 5))[0][0].tolist()  # fc is seen to feed a neuron
+        loop(lambda _, mem: lif(fc(image), mem), torch.zeros(3, 3, 5))[0][
+            0
+        ].tolist()  # fc is seen to feed a neuron
         out, _ = loop(lambda _, mem: lif(fc(image), mem), torch.zeros(6, 3, 5))
         with Products() as products:
             loss = torch.stack(out).sum()

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import ZOO, B, M, N, T
 
 import snn_sparse_plugin as ssp
-
-from zoo import ZOO, B, M, N, T
 
 EXACT = {"backprop_threshold": None}
 WINDOW = {"backprop_threshold": 0.25, "min_active": 0}
@@ -27,7 +26,9 @@ def gridded(net: nn.Module) -> nn.Module:
     return net
 
 
-def outcome(name: str, options: dict[str, Any] | None, face: bool = False) -> tuple[list[Tensor], Tensor | None, Any]:
+def outcome(
+    name: str, options: dict[str, Any] | None, face: bool = False
+) -> tuple[list[Tensor], Tensor | None, Any]:
     entry = ZOO[name]
     pytest.importorskip("norse.torch" if entry.needs == "norse" else entry.needs)
     torch.manual_seed(0)

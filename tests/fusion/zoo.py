@@ -1,3 +1,4 @@
+# ruff: noqa: RUF059, users name what they do not use
 """Small programs as users write them: each a loop over steps that returns a loss and what it saw.
 
 ``program(lib, net, x, y)`` gets the library to build from (upstream's or a face), its own freshly built network,
@@ -43,13 +44,18 @@ def modules(**made: Any) -> nn.Module:
 
 def two(snn: Any, **options: Any) -> nn.Module:
     return modules(
-        fc1=nn.Linear(M, H), lif1=snn.Leaky(0.875, **options), fc2=nn.Linear(H, N), lif2=snn.Leaky(0.75, **options)
+        fc1=nn.Linear(M, H),
+        lif1=snn.Leaky(0.875, **options),
+        fc2=nn.Linear(H, N),
+        lif2=snn.Leaky(0.75, **options),
     )
 
 
 def hidden(snn: Any) -> nn.Module:
     options = {"beta": 0.875, "init_hidden": True}
-    return nn.Sequential(nn.Linear(M, H), snn.Leaky(**options), nn.Linear(H, N), snn.Leaky(**options, output=True))
+    return nn.Sequential(
+        nn.Linear(M, H), snn.Leaky(**options), nn.Linear(H, N), snn.Leaky(**options, output=True)
+    )
 
 
 def ce(outputs: Tensor, y: Tensor) -> Tensor:
@@ -204,7 +210,9 @@ def two_networks(net: Any, x: Tensor, y: Tensor) -> Any:
             other, states[2] = net.b.lif1(net.b.fc1(step), states[2])
             other, states[3] = net.b.lif2(net.b.fc2(other), states[3])
             out_b.append(other)
-    return [torch.stack(out_a), torch.stack(out_b)], ce(torch.stack(out_a).sum(0) + torch.stack(out_b).sum(0), y)
+    return [torch.stack(out_a), torch.stack(out_b)], ce(
+        torch.stack(out_a).sum(0) + torch.stack(out_b).sum(0), y
+    )
 
 
 @entry(lambda snn: modules(**dict(two(snn).named_children()), back=nn.Linear(N, H)))
@@ -484,7 +492,7 @@ def numpy_and_lists(net: Any, x: Tensor, y: Tensor) -> Any:
 @entry(two)
 def a_view_of_each_step(net: Any, x: Tensor, y: Tensor) -> Any:
     mem1, mem2, out = net.lif1.reset_mem(), net.lif2.reset_mem(), []
-    for t in range(T):
+    for _ in range(T):
         flat = x[0].view(B, 3, 4).flatten(1)
         spk1, mem1 = net.lif1(net.fc1(flat), mem1)
         wide = spk1.reshape(B, 2, -1).permute(0, 2, 1).flatten(1).unsqueeze(1).squeeze(1)
@@ -501,7 +509,7 @@ def shape_questions(net: Any, x: Tensor, y: Tensor) -> Any:
         assert spk1.shape == (B, H)
         assert (len(spk1), spk1.size(-1), spk1.dim(), spk1.dtype) == (B, H, 2, torch.float32)
         assert isinstance(spk1, Tensor)
-        assert not mem1 == None  # noqa: E711
+        assert not mem1 == None  # noqa: E711, SIM201
         spk2, mem2 = net.lif2(net.fc2(spk1.view(spk1.size(0), -1)), mem2)
         out.append(mem2 + torch.zeros_like(mem2))
     return [torch.stack(out, dim=1)], ce(torch.stack(out, dim=1).mean(1), y)
@@ -675,7 +683,12 @@ def reset_without_delay(net: Any, x: Tensor, y: Tensor) -> Any:
 # --- Norse ---
 
 
-@entry(lambda norse: modules(fc1=nn.Linear(M, H), lif=norse.LIFCell(dt=0.125), fc2=nn.Linear(H, N), li=norse.LICell(dt=0.125)), "norse")
+@entry(
+    lambda norse: modules(
+        fc1=nn.Linear(M, H), lif=norse.LIFCell(dt=0.125), fc2=nn.Linear(H, N), li=norse.LICell(dt=0.125)
+    ),
+    "norse",
+)
 def norse_cells(net: Any, x: Tensor, y: Tensor) -> Any:
     state, readout, out = None, None, []
     for step in x:
@@ -687,7 +700,12 @@ def norse_cells(net: Any, x: Tensor, y: Tensor) -> Any:
     return [voltages, state.v, state.i], ce(best, y)
 
 
-@entry(lambda norse: modules(fc1=nn.Linear(M, H), lif=norse.LIFCell(dt=0.125), fc2=nn.Linear(H, N), li=norse.LICell(dt=0.125)), "norse")
+@entry(
+    lambda norse: modules(
+        fc1=nn.Linear(M, H), lif=norse.LIFCell(dt=0.125), fc2=nn.Linear(H, N), li=norse.LICell(dt=0.125)
+    ),
+    "norse",
+)
 def norse_states_kept(net: Any, x: Tensor, y: Tensor) -> Any:
     state, states = None, []
     for step in x:
@@ -713,7 +731,9 @@ def norse_sequential(net: Any, x: Tensor, y: Tensor) -> Any:
 
 @entry(
     lambda norse: modules(
-        rec=norse.LIFRecurrentCell(M, H, dt=0.125), lsnn=norse.LSNNRecurrentCell(H, H, dt=0.125), out=nn.Linear(H, N)
+        rec=norse.LIFRecurrentCell(M, H, dt=0.125),
+        lsnn=norse.LSNNRecurrentCell(H, H, dt=0.125),
+        out=nn.Linear(H, N),
     ),
     "norse",
 )
@@ -728,7 +748,11 @@ def norse_recurrent(net: Any, x: Tensor, y: Tensor) -> Any:
 
 @entry(
     lambda norse: modules(
-        fc=nn.Linear(M, H), adex=norse.LIFAdExCell(dt=0.0625), refrac=norse.LIFRefracCell(dt=0.125), box=norse.LIFBoxCell(dt=0.125), iaf=norse.IAFCell()
+        fc=nn.Linear(M, H),
+        adex=norse.LIFAdExCell(dt=0.0625),
+        refrac=norse.LIFRefracCell(dt=0.125),
+        box=norse.LIFBoxCell(dt=0.125),
+        iaf=norse.IAFCell(),
     ),
     "norse",
 )
