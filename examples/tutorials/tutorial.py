@@ -70,4 +70,8 @@ class Clock:
 
 def report(loss: Any, score: float, seconds: float, *, unit: str = "accuracy in %") -> None:
     """The last line: loss, score and seconds."""
-    print(json.dumps({"loss": float(loss), "score": score, "unit": unit, "seconds": seconds}))
+    print(
+        json.dumps(
+            {"loss": float(torch.as_tensor(loss).detach()), "score": score, "unit": unit, "seconds": seconds}
+        )
+    )

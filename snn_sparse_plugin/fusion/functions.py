@@ -375,23 +375,6 @@ def _batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     return _recorded(func, args, kwargs)
 
 
-def _getitem(func: Any, args: Any, kwargs: Any) -> Any:
-    """One step out of a stack of steps is that step."""
-    x, index = args
-    if type(x) is Recorded and type(index) is int:
-        lane, call, _ = x._value
-        if isinstance(lane, FunctionLane) and lane.func is torch.stack and not lane.record.closed:
-            dim = lane.args[1] if len(lane.args) > 1 else lane.kwargs.get("dim", 0)
-            steps = lane.args[0] if lane.args else lane.kwargs["tensors"]
-            if dim == 0 and -len(steps) <= index < len(steps):
-                entry = lane.columns[steps[index].index][call]
-                if len(entry) == 3:
-                    found = entry[0].waiting(entry[2], entry[1])
-                    if found is not None:
-                        return found
-    return _recorded(func, args, kwargs)
-
-
 _IN_PLACE = {
     getattr(Tensor, name): getattr(Tensor, plain)
     for plain in ("add", "sub", "mul", "div")
@@ -431,7 +414,6 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     F.dropout2d: _dropout,
     F.batch_norm: _batch_norm,
     LINEAR: _linear,
-    Tensor.__getitem__: _getitem,
 }
 
 

@@ -12,7 +12,18 @@ from ..adapters import Adapter
 from ..config import SparseConfig
 from .executor import takes_step
 from .flush import flush, realize
-from .record import NeuronLane, Record, backoff, can_record, entry_of, grad_mode, here, open_record, resting
+from .record import (
+    LONGEST,
+    NeuronLane,
+    Record,
+    backoff,
+    can_record,
+    entry_of,
+    grad_mode,
+    here,
+    open_record,
+    resting,
+)
 from .recorded import Recorded
 from .sources import note_feeding
 
@@ -47,6 +58,9 @@ def step(
 
 def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     """The next step of a lane, where the state is the one that its last step left; else None."""
+    if record.calls > LONGEST:
+        flush(record, "a long record")
+        return None
     adapter, module, x = lane.adapter, lane.module, args[0]
     leaves = adapter.next_state(module, args)
     if leaves is None or len(leaves) != len(lane.slots):

@@ -48,7 +48,7 @@ def watched() -> Iterator[None]:
         _inside += 1
         if _inside == 1:
             for cls in _LAYERS:
-                cls.__call__ = _called  # type: ignore[method-assign]
+                cls.__call__ = _CALLS[cls]  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -56,30 +56,41 @@ def watched() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 for cls in _LAYERS:
-                    del cls.__call__  # type: ignore[attr-defined]
+                    if cls.__dict__.get("__call__") is _CALLS[cls]:
+                        del cls.__call__  # type: ignore[attr-defined]
 
 
-def _called(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return nn.Module.__call__(self, *args, **kwargs)
-    config = active_config()
-    x = args[0] if len(args) == 1 and not kwargs else None
+def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
+            return super(cls, self).__call__(*args, **kwargs)
+        return _called(super(cls, self).__call__, self, args[0])
+
+    return __call__
+
+
+_CALLS = {cls: _call_of(cls) for cls in _LAYERS}
+
+
+def _called(upstream: Callable[..., Any], self: Any, x: Any) -> Any:
+    """A call of a layer with weights, whose own ``__call__`` is ``upstream``."""
     if type(x) is Recorded:
         if type(self) is nn.Linear and not has_hooks(self) and "forward" not in self.__dict__:
             held = self._parameters  # what the layer's own forward comes to
             if "weight" in held and "bias" in held:
-                found = record_linear(x, held["weight"], held["bias"])  # type: ignore[arg-type]
+                found = record_linear(x, held["weight"], held["bias"])
                 if found is not NotImplemented:
                     return found
-        return nn.Module.__call__(self, x)
+        return upstream(x)
+    config = active_config()
     if config is None or not config.fuse_time or type(x) is not Tensor:
-        return nn.Module.__call__(self, *args, **kwargs)
+        return upstream(x)
     if self in _feeding:
         plain = x.layout is torch.strided and x.dtype is torch.float32
         if plain and not resting(self) and can_record(x.device):
-            return _called(self, _entering(self, x))
-        return nn.Module.__call__(self, x)
-    out = nn.Module.__call__(self, x)
+            return _called(upstream, self, _entering(self, x))
+        return upstream(x)
+    out = upstream(x)
     if type(out) is Tensor:
         _recent.calls.append((self, ref(out), out.grad_fn))
     return out

@@ -361,6 +361,19 @@ def in_place_on_the_stack(net: Any, x: Tensor, y: Tensor) -> Any:
 
 
 @entry(two)
+def in_place_on_one_step_of_the_stack(net: Any, x: Tensor, y: Tensor) -> Any:
+    mem1, out = net.lif1.reset_mem(), []
+    with torch.no_grad():
+        for step in x:
+            spk1, mem1 = net.lif1(net.fc1(step), mem1)
+            out.append(mem1)
+        stacked = torch.stack(out)
+        one = stacked[2]
+        one += 1
+    return [one, stacked, *out], None
+
+
+@entry(two)
 def membrane_arithmetic(net: Any, x: Tensor, y: Tensor) -> Any:
     mem1, mem2, out = net.lif1.reset_mem(), net.lif2.reset_mem(), []
     for step in x:
