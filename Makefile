@@ -10,13 +10,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream lint format typecheck bench clean
+.PHONY: help demo tutorials test test-slow test-upstream lint format typecheck bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARGS="--epochs 3 …")
 	$(BIN)/snn-sparse demo $(ARGS)
+
+tutorials: $(VENV)/.test  ## run every tutorial, upstream and sparse, and compare (ARGS="--root FOLDER" for N-MNIST)
+	$(BIN)/python examples/tutorials/run_all.py $(ARGS)
 
 # Triton's interpreter is switched on by the environment, for a whole process
 test: $(VENV)/.test  ## run the tests but for the exhaustive sweeps (ARGS="-k data …" goes to the main run)

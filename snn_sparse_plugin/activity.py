@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import tally
 from .adapters import adapter_of, loaded_adapters, record_of
 from .errors import InputError
+from .fusion.flush import flush
 from .spikes import SpikeTrain
 
 __all__ = ["Activity", "ActivityLog", "record_activity"]
@@ -92,7 +93,8 @@ def _mean(calls: list[Activity], value: Callable[[Activity], float]) -> float:
 def record_activity(model: nn.Module) -> Iterator[ActivityLog]:
     """Record spike rate and active share of every neuron of ``model`` that runs sparse inside the block.
 
-    A layer that runs fused adds one entry a call, over all steps; one that runs step by step adds one a step.
+    A layer that runs fused adds one entry a call, over all steps, also where it is called in a step loop; one that
+    runs step by step (``fuse_time=False``) adds one a step.
     Neurons that are not sparse, and compiled graphs, record nothing. Holds for the thread (or asyncio task)
     that entered; blocks nest, and each records. Activation checkpointing runs a forward twice, and both are
     recorded. No hooks are registered, so that what runs fused stays fused.
@@ -125,8 +127,10 @@ def record_activity(model: nn.Module) -> Iterator[ActivityLog]:
         raise InputError(
             f"record_activity: {type(model).__name__} has no spiking neurons of a supported library."
         )
+    flush(reason="record_activity()")
     token = tally.watchers.set((*(tally.watchers.get() or ()), log._see))
     try:
         yield log
+        flush(reason="record_activity()")
     finally:
         tally.watchers.reset(token)

@@ -1,4 +1,4 @@
-"""The command line: ``snn-sparse doctor | plugins | supported | demo | bench | ttfs``.
+"""The command line: ``snn-sparse run | doctor | plugins | supported | demo | bench | ttfs``.
 
 Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the
 commands.
@@ -112,6 +112,50 @@ def _consoles(as_json: bool) -> tuple[Console, Callable[[Any], None]]:
 
 def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="A script, or with -m a module; its own arguments follow.")],
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    threshold: Annotated[
+        str, typer.Option(help="backprop_threshold: auto, exact, or a distance from the threshold.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
+    fuse: Annotated[bool, typer.Option(help="Run step loops as fused calls over all steps.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary at the end.")] = False,
+) -> None:
+    """Run an unmodified script in sparse mode, and say at the end what ran sparse."""
+    with _readable_errors(context):
+        from .session import run_script, sparse_session
+
+        options: dict[str, Any] = {"backprop_threshold": _threshold(threshold), "backend": backend}
+        if not fuse:
+            options["fuse_time"] = False
+        session = None
+        try:
+            with sparse_session(**options) as session:
+                run_script(script, context.args, module=module)
+        finally:
+            if session is not None and not quiet:
+                for line in session.lines():
+                    print(line, file=sys.stderr)
+
+
+def _threshold(text: str) -> Any:
+    if text in ("auto", "exact"):
+        return "auto" if text == "auto" else None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--threshold takes auto, exact or a number, got {text!r}.") from error
 
 
 @app.command()

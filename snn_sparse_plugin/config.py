@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal
@@ -29,8 +30,11 @@ class SparseConfig:
             classes. In a step loop a neuron that is active
             in a smaller fraction of the samples keeps its gradient at that step, so that gradients of a loop and of
             a fused network can differ where the guard acts.
-        fuse_time: run sequence modules and :func:`snn_sparse_plugin.unroll` as one fused op over all steps.
-            ``False`` steps through upstream's own code with the masked gradient.
+        fuse_time: run step loops, sequence modules and :func:`snn_sparse_plugin.unroll` as fused ops over all steps.
+            The steps of a loop are recorded and run when somebody needs their numbers. ``False`` (or
+            ``SNN_SPARSE_FUSE=0`` in the environment) steps through upstream's own code with the masked gradient.
+        max_steps: run a recorded loop after this many steps of a neuron, which bounds the memory of the record;
+            default: when its numbers are needed.
         check: also make checks that cost a pass over the data (finite inputs and weights on every path).
 
     Raises:
@@ -44,8 +48,9 @@ class SparseConfig:
     backprop_threshold: float | Literal["auto"] | None = "auto"
     backend: str = "auto"
     min_active: float = 0.01
-    fuse_time: bool = True
+    fuse_time: bool = field(default_factory=lambda: os.environ.get("SNN_SPARSE_FUSE", "1") != "0")
     check: bool = False
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         threshold = self.backprop_threshold
@@ -70,6 +75,9 @@ class SparseConfig:
             or not 0 <= self.min_active <= 1
         ):
             raise ConfigError(f"min_active must be a fraction between 0 and 1, got {self.min_active!r}.")
+        steps = self.max_steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ConfigError(f"max_steps must be None or a number of steps >= 1, got {steps!r}.")
         for name in ("fuse_time", "check"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -104,7 +112,13 @@ def active_config() -> SparseConfig | None:
 
 def current_config() -> SparseConfig:
     """The active config, or the defaults outside any sparse context."""
-    return _active.get() or SparseConfig()
+    return _active.get() or _defaults(os.environ.get("SNN_SPARSE_FUSE"))
+
+
+@lru_cache(maxsize=4)
+def _defaults(_: str | None) -> SparseConfig:
+    # asked at every step of a neuron, and compared by identity
+    return SparseConfig()
 
 
 @contextmanager

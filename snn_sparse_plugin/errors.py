@@ -19,3 +19,7 @@ class UnsupportedError(SparsePluginError):
 
 class MissingDependencyError(SparsePluginError, ImportError):
     """An optional library is not installed; the message says what to install."""
+
+
+class FusionError(SparsePluginError):
+    """Recorded steps that cannot run any more as the step loop would have run them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import ref
@@ -22,7 +22,9 @@ from .adapters import (
     record_of,
 )
 from .config import SparseConfig, current_config
-from .errors import InputError
+from .errors import InputError, SparsePluginError
+from .fusion.flush import flush
+from .fusion.sources import watched
 
 __all__ = ["Entry", "SparsityReport", "restore", "sparse_mode", "sparsify"]
 
@@ -57,8 +59,14 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
     """
     config = current_config().updated(**overrides)
     install_adapters()
-    with entered(config):
-        yield config
+    with entered(config), watched():
+        try:
+            yield config
+        except BaseException:
+            with suppress(SparsePluginError):  # the first error is the one to see
+                flush(reason="end of sparse_mode()")
+            raise
+        flush(reason="end of sparse_mode()")
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class SparsityReport:
             >>> report.runs()
             {'': {'masked': 1, 'backward': 1}}
         """
+        flush(reason="a report")
         return {e.name: dict(e.record.calls) for e in self.entries if e.record is not None}
 
     def as_dict(self) -> dict[str, Any]:
@@ -147,6 +156,7 @@ class SparsityReport:
         return [entry.now() for entry in self.entries]
 
     def _rows(self) -> list[tuple[str, ...]]:
+        flush(reason="a report")
         entries = self._now()
         rows: list[tuple[str, ...]] = [
             ("module", "neuron", "mode", "why", "ran"),

@@ -110,25 +110,7 @@ class SparseRun:
 
 
 def summary(runs: dict[str, ClassRuns]) -> list[str]:
-    """The table at the end of a run: a row a class, ``calls in modules`` for each way that occurred."""
-    from .mode import aligned
-    from .tally import WAYS
+    """The table at the end of a run."""
+    from .session import class_table
 
-    if not runs:
-        return ["no spiking neuron of a supported library ran"]
-    ways = [way for way in WAYS if any(way in of_class.calls for of_class in runs.values())]
-    rows = [("neuron", *(way.replace("_", " ") for way in ways), "not fused because")]
-    for kind, of_class in sorted(runs.items()):
-        cells = (_cell(of_class, way) for way in ways)
-        why = (f"{reason} ({n})" for reason, n in of_class.reasons.items())
-        rows.append((kind, *cells, ", ".join(why)))
-    fused = sum(of_class.modules.get("fused", 0) for of_class in runs.values())
-    stepped = sum(sum(of_class.reasons.values()) for of_class in runs.values())
-    backward = sum(of_class.calls.get("backward", 0) for of_class in runs.values())
-    total = f"modules: {fused} ran fused, {stepped} step by step; {backward} sparse backward calls"
-    return [*aligned(rows), total]
-
-
-def _cell(runs: ClassRuns, way: str) -> str:
-    calls, modules = runs.calls.get(way, 0), runs.modules.get(way, 0)
-    return f"{calls} in {modules}" if modules else str(calls or "")
+    return class_table(runs)

@@ -144,9 +144,11 @@ class SpikeTrain:
         """Step ``t`` as a dense tensor (B, N...), differentiable; no other step is made dense."""
         t = range(self.T)[t]
         starts = torch.arange(self.B, device=self.device) * self.T + t
-        if not self.requires_grad:
-            return self._dense_step(starts)
-        return _Step.apply(self.carrier, self, starts)
+        if self.requires_grad:
+            return _Step.apply(self.carrier, self, starts)
+        step = self._dense_step(starts)
+        step._snn_step = (self, t)  # type: ignore[attr-defined]  # a loop over all steps is run on the events
+        return step
 
     def _dense_step(self, rows: Tensor) -> Tensor:
         picked = _entries(self.indptr, rows)

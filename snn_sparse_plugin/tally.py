@@ -137,11 +137,17 @@ def show(spikes: Any, active: Any, steps: int = 1) -> None:
             watcher(current(), spikes, active, steps)
 
 
+settle: list[Callable[[], None]] = []
+"""Called before counts are read: what runs recorded steps that nobody has asked for yet."""
+
+
 def by_class() -> dict[str, ClassRuns]:
     """A copy of the counts of every class that ran, by name; ``"functional"`` is what ran outside any module.
 
     The reasons are those of now, of modules that are gone the last known ones.
     """
+    for run in settle:
+        run()
     for record, reference, describe in list(_records.values()):
         module = reference()
         if module is not None and _STEPPED & record.calls.keys():
@@ -155,6 +161,8 @@ def by_class() -> dict[str, ClassRuns]:
 
 def clear() -> None:
     """Start again from zero."""
+    for run in settle:
+        run()
     with _lock:
         _classes.clear()
         for record in [_outside, *(entry[0] for entry in list(_records.values()))]:

@@ -61,7 +61,7 @@ def stepped(net, x):
 
 def test_a_step_loop_records_every_step():
     net, x = network(), spikes(12, 4, 30, p=0.2)
-    sparsify(net, **WINDOW)
+    sparsify(net, fuse_time=False, **WINDOW)
     with record_activity(net) as log:
         first, distance, last = stepped(net, x)
     assert list(log) == ["1", "3"]
@@ -80,10 +80,11 @@ def test_a_step_loop_records_every_step():
 @pytest.mark.parametrize("events", [False, True])
 def test_a_fused_call_records_what_the_loop_did(backend, events):
     net, x = network(), spikes(12, 4, 30, p=0.2)
-    sparsify(net, backend=backend, **WINDOW)
+    sparsify(net, backend=backend, fuse_time=False, **WINDOW)
     with record_activity(net) as loop:
         stepped(net, x)
     utils.reset(net)
+    sparsify(net, backend=backend, **WINDOW)
     with record_activity(net) as log:
         unroll(net, x, events=events)
     for name in ("1", "3"):

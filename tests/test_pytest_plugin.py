@@ -53,7 +53,7 @@ NORSE = """
         assert sum(n for (_, way), n in calls.items() if way == "backward") == FUSED
 
     def test_cells():
-        norse.LIFCell()(torch.rand(2, 4, requires_grad=True))
+        norse.LIFCell()(torch.rand(2, 4, requires_grad=True))[0].sum().item()
         norse.LIFMCRecurrentCell(4, 4)(torch.rand(2, 4, requires_grad=True))
 """
 

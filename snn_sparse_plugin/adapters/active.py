@@ -64,7 +64,8 @@ def _announce(text: str, *, enter: bool) -> None:
 
 def config_of(module: nn.Module) -> SparseConfig | None:
     """The options under which this module runs now, or None if it is not sparse."""
-    mark = getattr(module, MARK, None)
+    # asked at every step: a module's own look-up of a name that it lacks takes microseconds
+    mark = module.__dict__.get(MARK) or getattr(type(module), MARK, None)
     if mark is None:
         return active_config() if _in_force else None
     overrides = mark.overrides | (_explicit.get() or {})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ..config import SparseConfig
 from ..dynamics import NeuronParams, NeuronSpec
 from ..equations import Equations
 from ..spikes import SpikeTrain
@@ -159,6 +161,52 @@ class Adapter:
         """One step of upstream's own forward: -> (spikes, membrane, state)."""
         raise NotImplementedError
 
+    # The rest is what time fusion asks about the neurons whose single steps the library's hooks hand to it.
+
+    zeros_for_other_shapes = False
+    """Whether a state of another shape than the input counts as none."""
+
+    def read_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any], Any] | None:
+        """Input and state of a call of the neuron's forward: -> (x, tensors of the state by name, something of the
+        state's form), a None for a tensor of zeros; None where upstream's own forward has to see the call."""
+        return None
+
+    def next_state(self, module: nn.Module, args: tuple[Any, ...]) -> Sequence[Any] | None:
+        """The tensors of the state that :meth:`read_call` would find, or None to ask that instead."""
+        return None
+
+    def write_call(self, module: nn.Module, out: Tensor, leaves: Mapping[str, Tensor], like: Any) -> Any:
+        """Keep the state as upstream's forward does, and return what it returns."""
+        raise NotImplementedError
+
+    def leaves(self, state: Any) -> dict[str, Any]:
+        """The tensors of a state by name."""
+        raise NotImplementedError
+
+    def state_of(self, leaves: dict[str, Any], like: Any) -> Any:
+        """The library's form of a state."""
+        raise NotImplementedError
+
+    def output_leaf(self, module: nn.Module, neuron: Neuron) -> str | None:
+        """Which tensor of the new state is also the neuron's output."""
+        return None
+
+    def membrane_leaf(self) -> str:
+        """Which tensor of a state is the membrane."""
+        raise NotImplementedError
+
+    def hidden_names(self, module: nn.Module) -> set[str]:
+        """Buffers of the module that hold its state."""
+        return set()
+
+    def upstream_step(
+        self, upstream: Callable[..., Any], module: nn.Module, x: Tensor, leaves: dict[str, Any], like: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of upstream's forward from this state; the module's own state stays as it is."""
+        raise NotImplementedError
+
     def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
         """Why the module cannot stand in an ``nn.Sequential`` at that place, or None."""
         return None
@@ -171,7 +219,18 @@ class Runner(Protocol):
 
     def container(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None: ...
 
+    def step(
+        self,
+        adapter: Adapter,
+        module: nn.Module,
+        upstream: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        config: SparseConfig,
+    ) -> Any: ...
 
+
+@cache
 def runner() -> Runner:
     """The executor, which stands above the adapters: imported when a hook needs it."""
     return import_module("snn_sparse_plugin.fusion.sequence").hooked  # type: ignore[no-any-return]

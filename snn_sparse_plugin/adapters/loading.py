@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -33,6 +33,8 @@ _refused: list[Adapter] = []
 
 
 def _install(adapter: Adapter) -> None:
+    # before an adapter keeps upstream's functions: those have to see numbers
+    import_module("snn_sparse_plugin.fusion.sources").install()
     outside = outside_tested(adapter)
     try:
         adapter.install()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -47,7 +47,7 @@ class NorseAdapter(Adapter):
             hook(cls, "forward", _fused_sequence)
         for cls in {*_neurons(), *filter(_is_neuron, vars(norse).values())}.difference(sequences):
             if "forward" in vars(cls):  # else the hook on its base class serves it
-                hook(cls, "forward", _in_own_mode)
+                hook(cls, "forward", self._recorded_forward)
         hook(norse.SequentialState, "forward", _fused_container)
 
     def examples(self) -> dict[str, Example]:
@@ -114,6 +114,60 @@ class NorseAdapter(Adapter):
             return _rebuilt(initial, {"v": state.v, "i": state.i, "z": state.spikes})
         return _rebuilt(initial, {**state, "z": state.get("spikes")})
 
+    def _recorded_forward(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        in_own_mode = _in_own_mode(upstream)
+
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            config = None if torch.compiler.is_compiling() else config_of(module)
+            if config is None or not config.fuse_time:
+                return in_own_mode(module, *args, **kwargs)
+            return runner().step(self, module, in_own_mode, args, kwargs, config)
+
+        return forward
+
+    def read_call(self, module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any], Any] | None:
+        if kwargs or len(args) != 2:
+            names = ("input_tensor", "state")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if not set(given) <= set(names) or len(args) > 2 or "input_tensor" not in given:
+                return None
+            args = (given["input_tensor"], given.get("state"))
+        x, state = args
+        if state is None:
+            if not isinstance(x, Tensor) or type(module).__name__ in WHY_NOT or self.takes_sequence(module):
+                return None
+            state = _fallback_state(module, x)
+        if not hasattr(state, "_asdict"):
+            return None
+        return x, _leaves(state), state
+
+    def next_state(self, module: Any, args: tuple[Any, ...]) -> Sequence[Any] | None:
+        if len(args) != 2 or not isinstance(args[1], tuple):
+            return None
+        # a flat state is its own list of tensors
+        return args[1] if all(isinstance(leaf, Tensor) for leaf in args[1]) else None
+
+    def write_call(self, module: Any, out: Tensor, leaves: Mapping[str, Tensor], like: Any) -> Any:
+        return out, _rebuilt(like, leaves)
+
+    def leaves(self, state: Any) -> dict[str, Any]:
+        return _leaves(state)
+
+    def state_of(self, leaves: dict[str, Any], like: Any) -> Any:
+        return _rebuilt(like, leaves)
+
+    def output_leaf(self, module: Any, neuron: Neuron) -> str | None:
+        return "z" if neuron.spec.spiking else "v"
+
+    def membrane_leaf(self) -> str:
+        return "v"
+
+    def upstream_step(
+        self, upstream: Callable[..., Any], module: Any, x: Tensor, leaves: dict[str, Any], like: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        out, state = upstream(module, x, _rebuilt(like, leaves))
+        return out, _leaves(state)
+
     def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out, state = module(x, state)
         # a sequence module's state is that of the last step alone
@@ -137,7 +191,7 @@ def _leaves(state: Any) -> dict[str, Any]:
     return found
 
 
-def _rebuilt(like: Any, values: dict[str, Any]) -> Any:
+def _rebuilt(like: Any, values: Mapping[str, Any]) -> Any:
     """A state of the same type with other tensors."""
     fields = {
         name: _rebuilt(value, values) if hasattr(value, "_asdict") else values[name]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..equations import Equations
-from .base import Adapter, Example, Neuron
+from .active import config_of
+from .base import Adapter, Example, Neuron, runner
 from .hooks import has_hooks, hook, patched
 from .loading import installed_version
 from .snntorch_examples import examples
@@ -32,6 +35,8 @@ class SnnTorchAdapter(Adapter):
         snn = Classes()
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, masked_method)
+        for name in _STEPPED:
+            hook(getattr(snn, name), "forward", self._recorded_forward)
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
             if not isinstance(vars(cls).get("spike_grad"), MaskedAttribute):
                 cls.spike_grad = MaskedAttribute()
@@ -138,6 +143,84 @@ class SnnTorchAdapter(Adapter):
             return spikes, out[-1] if isinstance(out, tuple) else out, None
         return spikes, getattr(module, "mem", None), None
 
+    # A call's state is given by position or name, or kept in buffers of the same names.
+
+    zeros_for_other_shapes = True
+
+    def _recorded_forward(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            config = None if torch.compiler.is_compiling() else config_of(module)
+            if config is None or not config.fuse_time:
+                return upstream(module, *args, **kwargs)
+            return runner().step(self, module, upstream, args, kwargs, config)
+
+        return forward
+
+    def read_call(self, module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any], Any] | None:
+        names = _state_names(module.__class__)
+        if kwargs or not 0 < len(args) <= 1 + len(names):
+            known = ("input_", *names)
+            args = (*args, *(kwargs.get(name) for name in known[len(args) :]))
+            if len(args) > len(known) or not set(kwargs) <= set(known):
+                return None
+        x, buffers, leaves = args[0], module._buffers, {}
+        for index, name in enumerate(names, 1):
+            given = args[index] if index < len(args) else None
+            if name not in buffers or (given is not None and module.init_hidden):
+                return None
+            leaf = buffers[name] if given is None else given
+            if not isinstance(leaf, Tensor):
+                return None
+            leaves[name] = leaf
+        return x, leaves, None
+
+    def next_state(self, module: Any, args: tuple[Any, ...]) -> Sequence[Any] | None:
+        names = _state_names(module.__class__)
+        if len(args) == 1:
+            buffers = module._buffers
+            return [buffers.get(name) for name in names]
+        return None if module.init_hidden or len(args) != 1 + len(names) else args[1:]
+
+    def write_call(self, module: Any, out: Tensor, leaves: Mapping[str, Tensor], like: Any) -> Any:
+        module._buffers.update(leaves)
+        if module.init_hidden and not module.output:
+            return out
+        if len(leaves) == 1:
+            return out, leaves["mem"]
+        return (out, *(leaf for name, leaf in leaves.items() if name != "spk"))
+
+    def leaves(self, state: Any) -> dict[str, Any]:
+        return dict(state)
+
+    def state_of(self, leaves: dict[str, Any], like: Any) -> Any:
+        return leaves
+
+    def output_leaf(self, module: Any, neuron: Neuron) -> str | None:
+        return "spk" if "spk" in module._buffers else None
+
+    def membrane_leaf(self) -> str:
+        return "mem"
+
+    def hidden_names(self, module: Any) -> set[str]:
+        return set(_state_names(module.__class__))
+
+    def upstream_step(
+        self, upstream: Callable[..., Any], module: Any, x: Tensor, leaves: dict[str, Any], like: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        buffers, attributes = module._buffers, vars(module)
+        kept, reset = {name: buffers[name] for name in leaves}, attributes.get("reset", self)
+        # an empty tensor has no input's shape, so that upstream starts from zeros
+        buffers.update({name: x.new_zeros(0) if leaf is None else leaf for name, leaf in leaves.items()})
+        try:
+            out = upstream(module, x)
+            return (out[0] if isinstance(out, tuple) else out), {name: buffers[name] for name in leaves}
+        finally:
+            buffers.update(kept)
+            # the forward's own note of its last reset, which is no part of the neuron's description
+            attributes.pop("reset", None)
+            if reset is not self:
+                attributes["reset"] = reset
+
     def check_in_sequence(self, module: Any, last: bool) -> str | None:
         if last or self.takes_sequence(module):
             return None
@@ -154,6 +237,22 @@ Output = Callable[[Tensor, Any], Tensor]
 def _scaled(factor: Tensor, output: Output | None) -> Output:
     """Graded spikes, and what is made of them."""
     return lambda spikes, x: spikes * factor if output is None else output(spikes * factor, x)
+
+
+# classes whose single steps time fusion records, with their states in the order of their forward's arguments
+_STEPPED = {
+    "Leaky": ("mem",),
+    "Lapicque": ("mem",),
+    "Synaptic": ("syn", "mem"),
+    "Alpha": ("syn_exc", "syn_inh", "mem"),
+    "RLeaky": ("spk", "mem"),
+    "RSynaptic": ("spk", "syn", "mem"),
+}
+
+
+@cache
+def _state_names(cls: Any) -> tuple[str, ...]:
+    return next(_STEPPED[base.__name__] for base in cls.__mro__ if base.__name__ in _STEPPED)
 
 
 def _own(x: Tensor | None) -> Tensor | None:

@@ -196,6 +196,18 @@ def _snntorch(config: Config, problem: Problem) -> Model:
     return Model(net, list(net.parameters()), problem.x)
 
 
+def _fused_loop(config: Config, problem: Problem) -> Model:
+    from ..mode import sparse_mode
+
+    net = TutorialNet(config, problem).to(config.device)
+
+    def spikes(x: Tensor) -> Tensor:
+        with sparse_mode(backprop_threshold=config.window):
+            return net(x)  # type: ignore[no-any-return]
+
+    return Model(spikes, list(net.parameters()), problem.x)
+
+
 def _compiled(config: Config, problem: Problem) -> Model:
     net = TutorialNet(config, problem).to(config.device)
     return Model(torch.compile(net), list(net.parameters()), problem.x)
@@ -318,6 +330,9 @@ PROVIDERS: dict[str, Provider] = {
     "sparse": Provider(_unrolled(), "snn-sparse-plugin", "unroll, dense input", ("network", "s3gd")),
     "sparse-events": Provider(_unrolled(events=True), "snn-sparse-plugin", "unroll, SpikeTrain input"),
     "sparse-exact": Provider(_unrolled(exact=True), "snn-sparse-plugin", "unroll, backprop_threshold=None"),
+    "sparse-loop": Provider(
+        _fused_loop, "snn-sparse-plugin", "snnTorch's tutorial loop in sparse_mode()", opt_in=True
+    ),
     "events": Provider(_op("events"), "snn-sparse-plugin", "the op over events", ("layer",)),
     "dense": Provider(_op("dense"), "snn-sparse-plugin", "dense product, then the op", ("layer",)),
     "auto": Provider(_op("auto"), "snn-sparse-plugin", "the op's own choice", ("layer",)),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import Neuron, config_of, has_hooks, running
-from ..config import current_config
+from ..config import SparseConfig, current_config
 from ..dynamics import NeuronState
 from ..errors import InputError
 from ..ops import spiking_layer
@@ -46,7 +46,7 @@ def run(
         found = None
         if neuron is not None:
             name = layer.label if linear is None else f"{layers[index - 1].name}→{layer.name}"
-            call = _FusedCall(layer, neuron, linear, name, states[index], per_step, last)
+            call = FusedCall(layer, neuron, linear, name, states[index], per_step, last)
             as_events = events if last else _takes_events(layers, neurons, index + 1, per_step)
             found = call.run(passed.flow, as_events, want_mem and last)
         if found is None:
@@ -67,7 +67,7 @@ def run_neuron(layer: Layer, x: Tensor, state: Any) -> Passed | None:
     if isinstance(neuron, str):
         return None
     # hooks of the module itself are run by the call that brought us here
-    return _FusedCall(layer, neuron, None, layer.label, state, per_step=False).run(x, False, False)
+    return FusedCall(layer, neuron, None, layer.label, state, per_step=False).run(x, False, False)
 
 
 # --- what can be fused ---
@@ -128,15 +128,47 @@ def _takes_events(layers: list[Layer], neurons: list[Neuron | None], index: int,
     return joins and _linear(layers[index], per_step) is not None
 
 
+class Synapses(NamedTuple):
+    """``weight`` (N, M) and ``bias`` (N,) between an input and a neuron."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def takes_step(
+    neuron: Neuron, shape: torch.Size, device: torch.device, state: list[Tensor]
+) -> torch.Size | None:
+    """The shape of a step's output if steps of float32 inputs of this shape can run as one call, else None."""
+    batch, features = (shape[:1], tuple(shape[1:])) if len(shape) > 1 else (torch.Size(), tuple(shape))
+    if neuron.input_weight is not None:
+        if len(features) != 1 or features[0] != neuron.input_weight.shape[1]:
+            return None
+        features = (neuron.input_weight.shape[0],)
+    weights = (neuron.input_weight, neuron.input_bias, neuron.recurrent_weight, neuron.recurrent_bias)
+    present = [w for w in weights if w is not None]
+    if not shape.numel() or any(w.dtype != torch.float32 or w.device != device for w in present):
+        return None
+    if neuron.recurrent and _recurrent_weight(neuron, features) is None:
+        return None
+    template = torch.empty((), device=device).expand(*batch, *features)
+    tensors = [t for t in (*state, *neuron.values) if isinstance(t, Tensor)]
+    if any(t.dim() and t.device != device for t in tensors) or not _per_neuron(neuron.values, features):
+        return None
+    if not _same_dtype(template, tensors) or _widens(list(state), tuple(template.shape)):
+        return None
+    return template.shape
+
+
 @dataclass
-class _FusedCall:
+class FusedCall:
     layer: Layer
     neuron: Neuron
-    linear: nn.Linear | None
+    linear: nn.Linear | Synapses | None
     name: str
     state: Any
     per_step: bool
     last: bool = False
+    config: SparseConfig | None = None  # of the call; None: what holds for the module now
 
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
@@ -170,7 +202,7 @@ class _FusedCall:
         states = list(start.values()) if isinstance(start, dict) else list(start)
         if not _same_dtype(template, states + neuron.values) or _widens(states, (B, *features)):
             return None
-        config = config_of(module)
+        config = self.config or config_of(module)
         if self.last and config is not None and config.min_active > 0:
             # the fraction that the guard looks at does not notice a single class that fell silent
             config = config.updated(min_active=1.0)

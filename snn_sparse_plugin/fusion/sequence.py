@@ -14,6 +14,7 @@ from ..config import current_config
 from ..errors import InputError
 from ..spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from .executor import run, run_neuron
+from .neurons import step
 from .stepping import Flow, Layer
 
 __all__ = ["Unrolled", "unroll"]
@@ -212,4 +213,4 @@ def _fits(module: nn.Module, x: Any, at_least: int = 3) -> bool:
     )
 
 
-hooked = SimpleNamespace(neuron=_hooked_neuron, container=_hooked_container)
+hooked = SimpleNamespace(neuron=_hooked_neuron, container=_hooked_container, step=step)

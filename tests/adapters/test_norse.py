@@ -210,7 +210,7 @@ class TestCells:
         net, p = self.network(name)
         x = spikes(12, 3, 30).requires_grad_()
         leaves = [x, *p.values(), *net.parameters()]
-        with ssp.sparse_mode(backprop_threshold=0.15, min_active=0):
+        with ssp.sparse_mode(backprop_threshold=0.15, min_active=0, fuse_time=False):
             out, state = norse_loop(net, x)
         got = gradients(out, state[1], leaves)
         zeroed(0.15)
@@ -411,17 +411,19 @@ class TestContainers:
         assert torch.equal(state[0][1].v, expected_state[0][1].v)
         assert forwards() == 2
 
-    def test_a_nested_container_of_cells_is_stepped(self):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_nested_container_of_cells_is_a_loop(self, fused):
         inner = norse.SequentialState(on_grid(nn.Linear(30, 20)), norse.LIFCell(dt=DT))
         net, x = (
             norse.SequentialState(inner, on_grid(nn.Linear(20, 4)), norse.LICell(dt=DT)),
             spikes(12, 3, 30),
         )
         expected, expected_state = norse_loop(net, x)
+        ssp.sparsify(net[0], fuse_time=fused)
         out = unroll(net, x)
         assert torch.equal(out.spikes, expected)
         assert torch.equal(out.state[0][1].v, expected_state[0][1].v)
-        assert forwards() == 1
+        assert forwards() == 1 + fused
 
     def test_parameters_per_sample_are_upstreams(self):
         p = norse.LIFParameters(v_th=torch.linspace(0.2, 1.0, 3)[:, None])

@@ -70,8 +70,8 @@ class TestOneStep:
     def test_in_a_block_without_sparsify(self, build):
         neuron = build()
         with sparse_mode(**WINDOW):
-            step(neuron)
-            step(neuron)
+            kept = [step(neuron), step(neuron)]
+        assert len(kept) == 2
         found = tally.by_class()[type(neuron).__name__]
         assert (found.calls, found.modules) == ({"masked": 2}, {"masked": 1})
 
@@ -201,14 +201,15 @@ class TestReport:
     def test_a_copy_counts_for_itself(self):
         neuron = CELLS["snntorch"]()
         report = sparsify(neuron, **WINDOW)
-        step(copy.deepcopy(neuron))
+        kept = step(copy.deepcopy(neuron))
         assert report.runs() == {"": {}}
+        assert kept.requires_grad
         assert tally.by_class()["Leaky"].calls == {"masked": 1}
 
     def test_it_outlives_the_model(self):
         neuron = CELLS["norse"]()
         report = sparsify(neuron, **WINDOW)
-        step(neuron)
+        step(neuron).sum().item()
         key = id(neuron)
         assert key in tally._records
         del neuron
@@ -266,5 +267,5 @@ class TestRecords:
         cell = norse.IAFCell()
         monkeypatch.setattr(NorseAdapter, "neuron", broken)
         with sparse_mode(**WINDOW):
-            step(cell)
+            step(cell).sum().item()
         assert tally.by_class()["IAFCell"].reasons == {"its adapter failed with RuntimeError": 1}

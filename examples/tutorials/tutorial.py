@@ -1,0 +1,77 @@
+"""What the tutorials share: ``--mode``, the digits, and a last line of numbers.
+
+``--mode upstream`` needs nothing but the library itself; ``swapped`` imports the sparse face instead, ``sparse`` runs
+the same code inside ``sparse_mode()``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FACES = {"snntorch": "snn_sparse_plugin.snntorch", "norse.torch": "snn_sparse_plugin.norse"}
+
+
+def arguments(about: str | None, *, epochs: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--mode", choices=("upstream", "swapped", "sparse"), default="upstream")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--root", help="folder of the data that the tutorial does not bring along")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    return args
+
+
+def library(name: str, mode: str) -> Any:
+    """The library as a tutorial imports it."""
+    return import_module(FACES[name] if mode == "swapped" else name)
+
+
+def sparse(mode: str) -> AbstractContextManager[Any]:
+    """What goes around the training."""
+    return import_module("snn_sparse_plugin").sparse_mode() if mode == "sparse" else nullcontext()
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's 8x8 digits in [0, 1]: training images (1437, 1, 8, 8) and labels, test images and labels."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(found.images, dtype=torch.float32)[order].unsqueeze(1) / 16
+    labels = torch.tensor(found.target)[order]
+    return images[:1437], labels[:1437], images[1437:], labels[1437:]
+
+
+def batches(count: int, size: int) -> list[Tensor]:
+    return [b for b in torch.randperm(count).split(size) if len(b) == size]
+
+
+class Clock:
+    """Seconds of training, without the first step, in which kernels are loaded."""
+
+    def __init__(self) -> None:
+        self.start: float | None = None
+
+    def tick(self) -> None:
+        self.start = self.start or time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.start is None else time.perf_counter() - self.start
+
+
+def report(loss: Any, score: float, seconds: float, *, unit: str = "accuracy in %") -> None:
+    """The last line: loss, score and seconds."""
+    print(
+        json.dumps(
+            {"loss": float(torch.as_tensor(loss).detach()), "score": score, "unit": unit, "seconds": seconds}
+        )
+    )

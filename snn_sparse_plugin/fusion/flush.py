@@ -1,0 +1,142 @@
+"""Running a record: which lanes are wanted, in which order, and which have to go step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tally
+from ..errors import FusionError
+from .lanes import Plan, run_lane, run_steps
+from .record import FunctionLane, Lane, NeuronLane, Record, here, in_mode, paused, reasons
+from .recorded import Recorded
+
+
+def flush(record: Record | None = None, reason: Any = "flush()", *, stepped: bool = False) -> None:
+    """Run what this thread has recorded; the recorded tensors become ordinary ones.
+
+    Seldom needed: whatever wants numbers does it. ``stepped``: by upstream's own steps, one after the other, so that
+    every value has the place in the graph that it has in the step loop.
+
+    Raises:
+        FusionError: a tensor that a recorded step reads was changed in place in the meantime.
+    """
+    record = here.record if record is None else record
+    if record is None or record.closed:
+        return
+    with record.lock:
+        if record.closed:
+            return
+        record.closed = True
+        if here.record is record:
+            here.record = None
+        if not record.lanes:
+            return
+        reasons[reason if isinstance(reason, str) else getattr(reason, "__name__", str(reason))] += 1
+        try:
+            with paused(), torch._C.DisableTorchFunctionSubclass():
+                _run(record, stepped)
+        except BaseException as error:
+            record.error = error
+            raise
+        finally:
+            record.close()
+
+
+tally.settle.append(lambda: flush(reason="a report"))
+
+
+# what looks at a value's place in the graph, not only at its numbers
+_get: Any = Tensor  # its attributes as descriptors
+_GRAPH = {Tensor.register_hook, Tensor.retain_grad, _get.grad_fn.__get__, torch.autograd.grad}
+
+
+def realize(items: Any, reason: Any) -> None:
+    """Run the records of all recorded tensors within ``items``."""
+    for x in _recorded_in(items):
+        if type(x) is Recorded:
+            record = x._value[0].record
+            flush(record, reason, stepped=reason in _GRAPH)
+            if type(x) is Recorded:
+                raise FusionError(
+                    f"the step recorded at {x._value[0].where} was never computed, as running the record failed: "
+                    f"{record.error}"
+                ) from record.error
+
+
+def _recorded_in(items: Any) -> Iterator[Recorded]:
+    if type(items) is Recorded:
+        yield items
+    elif isinstance(items, tuple | list | set):
+        for item in items:
+            yield from _recorded_in(item)
+    elif isinstance(items, dict):
+        for item in items.values():
+            yield from _recorded_in(item)
+
+
+def _run(record: Record, stepped: bool) -> None:
+    waiting = [
+        (lane, slot, call, found)
+        for lane in record.lanes
+        for slot, calls in enumerate(lane.live)
+        for call in range(len(calls))
+        if (found := lane.waiting(slot, call)) is not None
+    ]
+    for lane in record.lanes:
+        lane.complete()
+    # who watches the neurons wants to see steps that nobody uses
+    seen = tally.watchers.get() is not None
+    watched = [lane for lane in record.lanes if isinstance(lane, NeuronLane)] if seen else []
+    if not waiting and not watched:
+        return
+    record.check_versions()
+    plan = Plan(waiting, watched, stepped)
+    for group in plan.groups:
+        try:
+            if len(group) == 1 and not stepped and not plan.feeds_itself(group[0]):
+                with in_mode(group[0].mode):
+                    run_lane(group[0], plan)
+            else:
+                run_steps(group, plan)
+        except Exception as error:
+            if hasattr(error, "add_note"):
+                error.add_note(f"The step was recorded at {group[0].where}.")
+            raise
+    real = _values(waiting, plan)
+    for (_, _, _, found), tensor in zip(waiting, real, strict=True):
+        found.become(tensor)
+
+
+def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[Tensor]:
+    """The tensors that the user's objects become, in the order of ``waiting``."""
+    calls: dict[tuple[Lane, int], list[int]] = {}
+    for lane, slot, call, _ in waiting:
+        calls.setdefault((lane, slot), []).append(call)
+    found: dict[Any, Tensor] = {}  # by value: lane, call, slot
+    for (lane, slot), wanted in calls.items():
+        with in_mode(lane.mode):
+            found.update(
+                {(lane, call, slot): x for call, x in zip(wanted, plan.own(lane, slot, wanted), strict=True)}
+            )
+    # a view of something that the user holds as well stays a view of it
+    for lane, slot, call, _ in waiting:
+        if isinstance(lane, FunctionLane) and lane.view:
+            sources = [column[call] for column in lane.columns]
+            if any(source in found for source in sources):
+                with in_mode(lane.mode):
+                    found[lane, call, slot] = plan.call(
+                        lane, [found.get(s) if len(s) == 3 else s[0] for s in sources], call
+                    )
+    seen: set[int] = set()
+    values = []
+    for lane, slot, call, _ in waiting:
+        x = found[lane, call, slot]
+        if id(x) in seen:
+            x = x.view_as(x)
+        seen.add(id(x))
+        values.append(x)
+    return values

@@ -1,0 +1,435 @@
+"""Running lanes: all calls at once, or one by one where they feed back into themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import running
+from ..config import use_config
+from ..errors import FusionError
+from ..spikes import SpikeTrain
+from . import meter
+from .executor import FusedCall, Synapses
+from .functions import BATCHED, LINEAR, filled
+from .record import Entry, FunctionLane, Lane, NeuronLane, backoff, in_mode
+from .recorded import Recorded
+from .series import Series, constant_of, piece, source_of, stacked, train_of
+from .stepping import Flow, Layer
+
+SHORT = 2
+"""Records in a row in which a neuron was asked for a single step, after which it is stepped for a while."""
+FIRST_PAUSE, LONGEST_PAUSE = 64, 4096
+"""Calls for which it is not recorded: each time twice as many."""
+
+
+class Plan:
+    """What is wanted of a record, and ``groups``: lanes in the order in which they can run, together where they
+    feed each other in a circle."""
+
+    def __init__(
+        self,
+        waiting: list[tuple[Lane, int, int, Recorded]],
+        watched: Sequence[Lane] = (),
+        stepped: bool = False,
+    ) -> None:
+        self.sources: dict[Lane, set[Lane]] = {}
+        self.readers: dict[tuple[Lane, int], set[Lane]] = {}
+        self.early: set[tuple[Lane, int]] = set()  # wanted before the last call
+        self.waiting: dict[tuple[Lane, int], list[int]] = {}
+        for lane, slot, call, _ in waiting:
+            self.waiting.setdefault((lane, slot), []).append(call)
+            if call < len(lane) - 1:
+                self.early.add((lane, slot))
+        todo = [*{lane: None for lane, _, _, _ in waiting}, *watched]
+        while todo:
+            lane = todo.pop()
+            if lane in self.sources:
+                continue
+            found = self.sources[lane] = set()
+            for entry in lane.entries():
+                if len(entry) == 3:
+                    source, call, slot = entry
+                    found.add(source)
+                    self.readers.setdefault((source, slot), set()).add(lane)
+                    if call < len(source) - 1:
+                        self.early.add((source, slot))
+            todo += found
+        self.stepped = stepped
+        self.groups = [list(self.sources)] if stepped else list(_components(self.sources))
+        self.alone = {group[0] for group in self.groups if len(group) == 1 and not stepped}
+        self.inside = {
+            lane for lane in self.sources if isinstance(lane, FunctionLane) and self._runs_inside(lane)
+        }
+
+    def feeds_itself(self, lane: Lane) -> bool:
+        return lane in self.sources[lane]
+
+    def _runs_inside(self, lane: FunctionLane) -> bool:
+        """Whether this is a linear layer that runs within the calls of the neurons it feeds."""
+        readers = self.readers.get((lane, 0), set())
+        if (
+            lane.func is not LINEAR
+            or not readers
+            or ((lane, 0) in self.waiting and len(self.waiting[lane, 0]) > 2)
+        ):
+            return False
+        if len(lane) < 2 or len(lane.shape) != 2 or lane not in self.alone or self.feeds_itself(lane):
+            return False
+        if any(self._varies(column) for column in lane.columns[1:]) or lane.kwargs:
+            return False
+        return all(
+            isinstance(reader, NeuronLane)
+            and reader in self.alone
+            and len(reader) > 1
+            and reader.neuron.input_weight is None
+            and not self.wants_currents(reader)
+            and source_of(reader.columns[0]) is not None
+            and reader.mode == lane.mode
+            for reader in readers
+        )
+
+    def wants_currents(self, lane: NeuronLane) -> bool:
+        """Whether a state other than the membrane is wanted between steps, which is in no output of the op."""
+        outputs = (0, lane.slots.get(lane.adapter.membrane_leaf()))
+        return any((lane, slot) in self.early for slot in lane.slots.values() if slot not in outputs)
+
+    def piece(self, entry: Entry) -> Tensor:
+        """One tensor argument of one call."""
+        if len(entry) == 3 and entry[0] in self.inside:
+            return self.own(entry[0], entry[2], [entry[1]])[0]
+        return piece(entry)
+
+    @staticmethod
+    def _varies(column: list[Entry]) -> bool:
+        return any(len(entry) == 3 or entry[0] is not column[0][0] for entry in column)
+
+    def wants_events(self, lane: NeuronLane) -> bool:
+        """Whether the lane's spikes reach weights of the fused op as they are."""
+        readers = self.readers.get((lane, 0), set())
+        return bool(readers) and all(
+            reader in self.inside
+            or (
+                isinstance(reader, NeuronLane)
+                and reader.neuron.input_weight is not None
+                and len(reader) > 1
+                and reader in self.alone
+                and not any(e is not None and e[0] is lane for e in reader.initial.values())
+            )
+            for reader in readers
+        )
+
+    def is_last(self, lane: NeuronLane) -> bool:
+        """Whether no other neuron is reached from this one's spikes."""
+        seen: set[Lane] = set()
+        todo = list(self.readers.get((lane, 0), ()))
+        while todo:
+            reader = todo.pop()
+            if isinstance(reader, NeuronLane) and reader is not lane:
+                return False
+            if reader not in seen:
+                seen.add(reader)
+                for slot in range(len(reader.live)):
+                    todo += self.readers.get((reader, slot), ())
+        return True
+
+    def own(self, lane: Lane, slot: int, calls: list[int]) -> list[Tensor]:
+        """Values of these calls in memory of their own."""
+        if lane in self.inside:
+            return [self.call(lane, [piece(c[call]) for c in lane.columns], call) for call in calls]
+        return lane.results[slot].own(calls)
+
+    @staticmethod
+    def call(lane: Lane, tensors: list[Any], call: int) -> Tensor:
+        """One call of a function, by itself."""
+        assert isinstance(lane, FunctionLane)
+        given = [
+            piece(column[call]) if x is None else x for column, x in zip(lane.columns, tensors, strict=True)
+        ]
+        if lane.func is same:
+            return given[0].view_as(given[0])
+        kwargs = {name: filled(form, given) for name, form in lane.kwargs.items()}
+        out: Tensor = lane.func(*filled(lane.args, given), **kwargs)
+        # what a function returns as it is may be in somebody's hands
+        return out.view_as(out) if any(out is x for x in given) else out
+
+
+def same(x: Tensor) -> Tensor:
+    """The function of a lane of plain inputs."""
+    return x
+
+
+def _components(sources: dict[Lane, set[Lane]]) -> Iterator[list[Lane]]:
+    """Strongly connected lanes, sources first [Tarjan 1972], without recursion."""
+    index: dict[Lane, int] = {}
+    low: dict[Lane, int] = {}
+    stack: list[Lane] = []
+    on_stack: set[Lane] = set()
+    for root in sources:
+        if root in index:
+            continue
+        index[root] = low[root] = len(index)
+        stack.append(root)
+        on_stack.add(root)
+        work = [(root, iter(sources[root]))]
+        while work:
+            lane, rest = work[-1]
+            for source in rest:
+                if source not in index:
+                    index[source] = low[source] = len(index)
+                    stack.append(source)
+                    on_stack.add(source)
+                    work.append((source, iter(sources[source])))
+                    break
+                if source in on_stack:
+                    low[lane] = min(low[lane], index[source])
+            else:
+                work.pop()
+                if work:
+                    low[work[-1][0]] = min(low[work[-1][0]], low[lane])
+                if low[lane] == index[lane]:
+                    group: list[Lane] = []
+                    while not group or group[-1] is not lane:
+                        group.append(stack.pop())
+                        on_stack.discard(group[-1])
+                    yield group
+
+
+# --- all calls at once ---
+
+
+def run_lane(lane: Lane, plan: Plan) -> None:
+    """Compute the results of a lane whose arguments are all there."""
+    if lane in plan.inside:
+        return
+    if isinstance(lane, NeuronLane):
+        # a single step is upstream's own, unless the module has changed since
+        if (len(lane) == 1 and lane.unchanged()) or not _run_neuron(lane, plan):
+            note_length(lane.module, len(lane))
+            run_steps([lane], plan)
+        else:
+            note_length(lane.module, len(lane))
+    elif isinstance(lane, FunctionLane):
+        if lane.func is same:
+            note_length(lane.kwargs["module"], len(lane))
+        lane.results[0] = _run_function(lane, plan)
+
+
+def _run_function(lane: FunctionLane, plan: Plan) -> Series:
+    n = len(lane)
+    if lane.func is same:
+        return _inputs(lane.columns[0])
+    if lane.func is torch.stack:
+        together = _stack_of_steps(lane, plan)
+        if together is not None:
+            return Series(1, pieces=[together])
+    if n == 1:
+        return Series(1, pieces=[plan.call(lane, [piece(column[0]) for column in lane.columns], 0)])
+    constants = [constant_of(column) for column in lane.columns]
+    if all(x is not None for x in constants):
+        return Series(n, constant=plan.call(lane, constants, 0))
+    tensors = [stacked(column) if x is None else x for column, x in zip(lane.columns, constants, strict=True)]
+    varying = [x is None for x in constants]
+    return Series(n, dense=_over_time(lane, tensors, varying, n))
+
+
+def _inputs(column: list[Entry]) -> Series:
+    """Plain inputs: the one that is there at every step, the tensor or the events that they are slices of."""
+    n, constant = len(column), constant_of(column)
+    if constant is not None:
+        return Series(n, constant=constant)
+    train = train_of(column)
+    return Series(n, dense=stacked(column)) if train is None else Series(n, train=train)
+
+
+def _over_time(lane: FunctionLane, tensors: list[Tensor], varying: list[bool], n: int) -> Tensor:
+    """The function on all steps together: (n, ...)."""
+    if lane.func is LINEAR and varying[0] and not any(varying[1:]):
+        return Plan.call(lane, tensors, 0)
+    kwargs = lane.kwargs
+    if (
+        lane.func in BATCHED
+        and varying[0]
+        and not any(varying[1:])
+        and len(lane.shape) == tensors[0].dim() - 1
+    ):
+        flat = [tensors[0].flatten(0, 1), *tensors[1:]]
+        if tensors[0].dim() == _batched_dims(lane):
+            return Plan.call(lane, flat, 0).unflatten(0, tensors[0].shape[:2])
+
+    def step(*given: Tensor) -> Any:
+        found = iter(given)
+        filled_in = [next(found) if v else x for x, v in zip(tensors, varying, strict=True)]
+        named = {name: filled(form, filled_in) for name, form in kwargs.items()}
+        return lane.func(*filled(lane.args, filled_in), **named)
+
+    over = [x for x, v in zip(tensors, varying, strict=True) if v]
+    try:
+        return torch.vmap(step)(*over)
+    except (RuntimeError, ValueError):  # no rule for it: call by call
+        return torch.stack([step(*x) for x in zip(*(x.unbind(0) for x in over), strict=True)])
+
+
+def _batched_dims(lane: FunctionLane) -> int:
+    """Dimensions of (T, B, C, ...) for a layer whose name says how many are spatial."""
+    name = getattr(lane.func, "__name__", "")
+    return 3 + next((int(c) for c in name if c.isdigit()), 9)
+
+
+def _stack_of_steps(lane: FunctionLane, plan: Plan) -> Tensor | None:
+    """``torch.stack`` of successive values of one result: they stand together already."""
+    dim = lane.args[1] if len(lane.args) > 1 else lane.kwargs.get("dim", 0)
+    column = [column[0] for column in lane.columns]
+    if dim != 0 or len(lane) != 1:
+        return None
+    source = source_of(column)
+    if source is None:
+        return None
+    made, start, slot = source
+    series = made.results[slot]
+    if made in plan.inside or series is None or series.pieces is not None or series.constant is not None:
+        return None
+    dense: Tensor = series.stacked(start, len(column))
+    # another owner of this memory would see what is done to it in place
+    alone = plan.readers[made, slot] == {lane} and (made, slot) not in plan.waiting
+    return dense if alone and start == 0 and len(column) == series.n else dense.clone()
+
+
+def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
+    """One call of the fused op for all steps; False where only single steps do what upstream does."""
+    membrane = lane.slots.get(lane.adapter.membrane_leaf(), -1)
+    if plan.wants_currents(lane):
+        return False
+    column, synapses, name = lane.columns[0], None, type(lane.module).__name__
+    source = source_of(column)
+    if source is not None and source[0] in plan.inside:
+        linear, start = source[0], source[1]
+        column = linear.columns[0][start : start + len(lane)]
+        rest = [c[0][0] for c in linear.columns[1:]]
+        synapses = Synapses(rest[0], rest[1] if len(rest) > 1 else None)
+        name = f"Linear→{name}"
+    flow, n = _flow(column), len(lane)
+    single = len(lane.input_shape) == 1
+    if single:
+        flow = (flow.to_dense() if isinstance(flow, SpikeTrain) else flow).unsqueeze(1)
+    leaves = _initial(lane)
+    if single:
+        leaves = {k: v if v is None or not v.dim() else v.unsqueeze(0) for k, v in leaves.items()}
+    call = FusedCall(
+        Layer(name, lane.module, lane.adapter),
+        lane.neuron,
+        synapses,
+        name,
+        lane.adapter.state_of(leaves, lane.like),
+        per_step=True,
+        last=plan.is_last(lane),
+        config=lane.config,
+    )
+    events = plan.wants_events(lane) and not single
+    want_mem = membrane > 0 and (lane, membrane) in plan.early
+    with use_config(lane.config):
+        if meter.current is None:
+            passed = call.run(flow, events, want_mem)
+        else:
+            x, state = piece(lane.columns[0][0]) if synapses is None else piece(column[0]), _initial(lane)
+            passed = meter.current.add(
+                lane.module,
+                n,
+                lambda: call.run(flow, events, want_mem),
+                lambda: _one_step(lane, synapses, x, state),
+                (lane.input_shape, synapses is None, lane.mode),
+            )
+    if passed is None:
+        return False
+    spikes, mem = passed.flow, passed.mem
+    if single:
+        assert isinstance(spikes, Tensor)
+        spikes, mem = spikes.squeeze(1), None if mem is None else mem.squeeze(1)
+    lane.results[0] = Series(n, train=spikes) if isinstance(spikes, SpikeTrain) else Series(n, dense=spikes)
+    for leaf, x in lane.adapter.leaves(passed.state).items():
+        slot = lane.slots[leaf]
+        if slot:
+            last = x.squeeze(0) if single else x
+            lane.results[slot] = Series(n, dense=mem if slot == membrane else None, last=last)
+    return True
+
+
+def _one_step(lane: NeuronLane, synapses: Synapses | None, x: Tensor, state: Any) -> None:
+    """A single step as upstream runs it, for the meter."""
+    if synapses is not None:
+        x = F.linear(x, *synapses)
+    with use_config(None):
+        lane.adapter.upstream_step(lane.upstream, lane.module, x, state, lane.like)
+
+
+def _flow(column: list[Entry]) -> Flow:
+    constant = constant_of(column)
+    if constant is not None:
+        return constant.expand(len(column), *constant.shape)
+    train = train_of(column)
+    return stacked(column) if train is None else train
+
+
+def _initial(lane: NeuronLane) -> dict[str, Tensor | None]:
+    return {name: None if entry is None else piece(entry) for name, entry in lane.initial.items()}
+
+
+def note_length(module: nn.Module, steps: int) -> None:
+    """Stop recording a module for a while that is always asked for single steps."""
+    if steps > 1:
+        backoff.pop(module, None)
+        return
+    found = backoff.setdefault(module, [0, 0, FIRST_PAUSE])
+    found[0] += 1
+    if found[0] >= SHORT:
+        found[1] = found[2]
+        found[2] = min(LONGEST_PAUSE, 2 * found[2])
+
+
+# --- one call after the other ---
+
+
+def run_steps(group: list[Lane], plan: Plan) -> None:
+    """The calls of these lanes in the order of the loop, each neuron by upstream's own forward."""
+    states: dict[Lane, dict[str, Tensor | None]] = {}
+    pieces: dict[Lane, list[list[Tensor]]] = {}
+    for lane in group:
+        pieces[lane] = [[] for _ in lane.results]
+        lane.results[:] = [Series(len(lane), pieces=made) for made in pieces[lane]]
+    todo = sorted(
+        ((number, call, lane) for lane in group for call, number in enumerate(lane.order)), key=lambda x: x[0]
+    )
+    for _, call, lane in todo:
+        with in_mode(lane.mode):
+            _run_step(lane, call, plan, states, pieces)
+
+
+def _run_step(
+    lane: Lane,
+    call: int,
+    plan: Plan,
+    states: dict[Lane, dict[str, Tensor | None]],
+    pieces: dict[Lane, list[list[Tensor]]],
+) -> None:
+    tensors = [plan.piece(column[call]) for column in lane.columns]
+    if isinstance(lane, FunctionLane):
+        pieces[lane][0].append(plan.call(lane, tensors, call))
+        return
+    assert isinstance(lane, NeuronLane)
+    if not lane.unchanged():
+        raise FusionError(
+            f"{type(lane.module).__name__} was changed after its step was recorded at {lane.where}, before the "
+            f"result was used. Use the result first, or switch time fusion off (fuse_time=False)."
+        )
+    before = states[lane] if lane in states else _initial(lane)
+    with use_config(lane.config), running(lane.module):
+        out, after = lane.adapter.upstream_step(lane.upstream, lane.module, tensors[0], before, lane.like)
+    states[lane] = dict(after)
+    pieces[lane][0].append(out)
+    for name, slot in lane.slots.items():
+        if slot:
+            pieces[lane][slot].append(after[name])

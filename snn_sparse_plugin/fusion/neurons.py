@@ -1,0 +1,197 @@
+"""Single steps of neurons, recorded instead of run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter
+from ..config import SparseConfig
+from .executor import takes_step
+from .flush import flush, realize
+from .record import (
+    LONGEST,
+    NeuronLane,
+    Record,
+    backoff,
+    can_record,
+    entry_of,
+    grad_mode,
+    here,
+    open_record,
+    resting,
+)
+from .recorded import Recorded
+from .sources import note_feeding
+
+ASK_AGAIN = 64
+"""Calls after which a neuron that could not be recorded, or was asked for step by step, is tried again."""
+
+
+def step(
+    adapter: Adapter,
+    module: nn.Module,
+    upstream: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: SparseConfig,
+) -> Any:
+    """What the hook on a neuron's forward calls: the step is recorded, or upstream's forward runs on numbers."""
+    if not here.paused:
+        record = here.record
+        if record is not None and not kwargs:
+            lane = record.neurons.get(id(module))
+            if lane is not None and lane.config is config:
+                found = _advance(record, lane, args)
+                if found is not None:
+                    return found
+        if not resting(module):
+            found = _record(adapter, module, upstream, args, kwargs, config)
+            if found is not None:
+                return found
+    realize((args, kwargs, module._buffers), type(module).__name__)
+    return upstream(module, *args, **kwargs)
+
+
+def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
+    """The next step of a lane, where the state is the one that its last step left; else None."""
+    if record.calls > LONGEST:
+        flush(record, "a long record")
+        return None
+    adapter, module, x = lane.adapter, lane.module, args[0]
+    leaves = adapter.next_state(module, args)
+    if leaves is None or len(leaves) != len(lane.slots):
+        return None
+    live = lane.live
+    for leaf, slot in zip(leaves, lane.slots.values(), strict=True):
+        if type(leaf) is not Recorded or live[slot][-1]() is not leaf:
+            return None
+    if type(x) is Recorded:
+        source = x._value[0]
+        if (
+            source.record is not record
+            or source.shape != lane.input_shape
+            or source.dtype is not torch.float32
+        ):
+            return None
+        entry: Any = x._value
+    elif (
+        type(x) is Tensor
+        and x.shape == lane.input_shape
+        and x.dtype is torch.float32
+        and x.device == lane.device
+    ):
+        entry = entry_of(x)
+    else:
+        return None
+    steps = lane.config.max_steps
+    if lane.mode != grad_mode() or not lane.unchanged() or not can_record(lane.device):
+        return None
+    if steps is not None and len(lane.order) >= steps:
+        return None
+    with record.lock:
+        if record.closed:
+            return None
+        lane.columns[0].append(entry)
+        lane.order.append(record.calls)
+        record.calls += 1
+        out = lane.make(0)
+        new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
+        return adapter.write_call(module, out, new, lane.like)
+
+
+def _record(
+    adapter: Adapter, module: nn.Module, upstream: Callable[..., Any], args: Any, kwargs: Any, config: Any
+) -> Any:
+    call = adapter.read_call(module, args, kwargs)
+    if call is None:
+        return None
+    x, leaves, like = call
+    if type(x) is Recorded:
+        source = x._value[0]
+        shape, dtype, device = source.shape, source.dtype, source.device
+    elif type(x) is Tensor and x.layout is torch.strided:
+        shape, dtype, device = x.shape, x.dtype, x.device
+    else:
+        return None
+    if dtype is not torch.float32 or not shape or not can_record(device):
+        return None
+    record = open_record()
+    with record:
+        if adapter.zeros_for_other_shapes:
+            leaves = {
+                n: leaf if leaf is not None and _shape(leaf) == shape else None for n, leaf in leaves.items()
+            }
+        if type(x) is Recorded and x._value[0].record is not record:
+            return None
+        lane = next((leaf._value[0] for leaf in leaves.values() if type(leaf) is Recorded), None)
+        if config.max_steps is not None and lane is not None and len(lane) >= config.max_steps:
+            flush(record, "max_steps")
+            return _record(adapter, module, upstream, args, kwargs, config)
+        if not (
+            type(lane) is NeuronLane
+            and lane.input_shape == shape
+            and lane.device == device
+            and lane.continues(record, module, leaves, config)
+        ):
+            if type(x) is Tensor:
+                note_feeding(x)
+            lane = _open(record, adapter, module, upstream, config, leaves, like, shape, device)
+            if lane is None:
+                return None
+        lane.columns[0].append(entry_of(x))
+        record.count(lane)
+        out = lane.make(0)
+        new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
+        result = adapter.write_call(module, out, new, lane.like)
+    return result
+
+
+def _open(
+    record: Record,
+    adapter: Adapter,
+    module: nn.Module,
+    upstream: Callable[..., Any],
+    config: SparseConfig,
+    leaves: dict[str, Any],
+    like: Any,
+    shape: torch.Size,
+    device: torch.device,
+) -> NeuronLane | None:
+    try:
+        neuron = adapter.neuron(module)
+    except Exception:  # upstream's own forward does not ask for a description
+        neuron = "its adapter failed"
+    present = [leaf for leaf in leaves.values() if leaf is not None]
+    if isinstance(neuron, str) or not all(_fits(leaf, record) for leaf in present):
+        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
+        return None
+    out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
+    if out_shape is None:
+        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
+        return None
+    lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
+    lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
+    record.neurons[id(module)] = lane
+    return lane
+
+
+def _fits(leaf: Any, record: Record) -> bool:
+    if type(leaf) is Recorded:
+        return leaf._value[0].record is record
+    return isinstance(leaf, Tensor) and type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided
+
+
+def _shape(x: Any) -> torch.Size:
+    return x._value[0].shape if type(x) is Recorded else x.shape
+
+
+def _plain(leaf: Any) -> Tensor:
+    """A tensor of the same shape and dtype."""
+    if type(leaf) is not Recorded:
+        return leaf  # type: ignore[no-any-return]
+    lane = leaf._value[0]
+    return torch.empty((), dtype=lane.dtype, device=lane.device).expand(lane.shape)

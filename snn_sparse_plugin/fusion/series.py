@@ -1,0 +1,175 @@
+"""What a lane made, for all its calls together or one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..spikes import SpikeTrain
+from .record import Entry
+
+
+class Series:
+    """The ``n`` values of one result of a lane, in the form in which they were made.
+
+    ``constant``: the same at every call; ``dense``: (n, ...); ``train``: events; ``pieces``: one by one;
+    ``last``: only the last one is known.
+    """
+
+    __slots__ = ("_steps", "constant", "dense", "given", "last", "n", "pieces", "train")
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        constant: Tensor | None = None,
+        dense: Tensor | None = None,
+        train: SpikeTrain | None = None,
+        pieces: list[Tensor] | None = None,
+        last: Tensor | None = None,
+    ) -> None:
+        self.n, self.constant, self.dense, self.train = n, constant, dense, train
+        self.pieces, self.last = pieces, last
+        self.given = 0  # how often the dense tensor was read
+        self._steps: tuple[Tensor, ...] | None = None
+
+    def stacked(self, start: int, n: int) -> Tensor:
+        """(n, ...): calls ``start`` to ``start + n``."""
+        if self.constant is not None:
+            return self.constant.expand(n, *self.constant.shape)
+        if self.pieces is not None:
+            return torch.stack(self.pieces[start : start + n])
+        self._densify()
+        assert self.dense is not None
+        self.given += 1
+        return self.dense if n == self.n else self.dense[start : start + n]
+
+    def step(self, call: int) -> Tensor:
+        """The value of one call, which may share memory with others."""
+        if self.constant is not None:
+            return self.constant
+        if self.pieces is not None:
+            return self.pieces[call]
+        if self.last is not None and call == self.n - 1:
+            return self.last
+        if self.dense is None and self._steps is None and self.train is not None:
+            return self.train.step(call)
+        if self._steps is None:
+            self._densify()
+            assert self.dense is not None
+            self.given += 1
+            # one node of the graph for all steps: indexing has a backward of the whole size for each
+            self._steps = self.dense.unbind(0)
+        return self._steps[call]
+
+    def own(self, calls: list[int]) -> list[Tensor]:
+        """The values of these calls, each in memory of its own, as the step loop makes them."""
+        if self.train is not None and self.dense is None and len(calls) > 2:
+            self._densify()
+        if self.pieces is not None:
+            return [self.pieces[call] for call in calls]
+        return [self._owned(call) for call in calls]
+
+    def _owned(self, call: int) -> Tensor:
+        x = self.step(call)
+        alone = self.last is not None and call == self.n - 1
+        events = self.train is not None and self.dense is None and not alone
+        # upstream's own resets detach states in place, which a view refuses
+        return x if (alone or events) and not x._is_view() else x.clone()
+
+    def _densify(self) -> None:
+        if self.dense is None and self.train is not None:
+            self.dense = self.train.to_dense()
+
+
+def piece(entry: Entry) -> Tensor:
+    """One tensor argument of one call."""
+    if len(entry) == 2:
+        return entry[0]
+    lane, call, slot = entry
+    return lane.results[slot].step(call)
+
+
+def source_of(column: list[Entry]) -> Entry | None:
+    """The first entry of a column that is successive values of one result, else None."""
+    first = column[0]
+    if len(first) == 2:
+        return None
+    lane, start, slot = first
+    for offset, entry in enumerate(column):
+        if len(entry) == 2 or entry[0] is not lane or entry[2] != slot or entry[1] != start + offset:
+            return None
+    return first
+
+
+def constant_of(column: list[Entry]) -> Tensor | None:
+    """The tensor that a column holds at every call, else None."""
+    first = column[0]
+    if len(first) == 3:
+        series = first[0].results[first[2]]
+        same = all(len(e) == 3 and e[0] is first[0] and e[2] == first[2] for e in column)
+        if same and series is not None and series.constant is not None:
+            return series.constant
+        same = same and all(e[1] == first[1] for e in column)
+        return piece(first) if same and series is not None else None
+    return first[0] if all(len(e) == 2 and _same(e[0], first[0]) for e in column) else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    return (
+        not (a.requires_grad or b.requires_grad)
+        and a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.numel() > 0
+    )
+
+
+def stacked(column: list[Entry]) -> Tensor:
+    """(n, ...): the tensors of a column; a view where they are slices of one tensor."""
+    source = source_of(column)
+    if source is not None:
+        lane, start, slot = source
+        return lane.results[slot].stacked(start, len(column))
+    view = _slices(column)
+    return torch.stack([piece(entry) for entry in column]) if view is None else view
+
+
+def train_of(column: list[Entry]) -> SpikeTrain | None:
+    """The events of a column, where they are events."""
+    source = source_of(column)
+    if source is not None:
+        series = source[0].results[source[2]]
+        whole = source[1] == 0 and len(column) == series.n
+        return series.train if whole else None
+    step = getattr(column[0][0], "_snn_step", None)
+    if step is None or len(column) != step[0].T:
+        return None
+    for t, entry in enumerate(column):
+        found = getattr(entry[0], "_snn_step", None)
+        if found is None or found[0] is not step[0] or found[1] != t:
+            return None
+    return step[0]
+
+
+def _slices(column: list[Entry]) -> Tensor | None:
+    """The view that holds the column's tensors at equal distances in one tensor's memory."""
+    if len(column) < 2 or any(len(entry) == 3 for entry in column):
+        return None
+    tensors: list[Tensor] = [entry[0] for entry in column]
+    first, base = tensors[0], tensors[0]._base
+    if base is None or any(x._base is not base or x.requires_grad for x in tensors):
+        return None
+    shape, strides, offset = first.shape, first.stride(), first.storage_offset()
+    distance = tensors[1].storage_offset() - offset
+    if distance <= 0 or any(
+        x.shape != shape or x.stride() != strides or x.storage_offset() != offset + t * distance
+        for t, x in enumerate(tensors)
+    ):
+        return None
+    with torch.no_grad():
+        return base.as_strided((len(column), *shape), (distance, *strides), offset)

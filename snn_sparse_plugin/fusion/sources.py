@@ -1,0 +1,168 @@
+"""Where a step loop's plain inputs enter the record, and the places where recorded steps may wait no longer."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..adapters import has_hooks
+from ..config import active_config
+from .flush import flush, realize
+from .functions import record_linear
+from .lanes import same
+from .record import FunctionLane, can_record, entry_of, here, open_record, paused, resting
+from .recorded import Recorded
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_feeding: WeakSet[nn.Module] = WeakSet()
+_lock = threading.Lock()
+_inside = 0
+
+
+class _Recent(threading.local):
+    def __init__(self) -> None:
+        self.calls: deque[tuple[nn.Module, ref[Tensor], Any]] = deque(maxlen=32)
+
+
+_recent = _Recent()
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Inside the block, layers with weights that feed neurons take part in the record although their input is plain.
+
+    Which ones feed neurons is seen the first time that a neuron gets their output.
+    """
+    global _inside
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            for cls in _LAYERS:
+                cls.__call__ = _CALLS[cls]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for cls in _LAYERS:
+                    if cls.__dict__.get("__call__") is _CALLS[cls]:
+                        del cls.__call__  # type: ignore[attr-defined]
+
+
+def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
+            return super(cls, self).__call__(*args, **kwargs)
+        return _called(super(cls, self).__call__, self, args[0])
+
+    return __call__
+
+
+_CALLS = {cls: _call_of(cls) for cls in _LAYERS}
+
+
+def _called(upstream: Callable[..., Any], self: Any, x: Any) -> Any:
+    """A call of a layer with weights, whose own ``__call__`` is ``upstream``."""
+    if type(x) is Recorded:
+        if type(self) is nn.Linear and not has_hooks(self) and "forward" not in self.__dict__:
+            held = self._parameters  # what the layer's own forward comes to
+            if "weight" in held and "bias" in held:
+                found = record_linear(x, held["weight"], held["bias"])
+                if found is not NotImplemented:
+                    return found
+        return upstream(x)
+    config = active_config()
+    if config is None or not config.fuse_time or type(x) is not Tensor:
+        return upstream(x)
+    if self in _feeding:
+        plain = x.layout is torch.strided and x.dtype is torch.float32
+        if plain and not resting(self) and can_record(x.device):
+            return _called(upstream, self, _entering(self, x))
+        return upstream(x)
+    out = upstream(x)
+    if type(out) is Tensor:
+        _recent.calls.append((self, ref(out), out.grad_fn))
+    return out
+
+
+def _entering(module: nn.Module, x: Tensor) -> Recorded:
+    """A plain input of a layer as a recorded value."""
+    record = open_record()
+    with record:
+        key = (
+            "source",
+            id(module),
+            x.shape,
+            x.device,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
+        lane = record.functions.get(key)
+        if lane is None:
+            lane = record.functions[key] = FunctionLane(record, same, (), {}, 1, view=True)
+            lane.shape, lane.dtype, lane.device = x.shape, x.dtype, x.device
+            lane.kwargs["module"] = module  # so that its id stays its own
+        lane.columns[0].append(entry_of(x))
+        record.count(lane)
+        return lane.make(0)
+
+
+def note_feeding(x: Tensor) -> None:
+    """A neuron got this plain tensor: remember the layer that made it, if one did."""
+    if not _recent.calls:
+        return
+    nodes: list[Any] = [x.grad_fn]
+    seen: list[Any] = []
+    while nodes and len(seen) < 16:
+        node = nodes.pop(0)
+        if node is not None and not any(node is other for other in seen):
+            seen.append(node)
+            nodes += [n for n, _ in node.next_functions]
+    for module, out, node in _recent.calls:
+        if out() is x or (node is not None and any(node is other for other in seen)):
+            _feeding.add(module)
+    _recent.calls.clear()
+
+
+# --- where nothing may wait ---
+
+
+def install() -> None:
+    """Once: autograd functions take numbers, and optimizers change them."""
+    with _lock:
+        current = Function.__dict__["apply"].__func__
+        if getattr(current, "_snn_sparse_hook", False):
+            return
+        apply = wraps(current)(_on_numbers(current))
+        apply._snn_sparse_hook = True  # type: ignore[attr-defined]
+        Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        register_optimizer_step_pre_hook(_before_step)
+
+
+def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    # C++ takes the arguments apart before any function protocol is asked, and outputs of a custom forward that are
+    # not there yet could not become part of the graph
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return upstream(cls, *args, **kwargs)
+        if here.record is not None:
+            realize((args, kwargs), cls.__name__)
+        with paused():
+            return upstream(cls, *args, **kwargs)
+
+    return apply
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    flush(reason="optimizer.step()")

@@ -1,0 +1,146 @@
+"""A script, module or notebook cell in sparse mode, and what to say at the end."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import tally
+from .errors import InputError
+from .fusion import meter, record
+from .mode import aligned, sparse_mode
+from .tally import ClassRuns
+
+__all__ = ["Session", "class_table", "run_script", "sparse_session"]
+
+
+class Session:
+    """What ran inside :func:`sparse_session`."""
+
+    def __init__(self) -> None:
+        self.meter = meter.Meter()
+        self.classes: dict[str, ClassRuns] = {}
+        self.reasons: dict[str, int] = {}
+
+    def lines(self) -> list[str]:
+        """The summary: neuron classes, what was fused and saved, and why recorded steps had to run."""
+        found = class_table(self.classes)
+        total = self.meter
+        if total.calls:
+            found.append(
+                f"time fusion: {total.steps} neuron calls of step loops ran as {total.calls} fused calls, which kept "
+                f"{_bytes(total.bytes)} for backward; upstream about {_bytes(total.bytes_upstream)}"
+            )
+            if total.timed:
+                found.append(
+                    f"forward of the neurons and their linear layers in {total.timed} of these calls: "
+                    f"{_seconds(total.seconds)}; upstream about {_seconds(total.seconds_upstream)}"
+                )
+            found.append("(upstream: one step of each, measured, times the number of steps)")
+        elif self.classes:
+            found.append("time fusion: no step loop was fused")
+        if self.reasons:
+            often = sorted(self.reasons.items(), key=lambda item: -item[1])[:5]
+            found.append("recorded steps ran for: " + ", ".join(f"{name} ({n})" for name, n in often))
+        return found
+
+
+@contextmanager
+def sparse_session(**options: Any) -> Iterator[Session]:
+    """:func:`~snn_sparse_plugin.sparse_mode` that also keeps account, which costs a little time.
+
+    Args:
+        **options: of :class:`~snn_sparse_plugin.SparseConfig`.
+
+    Yields:
+        Session: filled when the block ends, by an exception too.
+    """
+    found, before = Session(), tally.by_class()
+    reasons, outer = dict(record.reasons), meter.current
+    meter.current = found.meter
+    try:
+        with sparse_mode(**options):
+            yield found
+    finally:
+        meter.current = outer
+        found.classes = _since(before, tally.by_class())
+        found.reasons = {
+            name: n - reasons.get(name, 0)
+            for name, n in record.reasons.items()
+            if n > reasons.get(name, 0) and name != "a report"
+        }
+
+
+def run_script(target: str, args: Sequence[str], *, module: bool = False) -> None:
+    """Run a script, or with ``module`` what ``python -m`` would, as if started by ``python``.
+
+    Raises:
+        InputError: there is no such script.
+    """
+    argv, path = sys.argv, list(sys.path)
+    try:
+        if module:
+            sys.argv, sys.path[0] = [target, *args], ""
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            if not Path(target).is_file():
+                raise InputError(f"there is no script {target!r}. For a module use -m.")
+            sys.argv, sys.path[0] = [target, *args], str(Path(target).resolve().parent)
+            runpy.run_path(target, run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
+
+
+def _since(before: dict[str, ClassRuns], after: dict[str, ClassRuns]) -> dict[str, ClassRuns]:
+    found = {}
+    for kind, runs in after.items():
+        old = before.get(kind, ClassRuns())
+        parts = {
+            name: {
+                k: n - getattr(old, name).get(k, 0)
+                for k, n in counts.items()
+                if n > getattr(old, name).get(k, 0)
+            }
+            for name, counts in vars(runs).items()
+        }
+        if parts["calls"]:
+            found[kind] = ClassRuns(**parts)
+    return found
+
+
+def class_table(runs: dict[str, ClassRuns]) -> list[str]:
+    """A row a class, ``calls in modules`` for each way of running that occurred, and a last line of totals."""
+    if not runs:
+        return ["no spiking neuron of a supported library ran"]
+    ways = [way for way in tally.WAYS if any(way in of_class.calls for of_class in runs.values())]
+    rows = [("neuron", *(way.replace("_", " ") for way in ways), "not fused because")]
+    for kind, of_class in sorted(runs.items()):
+        cells = (_cell(of_class, way) for way in ways)
+        why = (f"{reason} ({n})" for reason, n in of_class.reasons.items())
+        rows.append((kind, *cells, ", ".join(why)))
+    fused = sum(of_class.modules.get("fused", 0) for of_class in runs.values())
+    stepped = sum(sum(of_class.reasons.values()) for of_class in runs.values())
+    backward = sum(of_class.calls.get("backward", 0) for of_class in runs.values())
+    total = f"modules: {fused} ran fused, {stepped} step by step; {backward} sparse backward calls"
+    return [*aligned(rows), total]
+
+
+def _cell(runs: ClassRuns, way: str) -> str:
+    calls, modules = runs.calls.get(way, 0), runs.modules.get(way, 0)
+    return f"{calls} in {modules}" if modules else str(calls or "")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GiB"
