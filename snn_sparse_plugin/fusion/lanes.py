@@ -14,8 +14,8 @@ from ..config import use_config
 from ..errors import FusionError
 from ..spikes import SpikeTrain
 from . import meter
+from .calls import BATCHED, LINEAR, filled
 from .executor import FusedCall, Synapses
-from .functions import BATCHED, LINEAR, filled
 from .record import Entry, FunctionLane, Lane, NeuronLane, backoff, in_mode
 from .recorded import Recorded
 from .series import Series, constant_of, piece, source_of, stacked, train_of
