@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import tally
 from ..errors import FusionError
-from .lanes import Plan, run_lane, run_steps
+from .lanes import run_lane, run_steps
+from .planner import Plan
 from .record import FunctionLane, Lane, NeuronLane, Record, here, in_mode, paused, reasons
 from .recorded import Recorded
 

@@ -17,9 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters import has_hooks
 from ..config import active_config
+from .calls import record_linear
 from .flush import flush, realize
-from .functions import record_linear
-from .lanes import same
+from .planner import same
 from .record import FunctionLane, can_record, entry_of, here, open_record, paused, resting
 from .recorded import Recorded
 

@@ -1,0 +1,242 @@
+"""Calls of torch functions as entries of lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .record import LONGEST, Entry, FunctionLane, Record, can_record, entry_of, grad_mode, here
+from .recorded import Recorded
+
+
+def functions(names: str) -> set[Any]:
+    """Every spelling of these functions: of ``torch``, of ``Tensor``, as an operator and in ``nn.functional``."""
+    found = set()
+    for name in names.split():
+        for home, spelling in ((torch, name), (Tensor, name), (Tensor, f"__{name}__"), (F, name)):
+            found.add(getattr(home, spelling, None))
+    return found - {None}
+
+
+# functions of one argument's features or of single numbers, which mean the same at every step
+_ARITHMETIC = """
+add sub mul div truediv true_divide radd rsub rmul rdiv rtruediv rpow neg pow abs exp log sqrt rsqrt square
+sigmoid tanh sin cos clamp clip clamp_min clamp_max minimum maximum where lt le gt ge eq ne
+relu relu6 leaky_relu elu celu selu gelu silu mish softplus softsign hardtanh hardsigmoid hardswish threshold softmax
+log_softmax sum mean amax amin matmul rmatmul mv bmm linear bilinear prelu
+"""
+_LAYERS = """
+conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d
+avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+adaptive_max_pool2d adaptive_max_pool3d layer_norm group_norm pad cat concat concatenate stack clone
+"""
+_VIEWS = """
+flatten unflatten reshape view permute transpose t squeeze unsqueeze movedim select narrow expand contiguous detach
+getitem view_as
+"""
+# their forward on an input with more samples is their forward on each
+BATCHED = functions(
+    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d"""
+)
+VIEWS = functions(_VIEWS)
+RECORDABLE = functions(_ARITHMETIC) | functions(_LAYERS) | VIEWS
+LINEAR = F.linear
+_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.memory_format, type(...))
+
+
+class Argument:
+    """Stands for the ``index``-th tensor among the arguments of a call."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def filled(form: Any, tensors: list[Any]) -> Any:
+    """Arguments with their tensors in place."""
+    if type(form) is Argument:
+        return tensors[form.index]
+    if type(form) in (tuple, list):
+        return type(form)(filled(item, tensors) for item in form)
+    return form
+
+
+class _Call:
+    """The arguments of a call: ``entries`` of the tensors, ``key``, what tells lanes apart, and their ``shapes``."""
+
+    __slots__ = ("entries", "key", "shapes")
+
+    def __init__(self, func: Any) -> None:
+        self.entries: list[Entry] = []
+        self.key: list[Any] = [func]
+        self.shapes: list[Any] = [func]
+
+    def scan(self, item: Any) -> Any:
+        """The form of one argument; raises ``TypeError`` where it cannot be recorded."""
+        kind = type(item)
+        if kind is Recorded:
+            lane, _, slot = item._value
+            return self._tensor(item._value, (lane, slot), lane.shape, lane.dtype)
+        if kind is Tensor or kind is nn.Parameter:
+            if item.layout is not torch.strided:
+                raise TypeError
+            leaf = item.requires_grad and item.is_leaf
+            name = id(item) if leaf else (item.shape, item.dtype, item.requires_grad)
+            return self._tensor(entry_of(item), name, item.shape, item.dtype)
+        if kind is tuple or kind is list or kind is torch.Size:
+            self._constant(kind, len(item))
+            form = [self.scan(part) for part in item]
+            return tuple(form) if kind is not list else form
+        if kind is slice:
+            self._constant(slice, item.start.__class__, item.start, item.stop, item.step)
+            if not all(part is None or type(part) is int for part in (item.start, item.stop, item.step)):
+                raise TypeError
+            return item
+        if kind not in _CONSTANTS:
+            raise TypeError
+        self._constant(kind, item)
+        return item
+
+    def _tensor(self, entry: Entry, name: Any, shape: torch.Size, dtype: torch.dtype) -> Argument:
+        self.entries.append(entry)
+        self.key.append(name)
+        self.shapes.append((shape, dtype))
+        return Argument(len(self.entries) - 1)
+
+    def _constant(self, *parts: Any) -> None:
+        self.key.append(parts)
+        self.shapes.append(parts)
+
+
+def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
+    """Put a call into its lane: -> what stands for the result, or None where the call cannot wait."""
+    call = _Call(func)
+    try:
+        form = call.scan(args)
+        named = {}
+        for name, item in kwargs.items():
+            call._constant(name)
+            named[name] = call.scan(item)
+    except TypeError:
+        return None
+    record, device = _place(call.entries)
+    if record is None or device is None or not can_record(device):
+        return None
+    with record:
+        if record.closed:
+            return None
+        key: Any = (*call.key, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        now = [entry for entry in call.entries if len(entry) == 3]
+        lane = record.functions.get(key)
+        # the same function on the same step again stands in a lane of its own
+        while lane is not None and now and now == [c[-1] for c in lane.columns if len(c[-1]) == 3]:
+            key = (key, "again")
+            lane = record.functions.get(key)
+        if lane is None:
+            made = _result(tuple(call.shapes), func, form, named, call)
+            if made is None:
+                return None
+            lane = FunctionLane(record, func, form, named, len(call.entries), func in VIEWS)
+            lane.shape, lane.dtype, lane.device = *made, device
+            record.functions[key] = lane
+        lane.complete()
+        for column, entry in zip(lane.columns, call.entries, strict=True):
+            column.append(entry)
+        if lane.view:
+            record.viewed.update(now)
+        record.count(lane)
+        made_now = lane.make(0)
+    if record.calls > LONGEST:
+        from .flush import flush
+
+        flush(record, "a long record")
+    return made_now
+
+
+def record_linear(x: Recorded, weight: Any, bias: Any) -> Any:
+    """The commonest call, without the search for what its arguments are."""
+    value = x._value
+    source, call, slot = value
+    record = source.record
+    mode = grad_mode()
+    key = (source, slot, id(weight), id(bias), mode)
+    lane = record.linears.get(key)
+    if (
+        lane is None
+        or lane.columns[0][-1][1] == call
+        or record is not here.record
+        or not can_record(lane.device)
+    ):
+        made = record_call(LINEAR, (x, weight, bias), {})
+        if made is None:
+            return NotImplemented
+        if type(made) is Recorded:
+            lane = cast(FunctionLane, made._value[0])
+            if all(
+                t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)
+            ):  # else another may take its id
+                record.linears[key] = lane
+        return made
+    with record.lock:
+        if record.closed:
+            return NotImplemented
+        # weight and bias are those of the first call, at the version of that time
+        lane.columns[0].append(value)
+        lane.order.append(record.calls)
+        record.calls += 1
+        return lane.make(0)
+
+
+def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
+    """The one open record of this thread that all recorded arguments belong to, and the device of all arguments."""
+    record, device, scalars = here.record, None, True
+    for entry in entries:
+        if len(entry) == 3:
+            lane = entry[0]
+            if lane.record is not record:
+                return None, None
+            found, scalar = lane.device, False
+        else:
+            found, scalar = entry[0].device, entry[0].dim() == 0
+        if device is None or (scalars and not scalar):
+            device, scalars = found, scalar
+        elif found != device and not scalar:
+            return None, None
+    return record, device
+
+
+_shapes: dict[Any, tuple[torch.Size, torch.dtype] | None] = {}
+
+
+def _result(key: Any, func: Any, form: Any, named: Any, call: _Call) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of a call's result, seen on tensors without data; None where it is no single tensor."""
+    key = (key, torch.get_default_dtype())
+    if key not in _shapes:
+        if len(_shapes) > 4096:
+            _shapes.clear()
+        shapes = [part for part in call.shapes if _of_tensor(part)]
+        tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+        try:
+            with torch.no_grad():
+                out = func(*filled(form, tensors), **{n: filled(f, tensors) for n, f in named.items()})
+            _shapes[key] = (out.shape, out.dtype) if isinstance(out, Tensor) else None
+        except Exception:  # the call itself will say what is wrong, in the user's line
+            _shapes[key] = None
+    return _shapes[key]
+
+
+def _of_tensor(part: Any) -> bool:
+    """Whether a part of a call's signature is the (shape, dtype) of a tensor."""
+    return (
+        type(part) is tuple
+        and len(part) == 2
+        and type(part[0]) is torch.Size
+        and type(part[1]) is torch.dtype
+    )
