@@ -97,7 +97,7 @@ def test_adaptive_feedback_comes_to_the_readout_weights():
             loop(net, x, learner.step)
             learner.flush()
             optimizer.step()
-            feedback = learner.carrier(weight)
+            feedback = learner.carriers.of(weight, "readout.linear.weight")
             apart.append((feedback - weight).norm().item())
     assert apart[-1] < 0.5 * apart[0]
 
@@ -609,3 +609,17 @@ def test_inside_sparse_mode_the_surrogate_is_cut_as_anywhere_else():
         found, expected = learned(net, x, chunk=5), oracle(net, x)
     compare(found, expected)
     assert relative(found["0.input_weights"], exact["0.input_weights"]) > 1e-3
+
+
+def test_without_gradients_the_model_runs_as_it_is():
+    for name in ("lsnn", "norse-lif-recurrent", "recurrence-outside"):
+        net, x = build(name), inputs()
+        expected = oracle(net, x)
+        with eprop.EProp(net, chunk=5) as learner:
+            with torch.no_grad():
+                loop(net, x)  # e.g. a validation
+            loop(net, x, learner.step)
+            learner.flush()
+            with torch.no_grad():
+                loop(net, x)
+        compare(grads(net), expected)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .rule import RULES, ChunkRule, Steps, Synapses, TextbookRule
 from .structure import Layer
-from .watch import Neuron, Record, Tap, anchor, tracked
+from .taps import Tap, anchor, tracked
+from .watch import Neuron, Record
 
 if TYPE_CHECKING:
     from .learner import EProp
@@ -55,6 +56,8 @@ class WatchedLayer:
         neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return neuron.forward(x, *args, **kwargs)
             records, out, fresh = neuron.steps(x, args, kwargs)
             self.learner.ran(self, records, fresh)
             self.open.extend(records)
@@ -63,7 +66,11 @@ class WatchedLayer:
         return forward
 
     def _linear_readout(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        plain = module.forward
+
         def forward(x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return plain(x)
             call = self.learner.call_of(module, x)
             graph = tracked(call, x)
             parts = [graph] if graph.dim() == 2 else list(graph.unbind(0))

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ...errors import ConfigError, InputError, UnsupportedError
 from . import distributed
 from .compiled import Network
+from .feedback import Feedback
 from .layer import WatchedLayer
-from .options import ENGINES, FEEDBACKS, UPDATES, FiringRate, infer_filter, one_pole, same_filter
+from .options import ENGINES, UPDATES, FiringRate, check_option, infer_filter, one_pole, same_filter
 from .rule import NO_MEMORY, Filter
 from .sequence import RunResult, run
 from .structure import Layer, find, replaced
-from .watch import Call, Record, tracked
+from .taps import Call, tracked
+from .watch import Record
 
 log = logging.getLogger("snn_sparse_plugin")
 
@@ -29,9 +31,11 @@ class EProp:
 
     Inside the block an unmodified snnTorch or Norse model is called step by step as usual, and :meth:`step` takes
     the loss of each step. No graph is kept from one step to the next. :meth:`flush` writes ``.grad``, so that
-    optimizers, schedulers, clipping and gradient scaling work as ever. What it computes, and what it does not,
-    is written in ``docs/eprop.md``; for a loss that is a sum over steps the gradient equals that of ordinary
-    backward under :func:`detached`.
+    optimizers, schedulers, clipping and gradient scaling work as ever. Under ``torch.no_grad()`` the model runs as
+    it is and nothing is learned.
+
+    What it computes, and what it does not, is written in ``docs/eprop.md``; for a loss that is a sum over steps the
+    gradient equals that of ordinary backward under :func:`detached`.
 
     Args:
         model: any module; its hidden layers are Linear layers followed by spiking neurons, or recurrent neurons with
@@ -86,10 +90,8 @@ class EProp:
         feedback_decay: float = 1e-3,
         generator: torch.Generator | None = None,
     ) -> None:
-        _one_of("engine", engine, ENGINES)
-        _one_of("update", update, UPDATES)
-        if not isinstance(feedback, Tensor):
-            _one_of("feedback", feedback, FEEDBACKS)
+        check_option("engine", engine, ENGINES)
+        check_option("update", update, UPDATES)
         if not isinstance(chunk, int) or chunk < 1:
             raise ConfigError(f"EProp(chunk={chunk!r}): a chunk has at least one step.")
         if trace_dtype is not None and not trace_dtype.is_floating_point:
@@ -99,15 +101,14 @@ class EProp:
                 'EProp(engine="offline") knows gradients at the end only: use update="sequence".'
             )
         self.wrapper, self.model = model, distributed.inner(model)
-        self.kappa, self.feedback, self.rate_reg, self.update = kappa, feedback, rate_reg, update
+        self.kappa, self.rate_reg, self.update = kappa, rate_reg, update
         self.engine = "chunk" if engine == "auto" else engine
         self.chunk = 1 if update == "step" or self.engine == "step" else chunk
-        self.trace_dtype, self.feedback_decay, self.generator = trace_dtype, feedback_decay, generator
+        self.trace_dtype = trace_dtype
         self.structure = find(self.model, readout, neurons)
         self._filter: Filter | None = None if kappa == "auto" else one_pole(kappa)
         self._names = {p: name for name, p in self.model.named_parameters(remove_duplicate=False)}
-        self._feedback: dict[str, Tensor] = {}  # by the readout weight's name
-        self._followed: dict[str, Tensor] = {}
+        self.carriers = Feedback(feedback, feedback_decay, generator)
         self._stack: ExitStack | None = None
         self._passing, self._phase = False, ""
         self.last_state: Any = None  # of the model, after run()
@@ -161,8 +162,10 @@ class EProp:
         return forwards | {x.module: x.attach() for x in self.layers}
 
     def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        plain = module.forward
+
         def forward(x: Tensor) -> Tensor:
-            return tracked(self.call_of(module, x), x)
+            return tracked(self.call_of(module, x), x) if torch.is_grad_enabled() else plain(x)
 
         return forward
 
@@ -195,8 +198,7 @@ class EProp:
         self._drop()
         for layer in self.layers:
             layer.reset()
-        if isinstance(self.feedback, str) and self.feedback == "adaptive":
-            self._follow()
+        self.carriers.follow(self._names)
 
     def _drop(self) -> None:
         for layer in self.layers:
@@ -305,9 +307,6 @@ class EProp:
         self._phase = "direct"
         loss.backward()
         self._phase = "filtered"
-        errors = [(r.below[0], r) for r in self.readout.open if r.direct is not None and r.below]
-        if not errors:
-            return
         roots, signals = [], []
         for record in self.readout.open:
             if record.direct is not None:
@@ -316,11 +315,12 @@ class EProp:
                         f"e-prop: readout {self.readout.name} answers a current only in the step after it; use "
                         "eprop.detached(model)."
                     )
-                gain = record.local[0, 0]
-                record.direct = record.direct / gain
+                record.direct = record.direct / record.local[0, 0]
                 for below in record.below:
                     roots.append(below)
                     signals.append(record.direct)
+        if not roots:
+            return
         learning = [x for x in self.hidden if x.learns()]
         again = self._indirect is None or bool(self._indirect)
         torch.autograd.backward(roots, signals, retain_graph=again)
@@ -393,8 +393,7 @@ class EProp:
         if layer is self.readout:
             for record in records:
                 for call in record.calls:
-                    symmetric = isinstance(self.feedback, str) and self.feedback == "symmetric"
-                    call.feedback = None if symmetric else self.carrier(call.weight, call.name)
+                    call.feedback = self.carriers.of(call.weight, call.name)
 
     def check_versions(self) -> None:
         now = {name: p._version for p, name in self._names.items()}
@@ -446,40 +445,6 @@ class EProp:
         if self.update != "sequence":
             self._versions = None  # from here on weights may be others
 
-    # --- feedback ---
-
-    def carrier(self, weight: Tensor, name: str | None = None) -> Tensor:
-        """What carries errors back from the readout: its own weight, or the feedback in its place."""
-        name = self.name_of(weight) if name is None else name
-        weight = weight.detach()
-        if isinstance(self.feedback, str) and self.feedback == "symmetric":
-            return weight
-        if name not in self._feedback:
-            if isinstance(self.feedback, Tensor):
-                if self.feedback.shape != weight.shape:
-                    raise ConfigError(
-                        f"EProp(feedback=tensor): shape {tuple(self.feedback.shape)}, but readout weight {name} "
-                        f"has {tuple(weight.shape)}."
-                    )
-                made = self.feedback.detach().to(weight)
-            else:  # spread as nn.Linear's own start
-                drawn = torch.rand(weight.shape, generator=self.generator, dtype=weight.dtype)
-                made = ((2 * drawn - 1) / weight.shape[1] ** 0.5).to(weight.device)
-            self._feedback[name] = made
-            if isinstance(self.feedback, str) and self.feedback == "adaptive":
-                self._followed[name] = weight.clone()
-        return self._feedback[name]
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Adaptive feedback changes as the readout did since, and both decay (Kolen & Pollack)."""
-        for parameter, name in self._names.items():
-            if name in self._followed and not torch.equal(parameter, self._followed[name]):
-                self._feedback[name] += parameter - self._followed[name]
-                self._feedback[name] *= 1 - self.feedback_decay
-                parameter.mul_(1 - self.feedback_decay)
-                self._followed[name] = parameter.detach().clone()
-
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
@@ -497,8 +462,7 @@ class EProp:
             "batch": self._batch,
             "filter": self._filter,
             "indirect": self._indirect,
-            "feedback": {k: v.clone() for k, v in self._feedback.items()},
-            "followed": {k: v.clone() for k, v in self._followed.items()},
+            "feedback": self.carriers.state_dict(),
             "layers": {x.name: x.state_dict() for x in self.layers},
             "compiled": [
                 {k: v.clone() for k, v in part.items()}
@@ -521,8 +485,7 @@ class EProp:
         self.reset()
         self.steps_seen, self._batch = state["steps_seen"], state["batch"]
         self._filter, self._indirect = state["filter"], state["indirect"]
-        self._feedback = {k: v.clone() for k, v in state["feedback"].items()}
-        self._followed = {k: v.clone() for k, v in state["followed"].items()}
+        self.carriers.load_state_dict(state["feedback"])
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
         if state["compiled"]:
@@ -552,8 +515,3 @@ class EProp:
     def spike_counts(self) -> dict[str, tuple[float, int]]:
         """Spikes of every hidden layer since :meth:`reset`, and its neurons times samples."""
         return {x.name: (float(x.spikes), x.size) for x in self.hidden}
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"EProp({name}={value!r}): one of {', '.join(map(repr, allowed))}.")
