@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UnsupportedError
 from .rule import RULES, ChunkRule, Steps, Synapses, TextbookRule
 from .structure import Layer
 from .taps import Tap, anchor, tracked
@@ -46,13 +47,22 @@ class WatchedLayer:
     def learns(self) -> bool:
         return bool(self.weights)
 
+    def guard(self, record: Record) -> None:
+        """Raise unless the record is of the step under way: a gradient has arrived at it."""
+        if not any(record is r for r in self.open):
+            raise UnsupportedError(
+                f"e-prop: the loss given to learner.step() refers to an earlier step of {self.name}. Give each step "
+                "its own loss: no sums over time of outputs, losses or spikes. A loss of the time-summed output has "
+                "another gradient: use eprop.detached(model) for it."
+            )
+
     # --- watching ---
 
     def attach(self) -> Callable[..., Any]:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
         neuron = Neuron(self.layer, self.learner._names, self.is_readout)
-        neuron.guard = lambda record: self.learner.guard(self, record)
+        neuron.guard = self.guard
         neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +95,7 @@ class WatchedLayer:
             def receive(grad: Tensor) -> None:
                 grads = [grad] if graph.dim() == 2 else list(grad.unbind(0))
                 for record, g in zip(records, grads, strict=True):
-                    self.learner.guard(self, record)
+                    self.guard(record)
                     record.direct = g if record.direct is None else record.direct + g
 
             return Tap.apply(graph.detach(), anchor(graph), receive)  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, InputError, UnsupportedError
 from . import distributed
+from .checks import check_call, check_shared, open_steps, unchanged
 from .compiled import Network
 from .feedback import Feedback
 from .layer import WatchedLayer
@@ -68,7 +69,7 @@ class EProp:
         ...     state = None
         ...     for x in torch.ones(7, 1, 3):
         ...         y, state = net(x, state)
-        ...         learner.step(y.square().sum())
+        ...         _ = learner.step(y.square().sum())
         ...     learner.flush()
         >>> net.layers[0].input_weights.grad.shape
         torch.Size([5, 3])
@@ -216,7 +217,9 @@ class EProp:
         Raises:
             UnsupportedError: the loss refers to an earlier step.
         """
-        steps = self._steps_open()
+        if self._stack is None:
+            raise ConfigError("the learner is not attached: use it inside `with EProp(model) as learner:`.")
+        steps = open_steps(self.layers)
         if loss is not None:
             self._backward(loss)
         for layer in self.layers:
@@ -280,21 +283,6 @@ class EProp:
 
     # --- the parts of a step ---
 
-    def _steps_open(self) -> int:
-        counts = {x.name: len(x.open) for x in self.layers if x.open}
-        if self._stack is None:
-            raise ConfigError("the learner is not attached: use it inside `with EProp(model) as learner:`.")
-        if not self.readout.open:
-            raise ConfigError(
-                f"learner.step() before the model ran a step: readout {self.readout.name} was not called."
-            )
-        if len(counts) < len(self.layers) or len(set(counts.values())) > 1:
-            silent = ", ".join(x.name for x in self.layers if not x.open)
-            raise ConfigError(
-                f"every layer must run once per step; steps so far: {counts}{f', not run: {silent}' if silent else ''}."
-            )
-        return len(self.readout.open)
-
     def _backward(self, loss: Tensor) -> None:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -346,44 +334,19 @@ class EProp:
         """A learning signal arrives at the spikes of a hidden layer; returns what goes on below."""
         if self._passing and not any(record is r for r in layer.open):
             return None  # what feeds back into a layer above came a step before
-        self.guard(layer, record)
+        layer.guard(record)
         if self._phase == "direct":
             record.direct = grad if record.direct is None else record.direct + grad
         elif not self._passing or layer.name in (self._indirect or ()):
             record.filtered = grad if record.filtered is None else record.filtered + grad
         return grad * record.local[0, 0] if self._passing and (0, 0) in record.local else None
 
-    def guard(self, layer: WatchedLayer, record: Record) -> None:
-        if not any(record is r for r in layer.open):
-            raise UnsupportedError(
-                f"e-prop: the loss given to learner.step() refers to an earlier step of {layer.name}. Give each step "
-                "its own loss: no sums over time of outputs, losses or spikes. A loss of the time-summed output has "
-                "another gradient: use eprop.detached(model) for it."
-            )
-
     def ran(self, layer: WatchedLayer, records: list[Record], fresh: bool) -> None:
         """A layer ran some steps: the checks that keep the sum exact."""
-        if layer.open:
-            raise UnsupportedError(
-                f"e-prop: {layer.name} ran twice in one step. A module shared by two layers has no traces of its own "
-                "for each; or learner.step(loss) was not called since (learner.step() where a step has no loss)."
-            )
-        if layer.ended:
-            raise UnsupportedError('engine="offline" ends a sequence at flush(): call learner.reset().')
-        B = records[0].z.shape[0]
-        if self._batch is not None and self._batch != B:
-            raise InputError(
-                f"e-prop: {layer.name} got {B} samples, the sequence began with {self._batch}. Traces belong to "
-                "samples: call learner.reset() between sequences."
-            )
-        if fresh and layer.steps:
-            raise ConfigError(
-                f"e-prop: the state of {layer.name} began anew after {layer.steps} steps, its traces did not. "
-                "Call learner.reset() where a sequence begins."
-            )
-        self._batch = B
+        check_call(layer, records, fresh, self._batch)
+        self._batch = records[0].z.shape[0]
         self.check_versions()
-        self._check_shared(layer, records)
+        check_shared(layer, self.layers, records)
         if layer is self.readout and self.kappa == "auto" and self._has_memory():
             for record in records:
                 if self._filter is None:
@@ -396,27 +359,8 @@ class EProp:
                     call.feedback = self.carriers.of(call.weight, call.name)
 
     def check_versions(self) -> None:
-        now = {name: p._version for p, name in self._names.items()}
-        if self._versions is None:
-            self._versions = now
-        changed = [name for name, version in now.items() if self._versions[name] != version]
-        if changed:
-            raise UnsupportedError(
-                f"e-prop: {changed[0]} was modified within a sequence, so that its gradient would mix two networks. "
-                'Step the optimizer after learner.flush() and call learner.reset(), or use update="chunk" and step it '
-                "when learner.step() returns True."
-            )
-
-    def _check_shared(self, layer: WatchedLayer, records: list[Record]) -> None:
-        for record in records:
-            names = [call.name for call in record.calls if call.name]
-            others = {n for x in self.layers if x is not layer for n in x.weights}
-            twice = [n for n in names if names.count(n) > 1 or n in others]
-            if twice:
-                raise UnsupportedError(
-                    f"e-prop: {twice[0]} is shared by two layers or used twice in a step; each needs its own traces."
-                )
-            layer.weights.update(names)
+        """Weights are those that the sequence began with."""
+        self._versions = unchanged(self._names, self._versions)
 
     def filter_of(self, layer: WatchedLayer, like: Tensor) -> Filter:
         """The memory behind a layer's outputs."""
