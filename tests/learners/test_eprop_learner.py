@@ -534,6 +534,26 @@ def test_currents_that_are_not_sums_of_linears_are_refused():
         pass
 
 
+def test_parameters_between_spikes_and_readout_are_refused():
+    class Normed(Stacked):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(N)
+
+        def forward(self, x, state=None):
+            self.lif1.reset_mem()
+            return self.out(self.norm(self.lif1(self.fc1(x))[0])), None
+
+    net = Normed()
+    net.lif2, net.fc2 = nn.Identity(), nn.Identity()
+    call = lambda learner: learner.step(loss_of(net(torch.ones(2, M))[0]))  # noqa: E731
+    refused(net, call, UnsupportedError, "norm.weight stands between")
+    net.norm.requires_grad_(False)
+    with eprop.EProp(net) as learner:
+        call(learner)
+    assert net.fc1.weight.grad.norm() > 0
+
+
 def test_steps_out_of_order_are_refused():
     net, x = build("lsnn"), inputs()
     refused(net, lambda learner: learner.step(torch.ones(())), ConfigError, "was not called")

@@ -111,6 +111,7 @@ class EProp:
         self._names = {p: name for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.carriers = Feedback(feedback, feedback_decay, generator)
         self._stack: ExitStack | None = None
+        self._told = False
         self._passing, self._phase = False, ""
         self.last_state: Any = None  # of the model, after run()
         self.approximations: tuple[str, ...] = ()
@@ -120,7 +121,6 @@ class EProp:
         self.hidden = [WatchedLayer(x, self) for x in self.structure.hidden]
         self.readout = WatchedLayer(self.structure.readout, self, readout=True)
         self.reset()
-        self._warn_of_untrained()
 
     def __repr__(self) -> str:
         hidden = ", ".join(x.name for x in self.hidden)
@@ -177,14 +177,17 @@ class EProp:
             raise InputError(f"{name or 'Linear'}: expected a floating input, got {x.dtype}.")
         return Call(name, module.weight, module.bias, module._buffers.get("weight_mask"), x.detach())
 
-    def _warn_of_untrained(self) -> None:
-        modules = {m for x in self.layers for m in x.module.modules() if not isinstance(m, nn.Linear)}
-        own = {p for m in modules for p in m._parameters.values() if p is not None and p.dim() < 2}
-        names = [self._names[p] for p in own if p.requires_grad]
+    def _name_untrained(self) -> None:
+        """Say once which parameters have no gradient at the end of a sequence, and never will."""
+        if self._told or not self.readout.synapses:
+            return
+        self._told = True
+        learned = {name for x in self.layers for name in x.synapses}
+        names = [n for p, n in self._names.items() if p.requires_grad and p.grad is None and n not in learned]
         if names:
             log.warning(
-                "e-prop trains weights and biases of linear layers; %s, a parameter of a neuron, gets no gradient",
-                ", ".join(sorted(names)),
+                "e-prop trains the weights and biases of linear layers that feed neurons or the readout: %s got no gradient",
+                ", ".join(names),
             )
 
     # --- learning ---
@@ -241,6 +244,7 @@ class EProp:
         else:
             self._process(carry=True)
         self.deliver()
+        self._name_untrained()
 
     def run(
         self,
@@ -311,7 +315,14 @@ class EProp:
             return
         learning = [x for x in self.hidden if x.learns()]
         again = self._indirect is None or bool(self._indirect)
+        others = self._others() if self._indirect is None else {}
         torch.autograd.backward(roots, signals, retain_graph=again)
+        reached = [name for name, before in others.items() if self._others()[name] != before]
+        if reached:
+            raise UnsupportedError(
+                f"e-prop: {reached[0]} stands between a hidden layer and the readout, where only Linear layers learn. "
+                "Freeze it, or use eprop.detached(model)."
+            )
         if self._indirect is None:
             self._indirect = {x.name for x in learning if all(r.filtered is None for r in x.open)}
             if self._indirect:
@@ -326,6 +337,16 @@ class EProp:
                 torch.autograd.backward(roots, signals)
             finally:
                 self._passing = False
+
+    def _others(self) -> dict[str, tuple[int, int] | None]:
+        """Parameters that no layer learns, with a mark that changes with their gradient."""
+        biases = {self.name_of(c.bias) for x in self.layers for r in x.open for c in r.calls}
+        learned = biases.union(*(x.weights for x in self.layers))
+        return {
+            name: None if p.grad is None else (id(p.grad), p.grad._version)
+            for p, name in self._names.items()
+            if p.requires_grad and name not in learned
+        }
 
     def _has_memory(self) -> bool:
         return not isinstance(self.readout.module, nn.Linear)
