@@ -186,7 +186,8 @@ class EProp:
         names = [n for p, n in self._names.items() if p.requires_grad and p.grad is None and n not in learned]
         if names:
             log.warning(
-                "e-prop trains the weights and biases of linear layers that feed neurons or the readout: %s got no gradient",
+                "e-prop trains weights and biases of the linear layers before neurons and readout; "
+                "%s got no gradient",
                 ", ".join(names),
             )
 
