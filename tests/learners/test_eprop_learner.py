@@ -643,3 +643,13 @@ def test_without_gradients_the_model_runs_as_it_is():
             with torch.no_grad():
                 loop(net, x)
         compare(grads(net), expected)
+
+
+def test_the_import_swap_faces_are_taken():
+    import snn_sparse_plugin.snntorch as sparse
+
+    net, x = (
+        SnnNet(sparse.Leaky(beta=0.9), sparse.Leaky(beta=0.8, reset_mechanism="none")),
+        inputs(dtype=torch.float32),
+    )
+    compare(learned(net, x, chunk=5), oracle(net, x), 1e-5)
