@@ -124,11 +124,7 @@ def train(method, seed, data, test, args):
             losses += loss / len(data) / args.steps
             activity += spikes / len(batches)
         seconds = time.perf_counter() - begin
-        if learner is not None:
-            learner.__exit__(None, None, None)
         row = {"loss": losses, "accuracy": accuracy(net, test, args), "spikes": activity, "seconds": seconds}
-        if learner is not None:
-            learner.__enter__()
         epochs.append(row)
         kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         kept["learner"] = None if learner is None else learner.state_dict()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .equations import Equations
     from .errors import ConfigError, InputError, MissingDependencyError, SparsePluginError, UnsupportedError
     from .fusion.sequence import unroll
+    from .learners.eprop import EProp
     from .mode import SparsityReport, restore, sparse_mode, sparsify
     from .spikes import SpikeTrain
     from .surrogates import Surrogate
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivityLog": "activity",
     "ConfigError": "errors",
+    "EProp": "learners.eprop",
     "Equations": "equations",
     "InputError": "errors",
     "MissingDependencyError": "errors",
@@ -55,6 +57,7 @@ _MODULES = {
 __all__ = [
     "ActivityLog",
     "ConfigError",
+    "EProp",
     "Equations",
     "InputError",
     "MissingDependencyError",

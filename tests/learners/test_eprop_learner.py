@@ -97,7 +97,7 @@ def test_adaptive_feedback_comes_to_the_readout_weights():
             loop(net, x, learner.step)
             learner.flush()
             optimizer.step()
-            feedback = learner.carrier(weight)
+            feedback = learner.carriers.of(weight, "readout.linear.weight")
             apart.append((feedback - weight).norm().item())
     assert apart[-1] < 0.5 * apart[0]
 
@@ -534,6 +534,26 @@ def test_currents_that_are_not_sums_of_linears_are_refused():
         pass
 
 
+def test_parameters_between_spikes_and_readout_are_refused():
+    class Normed(Stacked):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(N)
+
+        def forward(self, x, state=None):
+            self.lif1.reset_mem()
+            return self.out(self.norm(self.lif1(self.fc1(x))[0])), None
+
+    net = Normed()
+    net.lif2, net.fc2 = nn.Identity(), nn.Identity()
+    call = lambda learner: learner.step(loss_of(net(torch.ones(2, M))[0]))  # noqa: E731
+    refused(net, call, UnsupportedError, "norm.weight stands between")
+    net.norm.requires_grad_(False)
+    with eprop.EProp(net) as learner:
+        call(learner)
+    assert net.fc1.weight.grad.norm() > 0
+
+
 def test_steps_out_of_order_are_refused():
     net, x = build("lsnn"), inputs()
     refused(net, lambda learner: learner.step(torch.ones(())), ConfigError, "was not called")
@@ -609,3 +629,27 @@ def test_inside_sparse_mode_the_surrogate_is_cut_as_anywhere_else():
         found, expected = learned(net, x, chunk=5), oracle(net, x)
     compare(found, expected)
     assert relative(found["0.input_weights"], exact["0.input_weights"]) > 1e-3
+
+
+def test_without_gradients_the_model_runs_as_it_is():
+    for name in ("lsnn", "norse-lif-recurrent", "recurrence-outside"):
+        net, x = build(name), inputs()
+        expected = oracle(net, x)
+        with eprop.EProp(net, chunk=5) as learner:
+            with torch.no_grad():
+                loop(net, x)  # e.g. a validation
+            loop(net, x, learner.step)
+            learner.flush()
+            with torch.no_grad():
+                loop(net, x)
+        compare(grads(net), expected)
+
+
+def test_the_import_swap_faces_are_taken():
+    import snn_sparse_plugin.snntorch as sparse
+
+    net, x = (
+        SnnNet(sparse.Leaky(beta=0.9), sparse.Leaky(beta=0.8, reset_mechanism="none")),
+        inputs(dtype=torch.float32),
+    )
+    compare(learned(net, x, chunk=5), oracle(net, x), 1e-5)

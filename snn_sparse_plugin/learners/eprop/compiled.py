@@ -92,7 +92,9 @@ class Network:
         z = spikes[0] if len(spikes) == 1 else torch.cat(spikes, -1)
         errors = self.out.errors(z, target, totals)
         carry = learner.engine != "offline"
-        weight = learner.carrier(self.model.readout.linear.weight)
+        weight = self.model.readout.linear.weight.detach()
+        matrix = learner.carriers.of(weight, learner.name_of(self.model.readout.linear.weight))
+        weight = weight if matrix is None else matrix
         back = (errors.flatten(0, 1) @ weight).view(K, B, -1) if errors is not None else torch.zeros_like(z)
         self.out.learn(z, errors)
         sizes = [x.module.hidden_size for x in self.layers]

@@ -37,9 +37,10 @@ def detached(
         ConfigError: no hidden neuron or no readable readout.
 
     Example:
+        >>> import torch
         >>> from snn_sparse_plugin.learners import eprop
         >>> net = eprop.LSNNNetwork(3, 5, 2)
-        >>> with eprop.detached(net):
+        >>> with eprop.detached(net) as _:
         ...     state, loss = None, 0.0
         ...     for x in torch.ones(7, 1, 3):
         ...         y, state = net(x, state)

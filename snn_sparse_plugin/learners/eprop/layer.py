@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UnsupportedError
 from .rule import RULES, ChunkRule, Steps, Synapses, TextbookRule
 from .structure import Layer
-from .watch import Neuron, Record, Tap, anchor, tracked
+from .taps import Tap, anchor, tracked
+from .watch import Neuron, Record
 
 if TYPE_CHECKING:
     from .learner import EProp
@@ -45,16 +47,27 @@ class WatchedLayer:
     def learns(self) -> bool:
         return bool(self.weights)
 
+    def guard(self, record: Record) -> None:
+        """Raise unless the record is of the step under way: a gradient has arrived at it."""
+        if not any(record is r for r in self.open):
+            raise UnsupportedError(
+                f"e-prop: the loss given to learner.step() refers to an earlier step of {self.name}. Give each step "
+                "its own loss: no sums over time of outputs, losses or spikes. A loss of the time-summed output has "
+                "another gradient: use eprop.detached(model) for it."
+            )
+
     # --- watching ---
 
     def attach(self) -> Callable[..., Any]:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
         neuron = Neuron(self.layer, self.learner._names, self.is_readout)
-        neuron.guard = lambda record: self.learner.guard(self, record)
+        neuron.guard = self.guard
         neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return neuron.forward(x, *args, **kwargs)
             records, out, fresh = neuron.steps(x, args, kwargs)
             self.learner.ran(self, records, fresh)
             self.open.extend(records)
@@ -63,7 +76,11 @@ class WatchedLayer:
         return forward
 
     def _linear_readout(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        plain = module.forward
+
         def forward(x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return plain(x)
             call = self.learner.call_of(module, x)
             graph = tracked(call, x)
             parts = [graph] if graph.dim() == 2 else list(graph.unbind(0))
@@ -78,7 +95,7 @@ class WatchedLayer:
             def receive(grad: Tensor) -> None:
                 grads = [grad] if graph.dim() == 2 else list(grad.unbind(0))
                 for record, g in zip(records, grads, strict=True):
-                    self.learner.guard(self, record)
+                    self.guard(record)
                     record.direct = g if record.direct is None else record.direct + g
 
             return Tap.apply(graph.detach(), anchor(graph), receive)  # type: ignore[no-any-return]

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, InputError, UnsupportedError
 from . import distributed
+from .checks import check_call, check_shared, open_steps, unchanged
 from .compiled import Network
+from .feedback import Feedback
 from .layer import WatchedLayer
-from .options import ENGINES, FEEDBACKS, UPDATES, FiringRate, infer_filter, one_pole, same_filter
+from .options import ENGINES, UPDATES, FiringRate, check_option, infer_filter, one_pole, same_filter
 from .rule import NO_MEMORY, Filter
 from .sequence import RunResult, run
 from .structure import Layer, find, replaced
-from .watch import Call, Record, tracked
+from .taps import Call, tracked
+from .watch import Record
 
 log = logging.getLogger("snn_sparse_plugin")
 
@@ -29,9 +32,11 @@ class EProp:
 
     Inside the block an unmodified snnTorch or Norse model is called step by step as usual, and :meth:`step` takes
     the loss of each step. No graph is kept from one step to the next. :meth:`flush` writes ``.grad``, so that
-    optimizers, schedulers, clipping and gradient scaling work as ever. What it computes, and what it does not,
-    is written in ``docs/eprop.md``; for a loss that is a sum over steps the gradient equals that of ordinary
-    backward under :func:`detached`.
+    optimizers, schedulers, clipping and gradient scaling work as ever. Under ``torch.no_grad()`` the model runs as
+    it is and nothing is learned.
+
+    What it computes, and what it does not, is written in ``docs/eprop.md``; for a loss that is a sum over steps the
+    gradient equals that of ordinary backward under :func:`detached`.
 
     Args:
         model: any module; its hidden layers are Linear layers followed by spiking neurons, or recurrent neurons with
@@ -64,7 +69,7 @@ class EProp:
         ...     state = None
         ...     for x in torch.ones(7, 1, 3):
         ...         y, state = net(x, state)
-        ...         learner.step(y.square().sum())
+        ...         _ = learner.step(y.square().sum())
         ...     learner.flush()
         >>> net.layers[0].input_weights.grad.shape
         torch.Size([5, 3])
@@ -86,10 +91,8 @@ class EProp:
         feedback_decay: float = 1e-3,
         generator: torch.Generator | None = None,
     ) -> None:
-        _one_of("engine", engine, ENGINES)
-        _one_of("update", update, UPDATES)
-        if not isinstance(feedback, Tensor):
-            _one_of("feedback", feedback, FEEDBACKS)
+        check_option("engine", engine, ENGINES)
+        check_option("update", update, UPDATES)
         if not isinstance(chunk, int) or chunk < 1:
             raise ConfigError(f"EProp(chunk={chunk!r}): a chunk has at least one step.")
         if trace_dtype is not None and not trace_dtype.is_floating_point:
@@ -99,16 +102,16 @@ class EProp:
                 'EProp(engine="offline") knows gradients at the end only: use update="sequence".'
             )
         self.wrapper, self.model = model, distributed.inner(model)
-        self.kappa, self.feedback, self.rate_reg, self.update = kappa, feedback, rate_reg, update
+        self.kappa, self.rate_reg, self.update = kappa, rate_reg, update
         self.engine = "chunk" if engine == "auto" else engine
         self.chunk = 1 if update == "step" or self.engine == "step" else chunk
-        self.trace_dtype, self.feedback_decay, self.generator = trace_dtype, feedback_decay, generator
+        self.trace_dtype = trace_dtype
         self.structure = find(self.model, readout, neurons)
         self._filter: Filter | None = None if kappa == "auto" else one_pole(kappa)
         self._names = {p: name for name, p in self.model.named_parameters(remove_duplicate=False)}
-        self._feedback: dict[str, Tensor] = {}  # by the readout weight's name
-        self._followed: dict[str, Tensor] = {}
+        self.carriers = Feedback(feedback, feedback_decay, generator)
         self._stack: ExitStack | None = None
+        self._told = False
         self._passing, self._phase = False, ""
         self.last_state: Any = None  # of the model, after run()
         self.approximations: tuple[str, ...] = ()
@@ -118,7 +121,6 @@ class EProp:
         self.hidden = [WatchedLayer(x, self) for x in self.structure.hidden]
         self.readout = WatchedLayer(self.structure.readout, self, readout=True)
         self.reset()
-        self._warn_of_untrained()
 
     def __repr__(self) -> str:
         hidden = ", ".join(x.name for x in self.hidden)
@@ -161,8 +163,10 @@ class EProp:
         return forwards | {x.module: x.attach() for x in self.layers}
 
     def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        plain = module.forward
+
         def forward(x: Tensor) -> Tensor:
-            return tracked(self.call_of(module, x), x)
+            return tracked(self.call_of(module, x), x) if torch.is_grad_enabled() else plain(x)
 
         return forward
 
@@ -173,14 +177,18 @@ class EProp:
             raise InputError(f"{name or 'Linear'}: expected a floating input, got {x.dtype}.")
         return Call(name, module.weight, module.bias, module._buffers.get("weight_mask"), x.detach())
 
-    def _warn_of_untrained(self) -> None:
-        modules = {m for x in self.layers for m in x.module.modules() if not isinstance(m, nn.Linear)}
-        own = {p for m in modules for p in m._parameters.values() if p is not None and p.dim() < 2}
-        names = [self._names[p] for p in own if p.requires_grad]
+    def _name_untrained(self) -> None:
+        """Say once which parameters have no gradient at the end of a sequence, and never will."""
+        if self._told or not self.readout.synapses:
+            return
+        self._told = True
+        learned = {name for x in self.layers for name in x.synapses}
+        names = [n for p, n in self._names.items() if p.requires_grad and p.grad is None and n not in learned]
         if names:
             log.warning(
-                "e-prop trains weights and biases of linear layers; %s, a parameter of a neuron, gets no gradient",
-                ", ".join(sorted(names)),
+                "e-prop trains weights and biases of the linear layers before neurons and readout; "
+                "%s got no gradient",
+                ", ".join(names),
             )
 
     # --- learning ---
@@ -195,8 +203,7 @@ class EProp:
         self._drop()
         for layer in self.layers:
             layer.reset()
-        if isinstance(self.feedback, str) and self.feedback == "adaptive":
-            self._follow()
+        self.carriers.follow(self._names)
 
     def _drop(self) -> None:
         for layer in self.layers:
@@ -214,7 +221,9 @@ class EProp:
         Raises:
             UnsupportedError: the loss refers to an earlier step.
         """
-        steps = self._steps_open()
+        if self._stack is None:
+            raise ConfigError("the learner is not attached: use it inside `with EProp(model) as learner:`.")
+        steps = open_steps(self.layers)
         if loss is not None:
             self._backward(loss)
         for layer in self.layers:
@@ -236,6 +245,7 @@ class EProp:
         else:
             self._process(carry=True)
         self.deliver()
+        self._name_untrained()
 
     def run(
         self,
@@ -278,21 +288,6 @@ class EProp:
 
     # --- the parts of a step ---
 
-    def _steps_open(self) -> int:
-        counts = {x.name: len(x.open) for x in self.layers if x.open}
-        if self._stack is None:
-            raise ConfigError("the learner is not attached: use it inside `with EProp(model) as learner:`.")
-        if not self.readout.open:
-            raise ConfigError(
-                f"learner.step() before the model ran a step: readout {self.readout.name} was not called."
-            )
-        if len(counts) < len(self.layers) or len(set(counts.values())) > 1:
-            silent = ", ".join(x.name for x in self.layers if not x.open)
-            raise ConfigError(
-                f"every layer must run once per step; steps so far: {counts}{f', not run: {silent}' if silent else ''}."
-            )
-        return len(self.readout.open)
-
     def _backward(self, loss: Tensor) -> None:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -305,9 +300,6 @@ class EProp:
         self._phase = "direct"
         loss.backward()
         self._phase = "filtered"
-        errors = [(r.below[0], r) for r in self.readout.open if r.direct is not None and r.below]
-        if not errors:
-            return
         roots, signals = [], []
         for record in self.readout.open:
             if record.direct is not None:
@@ -316,14 +308,22 @@ class EProp:
                         f"e-prop: readout {self.readout.name} answers a current only in the step after it; use "
                         "eprop.detached(model)."
                     )
-                gain = record.local[0, 0]
-                record.direct = record.direct / gain
+                record.direct = record.direct / record.local[0, 0]
                 for below in record.below:
                     roots.append(below)
                     signals.append(record.direct)
+        if not roots:
+            return
         learning = [x for x in self.hidden if x.learns()]
         again = self._indirect is None or bool(self._indirect)
+        others = self._others() if self._indirect is None else {}
         torch.autograd.backward(roots, signals, retain_graph=again)
+        reached = [name for name, before in others.items() if self._others()[name] != before]
+        if reached:
+            raise UnsupportedError(
+                f"e-prop: {reached[0]} stands between a hidden layer and the readout, where only Linear layers learn. "
+                "Freeze it, or use eprop.detached(model)."
+            )
         if self._indirect is None:
             self._indirect = {x.name for x in learning if all(r.filtered is None for r in x.open)}
             if self._indirect:
@@ -339,6 +339,16 @@ class EProp:
             finally:
                 self._passing = False
 
+    def _others(self) -> dict[str, tuple[int, int] | None]:
+        """Parameters that no layer learns, with a mark that changes with their gradient."""
+        biases = {self.name_of(c.bias) for x in self.layers for r in x.open for c in r.calls}
+        learned = biases.union(*(x.weights for x in self.layers))
+        return {
+            name: None if p.grad is None else (id(p.grad), p.grad._version)
+            for p, name in self._names.items()
+            if p.requires_grad and name not in learned
+        }
+
     def _has_memory(self) -> bool:
         return not isinstance(self.readout.module, nn.Linear)
 
@@ -346,44 +356,19 @@ class EProp:
         """A learning signal arrives at the spikes of a hidden layer; returns what goes on below."""
         if self._passing and not any(record is r for r in layer.open):
             return None  # what feeds back into a layer above came a step before
-        self.guard(layer, record)
+        layer.guard(record)
         if self._phase == "direct":
             record.direct = grad if record.direct is None else record.direct + grad
         elif not self._passing or layer.name in (self._indirect or ()):
             record.filtered = grad if record.filtered is None else record.filtered + grad
         return grad * record.local[0, 0] if self._passing and (0, 0) in record.local else None
 
-    def guard(self, layer: WatchedLayer, record: Record) -> None:
-        if not any(record is r for r in layer.open):
-            raise UnsupportedError(
-                f"e-prop: the loss given to learner.step() refers to an earlier step of {layer.name}. Give each step "
-                "its own loss: no sums over time of outputs, losses or spikes. A loss of the time-summed output has "
-                "another gradient: use eprop.detached(model) for it."
-            )
-
     def ran(self, layer: WatchedLayer, records: list[Record], fresh: bool) -> None:
         """A layer ran some steps: the checks that keep the sum exact."""
-        if layer.open:
-            raise UnsupportedError(
-                f"e-prop: {layer.name} ran twice in one step. A module shared by two layers has no traces of its own "
-                "for each; or learner.step(loss) was not called since (learner.step() where a step has no loss)."
-            )
-        if layer.ended:
-            raise UnsupportedError('engine="offline" ends a sequence at flush(): call learner.reset().')
-        B = records[0].z.shape[0]
-        if self._batch is not None and self._batch != B:
-            raise InputError(
-                f"e-prop: {layer.name} got {B} samples, the sequence began with {self._batch}. Traces belong to "
-                "samples: call learner.reset() between sequences."
-            )
-        if fresh and layer.steps:
-            raise ConfigError(
-                f"e-prop: the state of {layer.name} began anew after {layer.steps} steps, its traces did not. "
-                "Call learner.reset() where a sequence begins."
-            )
-        self._batch = B
+        check_call(layer, records, fresh, self._batch)
+        self._batch = records[0].z.shape[0]
         self.check_versions()
-        self._check_shared(layer, records)
+        check_shared(layer, self.layers, records)
         if layer is self.readout and self.kappa == "auto" and self._has_memory():
             for record in records:
                 if self._filter is None:
@@ -393,31 +378,11 @@ class EProp:
         if layer is self.readout:
             for record in records:
                 for call in record.calls:
-                    symmetric = isinstance(self.feedback, str) and self.feedback == "symmetric"
-                    call.feedback = None if symmetric else self.carrier(call.weight, call.name)
+                    call.feedback = self.carriers.of(call.weight, call.name)
 
     def check_versions(self) -> None:
-        now = {name: p._version for p, name in self._names.items()}
-        if self._versions is None:
-            self._versions = now
-        changed = [name for name, version in now.items() if self._versions[name] != version]
-        if changed:
-            raise UnsupportedError(
-                f"e-prop: {changed[0]} was modified within a sequence, so that its gradient would mix two networks. "
-                'Step the optimizer after learner.flush() and call learner.reset(), or use update="chunk" and step it '
-                "when learner.step() returns True."
-            )
-
-    def _check_shared(self, layer: WatchedLayer, records: list[Record]) -> None:
-        for record in records:
-            names = [call.name for call in record.calls if call.name]
-            others = {n for x in self.layers if x is not layer for n in x.weights}
-            twice = [n for n in names if names.count(n) > 1 or n in others]
-            if twice:
-                raise UnsupportedError(
-                    f"e-prop: {twice[0]} is shared by two layers or used twice in a step; each needs its own traces."
-                )
-            layer.weights.update(names)
+        """Weights are those that the sequence began with."""
+        self._versions = unchanged(self._names, self._versions)
 
     def filter_of(self, layer: WatchedLayer, like: Tensor) -> Filter:
         """The memory behind a layer's outputs."""
@@ -446,40 +411,6 @@ class EProp:
         if self.update != "sequence":
             self._versions = None  # from here on weights may be others
 
-    # --- feedback ---
-
-    def carrier(self, weight: Tensor, name: str | None = None) -> Tensor:
-        """What carries errors back from the readout: its own weight, or the feedback in its place."""
-        name = self.name_of(weight) if name is None else name
-        weight = weight.detach()
-        if isinstance(self.feedback, str) and self.feedback == "symmetric":
-            return weight
-        if name not in self._feedback:
-            if isinstance(self.feedback, Tensor):
-                if self.feedback.shape != weight.shape:
-                    raise ConfigError(
-                        f"EProp(feedback=tensor): shape {tuple(self.feedback.shape)}, but readout weight {name} "
-                        f"has {tuple(weight.shape)}."
-                    )
-                made = self.feedback.detach().to(weight)
-            else:  # spread as nn.Linear's own start
-                drawn = torch.rand(weight.shape, generator=self.generator, dtype=weight.dtype)
-                made = ((2 * drawn - 1) / weight.shape[1] ** 0.5).to(weight.device)
-            self._feedback[name] = made
-            if isinstance(self.feedback, str) and self.feedback == "adaptive":
-                self._followed[name] = weight.clone()
-        return self._feedback[name]
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Adaptive feedback changes as the readout did since, and both decay (Kolen & Pollack)."""
-        for parameter, name in self._names.items():
-            if name in self._followed and not torch.equal(parameter, self._followed[name]):
-                self._feedback[name] += parameter - self._followed[name]
-                self._feedback[name] *= 1 - self.feedback_decay
-                parameter.mul_(1 - self.feedback_decay)
-                self._followed[name] = parameter.detach().clone()
-
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
@@ -497,8 +428,7 @@ class EProp:
             "batch": self._batch,
             "filter": self._filter,
             "indirect": self._indirect,
-            "feedback": {k: v.clone() for k, v in self._feedback.items()},
-            "followed": {k: v.clone() for k, v in self._followed.items()},
+            "feedback": self.carriers.state_dict(),
             "layers": {x.name: x.state_dict() for x in self.layers},
             "compiled": [
                 {k: v.clone() for k, v in part.items()}
@@ -521,8 +451,7 @@ class EProp:
         self.reset()
         self.steps_seen, self._batch = state["steps_seen"], state["batch"]
         self._filter, self._indirect = state["filter"], state["indirect"]
-        self._feedback = {k: v.clone() for k, v in state["feedback"].items()}
-        self._followed = {k: v.clone() for k, v in state["followed"].items()}
+        self.carriers.load_state_dict(state["feedback"])
         for layer in self.layers:
             layer.load_state_dict(state["layers"][layer.name])
         if state["compiled"]:
@@ -552,8 +481,3 @@ class EProp:
     def spike_counts(self) -> dict[str, tuple[float, int]]:
         """Spikes of every hidden layer since :meth:`reset`, and its neurons times samples."""
         return {x.name: (float(x.spikes), x.size) for x in self.hidden}
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"EProp({name}={value!r}): one of {', '.join(map(repr, allowed))}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,13 @@ from ...errors import ConfigError
 from .rule import Filter, Jacobian
 
 ENGINES = ("auto", "chunk", "offline", "step")
-FEEDBACKS = ("symmetric", "random", "adaptive")
 UPDATES = ("sequence", "chunk", "step")
+
+
+def check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise :class:`ConfigError` unless an option of EProp has one of its values."""
+    if value not in allowed:
+        raise ConfigError(f"EProp({name}={value!r}): one of {', '.join(map(repr, allowed))}.")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -51,7 +50,7 @@ def find(model: nn.Module, readout: nn.Module | None, neurons: Iterable[nn.Modul
             raise ConfigError(f"EProp: {type(module).__name__} is not a module of the model.")
     layers = []
     for module, name in named.items():
-        adapter = None if isinstance(module, LSNN | LeakyReadout) else _adapter(module)
+        adapter = None if isinstance(module, LSNN | LeakyReadout) else adapter_of(module)
         known = adapter is not None or isinstance(module, LSNN | LeakyReadout)
         if known if given is None else module in given or module is readout:
             layers.append(Layer(name or "model", module, adapter))
@@ -66,12 +65,6 @@ def find(model: nn.Module, readout: nn.Module | None, neurons: Iterable[nn.Modul
             "name modules of your own with neurons=[...]."
         )
     return Structure(hidden, found)
-
-
-def _adapter(module: nn.Module) -> Adapter | None:
-    if not {"snntorch", "norse"} & sys.modules.keys():
-        return None
-    return adapter_of(module)
 
 
 def _readout(model: nn.Module, named: dict[nn.Module, str], layers: list[Layer]) -> Layer:

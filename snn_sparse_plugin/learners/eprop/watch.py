@@ -9,105 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from ...errors import InputError, UnsupportedError
 from .rule import Jacobian
+from .states import SnnTorchState, TupleState
 from .structure import Intercept, Layer
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a linear layer: the parameters (None where not trained) and what they received, (…, M)."""
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    mask: Tensor | None
-    pre: Tensor
-    feedback: Tensor | None = None  # takes the place of the weight on the way back
-
-    def at(self, t: int | None) -> Call:
-        """The call of one step of a sequence."""
-        return self if t is None else Call(self.name, self.weight, self.bias, self.mask, self.pre[t])
-
-
-class Linear(Function):
-    """``F.linear`` whose gradient reaches the input alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, call: Call
-    ) -> Tensor:
-        ctx.call, ctx.weight = call, weight
-        ctx.set_materialize_grads(False)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if grads[0] is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        weight = ctx.weight if ctx.call.feedback is None else ctx.call.feedback
-        return grads[0] @ weight.to(grads[0].dtype), None, None, None, None
-
-
-class Tap(Function):
-    """Passes a tensor on and hands its gradient to ``receive``, whose result goes on to the currents below."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, receive: Callable[[Tensor], Tensor | None], *below: Tensor
-    ) -> Tensor:
-        ctx.receive, ctx.below = receive, len(below)
-        ctx.set_materialize_grads(False)  # what a tap keeps for itself does not arrive as zeros further down
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        passed = None if grads[0] is None else ctx.receive(grads[0])
-        return None, None, None, *(passed,) * ctx.below
-
-
-def anchor(like: Tensor) -> Tensor:
-    """A leaf that makes autograd record what hangs on it."""
-    return torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
-
-
-def tracked(call: Call, x: Tensor) -> Tensor:
-    bias = None if call.bias is None else call.bias.detach()
-    with torch.enable_grad():
-        return Linear.apply(x, anchor(x), call.weight.detach(), bias, call)
-
-
-def sources(current: Tensor, name: str) -> list[Call]:
-    """The linear layers whose sum ``current`` is.
-
-    Raises:
-        UnsupportedError: something else stands between them and the neuron.
-    """
-    found: list[Call] = []
-    waiting: list[Any] = [current.grad_fn]
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None:
-            continue
-        if isinstance(node, Linear._backward_cls):  # type: ignore[attr-defined]
-            found.append(node.call)  # type: ignore[attr-defined]
-        elif node.name() == "AddBackward0" and node._saved_alpha == 1:
-            waiting.extend(after for after, _ in node.next_functions)
-        else:
-            raise UnsupportedError(
-                f"e-prop: the current of {name} must be a Linear's output or a sum of such, but "
-                f"{node.name()} stands before it. Move it, or train with eprop.detached(model)."
-            )
-    return found
+from .taps import Call, Tap, anchor, sources, tracked
 
 
 @dataclass(eq=False)
@@ -201,9 +113,8 @@ class Neuron:
         record = Record({}, [call.at(t) for call in outside], x, 0)
         with torch.enable_grad():
             current = x.detach().requires_grad_()
-            inner: list[
-                tuple[Tensor, Tensor]
-            ] = []  # of linear layers inside the neuron: current with and without graph
+            # of linear layers inside the neuron: their current with its graph, and cut from it
+            inner: list[tuple[Tensor, Tensor]] = []
 
             def linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 name = self.parameters.get(weight)  # type: ignore[call-overload]
@@ -223,7 +134,7 @@ class Neuron:
 
             feeds_itself = self.readout and not self._has_inner()
             tapped = self._read(x, record) if feeds_itself else current
-            run = _SnnTorchState if self.library == "snntorch" else _TupleState
+            run = SnnTorchState if self.library == "snntorch" else TupleState
             state = run(self, tapped if not self.sequence else tapped.unsqueeze(0), args, kwargs)
             with Intercept(linear):
                 out = state.call()
@@ -328,121 +239,3 @@ def _mask(module: nn.Module, weight: Tensor) -> Tensor | None:
                 mask = ~torch.eye(len(weight), dtype=torch.bool, device=weight.device)
             return mask
     return None
-
-
-# --- states: where a library keeps them ---
-
-_SNNTORCH_STATES = {
-    "Leaky": ("mem",),
-    "Lapicque": ("mem",),
-    "Synaptic": ("syn", "mem"),
-    "Alpha": ("syn_exc", "syn_inh", "mem"),
-    "RLeaky": ("spk", "mem"),
-    "RSynaptic": ("spk", "syn", "mem"),
-}
-
-
-class _SnnTorchState:
-    """In buffers of the module, and passed as arguments unless ``init_hidden``."""
-
-    aliases: set[int]
-
-    def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.neuron, self.module, self.x = neuron, neuron.layer.module, x
-        kinds = [names for kind, names in _SNNTORCH_STATES.items() if _is_a(self.module, kind)]
-        if not kinds:
-            raise UnsupportedError(
-                f"e-prop: {neuron.layer.name} is a {type(self.module).__name__}; of snnTorch it takes "
-                f"{', '.join(_SNNTORCH_STATES)}."
-            )
-        self.names = kinds[0]
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        values = [v if (v := given.get(n)) is not None else getattr(self.module, n) for n in self.names]
-        # upstream starts from zeros where the shape differs
-        missing = [v.shape != x.shape for v in values]
-        self.fresh = any(missing)
-        self.leaves = [
-            (torch.zeros_like(x) if new else v.detach()).requires_grad_()
-            for v, new in zip(values, missing, strict=True)
-        ]
-        self.aliases = {k for k, n in enumerate(self.names) if n == "spk"}
-
-    def call(self) -> Any:
-        if not self.module.init_hidden:
-            return self.neuron.forward(self.x, *self.leaves)
-        for name, leaf in zip(self.names, self.leaves, strict=True):
-            setattr(self.module, name, leaf)
-        return self.neuron.forward(self.x)
-
-    def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
-        after = [getattr(self.module, n) for n in self.names]
-        z = after[-1] if self.neuron.readout else out[0] if isinstance(out, tuple) else out
-        return z, after
-
-    def detach(self) -> None:
-        for name in self.names:
-            setattr(self.module, name, getattr(self.module, name).detach())
-
-
-def _is_a(module: nn.Module, kind: str) -> bool:
-    return any(c.__name__ == kind and c.__module__.startswith("snntorch.") for c in type(module).__mro__)
-
-
-class _TupleState:
-    """Passed in and returned: Norse's and ours, and any ``forward(x, *state) -> (spikes, *state)``."""
-
-    def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.neuron, self.x = neuron, x
-        state = (*args, *kwargs.values())
-        self.fresh = all(s is None for s in state)
-        if self.fresh:
-            first = _initial(neuron, x)
-            state = () if first is None else (first,)
-        flat, self.spec = tree_flatten(state)
-        self.places = [k for k, s in enumerate(flat) if isinstance(s, Tensor) and s.is_floating_point()]
-        size = _size(neuron, x)
-        for k in self.places:  # Norse starts from single numbers
-            whole = flat[k].detach()
-            whole = whole.expand(size) if whole.dim() < len(size) else whole
-            flat[k] = whole.to(x.dtype, copy=True).requires_grad_()
-        self.flat, self.leaves = flat, [flat[k] for k in self.places]
-        self.aliases: set[int] = set()
-
-    def call(self) -> Any:
-        return self.neuron.forward(self.x, *tree_unflatten(self.flat, self.spec))
-
-    def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
-        if not isinstance(out, tuple):
-            raise UnsupportedError(f"e-prop: {self.neuron.layer.name} must return (spikes, state).")
-        z, rest = out[0], out[1:]
-        after = [s for s in tree_flatten(rest)[0] if isinstance(s, Tensor) and s.is_floating_point()]
-        if self.leaves and len(after) != len(self.leaves):
-            raise UnsupportedError(
-                f"e-prop: {self.neuron.layer.name} takes {len(self.leaves)} states and returns {len(after)}."
-            )
-        self.aliases = {k for k, s in enumerate(after) if s is z and not self.neuron.readout}
-        return z, after
-
-    def detach(self) -> None:
-        pass
-
-
-def _initial(neuron: Neuron, x: Tensor) -> Any:
-    module: Any = neuron.layer.module
-    if hasattr(module, "state_fallback"):
-        return module.state_fallback(x)
-    if neuron.library == "norse":  # LILinearCell makes its state inside forward
-        v = torch.zeros(_size(neuron, x), dtype=x.dtype, device=x.device) + module.p.v_leak.detach()
-        return import_module("norse.torch").LIState(v=v, i=torch.zeros_like(v))
-    if hasattr(module, "initial_state"):
-        return module.initial_state(x)
-    if type(module).__name__ == "LeakyReadout":
-        return x.new_zeros(x.shape[0], module.linear.out_features)
-    return None
-
-
-def _size(neuron: Neuron, x: Tensor) -> tuple[int, ...]:
-    """(B, N) of the neuron's states, without the time of a sequence."""
-    hidden = getattr(neuron.layer.module, "hidden_size", None)
-    shape = x.shape[1:] if neuron.sequence else x.shape
-    return (*shape[:-1], shape[-1] if hidden is None else int(hidden))

@@ -1,0 +1,130 @@
+"""The states of a neuron module for one step, cut from the past: where each library keeps them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .watch import Neuron
+
+_SNNTORCH_STATES = {
+    "Leaky": ("mem",),
+    "Lapicque": ("mem",),
+    "Synaptic": ("syn", "mem"),
+    "Alpha": ("syn_exc", "syn_inh", "mem"),
+    "RLeaky": ("spk", "mem"),
+    "RSynaptic": ("spk", "syn", "mem"),
+}
+
+
+class SnnTorchState:
+    """In buffers of the module, and passed as arguments unless ``init_hidden``."""
+
+    aliases: set[int]
+
+    def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.neuron, self.module, self.x = neuron, neuron.layer.module, x
+        kinds = [names for kind, names in _SNNTORCH_STATES.items() if _is_a(self.module, kind)]
+        if not kinds:
+            raise UnsupportedError(
+                f"e-prop: {neuron.layer.name} is a {type(self.module).__name__}; of snnTorch it takes "
+                f"{', '.join(_SNNTORCH_STATES)}."
+            )
+        self.names = kinds[0]
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        values = [v if (v := given.get(n)) is not None else getattr(self.module, n) for n in self.names]
+        # upstream starts from zeros where the shape differs
+        missing = [v.shape != x.shape for v in values]
+        self.fresh = any(missing)
+        self.leaves = [
+            (torch.zeros_like(x) if new else v.detach()).requires_grad_()
+            for v, new in zip(values, missing, strict=True)
+        ]
+        self.aliases = {k for k, n in enumerate(self.names) if n == "spk"}
+
+    def call(self) -> Any:
+        if not self.module.init_hidden:
+            return self.neuron.forward(self.x, *self.leaves)
+        for name, leaf in zip(self.names, self.leaves, strict=True):
+            setattr(self.module, name, leaf)
+        return self.neuron.forward(self.x)
+
+    def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
+        after = [getattr(self.module, n) for n in self.names]
+        z = after[-1] if self.neuron.readout else out[0] if isinstance(out, tuple) else out
+        return z, after
+
+    def detach(self) -> None:
+        for name in self.names:
+            setattr(self.module, name, getattr(self.module, name).detach())
+
+
+def _is_a(module: nn.Module, kind: str) -> bool:
+    return any(c.__name__ == kind and c.__module__.startswith("snntorch.") for c in type(module).__mro__)
+
+
+class TupleState:
+    """Passed in and returned: Norse's and ours, and any ``forward(x, *state) -> (spikes, *state)``."""
+
+    def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.neuron, self.x = neuron, x
+        state = (*args, *kwargs.values())
+        self.fresh = all(s is None for s in state)
+        if self.fresh:
+            first = _initial(neuron, x)
+            state = () if first is None else (first,)
+        flat, self.spec = tree_flatten(state)
+        self.places = [k for k, s in enumerate(flat) if isinstance(s, Tensor) and s.is_floating_point()]
+        size = _size(neuron, x)
+        for k in self.places:  # Norse starts from single numbers
+            whole = flat[k].detach()
+            whole = whole.expand(size) if whole.dim() < len(size) else whole
+            flat[k] = whole.to(x.dtype, copy=True).requires_grad_()
+        self.flat, self.leaves = flat, [flat[k] for k in self.places]
+        self.aliases: set[int] = set()
+
+    def call(self) -> Any:
+        return self.neuron.forward(self.x, *tree_unflatten(self.flat, self.spec))
+
+    def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
+        if not isinstance(out, tuple):
+            raise UnsupportedError(f"e-prop: {self.neuron.layer.name} must return (spikes, state).")
+        z, rest = out[0], out[1:]
+        after = [s for s in tree_flatten(rest)[0] if isinstance(s, Tensor) and s.is_floating_point()]
+        if self.leaves and len(after) != len(self.leaves):
+            raise UnsupportedError(
+                f"e-prop: {self.neuron.layer.name} takes {len(self.leaves)} states and returns {len(after)}."
+            )
+        self.aliases = {k for k, s in enumerate(after) if s is z and not self.neuron.readout}
+        return z, after
+
+    def detach(self) -> None:
+        pass
+
+
+def _initial(neuron: Neuron, x: Tensor) -> Any:
+    module: Any = neuron.layer.module
+    if hasattr(module, "state_fallback"):
+        return module.state_fallback(x)
+    if neuron.library == "norse":  # LILinearCell makes its state inside forward
+        v = torch.zeros(_size(neuron, x), dtype=x.dtype, device=x.device) + module.p.v_leak.detach()
+        return import_module("norse.torch").LIState(v=v, i=torch.zeros_like(v))
+    if hasattr(module, "initial_state"):
+        return module.initial_state(x)
+    if type(module).__name__ == "LeakyReadout":
+        return x.new_zeros(x.shape[0], module.linear.out_features)
+    return None
+
+
+def _size(neuron: Neuron, x: Tensor) -> tuple[int, ...]:
+    """(B, N) of the neuron's states, without the time of a sequence."""
+    hidden = getattr(neuron.layer.module, "hidden_size", None)
+    shape = x.shape[1:] if neuron.sequence else x.shape
+    return (*shape[:-1], shape[-1] if hidden is None else int(hidden))
