@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+# how the tests are spread over processes; PARALLEL= runs them in one
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -23,8 +25,8 @@ tutorials: $(VENV)/.test  ## run every tutorial, upstream and sparse, and compar
 
 # Triton's interpreter is switched on by the environment, for a whole process
 test: $(VENV)/.test  ## run the tests but for the exhaustive sweeps (ARGS="-k data …" goes to the main run)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels tests/adapters/test_every_*.py -m triton_interpreter
-	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) tests/kernels tests/adapters/test_every_*.py -m triton_interpreter
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.test  ## run the exhaustive sweeps that `test` leaves out (ARGS="-k compile …")
 	$(BIN)/python -m pytest -m slow $(ARGS)
