@@ -23,6 +23,7 @@ from .planner import same
 from .record import FunctionLane, can_record, entry_of, here, open_record, paused, resting
 from .recorded import Recorded
 
+_MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _feeding: WeakSet[nn.Module] = WeakSet()
 _lock = threading.Lock()
@@ -75,7 +76,9 @@ _CALLS = {cls: _call_of(cls) for cls in _LAYERS}
 def _called(upstream: Callable[..., Any], self: Any, x: Any) -> Any:
     """A call of a layer with weights, whose own ``__call__`` is ``upstream``."""
     if type(x) is Recorded:
-        if type(self) is nn.Linear and not has_hooks(self) and "forward" not in self.__dict__:
+        # tracers of graphs put themselves into Module.__call__
+        plain = nn.Module.__call__ is _MODULE_CALL and nn.Module._call_impl is _CALL_IMPL
+        if plain and type(self) is nn.Linear and not has_hooks(self) and "forward" not in self.__dict__:
             held = self._parameters  # what the layer's own forward comes to
             if "weight" in held and "bias" in held:
                 found = record_linear(x, held["weight"], held["bias"])
