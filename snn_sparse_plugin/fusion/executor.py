@@ -143,7 +143,9 @@ def takes_step(
     if neuron.input_weight is not None:
         if len(features) != 1 or features[0] != neuron.input_weight.shape[1]:
             return None
-        features = (neuron.input_weight.shape[0],)
+        features = (neuron.input_weight.shape[0] // neuron.inputs,)
+    elif neuron.inputs > 1:  # the one layer before it would have to be read as several
+        return None
     weights = (neuron.input_weight, neuron.input_bias, neuron.recurrent_weight, neuron.recurrent_bias)
     present = [w for w in weights if w is not None]
     if not shape.numel() or any(w.dtype != torch.float32 or w.device != device for w in present):
