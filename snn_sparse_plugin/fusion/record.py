@@ -218,8 +218,8 @@ class Record:
 def _changed(lane: Lane, what: str) -> FusionError:
     return FusionError(
         f"{what} was changed in place after the step was recorded at {lane.where}, before its result was used. "
-        f"Use the result first (snn_sparse_plugin.fusion.flush.flush() runs what is recorded), or switch time fusion off "
-        f"(fuse_time=False, or SNN_SPARSE_FUSE=0)."
+        f"Use the result first (snn_sparse_plugin.fusion.flush.flush() runs what is recorded), or switch time "
+        f"fusion off (fuse_time=False, or SNN_SPARSE_FUSE=0)."
     )
 
 

@@ -123,8 +123,10 @@ def build(case: Case, dtype: torch.dtype) -> tuple[nn.Module, list[torch.Tensor]
         module.p = changed(module.p, lambda _, v: leaf(v, dtype))
         leaves = [p for p in flat(module.p) if p.requires_grad]
     if case.option.startswith("method="):
-        # a surrogate that is 100 times steeper makes gradients explode through upstream's differentiable resets
-        module.p = changed(module.p, lambda name, v: torch.tensor(0.5) if name == "alpha" else v)
+        # a surrogate that is 100 times steeper makes gradients explode through upstream's differentiable resets, and
+        # the circle, which grows without bound, does so in a neuron that counts in millivolts
+        alpha = torch.tensor(0.125 if (case.neuron, case.option) == ("CobaLIFCell", "method=circ") else 0.5)
+        module.p = changed(module.p, lambda name, v: alpha if name == "alpha" else v)
     return module.to(dtype), leaves
 
 
