@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from tutorial import Clock, arguments, batches, digits, library, report, sparse
 
-args = arguments(__doc__, epochs=4)
+args = arguments(__doc__, epochs=16)
 snn = library("snntorch", args.mode)
 from snntorch import surrogate, utils  # noqa: E402
 
@@ -36,7 +36,7 @@ def forward_pass(net, data):
 
 
 train_x, train_y, test_x, test_y = digits()
-optimizer, clock = torch.optim.Adam(net.parameters(), lr=5e-3), Clock()
+optimizer, clock = torch.optim.Adam(net.parameters(), lr=2e-3), Clock()
 with sparse(args.mode):
     for epoch in range(args.epochs):
         for batch in batches(len(train_x), batch_size):

@@ -1,7 +1,7 @@
 """What the tutorials share: ``--mode``, the digits, and a last line of numbers.
 
 ``--mode upstream`` needs nothing but the library itself; ``swapped`` imports the sparse face instead, ``sparse`` runs
-the same code inside ``sparse_mode()``.
+the same code inside ``sparse_mode()``, and ``exact`` in the same with upstream's whole gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FACES = {"snntorch": "snn_sparse_plugin.snntorch", "norse.torch": "snn_sparse_pl
 
 def arguments(about: str | None, *, epochs: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--mode", choices=("upstream", "swapped", "sparse"), default="upstream")
+    parser.add_argument("--mode", choices=("upstream", "swapped", "sparse", "exact"), default="upstream")
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--root", help="folder of the data that the tutorial does not bring along")
     args = parser.parse_args()
@@ -36,7 +36,10 @@ def library(name: str, mode: str) -> Any:
 
 def sparse(mode: str) -> AbstractContextManager[Any]:
     """What goes around the training."""
-    return import_module("snn_sparse_plugin").sparse_mode() if mode == "sparse" else nullcontext()
+    if mode not in ("sparse", "exact"):
+        return nullcontext()
+    options = {"backprop_threshold": None} if mode == "exact" else {}
+    return import_module("snn_sparse_plugin").sparse_mode(**options)
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
