@@ -70,9 +70,13 @@ def _one_thread() -> Iterator[None]:
 # --- precision ---
 
 
-def test_autocast_follows_upstream(way: Way, net: nn.Module, x: Tensor) -> None:
-    # with its cache of cast weights upstream adds the steps' gradients up in bfloat16, and is the less precise one
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@HALVES
+def test_autocast_follows_upstream(way: Way, net: nn.Module, x: Tensor, half: torch.dtype) -> None:
+    # with its cache of cast weights upstream adds the steps' gradients up in half precision: the less precise one
+    with torch.autocast("cpu", half, cache_enabled=False):
         expected, _ = way.upstream(net, x)
         found, _ = way.sparse(net, x)
     assert found.dtype == expected.dtype
@@ -80,11 +84,14 @@ def test_autocast_follows_upstream(way: Way, net: nn.Module, x: Tensor) -> None:
     share = target(expected.float())
     grads = gradients(net, loss_of(found.float(), share))
     assert all(torch.isfinite(g).all() for g in grads)
-    close(grads, gradients(net, loss_of(expected.float(), share)), 2.0**-8)  # one rounding to bfloat16
+    close(
+        grads, gradients(net, loss_of(expected.float(), share)), torch.finfo(half).eps / 2
+    )  # one rounding to it
 
 
-def test_autocast_with_a_window_is_finite(way: Way, net: nn.Module, x: Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+@HALVES
+def test_autocast_with_a_window_is_finite(way: Way, net: nn.Module, x: Tensor, half: torch.dtype) -> None:
+    with torch.autocast("cpu", half):
         out, _ = way.sparse(net, x, backprop_threshold="auto")
     assert all(torch.isfinite(g).all() for g in gradients(net, loss_of(out)))
 
