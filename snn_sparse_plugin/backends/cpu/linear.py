@@ -59,7 +59,10 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         # rows of whole vectors: what flows to the next step back, and what it decays by
         flow, decay = np.zeros((2, width), block.dtype), np.zeros((2, width), block.dtype)
+        sums = np.zeros((2, width), block.dtype)  # of lam and nu: the gradient of the bias costs no pass of its own
         decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
+        g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
+        unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
         high = last * T
         while high > first * T:
             low = max(first * T, (high - 1) // block.shape[0] * block.shape[0])
@@ -93,21 +96,26 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
                 bottom = max(low, b * T)
                 if top == b * T + T:
                     flow[0, :N], flow[1, :N] = lam_state[b], ci_state[b]
-                sweep(block, shift + bottom - low, shift + top - low, decay, flow, 0)
+                sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, 0)
                 if synapse:
-                    sweep(block, shift + bottom - low, shift + top - low, decay, flow, 1)
+                    sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, 1)
                 if bottom == b * T:
                     lam_state[b], ci_state[b] = flow[0, :N], flow[1, :N]
                 top = bottom
-            deliver(block, low, high, T, incoming, outgoing)
+            deliver(block, low, high, T, incoming, unbiased)
             high = low
+        if g_bias.shape[0] > 0:
+            g_bias[0] += sums[1 if synapse else 0]
 
     return backward_linear
 
 
 @kernel(forceinline=True)
-def sweep(block, low, high, decay, flow, which):  # type: ignore[no-untyped-def]
-    """``x[k] = block[k] + decay x[k + 1]`` down the rows high..low in place; ``flow`` is the decayed x around them."""
+def sweep(block, low, high, decay, flow, sums, which):  # type: ignore[no-untyped-def]
+    """``x[k] = block[k] + decay x[k + 1]`` down the rows high..low in place; ``flow`` is the decayed x around them.
+
+    The x are added to ``sums``.
+    """
     width, lanes = np.uint64(block.shape[1]), np.uint64(LANES)
     j = np.uint64(0)
     while j + np.uint64(4) * lanes <= width:  # four chains at a time hide the latency of one
@@ -119,6 +127,7 @@ def sweep(block, low, high, decay, flow, which):  # type: ignore[no-untyped-def]
             load(decay, which, q),
             load(decay, which, s),
         )
+        v, w, x, y = load(sums, which, j), load(sums, which, p), load(sums, which, q), load(sums, which, s)
         for i in range(low, high):
             k = np.uint64(low + high - 1 - i)
             a, b = add(load(block, k, j), a), add(load(block, k, p), b)
@@ -127,18 +136,25 @@ def sweep(block, low, high, decay, flow, which):  # type: ignore[no-untyped-def]
             store(block, k, p, b)
             store(block, k, q, c)
             store(block, k, s, d)
+            v, w, x, y = add(v, a), add(w, b), add(x, c), add(y, d)
             a, b, c, d = mul(m, a), mul(n, b), mul(o, c), mul(u, d)
         store(flow, which, j, a)
         store(flow, which, p, b)
         store(flow, which, q, c)
         store(flow, which, s, d)
+        store(sums, which, j, v)
+        store(sums, which, p, w)
+        store(sums, which, q, x)
+        store(sums, which, s, y)
         j += np.uint64(4) * lanes
     while j < width:
-        a, m = load(flow, which, j), load(decay, which, j)
+        a, m, v = load(flow, which, j), load(decay, which, j), load(sums, which, j)
         for i in range(low, high):
             k = np.uint64(low + high - 1 - i)
             a = add(load(block, k, j), a)
             store(block, k, j, a)
+            v = add(v, a)
             a = mul(m, a)
         store(flow, which, j, a)
+        store(sums, which, j, v)
         j += lanes
