@@ -59,7 +59,8 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         # rows of whole vectors: what flows to the next step back, and what it decays by
         flow, decay = np.zeros((2, width), block.dtype), np.zeros((2, width), block.dtype)
-        sums = np.zeros((2, width), block.dtype)  # of lam and nu: the gradient of the bias costs no pass of its own
+        # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
+        sums = np.zeros((2, width), block.dtype)
         decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
         g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
         unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
