@@ -78,11 +78,11 @@ def make_problem(config: Config) -> Problem:
     generator = torch.Generator().manual_seed(config.seed)
     T, B, M = config.steps, config.batch, config.inputs
     x = (torch.rand(T, B, M, generator=generator) < config.density).float()
+    x = x.to(config.device)
     target = torch.randint(config.layers[-1], (B,), generator=generator)
     weights, rates = scaled_weights(x, config, generator)
     grad = torch.randn(T, B, config.layers[-1], generator=generator)
-    x, target, grad = (t.to(config.device) for t in (x, target, grad))
-    return Problem(x, target, tuple(w.to(config.device) for w in weights), rates, grad)
+    return Problem(x, target.to(config.device), weights, rates, grad.to(config.device))
 
 
 def scaled_weights(
@@ -92,7 +92,7 @@ def scaled_weights(
     weights, rates = [], []
     spikes = x
     for n in config.layers:
-        weight = torch.randn(n, spikes.shape[2], generator=generator)
+        weight = torch.randn(n, spikes.shape[2], generator=generator).to(x.device)
         # a part of the batch is enough to set a rate
         scale = _scale_for_rate(F.linear(spikes[:, :16], weight), config)
         weights.append(weight * scale)
