@@ -56,6 +56,26 @@ def test_our_providers_compute_what_the_tutorial_loop_computes(provider: str) ->
         assert float((a - b).norm() / b.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+def test_the_op_layer_by_layer_is_the_network(reset: str) -> None:
+    config = replace(TINY, window=None, reset=reset)
+    loss, expected = gradients(config, "snntorch")
+    got_loss, got = gradients(config, "sparse-op")
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_spikingjelly_computes_the_same_where_the_reset_is_to_zero() -> None:
+    """But for its surrogate, which is larger by slope / 2, once for every layer above."""
+    config = replace(TINY, window=None, reset="zero")
+    loss, expected = gradients(config, "snntorch")
+    got_loss, got = gradients(config, "spikingjelly")
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert float((a / 12.5 ** (3 - k // 2) - b).norm() / b.norm()) < 1e-5
+
+
 def test_dense_and_event_input_give_the_same_gradients() -> None:
     loss, expected = gradients(TINY, "sparse")
     got_loss, got = gradients(TINY, "sparse-events")

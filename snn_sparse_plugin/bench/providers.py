@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dynamics import NeuronParams
+from ..dynamics import NeuronParams, NeuronSpec
 from ..errors import ConfigError, MissingDependencyError, UnsupportedError
 from ..ops.spiking_layer import spiking_layer
 from ..spikes import SpikeTrain, coordinates
@@ -124,7 +124,8 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
         reset = import_module("snntorch.utils").reset
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         neurons = [
-            snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True) for _ in problem.weights
+            snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=config.reset)
+            for _ in problem.weights
         ]
         net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
         options: dict[str, Any] = {"backprop_threshold": None if exact else config.window, "backend": backend}
@@ -137,6 +138,21 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
         return Model(spikes, list(net.parameters()), x)
 
     return build
+
+
+def _op_network(config: Config, problem: Problem) -> Model:
+    """The network as calls of the op: what ``unroll`` does, for where no neuron library is installed."""
+    layers = _linears(problem)
+    options: dict[str, Any] = _op_options(config)
+    last = len(layers) - 1
+    spec = NeuronSpec(reset=config.reset)
+
+    def spikes(x: Any) -> Tensor:
+        for k, layer in enumerate(layers):
+            x = spiking_layer(x, layer.weight, layer.bias, spec=spec, events=k < last, **options).spikes
+        return x  # type: ignore[no-any-return]
+
+    return Model(spikes, [p for layer in layers for p in layer.parameters()], problem.x)
 
 
 def _op(path: str) -> Callable:
@@ -179,7 +195,10 @@ class TutorialNet(nn.Module):
         snntorch = _require("snntorch", "snntorch")
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         self.fc = nn.ModuleList(_linears(problem))
-        self.lif = nn.ModuleList(snntorch.Leaky(beta=config.beta, spike_grad=spike_grad) for _ in self.fc)
+        self.lif = nn.ModuleList(
+            snntorch.Leaky(beta=config.beta, spike_grad=spike_grad, reset_mechanism=config.reset)
+            for _ in self.fc
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mems = [lif.reset_mem() for lif in self.lif]  # type: ignore[operator]
@@ -238,7 +257,7 @@ def _spikingjelly(config: Config, problem: Problem) -> Model:
             tau=1 / (1 - config.beta),
             decay_input=False,
             v_threshold=1.0,
-            v_reset=None,
+            v_reset=0.0 if config.reset == "zero" else None,
             detach_reset=True,
             surrogate_function=surrogate.SoftSign(alpha=config.slope),
             step_mode="m",
@@ -330,6 +349,7 @@ PROVIDERS: dict[str, Provider] = {
     "sparse": Provider(_unrolled(), "snn-sparse-plugin", "unroll, dense input", ("network", "s3gd")),
     "sparse-events": Provider(_unrolled(events=True), "snn-sparse-plugin", "unroll, SpikeTrain input"),
     "sparse-exact": Provider(_unrolled(exact=True), "snn-sparse-plugin", "unroll, backprop_threshold=None"),
+    "sparse-op": Provider(_op_network, "snn-sparse-plugin", "the op layer by layer", opt_in=True),
     "sparse-loop": Provider(
         _fused_loop, "snn-sparse-plugin", "snnTorch's tutorial loop in sparse_mode()", opt_in=True
     ),
