@@ -16,7 +16,7 @@ from torch import nn
 
 from snn_sparse_plugin.data import load_images
 from snn_sparse_plugin.layers.ttfs import RelaxationSchedule, to_snn, to_ttfs, ttfs_loss
-from snn_sparse_plugin.layers.ttfs.ablation import accuracy
+from snn_sparse_plugin.layers.ttfs.recipes import accuracy
 from snn_sparse_plugin.layers.ttfs.networks import PLANS, vgg
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
