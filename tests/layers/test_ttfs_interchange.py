@@ -170,8 +170,12 @@ def test_bad_times_and_spikes():
         to_spike_train(torch.tensor([[9, 255]], dtype=torch.uint8), 4)
     with pytest.raises(InputError, match="graded"):
         first_spike_times(torch.full((3, 2, 2), 0.5))
-    with pytest.raises(InputError, match=r"at most 255 steps, got \(300, 1, 1\)"):
+    with pytest.raises(InputError, match=r"at most 255 steps, got torch.float32 \(300, 1, 1\)"):
         first_spike_times(torch.zeros(300, 1, 1))
+    with pytest.raises(InputError, match="got list"):
+        dense_spikes([[1]], 4)
+    with pytest.raises(InputError, match=r"\(B, N…\), got torch.int64 \(2, 3\)"):
+        spike_view(torch.zeros(2, 3, dtype=torch.int64), TTFS())
 
 
 def test_energy_is_the_weighted_sum():
@@ -182,6 +186,23 @@ def test_energy_is_the_weighted_sum():
     )
     with pytest.raises(ConfigError, match="> 0"):
         energy(1, 1, EnergyReference(0, 5))
+
+
+# VGG-16, T = 32: spikes and steps published by Park & Yoon, arXiv 2106.02568, and the energies of the formula
+ENERGIES = {
+    "TSC, CIFAR-10": ("tsc-cifar10", 193e3, 512, 1.0, 1.0),
+    "TSC, CIFAR-100": ("tsc-cifar100", 170e3, 512, 1.0, 1.0),
+    "+TR, CIFAR-10": ("tsc-cifar10", 73.1e3, 544, 0.789, 0.625),
+    "+TB, CIFAR-10": ("tsc-cifar10", 67.4e3, 544, 0.777, 0.606),
+    "+TB of more weight, CIFAR-10": ("tsc-cifar10", 49.0e3, 544, 0.739, 0.545),
+}
+
+
+@pytest.mark.parametrize("network", ENERGIES)
+def test_energy_of_published_networks(network):
+    reference, spikes, steps, truenorth, spinnaker = ENERGIES[network]
+    found = energy(spikes, steps, REFERENCES[reference])
+    assert found == pytest.approx({"TrueNorth": truenorth, "SpiNNaker": spinnaker}, abs=5e-4)
 
 
 def test_report_counts():
@@ -208,6 +229,8 @@ def test_report_counts():
     assert "same class as without early firing" in str(early)
     with pytest.raises(ConfigError, match="tsc-cifar10"):
         net.report(x, reference="loihi")
+    with pytest.raises(InputError, match=r"\(30,\), one for each sample, got \(4,\)"):
+        net.report(x, labels=y[:4])
 
 
 def test_silent_layers_are_named():

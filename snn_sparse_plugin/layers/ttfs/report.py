@@ -146,6 +146,12 @@ def report(
     """
     if not len(x):
         raise InputError("a report needs at least one sample.")
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.shape != x.shape[:1]:
+            raise InputError(
+                f"labels are (B,) = ({len(x)},), one for each sample, got {tuple(labels.shape)}."
+            )
     if isinstance(reference, str):
         if reference not in REFERENCES:
             raise ConfigError(

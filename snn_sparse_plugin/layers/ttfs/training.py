@@ -102,6 +102,9 @@ class RelaxationSchedule:
         for _, layer in self.layers:
             layer.set_relaxation(self.probability)
 
+    def __repr__(self) -> str:
+        return f"RelaxationSchedule(epoch={self.epoch}, target={self.target}, probability={self.probability:.3g})"
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "target": self.target, "probability": self.probability}
 
