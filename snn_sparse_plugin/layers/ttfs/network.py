@@ -155,7 +155,6 @@ class TTFSNetwork:
         Raises:
             InputError: a batch of another shape, NaN, or intensities outside [0, 1].
             ConfigError: an unknown simulator, or early firing outside its range.
-            UnsupportedError: early firing event by event on a GPU.
         """
         simulator = simulator or "event"
         if simulator not in SIMULATORS:
