@@ -126,6 +126,21 @@ class InputGrads(NamedTuple):
     params: Tensor | None = None
 
 
+class TtfsBackward(NamedTuple):
+    """What the backward of a time-to-first-spike layer is given; ``grad``, ``x``, ``times`` and ``out`` are dense with
+    the same strides, ``tau`` and ``t_d`` 0-dimensional."""
+
+    grad: Tensor
+    x: Tensor
+    times: Tensor  # uint8
+    table: Tensor  # (2, window): thresholds, values
+    out: Tensor  # takes the gradient of x
+    tau: Tensor
+    t_d: Tensor
+    rate: float  # of the exponential kernel; 0 is the linear one
+    params: bool  # whether tau and t_d want a gradient
+
+
 class Backend:
     """Base class of a backend. Register a subclass under ``snn_sparse_plugin.backends``.
 
@@ -155,8 +170,6 @@ class Backend:
         """Whether it can run this call, and why not."""
         raise NotImplementedError
 
-    # A backend that also has ``ttfs`` and ``ttfs_backward``, as the built-in ones do, runs time-to-first-spike layers.
-
     def spiking_layer(self, call: LayerCall) -> LayerResult:
         """Forward of the op."""
         raise NotImplementedError
@@ -170,6 +183,14 @@ class Backend:
         needs: tuple[bool, ...],
     ) -> InputGrads:
         """Backward of the op; ``needs`` says which fields of :class:`InputGrads` are wanted."""
+        raise NotImplementedError
+
+    def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
+        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides: the op ``"ttfs"``."""
+        raise NotImplementedError
+
+    def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
+        """The gradient of x into ``call.out``; those of tau and t_d, zero without ``call.params``."""
         raise NotImplementedError
 
 

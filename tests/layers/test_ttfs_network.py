@@ -1,6 +1,7 @@
 """The spiking network against the trained one: both simulators, spike for spike."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,14 +166,20 @@ def test_nothing_is_computed_without_spikes(counted):
     assert net.run(one).synops["3"].tolist() == [30]
 
 
-def test_synaptic_operations_are_spikes_times_fan_out():
+@pytest.mark.parametrize("early", [None, 6])
+def test_synaptic_operations_are_spikes_times_fan_out(early):
     model, x = trained(conv(), SHAPES["conv"])
     net = to_snn(model, x[:1])
-    from snn_sparse_plugin.layers.ttfs.report import _synops
-
-    counted = net.run(x).synops
-    for name, expected in _synops(net, x).items():
-        assert torch.equal(counted[name], expected), name
+    run = net.run(x, early_firing=early, record=True)
+    arriving = run.times["input"]
+    for stage in net.stages:  # spikes through synapses of ones
+        spikes, cells = (stage.pooled(arriving) != SILENT).float(), 1
+        if stage.average is not None:
+            spikes, cells = stage.average.average(spikes), math.prod(stage.average.kernel)
+        ones = replace(stage, weight=torch.ones_like(stage.weight), bias=None, before=[])
+        expected = (ones.synapses(spikes) * cells).flatten(1).sum(1).round().long()
+        assert torch.equal(run.synops[stage.name], expected), stage.name
+        arriving = run.times.get(stage.name, arriving)
 
 
 @pytest.mark.parametrize("simulator", SIMULATORS)
