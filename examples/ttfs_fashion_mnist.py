@@ -19,7 +19,9 @@ from snn_sparse_plugin.layers.ttfs.recipes import Recipe, TrainOptions, accuracy
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--root", type=Path, required=True)
 parser.add_argument("--epochs", type=int, default=10)
-parser.add_argument("--samples", type=int, default=0, help="training images; 0 is all")
+parser.add_argument(
+    "--samples", type=int, default=0, help="training images, and test images in proportion; 0 is all"
+)
 parser.add_argument("--width", type=int, default=32, help="channels of the first convolution")
 parser.add_argument("--shift", type=int, default=2, help="pixels that a training image is moved by at most")
 parser.add_argument("--weight-decay", type=float, default=0.05)

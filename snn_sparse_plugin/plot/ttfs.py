@@ -102,24 +102,28 @@ def ttfs_preactivations(model: Any, x: Tensor, path: str | PathLike[str] | None 
 
 
 def ttfs_kernels(
-    history: Mapping[str, Sequence[tuple[float, float]]], path: str | PathLike[str] | None = None
+    history: Mapping[str, Sequence[tuple[float, float]]] | Sequence[Mapping[str, tuple[float, float]]],
+    path: str | PathLike[str] | None = None,
 ) -> Figure:
     """Kernel parameters over training, tau and t_d in two panels, a line for each layer; also written to ``path``.
 
     Args:
-        history: (tau, t_d) of every epoch by layer.
+        history: one :func:`~snn_sparse_plugin.layers.ttfs.kernel_parameters` an epoch, or (tau, t_d) of every epoch
+            by layer.
         path: a file name; its ending chooses the format.
 
     Raises:
         InputError: nothing was recorded.
 
     Example:
-        >>> figure = ttfs_kernels({"spike1": [(10.0, 0.0), (9.5, 0.2)]})
+        >>> figure = ttfs_kernels([{"spike1": (10.0, 0.0)}, {"spike1": (9.5, 0.2)}])
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['tau', 't_d']
     """
+    if not isinstance(history, Mapping):
+        history = {name: [epoch[name] for epoch in history] for name in (history[0] if history else ())}
     if not any(history.values()):
-        raise InputError("the history is empty: append (tau, t_d) of every layer after each epoch.")
+        raise InputError("the history is empty: append kernel_parameters(model) after each epoch.")
     figure = new_figure(9, 3.2)
     for axes, title, part in zip(figure.subplots(1, 2), ("tau", "t_d"), (0, 1), strict=True):
         clean(axes, title)

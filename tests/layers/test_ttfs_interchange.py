@@ -10,7 +10,15 @@ from typer.testing import CliRunner
 
 from snn_sparse_plugin import ConfigError, InputError, SpikeTrain, UnsupportedError
 from snn_sparse_plugin.cli import app
-from snn_sparse_plugin.layers.ttfs import SILENT, TTFS, TTFSEncoder, TTFSNetwork, to_snn
+from snn_sparse_plugin.layers.ttfs import (
+    SILENT,
+    TTFS,
+    EnergyReference,
+    TTFSEncoder,
+    TTFSNetwork,
+    kernel_parameters,
+    to_snn,
+)
 from snn_sparse_plugin.layers.ttfs.interchange import (
     decode_times,
     dense_spikes,
@@ -22,7 +30,7 @@ from snn_sparse_plugin.layers.ttfs.interchange import (
     to_nir,
     to_spike_train,
 )
-from snn_sparse_plugin.layers.ttfs.report import REFERENCES, EnergyReference, energy
+from snn_sparse_plugin.layers.ttfs.report import REFERENCES, energy
 
 WINDOW = 12
 
@@ -258,13 +266,17 @@ def test_pictures(tmp_path):
     assert figure.axes[0].get_title(loc="left").endswith("% pruned")
     lines = sorted(line.get_xdata()[0] for line in figure.axes[0].lines)
     assert lines == pytest.approx([model[2].x_m, model[2].x_M])
-    plot.ttfs_kernels({"2": [(10.0, 0.0), (9.0, 0.1)]})
+    lines = plot.ttfs_kernels({"2": [(10.0, 0.0), (9.0, 0.1)]}).axes[0].lines
+    assert lines[0].get_ydata().tolist() == [10.0, 9.0]
+    assert len(plot.ttfs_kernels([kernel_parameters(model)] * 3).axes[1].lines[0].get_ydata()) == 3
     with pytest.raises(InputError, match="record=True"):
         plot.ttfs_spike_times({})
     with pytest.raises(InputError, match="no TTFS layer"):
         plot.ttfs_preactivations(nn.Linear(64, 2), x)
     with pytest.raises(InputError, match="history is empty"):
         plot.ttfs_kernels({})
+    with pytest.raises(InputError, match="history is empty"):
+        plot.ttfs_kernels([])
 
 
 def invoke(*arguments):
@@ -308,6 +320,10 @@ def test_ablation_command():
         0.5,
         "--form",
         "gaussian",
+        "--shift",
+        1,
+        "--weight-decay",
+        0.01,
         "--json",
     ]
     found = invoke("ttfs", "ablation", *options)
@@ -319,3 +335,6 @@ def test_ablation_command():
     assert rows[1]["latency"] == 96
     assert all(0 <= r["accuracy"] <= 1 for r in rows)
     assert rows[4]["hidden_spikes"] < rows[3]["hidden_spikes"]
+    assert all(
+        (360 * r["accuracy"]) == pytest.approx(round(360 * r["accuracy"])) for r in rows
+    )  # all test images

@@ -21,6 +21,7 @@ from snn_sparse_plugin.layers.ttfs import (
     TTFSReadout,
     kernel_regularization,
     spike_regularization,
+    to_snn,
     to_ttfs,
     ttfs_loss,
 )
@@ -100,6 +101,9 @@ def test_tau_stays_positive_and_its_drift_is_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedule.step()
+    model = nn.Sequential(TTFSEncoder(), nn.Linear(3, 3), layer, nn.Linear(3, 2)).eval()
+    with pytest.warns(UserWarning, match="2: tau has fallen"):
+        to_snn(model, torch.rand(1, 3))
 
 
 def test_encoder_takes_intensities_only():

@@ -14,6 +14,7 @@ from .builder import Builder
 from .convert import is_neuron
 from .network import TTFSNetwork
 from .neuron import TTFS
+from .training import hidden_layers, warn_of_drift
 
 _LEAVES = (TTFS, nn.Linear, nn.Conv2d, _BatchNorm, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -81,6 +82,9 @@ def to_snn(model: nn.Module, example: Tensor, *, exact_grid: bool = False) -> TT
             )
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} has NaN or infinite values; the network cannot be mapped.")
+    for name, layer in hidden_layers(model):
+        if layer.drifted:
+            warn_of_drift(name, layer)
     source = copy.deepcopy(model).eval()
     try:
         graph = fx.GraphModule(source, _Tracer().trace(source))
