@@ -411,6 +411,7 @@ IMAGE_BAD = {
     "overlapping": ([nn.AvgPool2d(3, 1), nn.Conv2d(1, 2, 3), TTFS()], "windows side by side"),
     "max-of-average": ([nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Conv2d(1, 2, 1)], "the earliest"),
     "padding": ([nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), TTFS()], "only zeros are silence"),
+    "batch": ([nn.Flatten(0)], r"1 \(Flatten\): \(2, 1, 8, 8\) to \(128,\) does not keep the batch"),
     "adaptive": ([nn.AdaptiveAvgPool2d(3), nn.Conv2d(1, 2, 1)], "windows are of several sizes, 8×8 to 3×3"),
     "linear-on-images": ([nn.Linear(8, 3), TTFS()], "flatten to"),
     "ends-in-pooling": ([nn.Conv2d(1, 2, 3), TTFS(), nn.MaxPool2d(2)], "ends in a pooling"),

@@ -130,26 +130,22 @@ class Builder:
         if node.target in _SUMS:
             raise self.refuse(node, "residual and parallel paths are not mapped.")
         if node.target in _RESHAPES:
-            before, after = self.shapes[_argument(node)], self.shapes[node]
-            if before[0] != after[0] or math.prod(before) != math.prod(after):
-                raise self.refuse(node, f"{before} to {after} does not keep the batch dimension.")
-            return nn.Flatten() if len(after) == 2 else nn.Unflatten(1, after[1:])
+            return nn.Flatten()
         if node.target not in _MODULES:
             raise self.refuse(
                 node, "there is no rule for this function; layers with weights have to be modules."
             )
         make, names = _MODULES[node.target]
         positional, named = fx.map_arg((node.args, node.kwargs), self.values.get)
-        return make(
-            **dict(zip(names, positional[1:], strict=False)), **{k: named[k] for k in named if k in names}
-        )
+        options = dict(zip(names, positional[1:], strict=False)) | {k: named[k] for k in names if k in named}
+        return make(**options)
 
     def step(self, node: fx.Node, module: nn.Module) -> None:
         shape = self.shapes[node][1:]
         if isinstance(module, TTFS):
             self.neurons(node, module, shape)
         elif isinstance(module, nn.Flatten | nn.Unflatten):
-            self.reshape(node, shape)
+            self.reshape(node)
         elif isinstance(module, _PASS):
             return
         elif self.encoder is None:
@@ -232,14 +228,17 @@ class Builder:
         weight = stage.weight.double() * scale.view(-1, *(1 for _ in stage.weight.shape[1:]))
         self.pending = replace(stage, weight=weight.to(stage.weight.dtype), bias=bias.to(stage.weight.dtype))
 
-    def reshape(self, node: fx.Node, shape: tuple[int, ...]) -> None:
-        if len(shape) == 1:
+    def reshape(self, node: fx.Node) -> None:
+        before, after = self.shapes[_argument(node)], self.shapes[node]
+        if before[0] != after[0] or len(after) < 2 or math.prod(before) != math.prod(after):
+            raise self.refuse(node, f"{before} to {after} does not keep the batch dimension.")
+        if len(after) == 2:
             if self.pending is not None:
                 self.pending = replace(self.pending, flatten_after=True)
         elif self.pending is not None or self.before:
             raise self.refuse(node, "put it right behind a TTFS layer.")
         else:
-            self.in_shape = shape
+            self.in_shape = after[1:]
 
     def max_pool(self, node: fx.Node, module: nn.MaxPool2d | nn.AdaptiveMaxPool2d) -> None:
         if module.return_indices:

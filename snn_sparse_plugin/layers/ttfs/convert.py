@@ -57,10 +57,10 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
             if adapter.owns(child):
                 neuron = adapter.neuron(child)
                 why = neuron if isinstance(neuron, str) else _why_not(neuron, child is last)
-                if not why and not in_sequence and not _spikes_alone(child):
+                if why is None and not in_sequence and not _spikes_alone(child):
                     why = (
-                        "the forward around it hands it a state, and a TTFS layer is called once, without: put the "
-                        "layers into nn.Sequential"
+                        "the forward around it hands it a state, and a TTFS layer is called once and without: put "
+                        "the layers into nn.Sequential"
                     )
                 if why:
                     raise UnsupportedError(
