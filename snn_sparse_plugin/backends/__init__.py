@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -185,13 +185,15 @@ class Backend:
         """Backward of the op; ``needs`` says which fields of :class:`InputGrads` are wanted."""
         raise NotImplementedError
 
+
+class RunsTtfs(Protocol):
+    """What a backend has besides to run time-to-first-spike layers, the op ``"ttfs"``. One without is passed over."""
+
     def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
-        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides: the op ``"ttfs"``."""
-        raise NotImplementedError
+        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
 
     def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
         """The gradient of x into ``call.out``; those of tau and t_d, zero without ``call.params``."""
-        raise NotImplementedError
 
 
 _logged: set[tuple[str, str]] = set()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ...backends import Backend, TtfsBackward, select
+from ...backends import RunsTtfs, TtfsBackward, select
 from ...config import current_config
 
 
-def _backend(x: Tensor, name: str) -> Backend:
-    return select(name or current_config().backend, "ttfs", device=x.device, dtype=x.dtype)
+def _backend(x: Tensor, name: str) -> RunsTtfs:
+    found = select(name or current_config().backend, "ttfs", device=x.device, dtype=x.dtype)
+    return cast(RunsTtfs, found)
 
 
 def _like(x: Tensor, like: Tensor) -> Tensor:
