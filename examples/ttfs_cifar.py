@@ -11,13 +11,12 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from snn_sparse_plugin.data import load_images
 from snn_sparse_plugin.layers.ttfs import RelaxationSchedule, to_snn, to_ttfs, ttfs_loss
-from snn_sparse_plugin.layers.ttfs.ablation import accuracy
 from snn_sparse_plugin.layers.ttfs.networks import PLANS, vgg
+from snn_sparse_plugin.layers.ttfs.recipes import accuracy, augmented
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--root", type=Path, required=True)
@@ -41,18 +40,6 @@ parser.add_argument("--device", default="cpu")
 parser.add_argument("--save", help="write the spiking network here")
 args = parser.parse_args()
 
-
-def augmented(x: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3072) shifted by up to four pixels, half of them mirrored."""
-    padded = F.pad(x.view(-1, 3, 32, 32), (4, 4, 4, 4))
-    rows, columns = torch.randint(9, (2, len(x), 1), device=x.device)
-    at = torch.arange(32, device=x.device)
-    columns = torch.where(torch.rand(len(x), 1, device=x.device) < 0.5, columns + 31 - at, columns + at)
-    sample = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
-    channel = torch.arange(3, device=x.device).view(1, -1, 1, 1)
-    return padded[sample, channel, (rows + at)[:, None, :, None], columns[:, None, None, :]].flatten(1)
-
-
 torch.manual_seed(args.seed)
 data = load_images(f"cifar{args.classes}", args.root)
 train_x, train_y, test_x, test_y = data.train_x, data.train_y, data.test_x, data.test_y
@@ -74,7 +61,7 @@ relaxation = None if args.relu else RelaxationSchedule(model, round(args.relax *
 for epoch in range(args.epochs):
     model.train()
     for batch in torch.randperm(len(train_y)).split(args.batch):
-        x, y = augmented(train_x[batch].to(args.device)), train_y[batch].to(args.device)
+        x, y = augmented(train_x[batch].to(args.device), flip=True, shift=4), train_y[batch].to(args.device)
         regularised = {} if args.relu else {"tr": args.tr, "tb": args.tb, "form": args.form}
         loss = ttfs_loss(model(x), y, model, **regularised)
         optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,9 @@ from snn_sparse_plugin.layers.ttfs import (
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=30)
-parser.add_argument("--samples", type=int, default=0, help="training images; 0 is all")
+parser.add_argument(
+    "--samples", type=int, default=0, help="training images, and test images in proportion; 0 is all"
+)
 parser.add_argument("--tb", type=float, default=0.01, help="weight of the spike regularisation")
 parser.add_argument("--save", help="write the spiking network here, for `snn-sparse ttfs report FILE`")
 args = parser.parse_args()

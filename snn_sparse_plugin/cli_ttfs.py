@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,8 +98,6 @@ def verify(
     from .cli import _readable_errors
 
     with _readable_errors(context):
-        from dataclasses import asdict
-
         from rich.progress import Progress
 
         net, x, _ = _network_and_images(model, data, root, samples)
@@ -125,6 +124,9 @@ def ablation(
     width: Annotated[int, typer.Option(min=1, help="Channels of the first convolution (28×28 images).")] = 32,
     depth: Annotated[int, typer.Option(help="VGG-9, 11 or 16 (CIFAR).")] = 16,
     flip: Annotated[bool, typer.Option(help="Mirror images at random.")] = False,
+    shift: Annotated[int, typer.Option(min=0, help="Move images by up to so many pixels.")] = 0,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of the synapses.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the cross entropy.")] = 0.0,
     tr: Annotated[float, typer.Option(min=0.0, help="Weight of TR.")] = 1e-3,
     tb: Annotated[
         list[float] | None, typer.Option(help="Weight of TB; repeat for more rows. Default: 0.003 and 0.01.")
@@ -142,9 +144,21 @@ def ablation(
         from .data import load_images
         from .layers.ttfs import ablation as suite
         from .layers.ttfs import networks
+        from .layers.ttfs.recipes import TrainOptions
 
-        images = load_images(data.value, root).limited(samples)
-        options = suite.TrainOptions(epochs=epochs, batch=batch, window=window, flip=flip, threads=threads)
+        images = load_images(data.value, root)
+        if samples:  # the accuracy is that of all test images
+            images = replace(images, train_x=images.train_x[:samples], train_y=images.train_y[:samples])
+        options = TrainOptions(
+            epochs=epochs,
+            batch=batch,
+            weight_decay=weight_decay,
+            label_smoothing=label_smoothing,
+            window=window,
+            flip=flip,
+            shift=shift,
+            threads=threads,
+        )
         rows = suite.recipes(tr, tuple(tb or (0.003, 0.01)), form.value)
         network = {
             "digits": networks.digits_mlp,

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from snn_sparse_plugin import UnsupportedError
 from snn_sparse_plugin.config import SparseConfig, use_config
 from snn_sparse_plugin.layers.ttfs import TTFS, TTFSEncoder, to_snn
 
@@ -24,17 +23,20 @@ LAYERS = {
 class TtfsEventTests:
     device = "cpu"
 
-    @pytest.mark.parametrize("kind", LAYERS)
-    def test_equals_the_cpu(self, kind, counted):
+    @pytest.mark.parametrize(
+        ("kind", "early"),
+        [*((kind, None) for kind in LAYERS), *((kind, 5) for kind in ("dense", "conv-dilation", "average"))],
+    )
+    def test_equals_the_cpu(self, kind, early, counted):
         torch.manual_seed(0)
         layers, shape = LAYERS[kind]
-        x = torch.rand(3, *shape)
+        x = torch.rand(2, *shape) * (torch.rand(2, *shape) < 0.6)
         net = to_snn(nn.Sequential(TTFSEncoder(), *layers).eval(), x, exact_grid=True)
         with use_config(SparseConfig(backend="auto" if self.device == "cpu" else "cpu")):
-            expected = net.run(x, record=True)
+            expected = net.run(x, early_firing=early, record=True)
         counted.clear()
         with use_config(SparseConfig(backend="triton")):
-            found = net.to(self.device).run(x.to(self.device), record=True)
+            found = net.to(self.device).run(x.to(self.device), early_firing=early, record=True)
         assert counted["triton", "ttfs_events"] == len(net.stages)
         assert not counted["cpu", "ttfs_events"]
         for name, times in expected.times.items():
@@ -44,15 +46,12 @@ class TtfsEventTests:
             assert torch.equal(found.synops[name].cpu(), count)
         assert torch.equal(found.output.cpu(), expected.output)
 
-    def test_no_spikes_no_samples_and_early_firing(self):
+    @pytest.mark.parametrize("early", [None, 4])
+    def test_no_spikes_and_no_samples(self, early):
         layers, shape = LAYERS["conv"]
         net = to_snn(nn.Sequential(TTFSEncoder(), *layers).eval(), torch.rand(1, *shape)).to(self.device)
         with use_config(SparseConfig(backend="triton")):
-            silent = net.run(torch.zeros(2, *shape, device=self.device))
+            silent = net.run(torch.zeros(2, *shape, device=self.device), early_firing=early)
             assert not silent.synops["2"].any()
-            assert net.run(torch.zeros(0, *shape, device=self.device)).output.shape == (
-                0,
-                *net.stages[0].out_shape,
-            )
-            with pytest.raises(UnsupportedError, match='simulator="clock"'):
-                net.run(torch.rand(1, *shape, device=self.device), early_firing=4)
+            nothing = net.run(torch.zeros(0, *shape, device=self.device), early_firing=early)
+            assert nothing.output.shape == (0, *net.stages[0].out_shape)

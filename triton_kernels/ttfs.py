@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import TtfsBackward
+
 BLOCK = 1024
 SILENT = tl.constexpr(255)
 
@@ -79,39 +81,19 @@ def forward(x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
             ttfs_forward[(triton.cdiv(n, BLOCK),)](x, table, out, times, n, table.shape[1], BLOCK=BLOCK)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    times: Tensor,
-    table: Tensor,
-    out: Tensor,
-    tau: Tensor,
-    t_d: Tensor,
-    rate: float,
-    params: bool,
-) -> tuple[Tensor, Tensor]:
+def backward(call: TtfsBackward) -> tuple[Tensor, Tensor]:
     """Write the gradient of x and return those of tau and t_d, zero without ``params``."""
+    x, table, rate = call.x, call.table, call.rate
     n = x.numel()
     programs = triton.cdiv(n, BLOCK)
     sums = x.new_zeros(2, programs)
-    tau, t_d = tau.to(x.dtype), t_d.to(x.dtype)
+    tau, t_d = call.tau.to(x.dtype), call.t_d.to(x.dtype)
     if n:
         with torch.cuda.device_of(x):
             ttfs_backward[(programs,)](
-                grad,
-                x,
-                times,
-                table,
-                tau,
-                t_d,
-                out,
-                sums,
-                n,
-                table.shape[1],
-                RATE=rate,
-                PARAMS=params,
-                BLOCK=BLOCK,
-            )
+                call.grad, x, call.times, table, tau, t_d, call.out, sums, n, table.shape[1],
+                RATE=rate, PARAMS=call.params, BLOCK=BLOCK,
+            )  # fmt: skip
     late, clipped = sums.sum(1)
     slope = torch.ones_like(tau) if rate == 0 else rate * table[1, 0]
     return late / tau**2 - slope * clipped * t_d / tau**2, slope * clipped / tau

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,16 +12,18 @@ from torch import Tensor
 SILENT = 255
 
 
-@triton.jit(do_not_specialize=["n_out"])
-def dense_events(ptr_ptr, index_ptr, value_ptr, weight_ptr, start_ptr, u_ptr, n_out, BLOCK: tl.constexpr):
-    """A program sums one sample's spikes, in the order of their times, for a block of neurons."""
+@triton.jit(do_not_specialize=["B", "n_out", "begin", "end"])
+def dense_events(ptr_ptr, index_ptr, value_ptr, weight_ptr, u_ptr, B, n_out, begin, end, BLOCK: tl.constexpr):
+    """A program adds one sample's spikes of the steps from ``begin`` to ``end``, in order, to a block of neurons."""
     sample = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n_out
-    u = tl.load(start_ptr + cols, mask=mask, other=0.0)
-    for e in range(tl.load(ptr_ptr + sample), tl.load(ptr_ptr + sample + 1)):
-        row = tl.load(index_ptr + e).to(tl.int64)
-        u += tl.load(weight_ptr + row * n_out + cols, mask=mask, other=0.0) * tl.load(value_ptr + e)
+    u = tl.load(u_ptr + sample * n_out + cols, mask=mask, other=0.0)
+    for step in range(begin, end):
+        spikes = ptr_ptr + step * B + sample
+        for e in range(tl.load(spikes), tl.load(spikes + 1)):
+            row = tl.load(index_ptr + e).to(tl.int64)
+            u += tl.load(weight_ptr + row * n_out + cols, mask=mask, other=0.0) * tl.load(value_ptr + e)
     tl.store(u_ptr + sample * n_out + cols, u, mask=mask)
 
 
@@ -64,51 +68,81 @@ def conv_events(
         tl.atomic_add(u_ptr + to, weight * tl.load(value_ptr + event), mask=cols < group_out)
 
 
-def membranes(
-    times: Tensor,
-    values: Tensor,
+class Events(NamedTuple):
+    """Spikes by step, sample and neuron: sample and pooled neuron of each, and what it is worth.
+
+    ``ptr[step * B + sample]`` is where those of a sample's step begin, ``bounds[step]`` where those of a step do.
+    """
+
+    sample: Tensor
+    index: Tensor
+    value: Tensor
+    ptr: Tensor
+    bounds: list[int]
+
+
+def arriving(times: Tensor, values: Tensor, sizes: tuple[int, ...]) -> Events:
+    """The events of spike times (B, inputs); ``sizes`` as the CPU kernels take them, ``values`` by step."""
+    H, W, C, _, _, _, PH, PW = sizes
+    B, steps = len(times), len(values)
+    sample, index = (times != SILENT).nonzero(as_tuple=True)
+    step = times[sample, index].long()
+    if PH * PW > 1:  # a spike moves to its cell and is worth a share; an incomplete border is left out
+        channel, x, y = index % C, index // C % W // PW, index // C // W // PH
+        inside = (y < H // PH) & (x < W // PW)
+        index = ((y * (W // PW) + x) * C + channel)[inside]
+        sample, step, values = sample[inside], step[inside], values / (PH * PW)
+    row = step * B + sample
+    order = torch.argsort(row, stable=True)
+    ptr = torch.zeros(steps * B + 1, dtype=torch.int64, device=times.device)
+    ptr[1:] = torch.bincount(row, minlength=steps * B).cumsum(0)
+    bounds = [0, *torch.bincount(step, minlength=steps).cumsum(0).tolist()]
+    return Events(sample[order], index[order].int(), values[step[order]], ptr, bounds)
+
+
+def add(
+    events: Events,
+    u: Tensor,
     weight: Tensor,
-    start: Tensor,
     sizes: tuple[int, ...],
     taps: tuple[int, ...],
     dense: bool,
-) -> tuple[Tensor, Tensor]:
-    """Membranes (B, neurons) after all spikes, and weights added (B,); arguments as the CPU kernels take them.
-
-    Average pooling must be done before: ``sizes`` says 1×1.
-    """
-    H, W, C, OH, OW, OC, _, _ = sizes
-    KH, KW, SH, SW, TH, TW, DH, DW, groups = taps
-    fired = times != SILENT
-    sample, index = fired.nonzero(as_tuple=True)
-    step = times[sample, index]
-    order = torch.argsort(sample * 256 + step, stable=True)
-    sample, index, value = sample[order], index[order].int(), values[step[order].long()]
-    B, group_out = times.shape[0], OC // groups
-    if dense:
-        u = weight.new_empty(B, OC)
-        ptr = torch.zeros(B + 1, dtype=torch.int64, device=times.device)
-        ptr[1:] = fired.sum(1).cumsum(0)
-        block = min(256, triton.next_power_of_2(OC))
-        if B:
-            with torch.cuda.device_of(u):
-                dense_events[(B, triton.cdiv(OC, block))](
-                    ptr, index, value, weight, start, u, OC, BLOCK=block, enable_fp_fusion=False
-                )
-        return u, fired.sum(1) * OC
-    u = start.repeat(B, 1)
-    if len(index):
-        block = min(128, triton.next_power_of_2(group_out))
-        grid = (len(index), KH * KW, triton.cdiv(group_out, block))
-        with torch.cuda.device_of(u):
-            conv_events[grid](
-                sample, index, value, weight, u, W, C, OH, OW, OC, C // groups, group_out,
-                *taps[:8], BLOCK=block, enable_fp_fusion=False,
+    steps: range,
+) -> None:
+    """Add the events of some steps to membranes (B, neurons); weights, sizes and taps as the CPU kernels take them."""
+    _, W, C, OH, OW, OC, _, PW = sizes
+    B = len(u)
+    begin, end = events.bounds[steps.start], events.bounds[steps.stop]
+    if begin == end:
+        return
+    with torch.cuda.device_of(u):
+        if dense:
+            block = min(256, triton.next_power_of_2(OC))
+            dense_events[(B, triton.cdiv(OC, block))](
+                events.ptr, events.index, events.value, weight, u, B, OC, steps.start, steps.stop,
+                BLOCK=block, enable_fp_fusion=False,
             )  # fmt: skip
-    rows = _reached(H, OH, KH, SH, TH, DH).to(times.device)[(index // C // W).long()]
-    columns = _reached(W, OW, KW, SW, TW, DW).to(times.device)[(index // C % W).long()]
-    added = torch.zeros(B, dtype=torch.int64, device=times.device)
-    return u, added.index_add_(0, sample, rows * columns * group_out)
+            return
+        KH, KW, *_, groups = taps
+        group_out = OC // groups
+        block = min(128, triton.next_power_of_2(group_out))
+        conv_events[(end - begin, KH * KW, triton.cdiv(group_out, block))](
+            events.sample[begin:end], events.index[begin:end], events.value[begin:end], weight, u,
+            W // PW, C, OH, OW, OC, C // groups, group_out, *taps[:8], BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def operations(events: Events, B: int, sizes: tuple[int, ...], taps: tuple[int, ...], dense: bool) -> Tensor:
+    """Weights that the events of each sample add, (B,) int64."""
+    H, W, C, OH, OW, OC, PH, PW = sizes
+    KH, KW, SH, SW, TH, TW, DH, DW, groups = taps
+    if dense:
+        return torch.bincount(events.sample, minlength=B) * OC
+    position, device = (events.index // C).long(), events.index.device
+    rows = _reached(H // PH, OH, KH, SH, TH, DH).to(device)[position // (W // PW)]
+    columns = _reached(W // PW, OW, KW, SW, TW, DW).to(device)[position % (W // PW)]
+    added = torch.zeros(B, dtype=torch.int64, device=device)
+    return added.index_add_(0, events.sample, rows * columns * (OC // groups))
 
 
 def _reached(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -126,6 +126,21 @@ class InputGrads(NamedTuple):
     params: Tensor | None = None
 
 
+class TtfsBackward(NamedTuple):
+    """What the backward of a time-to-first-spike layer is given; ``grad``, ``x``, ``times`` and ``out`` are dense with
+    the same strides, ``tau`` and ``t_d`` 0-dimensional."""
+
+    grad: Tensor
+    x: Tensor
+    times: Tensor  # uint8
+    table: Tensor  # (2, window): thresholds, values
+    out: Tensor  # takes the gradient of x
+    tau: Tensor
+    t_d: Tensor
+    rate: float  # of the exponential kernel; 0 is the linear one
+    params: bool  # whether tau and t_d want a gradient
+
+
 class Backend:
     """Base class of a backend. Register a subclass under ``snn_sparse_plugin.backends``.
 
@@ -155,8 +170,6 @@ class Backend:
         """Whether it can run this call, and why not."""
         raise NotImplementedError
 
-    # A backend that also has ``ttfs`` and ``ttfs_backward``, as the built-in ones do, runs time-to-first-spike layers.
-
     def spiking_layer(self, call: LayerCall) -> LayerResult:
         """Forward of the op."""
         raise NotImplementedError
@@ -171,6 +184,16 @@ class Backend:
     ) -> InputGrads:
         """Backward of the op; ``needs`` says which fields of :class:`InputGrads` are wanted."""
         raise NotImplementedError
+
+
+class RunsTtfs(Protocol):
+    """What a backend has besides to run time-to-first-spike layers, the op ``"ttfs"``. One without is passed over."""
+
+    def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
+        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
+
+    def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
+        """The gradient of x into ``call.out``; those of tau and t_d, zero without ``call.params``."""
 
 
 _logged: set[tuple[str, str]] = set()

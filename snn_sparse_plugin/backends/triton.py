@@ -18,7 +18,7 @@ from ..equations import Equations
 from ..errors import InputError, UnsupportedError
 from ..spikes import MAX_EVENTS, coordinates
 from ..surrogates import KINDS, Surrogate
-from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
+from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, TtfsBackward, calls
 
 if TYPE_CHECKING:
     from ..triton_kernels.spiking_layer import Forward
@@ -148,29 +148,16 @@ class TritonBackend(Backend):
         return InputGrads(**found)
 
     def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
-        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
         from ..triton_kernels.ttfs import forward
 
         calls[self.name, "ttfs"] += 1
         forward(x, table, out, times)
 
-    def ttfs_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        times: Tensor,
-        table: Tensor,
-        out: Tensor,
-        tau: Tensor,
-        t_d: Tensor,
-        rate: float,
-        params: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of x into ``out``; those of tau and t_d, zero without ``params``."""
+    def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
         from ..triton_kernels.ttfs import backward
 
         calls[self.name, "ttfs_backward"] += 1
-        return backward(grad, x, times, table, out, tau, t_d, rate, params)
+        return backward(call)
 
     def _forward(self, call: LayerCall, **wanted: Any) -> Forward:
         from ..triton_kernels import spiking_layer as kernels

@@ -10,7 +10,15 @@ from typer.testing import CliRunner
 
 from snn_sparse_plugin import ConfigError, InputError, SpikeTrain, UnsupportedError
 from snn_sparse_plugin.cli import app
-from snn_sparse_plugin.layers.ttfs import SILENT, TTFS, TTFSEncoder, TTFSNetwork, to_snn
+from snn_sparse_plugin.layers.ttfs import (
+    SILENT,
+    TTFS,
+    EnergyReference,
+    TTFSEncoder,
+    TTFSNetwork,
+    kernel_parameters,
+    to_snn,
+)
 from snn_sparse_plugin.layers.ttfs.interchange import (
     decode_times,
     dense_spikes,
@@ -22,7 +30,7 @@ from snn_sparse_plugin.layers.ttfs.interchange import (
     to_nir,
     to_spike_train,
 )
-from snn_sparse_plugin.layers.ttfs.report import REFERENCES, EnergyReference, energy
+from snn_sparse_plugin.layers.ttfs.report import REFERENCES, energy
 
 WINDOW = 12
 
@@ -170,8 +178,12 @@ def test_bad_times_and_spikes():
         to_spike_train(torch.tensor([[9, 255]], dtype=torch.uint8), 4)
     with pytest.raises(InputError, match="graded"):
         first_spike_times(torch.full((3, 2, 2), 0.5))
-    with pytest.raises(InputError, match=r"at most 255 steps, got \(300, 1, 1\)"):
+    with pytest.raises(InputError, match=r"at most 255 steps, got torch.float32 \(300, 1, 1\)"):
         first_spike_times(torch.zeros(300, 1, 1))
+    with pytest.raises(InputError, match="got list"):
+        dense_spikes([[1]], 4)
+    with pytest.raises(InputError, match=r"\(B, N…\), got torch.int64 \(2, 3\)"):
+        spike_view(torch.zeros(2, 3, dtype=torch.int64), TTFS())
 
 
 def test_energy_is_the_weighted_sum():
@@ -182,6 +194,23 @@ def test_energy_is_the_weighted_sum():
     )
     with pytest.raises(ConfigError, match="> 0"):
         energy(1, 1, EnergyReference(0, 5))
+
+
+# VGG-16, T = 32: spikes and steps published by Park & Yoon, arXiv 2106.02568, and the energies of the formula
+ENERGIES = {
+    "TSC, CIFAR-10": ("tsc-cifar10", 193e3, 512, 1.0, 1.0),
+    "TSC, CIFAR-100": ("tsc-cifar100", 170e3, 512, 1.0, 1.0),
+    "+TR, CIFAR-10": ("tsc-cifar10", 73.1e3, 544, 0.789, 0.625),
+    "+TB, CIFAR-10": ("tsc-cifar10", 67.4e3, 544, 0.777, 0.606),
+    "+TB of more weight, CIFAR-10": ("tsc-cifar10", 49.0e3, 544, 0.739, 0.545),
+}
+
+
+@pytest.mark.parametrize("network", ENERGIES)
+def test_energy_of_published_networks(network):
+    reference, spikes, steps, truenorth, spinnaker = ENERGIES[network]
+    found = energy(spikes, steps, REFERENCES[reference])
+    assert found == pytest.approx({"TrueNorth": truenorth, "SpiNNaker": spinnaker}, abs=5e-4)
 
 
 def test_report_counts():
@@ -208,6 +237,8 @@ def test_report_counts():
     assert "same class as without early firing" in str(early)
     with pytest.raises(ConfigError, match="tsc-cifar10"):
         net.report(x, reference="loihi")
+    with pytest.raises(InputError, match=r"\(30,\), one for each sample, got \(4,\)"):
+        net.report(x, labels=y[:4])
 
 
 def test_silent_layers_are_named():
@@ -235,13 +266,17 @@ def test_pictures(tmp_path):
     assert figure.axes[0].get_title(loc="left").endswith("% pruned")
     lines = sorted(line.get_xdata()[0] for line in figure.axes[0].lines)
     assert lines == pytest.approx([model[2].x_m, model[2].x_M])
-    plot.ttfs_kernels({"2": [(10.0, 0.0), (9.0, 0.1)]})
+    lines = plot.ttfs_kernels({"2": [(10.0, 0.0), (9.0, 0.1)]}).axes[0].lines
+    assert lines[0].get_ydata().tolist() == [10.0, 9.0]
+    assert len(plot.ttfs_kernels([kernel_parameters(model)] * 3).axes[1].lines[0].get_ydata()) == 3
     with pytest.raises(InputError, match="record=True"):
         plot.ttfs_spike_times({})
     with pytest.raises(InputError, match="no TTFS layer"):
         plot.ttfs_preactivations(nn.Linear(64, 2), x)
     with pytest.raises(InputError, match="history is empty"):
         plot.ttfs_kernels({})
+    with pytest.raises(InputError, match="history is empty"):
+        plot.ttfs_kernels([])
 
 
 def invoke(*arguments):
@@ -285,6 +320,10 @@ def test_ablation_command():
         0.5,
         "--form",
         "gaussian",
+        "--shift",
+        1,
+        "--weight-decay",
+        0.01,
         "--json",
     ]
     found = invoke("ttfs", "ablation", *options)
@@ -296,3 +335,6 @@ def test_ablation_command():
     assert rows[1]["latency"] == 96
     assert all(0 <= r["accuracy"] <= 1 for r in rows)
     assert rows[4]["hidden_spikes"] < rows[3]["hidden_spikes"]
+    assert all(
+        (360 * r["accuracy"]) == pytest.approx(round(360 * r["accuracy"])) for r in rows
+    )  # all test images

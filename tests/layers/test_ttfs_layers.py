@@ -3,13 +3,14 @@
 import copy
 import io
 import math
+import shutil
 
 import pytest
 import torch
 from helpers import relative
 from torch import nn
 
-from snn_sparse_plugin import ConfigError, InputError, registry
+from snn_sparse_plugin import ConfigError, InputError, UnsupportedError, registry
 from snn_sparse_plugin.layers.ttfs import (
     TTFS,
     RelaxationSchedule,
@@ -20,6 +21,7 @@ from snn_sparse_plugin.layers.ttfs import (
     TTFSReadout,
     kernel_regularization,
     spike_regularization,
+    to_snn,
     to_ttfs,
     ttfs_loss,
 )
@@ -99,6 +101,9 @@ def test_tau_stays_positive_and_its_drift_is_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedule.step()
+    model = nn.Sequential(TTFSEncoder(), nn.Linear(3, 3), layer, nn.Linear(3, 2)).eval()
+    with pytest.warns(UserWarning, match="2: tau has fallen"):
+        to_snn(model, torch.rand(1, 3))
 
 
 def test_encoder_takes_intensities_only():
@@ -142,11 +147,24 @@ def test_autocast_and_double():
     assert model.double()(x.double()).dtype == torch.float64
 
 
-def test_compiled_training_step_equals_eager():
+NO_COMPILER = not any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="inductor needs a C++ compiler")],
+        ),
+    ],
+)
+def test_compiled_training_step_equals_eager(backend):
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(4, 8), TTFS(), nn.Linear(8, 2))
     x = torch.rand(5, 4)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
     for a, b in zip(
         found, torch.autograd.grad(model(x).square().sum(), list(model.parameters())), strict=True
@@ -186,6 +204,7 @@ def test_relaxation_falls_linearly_and_is_saved():
     resumed = RelaxationSchedule(other, target=99)
     resumed.load_state_dict(schedule.state_dict())
     assert (resumed.epoch, resumed.target, resumed.probability) == (1, 4, 0.75)
+    assert repr(resumed) == "RelaxationSchedule(epoch=1, target=4, probability=0.75)"
 
 
 def test_relaxed_steps_are_relu_in_training_only():
@@ -355,3 +374,30 @@ def test_to_ttfs_replaces_spiking_neurons(library):
     assert found(torch.rand(2, 6)).shape == (2, 3)
     with pytest.raises(Exception, match=r"cannot replace 1 \(R?\w+\): it (feeds its spikes back|holds)"):
         to_ttfs(nn.Sequential(nn.Linear(6, 5), recurrent))
+
+
+class Stepped(nn.Module):
+    """Steps through time by hand, as tutorials do."""
+
+    def __init__(self, neuron):
+        super().__init__()
+        self.fc, self.lif, self.out = nn.Linear(6, 5), neuron, nn.Linear(5, 3)
+
+    def forward(self, x, state=None):
+        spikes, state = self.lif(self.fc(x), state)
+        return self.out(spikes), state
+
+
+@pytest.mark.parametrize("library", ["snntorch", "norse"])
+def test_to_ttfs_refuses_a_forward_that_hands_states_on(library):
+    package = pytest.importorskip(library)
+    if library == "norse":
+        import norse.torch as package
+    neuron = package.Leaky(beta=0.9) if library == "snntorch" else package.LIFCell()
+    with pytest.raises(
+        UnsupportedError, match=r"cannot replace lif \(\w+\): the forward around it hands it a state"
+    ):
+        to_ttfs(Stepped(neuron))
+    if library == "snntorch":
+        model = Stepped(package.Leaky(beta=0.9, init_hidden=True))
+        assert isinstance(to_ttfs(model, encode=False).lif, TTFS)

@@ -1,12 +1,14 @@
 """The spiking network against the trained one: both simulators, spike for spike."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from snn_sparse_plugin import ConfigError, InputError, UnsupportedError
 from snn_sparse_plugin.layers.ttfs import (
@@ -164,14 +166,20 @@ def test_nothing_is_computed_without_spikes(counted):
     assert net.run(one).synops["3"].tolist() == [30]
 
 
-def test_synaptic_operations_are_spikes_times_fan_out():
+@pytest.mark.parametrize("early", [None, 6])
+def test_synaptic_operations_are_spikes_times_fan_out(early):
     model, x = trained(conv(), SHAPES["conv"])
     net = to_snn(model, x[:1])
-    from snn_sparse_plugin.layers.ttfs.report import _synops
-
-    counted = net.run(x).synops
-    for name, expected in _synops(net, x).items():
-        assert torch.equal(counted[name], expected), name
+    run = net.run(x, early_firing=early, record=True)
+    arriving = run.times["input"]
+    for stage in net.stages:  # spikes through synapses of ones
+        spikes, cells = (stage.pooled(arriving) != SILENT).float(), 1
+        if stage.average is not None:
+            spikes, cells = stage.average.average(spikes), math.prod(stage.average.kernel)
+        ones = replace(stage, weight=torch.ones_like(stage.weight), bias=None, before=[])
+        expected = (ones.synapses(spikes) * cells).flatten(1).sum(1).round().long()
+        assert torch.equal(run.synops[stage.name], expected), stage.name
+        arriving = run.times.get(stage.name, arriving)
 
 
 @pytest.mark.parametrize("simulator", SIMULATORS)
@@ -225,6 +233,72 @@ def test_a_module_with_a_forward_of_its_own():
         report = net.verify(x, exact_grid=True, simulator=simulator)
         assert report.equal == 1.0
     assert net.verify(x).worst_membrane < 1e-5
+
+
+class Functional(nn.Module):
+    """A network as it is written by hand: pooling, reshaping and dropout as functions, sizes read from tensors."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.encode, self.spike, self.body = TTFSEncoder(), TTFS(), body
+        self.conv, self.hidden = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(16, 12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.body(self, x)
+        return self.out(F.dropout(self.spike(self.hidden(x)), 0.3, self.training))
+
+
+FUNCTIONAL = {
+    "pool-view": lambda m, x: F.max_pool2d(m.spike(m.conv(m.encode(x))), 4).view(x.size(0), -1),
+    "pool-membranes": lambda m, x: m.spike(F.max_pool2d(m.conv(m.encode(x)), (4, 4), 4)).reshape(-1, 16),
+    "average": lambda m, x: torch.flatten(F.avg_pool2d(m.spike(m.conv(m.encode(x))), kernel_size=4), 1),
+    "adaptive": lambda m, x: F.adaptive_avg_pool2d(m.spike(m.conv(m.encode(x))), 2).flatten(1),
+    "adaptive-max": lambda m, x: F.adaptive_max_pool2d(m.spike(m.conv(m.encode(x))), (2, 2)).flatten(1),
+    "size-of-the-window": lambda m, x: F.avg_pool2d(m.spike(m.conv(m.encode(x))), x.shape[-1] // 2).flatten(
+        1
+    ),
+    "input-reshaped": lambda m, x: F.max_pool2d(
+        m.spike(m.conv(m.encode(x.flatten(1).view(-1, 8, 8)).unsqueeze(1))), 4
+    ).flatten(1),
+}
+
+
+@pytest.mark.parametrize("body", FUNCTIONAL)
+def test_functions_are_mapped_as_their_modules(body):
+    torch.manual_seed(0)
+    model, x = Functional(FUNCTIONAL[body]).eval(), torch.rand(9, 1, 8, 8)
+    net = to_snn(model, x[:1])
+    assert len(net.stages) == 3
+    for simulator in SIMULATORS:
+        report = net.verify(x, exact_grid=True, simulator=simulator)
+        assert (report.equal, report.same_class) == (1.0, 1.0)
+    assert net.verify(x).worst_membrane < 1e-5
+
+
+FUNCTIONAL_BAD = {
+    "dropout": (lambda m, x: F.dropout(m.encode(x).flatten(1))[:, :16], "drops in eval mode too"),
+    "weights": (
+        lambda m, x: F.linear(m.encode(x).flatten(1), torch.eye(64)[:16]),
+        "a tensor used outside a layer",
+    ),
+    "batch": (lambda m, x: m.encode(x).view(-1, 16), "does not keep the batch dimension"),
+    "transposed": (lambda m, x: m.encode(x).transpose(2, 3).flatten(1)[:, :16], "no rule for this function"),
+    "joined": (
+        lambda m, x: torch.cat([m.encode(x).flatten(1)[:, :8]] * 2, 1),
+        "no rule for this function|parallel paths",
+    ),
+    "relu": (lambda m, x: F.relu(m.conv(m.encode(x))).flatten(1), "convert the model with to_ttfs"),
+}
+
+
+@pytest.mark.parametrize("body", FUNCTIONAL_BAD)
+def test_functions_that_cannot_be_mapped_are_named(body):
+    function, message = FUNCTIONAL_BAD[body]
+    shape = (4, 1, 8, 8) if body != "relu" else (4, 1, 2, 2)
+    model = Functional(lambda m, x: function(m, x)).eval()
+    with pytest.raises(UnsupportedError, match=message):
+        to_snn(model, torch.rand(shape))
 
 
 def test_flat_images_are_unflattened():
@@ -337,7 +411,8 @@ IMAGE_BAD = {
     "overlapping": ([nn.AvgPool2d(3, 1), nn.Conv2d(1, 2, 3), TTFS()], "windows side by side"),
     "max-of-average": ([nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Conv2d(1, 2, 1)], "the earliest"),
     "padding": ([nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), TTFS()], "only zeros are silence"),
-    "adaptive": ([nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 2, 1)], "the size it has here"),
+    "batch": ([nn.Flatten(0)], r"1 \(Flatten\): \(2, 1, 8, 8\) to \(128,\) does not keep the batch"),
+    "adaptive": ([nn.AdaptiveAvgPool2d(3), nn.Conv2d(1, 2, 1)], "windows are of several sizes, 8×8 to 3×3"),
     "linear-on-images": ([nn.Linear(8, 3), TTFS()], "flatten to"),
     "ends-in-pooling": ([nn.Conv2d(1, 2, 3), TTFS(), nn.MaxPool2d(2)], "ends in a pooling"),
 }
@@ -358,6 +433,8 @@ def test_batch_norm_in_train_mode_and_broken_weights():
         model[1].weight[2, 3] = math.nan
     with pytest.raises(InputError, match=r"1.weight has NaN"):
         to_snn(model, torch.rand(2, 20))
+    with pytest.raises(UnsupportedError, match=r"torch.bfloat16; .*model.float\(\)"):
+        to_snn(mlp().eval().bfloat16(), torch.rand(2, 20).bfloat16())
     with pytest.raises(InputError, match=r"does not run on the example \(2, 7\)"):
         to_snn(mlp().eval(), torch.rand(2, 7))
 
@@ -377,7 +454,7 @@ def test_bad_input_of_a_simulation():
             net.run(bad)
     with pytest.raises(ConfigError, match="simulators are event, clock"):
         net.run(good, simulator="analog")
-    for early in (0, 33):
+    for early in (0, 33, 1.5, True):
         with pytest.raises(ConfigError, match="from 1 to the window, 32"):
             net.run(good, early_firing=early)
     with pytest.raises(InputError, match="a spike time is 0…31, or 255"):

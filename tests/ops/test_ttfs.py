@@ -7,7 +7,7 @@ import torch
 from helpers import relative
 from ttfs_cases import KERNELS, TtfsTests, problem
 
-from snn_sparse_plugin import ConfigError, InputError, UnsupportedError, backends
+from snn_sparse_plugin import ConfigError, InputError, UnsupportedError, backends, registry
 from snn_sparse_plugin.ops.ttfs import SILENT, Kernel, get_kernel, register_kernel, spike_table, ttfs
 
 OP = torch.ops.snn_sparse_plugin.ttfs.default
@@ -170,6 +170,19 @@ def test_the_fast_side_is_the_fast_one(counted):
     ttfs(x, table, tau, t_d)[0].sum().backward()
     assert counted["cpu", "ttfs"] == counted["cpu", "ttfs_backward"] == 1
     assert not any(name == "reference" for name, _ in counted)
+
+
+def test_a_backend_without_the_op_is_passed_over(monkeypatch, counted):
+    class Other(backends.Backend):
+        name, priority = "other", 1000
+
+        def supports(self, op, **_):
+            return True, ""
+
+    load_all = registry.load_all
+    monkeypatch.setattr(registry, "load_all", lambda group: {"other": Other(), **load_all(group)})
+    ttfs(*problem()[:4])
+    assert counted["cpu", "ttfs"] == 1
 
 
 def test_a_kernel_of_ones_own():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
+from ...backends import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, TtfsBackward, calls
 from ...dynamics import NeuronSpec
 from ...equations import Equations
 from ...surrogates import CUSTOM, Surrogate
@@ -65,30 +65,16 @@ class CPUBackend(Backend):
         return run_backward(call, saved, events, grads, needs)
 
     def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
-        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
         from .ttfs import forward
 
         calls[self.name, "ttfs"] += 1
         forward(x, table, out, times)
 
-    def ttfs_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        times: Tensor,
-        table: Tensor,
-        out: Tensor,
-        tau: Tensor,
-        t_d: Tensor,
-        rate: float,
-        params: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of x into ``out``; those of tau and t_d, zero without ``params``."""
+    def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
         from .ttfs import backward
 
         calls[self.name, "ttfs_backward"] += 1
-        found = backward(grad, x, times, table, out, float(tau), float(t_d), rate, params)
-        d_tau, d_t_d = torch.tensor(found, dtype=torch.float64)
+        d_tau, d_t_d = torch.tensor(backward(call), dtype=torch.float64)
         return d_tau, d_t_d
 
 

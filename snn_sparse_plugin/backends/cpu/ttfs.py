@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...backends import TtfsBackward
 from .jit import kernel
 from .pages import advise_huge_pages
 from .threads import parallel, split
@@ -167,18 +168,10 @@ def forward(x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
     parallel([partial(_forward, flat, bits, *r, *arguments) for r in _ranges(flat.size)])
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    times: Tensor,
-    table: Tensor,
-    out: Tensor,
-    tau: float,
-    t_d: float,
-    rate: float,
-    params: bool,
-) -> tuple[float, float]:
+def backward(call: TtfsBackward) -> tuple[float, float]:
     """Write the gradient of x and return those of tau and t_d (0 without ``params``)."""
+    grad, x, times, table, out, tau_, t_d_, rate, params = call
+    tau, t_d = float(tau_), float(t_d_)
     if not x.numel():
         return 0.0, 0.0
     advise_huge_pages(out)

@@ -9,10 +9,12 @@ from .convert import to_ttfs
 from .mapping import to_snn
 from .network import TTFSNetwork, TTFSRun
 from .neuron import TTFS, TTFSEncoder, TTFSMaxPool2d, TTFSReadout
+from .report import EnergyReference, TTFSReport
 from .training import (
     RelaxationSchedule,
     TTFSBatchNorm1d,
     TTFSBatchNorm2d,
+    kernel_parameters,
     kernel_regularization,
     spike_regularization,
     ttfs_loss,
@@ -22,6 +24,7 @@ from .verify import VerifyReport
 __all__ = [
     "SILENT",
     "TTFS",
+    "EnergyReference",
     "Kernel",
     "RelaxationSchedule",
     "TTFSBatchNorm1d",
@@ -30,8 +33,10 @@ __all__ = [
     "TTFSMaxPool2d",
     "TTFSNetwork",
     "TTFSReadout",
+    "TTFSReport",
     "TTFSRun",
     "VerifyReport",
+    "kernel_parameters",
     "kernel_regularization",
     "register_kernel",
     "spike_regularization",

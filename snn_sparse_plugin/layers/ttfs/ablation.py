@@ -1,8 +1,7 @@
-"""Training of small TTFS networks, and the ablation of the training methods: SM, +SR, +TR, +TB at two weights."""
+"""The ablation of the training methods: SM, +SR, +TR, +TB at two weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,38 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from ...data import ImageData
 from ...errors import ConfigError
-from .convert import to_ttfs
 from .mapping import to_snn
-from .training import RelaxationSchedule, hidden_layers, ttfs_loss
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained. ``coding`` False is the ReLU network; ``relax`` the share of the epochs with SR."""
-
-    name: str
-    coding: bool = True
-    relax: float = 0.0
-    tr: float = 0.0
-    tb: float = 0.0
-    form: str = "paper"
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Options of :func:`train`; ``flip`` mirrors images at random."""
-
-    epochs: int = 30
-    batch: int = 64
-    lr: float = 2e-3
-    window: int = 32
-    tau: float = 10.0
-    flip: bool = False
-    threads: int = 0
+from .recipes import Recipe, TrainOptions, accuracy, build, train
+from .training import hidden_layers
 
 
 def recipes(tr: float = 1e-3, tb: Sequence[float] = (0.003, 0.01), form: str = "paper") -> list[Recipe]:
@@ -55,76 +29,6 @@ def recipes(tr: float = 1e-3, tb: Sequence[float] = (0.003, 0.01), form: str = "
     rows = [Recipe("ReLU", coding=False), Recipe("SM"), Recipe("+SR", relax=0.5)]
     rows.append(replace(rows[-1], name="+TR", tr=tr))
     return rows + [replace(rows[3], name=f"+TB {weight:g}", tb=weight, form=form) for weight in tb]
-
-
-def build(network: nn.Module, recipe: Recipe, options: TrainOptions) -> nn.Module:
-    """The network for a recipe: as it is, or with TTFS layers and an encoder of the images in front."""
-    if not recipe.coding:
-        return network
-    return to_ttfs(network, window=options.window, tau=options.tau)
-
-
-def train(
-    model: nn.Module,
-    data: ImageData,
-    recipe: Recipe,
-    options: TrainOptions,
-    *,
-    seed: int = 0,
-    epoch_done: Callable[[int, nn.Module], None] | None = None,
-) -> nn.Module:
-    """Adam with a cosine schedule; returns the model in eval mode.
-
-    ``epoch_done`` is called with the number of epochs done and the model.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    steps = options.epochs * -(-len(data.train_y) // options.batch)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    relaxation = None
-    if recipe.relax:
-        relaxation = RelaxationSchedule(model, round(recipe.relax * options.epochs))
-    for epoch in range(options.epochs):
-        model.train()
-        for batch in torch.randperm(len(data.train_y), generator=generator).split(options.batch):
-            if len(batch) < 2:  # one sample has no batch statistics
-                continue
-            x, y = data.train_x[batch].to(device), data.train_y[batch].to(device)
-            if options.flip:
-                x = _flipped(x, generator)
-            tb = recipe.tb if recipe.coding else 0.0
-            loss = ttfs_loss(
-                model(x), y, model, tr=recipe.tr if recipe.coding else 0.0, tb=tb, form=recipe.form
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            cosine.step()
-        if relaxation is not None:
-            relaxation.step()
-        if epoch_done is not None:
-            epoch_done(epoch + 1, model)
-    return model.eval()
-
-
-def _flipped(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Square images (B, pixels) of one channel or of three, half of them mirrored."""
-    channels = 1 if math.isqrt(x.shape[1]) ** 2 == x.shape[1] else 3
-    side = math.isqrt(x.shape[1] // channels)
-    images = x.view(-1, channels, side, side)
-    mirror = torch.rand(len(x), generator=generator) < 0.5
-    mirror = mirror.to(x.device).view(-1, 1, 1, 1)
-    return torch.where(mirror, images.flip(-1), images).view_as(x)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 500) -> float:
-    """Share of samples (B, …) whose largest output is their label."""
-    device = next(model.parameters()).device
-    parts = zip(x.split(batch), y.split(batch), strict=True)
-    return sum(int((model(a.to(device)).argmax(-1).cpu() == b).sum()) for a, b in parts) / len(y)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
         options: of :class:`TTFS`; the encoder takes ``window`` from them.
 
     Raises:
-        UnsupportedError: nothing to replace, or a recurrent neuron.
+        UnsupportedError: nothing to replace, a recurrent neuron, or one that a forward of its own steps through time.
 
     Example:
         >>> to_ttfs(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), window=16)
@@ -50,13 +50,18 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
     last = [m for m in model.modules() if not list(m.children())][-1]
     replaced: dict[int, nn.Module] = {}
 
-    def replacement(name: str, child: nn.Module) -> nn.Module | None:
+    def replacement(name: str, child: nn.Module, in_sequence: bool) -> nn.Module | None:
         if isinstance(child, nn.ReLU):
             return TTFS(**options)
         for adapter in loaded_adapters():
             if adapter.owns(child):
                 neuron = adapter.neuron(child)
                 why = neuron if isinstance(neuron, str) else _why_not(neuron, child is last)
+                if why is None and not in_sequence and not _spikes_alone(child):
+                    why = (
+                        "the forward around it hands it a state, and a TTFS layer is called once and without: put "
+                        "the layers into nn.Sequential"
+                    )
                 if why:
                     raise UnsupportedError(
                         f"to_ttfs cannot replace {name.removeprefix('model.')} ({type(child).__name__}): {why}."
@@ -74,7 +79,8 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
             if child is None:
                 continue
             if id(child) not in replaced:
-                replaced[id(child)] = replacement(prefix + name, child) or child
+                in_sequence = isinstance(parent, nn.Sequential) or parent is root
+                replaced[id(child)] = replacement(prefix + name, child, in_sequence) or child
             setattr(parent, name, replaced[id(child)])
             convert(replaced[id(child)], f"{prefix}{name}.")
 
@@ -82,12 +88,20 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
     convert(root, "")
     model = root["model"]
     if not any(isinstance(m, TTFS) for m in model.modules()):
-        raise UnsupportedError("to_ttfs found no nn.ReLU and no spiking neuron among the model's modules.")
+        raise UnsupportedError(
+            "to_ttfs found no nn.ReLU and no spiking neuron among the model's modules; a call of F.relu has to be "
+            "one of an nn.ReLU."
+        )
     if not encode or any(isinstance(m, TTFSEncoder) for m in model.modules()):
         return model
     encoder = TTFSEncoder(**{k: v for k, v in options.items() if k in ("window", "backend")})
     layers = list(model) if type(model) is nn.Sequential else [model]
     return nn.Sequential(encoder, *layers)
+
+
+def _spikes_alone(neuron: nn.Module) -> bool:
+    """Whether the neuron keeps its state and returns spikes, as a snnTorch one with ``init_hidden``."""
+    return bool(getattr(neuron, "init_hidden", False) and not getattr(neuron, "output", False))
 
 
 def _why_not(neuron: Neuron, last: bool) -> str | None:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ...backends import calls
 from ...config import current_config
-from ...errors import UnsupportedError
 from ...ops.ttfs import SILENT, ttfs
-from .stages import Stage
+from .stages import Stage, on_the_clock
 
 
 class StageRun(NamedTuple):
@@ -76,11 +75,7 @@ def simulate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> St
         return tensor.reshape(len(times), *stage.out_shape)
 
     if on_triton(times.device):
-        if first_fire < values.numel():
-            raise UnsupportedError(
-                'early firing event by event runs on the CPU backend; use simulator="clock".'
-            )
-        return _on_triton(stage, flat, values, (rows, start, sizes, taps, dense), back)
+        return _on_triton(stage, flat, values, first_fire, (rows, start, sizes, taps, dense), back)
 
     from ...backends.cpu.ttfs_events import Synapses, run_layer
 
@@ -95,29 +90,30 @@ def simulate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> St
 
 
 def _on_triton(
-    stage: Stage, flat: Tensor, values: Tensor, layer: tuple, back: Callable[[Tensor], Tensor]
+    stage: Stage,
+    flat: Tensor,
+    values: Tensor,
+    first_fire: int,
+    layer: tuple,
+    back: Callable[[Tensor], Tensor],
 ) -> StageRun:
-    from ...triton_kernels.ttfs_events import membranes
+    from ...triton_kernels import ttfs_events as kernels
 
     calls["triton", "ttfs_events"] += 1
     rows, start, sizes, taps, dense = layer
-    H, W, C, *out, ph, pw = sizes
-    if ph * pw > 1:  # every spike moves to its cell, and is worth a share; an incomplete border is left out
-        cells = flat.view(-1, H, W, C)[:, : H // ph * ph, : W // pw * pw]
-        cells = cells.unflatten(2, (-1, pw)).unflatten(1, (-1, ph)).permute(0, 2, 4, 1, 3, 5)
-        sizes = (H // ph, W // pw, C, *out, 1, 1)
-        parts = [
-            membranes(
-                part.flatten(1).contiguous(), values / (ph * pw), rows, start * (k == 0), sizes, taps, dense
-            )
-            for k, part in enumerate(cells.flatten(1, 2).unbind(1))
-        ]
-        u, synops = (torch.stack([part[k] for part in parts]).sum(0) for k in (0, 1))
+    steps = len(values)
+    events = kernels.arriving(flat, values, sizes)
+    u, synops = start.repeat(len(flat), 1), kernels.operations(events, len(flat), sizes, taps, dense)
+
+    def add(some: range) -> None:
+        kernels.add(events, u, rows, sizes, taps, dense, some)
+
+    if stage.table is not None and first_fire < steps:
+        times = on_the_clock(u, lambda k: add(range(k, k + 1)), steps, stage.table, first_fire)
     else:
-        u, synops = membranes(flat, values, rows, start, sizes, taps, dense)
-    none = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
-    if stage.table is None:
-        return StageRun(back(u), None, none, synops)
-    unused = values.new_ones(())
-    times = ttfs(u, stage.table, unused, unused)[1]
+        add(range(steps))
+        unused = values.new_ones(())
+        times = None if stage.table is None else ttfs(u, stage.table, unused, unused)[1]
+    if times is None:
+        return StageRun(back(u), None, torch.zeros_like(synops), synops)
     return StageRun(back(u), back(times), (times != SILENT).sum(1), synops)

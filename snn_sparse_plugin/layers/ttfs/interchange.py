@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from .neuron import TTFS
 
 
+def _described(x: Any) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def _check_times(times: Tensor, window: int) -> None:
-    if times.dtype != torch.uint8 or times.dim() < 2:
-        raise InputError(f"spike times are uint8 (B, N…), got {times.dtype} {tuple(times.shape)}.")
+    if not isinstance(times, Tensor) or times.dtype != torch.uint8 or times.dim() < 2:
+        raise InputError(f"spike times are uint8 (B, N…), got {_described(times)}.")
     if not 1 <= window <= MAX_WINDOW:
         raise InputError(f"a window has 1 to {MAX_WINDOW} steps, got {window}.")
     if bool(((times >= window) & (times != SILENT)).any()):
@@ -65,9 +69,8 @@ def first_spike_times(spikes: Any) -> Tensor:
     if isinstance(spikes, SpikeTrain) or is_sparse_input(spikes):
         spikes = as_spike_train(spikes).to_dense()
     if not isinstance(spikes, Tensor) or spikes.dim() < 3 or not 1 <= spikes.shape[0] <= MAX_WINDOW:
-        what = tuple(spikes.shape) if isinstance(spikes, Tensor) else type(spikes).__name__
         raise InputError(
-            f"first_spike_times takes spikes (T, B, N…) of at most {MAX_WINDOW} steps, got {what}."
+            f"first_spike_times takes spikes (T, B, N…) of at most {MAX_WINDOW} steps, got {_described(spikes)}."
         )
     spikes = spikes.detach()
     if not bool(((spikes == 0) | (spikes == 1)).all()):
@@ -123,8 +126,8 @@ def spike_view(x: Tensor, layer: TTFS) -> Tensor:
         >>> spike_view(torch.tensor([[0.9, 0.1]]), TTFS(window=4)).flatten(1).tolist()
         [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
-    if x.dim() < 2:
-        raise InputError(f"spike_view takes pre-activations (B, N…), got {tuple(x.shape)}.")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        raise InputError(f"spike_view takes floating pre-activations (B, N…), got {_described(x)}.")
     return _SpikeView.apply(x, layer.table(x.dtype))
 
 

@@ -77,6 +77,11 @@ class TTFSNetwork:
         return self.encoder.device
 
     @property
+    def windows(self) -> list[int]:
+        """Steps in the window of the input and of every spiking layer."""
+        return [self.encoder.shape[1], *(s.window for s in self.stages if s.table is not None)]
+
+    @property
     def input_neurons(self) -> int:
         return math.prod(self.input_shape)
 
@@ -118,7 +123,7 @@ class TTFSNetwork:
 
         With ``early_firing`` a layer's window begins that many steps after the one before it.
         """
-        windows = [self.encoder.shape[1], *(s.window for s in self.stages if s.table is not None)]
+        windows = self.windows
         if early_firing is None:
             return sum(windows)
         return sum(min(early_firing, w) for w in windows[:-1]) + windows[-1]
@@ -150,15 +155,13 @@ class TTFSNetwork:
         Raises:
             InputError: a batch of another shape, NaN, or intensities outside [0, 1].
             ConfigError: an unknown simulator, or early firing outside its range.
-            UnsupportedError: early firing event by event on a GPU.
         """
         simulator = simulator or "event"
         if simulator not in SIMULATORS:
             raise ConfigError(f"simulators are {', '.join(SIMULATORS)}; got {simulator!r}.")
-        longest = max(
-            t.shape[1] for t in (self.encoder, *(s.table for s in self.stages if s.table is not None))
-        )
-        if early_firing is not None and not 1 <= early_firing <= longest:
+        longest = max(self.windows)
+        whole = isinstance(early_firing, int) and not isinstance(early_firing, bool)
+        if early_firing is not None and not (whole and 1 <= early_firing <= longest):
             raise ConfigError(
                 f"early_firing is a number of steps from 1 to the window, {longest}; got {early_firing!r}."
             )
@@ -280,10 +283,8 @@ class TTFSNetwork:
                 raise ValueError(data["format"])
         except FileNotFoundError:
             raise InputError(f"there is no file {path}.") from None
-        except Exception as error:  # torch's errors for foreign files are of many kinds
-            raise InputError(
-                f"{path} is not a network written by TTFSNetwork.save: {str(error).splitlines()[0]}"
-            ) from error
+        except Exception as error:  # torch's errors for foreign files are of many kinds, and long
+            raise InputError(f"{path} is not a network written by TTFSNetwork.save.") from error
         stages = []
         for entry in data["stages"]:
             pools = {k: [Pool(**p) for p in entry[k]] for k in ("before", "after")}

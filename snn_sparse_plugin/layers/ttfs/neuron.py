@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...config import current_config
 from ...errors import ConfigError, InputError
-from ...ops.ttfs import MAX_WINDOW, ROUNDINGS, get_kernel, spike_table, ttfs
+from ...ops.ttfs import MAX_WINDOW, ROUNDINGS, check_pre_activation, get_kernel, spike_table, ttfs
 
 _RANGE = 64.0  # e-foldings a kernel may fall within its window: e^-64 is far from float32's smallest number
 
@@ -148,6 +148,7 @@ class TTFS(nn.Module):
             self._relaxing = self._relax > 0
 
     def forward(self, x: Tensor) -> Tensor:
+        check_pre_activation(x)
         compiling = torch.compiler.is_compiling()
         relaxed = self.training and self._relaxing
         if relaxed and not compiling and torch.rand(()) < self._relax:
@@ -197,6 +198,7 @@ class TTFSEncoder(TTFS):
         super().__init__(window, tau, t_d, train_kernel, rounding, kernel, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_pre_activation(x)
         check_intensities(x)
         return super().forward(x)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,6 +145,12 @@ def report(
     """
     if not len(x):
         raise InputError("a report needs at least one sample.")
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.shape != x.shape[:1]:
+            raise InputError(
+                f"labels are (B,) = ({len(x)},), one for each sample, got {tuple(labels.shape)}."
+            )
     if isinstance(reference, str):
         if reference not in REFERENCES:
             raise ConfigError(
@@ -158,10 +163,7 @@ def report(
     for begin in range(0, len(x), batch_size):
         batch = x[begin : begin + batch_size].to(net.encoder)
         run = net.run(batch, early_firing=early_firing)
-        for sums, counted in (
-            (spikes, run.spikes),
-            (synops, run.synops or _synops(net, batch, early_firing)),
-        ):
+        for sums, counted in ((spikes, run.spikes), (synops, run.synops)):
             for name, count in counted.items():
                 sums[name] = sums.get(name, 0.0) + float(count.sum())
         decided = run.output.argmax(-1)
@@ -200,20 +202,3 @@ def report(
         None if labels is None else right / n,
         None if early_firing is None else same / n,
     )
-
-
-@torch.no_grad()
-def _synops(net: TTFSNetwork, x: Tensor, early_firing: int | None = None) -> dict[str, Tensor]:
-    """Synaptic operations counted on a device without the event simulator: spikes through synapses of ones."""
-    run = net.run(x, record=True, early_firing=early_firing)
-    found, arriving = {}, run.times["input"]
-    for stage in net.stages:
-        ones = replace(stage, weight=torch.ones_like(stage.weight), bias=None, before=[])
-        spikes = (stage.pooled(arriving) != 255).to(net.dtype)
-        cells = 1
-        if stage.average is not None:
-            spikes = stage.average.average(spikes)
-            cells = math.prod(stage.average.kernel)
-        found[stage.name] = (ones.synapses(spikes) * cells).flatten(1).sum(1).round().long()
-        arriving = run.times.get(stage.name, arriving)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,13 +127,23 @@ def integrate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> t
     """
     u = stage.start(times.shape[0])
     arriving = stage.pooled(times)
-    steps, window = values.numel(), stage.window
-    out = None if stage.table is None else torch.full_like(u, SILENT, dtype=torch.uint8)
+
+    def add(k: int) -> None:
+        u.add_(stage.synapses((arriving == k).to(u.dtype) * values[k]))
+
+    return u, on_the_clock(u, add, values.numel(), stage.table, first_fire)
+
+
+def on_the_clock(
+    u: Tensor, add: Callable[[int], None], steps: int, table: Tensor | None, first_fire: int
+) -> Tensor | None:
+    """Spike times of membranes ``u`` to which ``add(k)`` adds the spikes of step k; None without a table."""
+    window = 0 if table is None else table.shape[1]
+    out = torch.full_like(u, SILENT, dtype=torch.uint8)
     for k in range(max(steps, first_fire + window)):
         if k < steps:
-            u += stage.synapses((arriving == k).to(u.dtype) * values[k])
+            add(k)
         j = k - first_fire
-        if out is not None and stage.table is not None and 0 <= j < window:
-            fires = (out == SILENT) & (u >= stage.table[0, j])
-            out.masked_fill_(fires, j)
-    return u, out
+        if table is not None and 0 <= j < window:
+            out.masked_fill_((out == SILENT) & (u >= table[0, j]), j)
+    return None if table is None else out

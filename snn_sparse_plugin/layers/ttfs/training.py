@@ -51,6 +51,27 @@ def hidden_layers(model: nn.Module) -> list[tuple[str, TTFS]]:
     ]
 
 
+def warn_of_drift(name: str, layer: TTFS) -> None:
+    """Warn that training has brought tau close to its floor."""
+    warnings.warn(
+        f"{name or 'TTFS'}: tau has fallen to {float(layer.tau.detach()):.3g}, its floor is "
+        f"{layer.tau_floor:.3g} steps; add kernel_regularization or lower the learning rate of tau_raw.",
+        stacklevel=3,
+    )
+
+
+def kernel_parameters(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """(tau, t_d) in steps of every TTFS layer but encoders, by name: one a epoch is what ``plot.ttfs_kernels`` draws.
+
+    Example:
+        >>> kernel_parameters(nn.Sequential(nn.Linear(4, 4), TTFS(tau=5.0)))
+        {'1': (5.0, 0.0)}
+    """
+    return {
+        name: (float(layer.tau.detach()), float(layer.t_d.detach())) for name, layer in hidden_layers(model)
+    }
+
+
 class RelaxationSchedule:
     """Stochastic relaxation: in epoch e each layer is a plain ReLU in a share ``1 - e / target`` of training steps.
 
@@ -92,15 +113,14 @@ class RelaxationSchedule:
         for name, layer in self.layers:
             if layer.drifted and name not in self._warned:
                 self._warned.add(name)
-                warnings.warn(
-                    f"{name or 'TTFS'}: tau has fallen to {float(layer.tau.detach()):.3g}, its floor is "
-                    f"{layer.tau_floor:.3g} steps; add kernel_regularization or lower the learning rate of tau_raw.",
-                    stacklevel=2,
-                )
+                warn_of_drift(name, layer)
 
     def _apply(self) -> None:
         for _, layer in self.layers:
             layer.set_relaxation(self.probability)
+
+    def __repr__(self) -> str:
+        return f"RelaxationSchedule(epoch={self.epoch}, target={self.target}, probability={self.probability:.3g})"
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "target": self.target, "probability": self.probability}

@@ -18,6 +18,7 @@ from ...backends import (
     LayerResult,
     OutputGrads,
     Saved,
+    TtfsBackward,
     calls,
     keeps_active,
 )
@@ -139,24 +140,11 @@ class ReferenceBackend(Backend):
         out.copy_(found[0])
         times.copy_(found[1])
 
-    def ttfs_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        times: Tensor,
-        table: Tensor,
-        out: Tensor,
-        tau: Tensor,
-        t_d: Tensor,
-        rate: float,
-        params: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
         calls[self.name, "ttfs_backward"] += 1
-        kernel = family(rate)
-        d_x, d_tau, d_t_d = ttfs_reference.backward(
-            grad, x, times, table, tau.to(x.dtype), t_d.to(x.dtype), kernel
-        )
-        out.copy_(d_x)
+        tau, t_d = call.tau.to(call.x.dtype), call.t_d.to(call.x.dtype)
+        d_x, d_tau, d_t_d = ttfs_reference.backward(*call[:4], tau, t_d, family(call.rate))
+        call.out.copy_(d_x)
         return d_tau, d_t_d
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:

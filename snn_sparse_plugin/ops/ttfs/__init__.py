@@ -26,6 +26,7 @@ __all__ = [
     "ROUNDINGS",
     "SILENT",
     "Kernel",
+    "check_pre_activation",
     "get_kernel",
     "register_kernel",
     "spike_table",
@@ -33,6 +34,13 @@ __all__ = [
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def check_pre_activation(x: Tensor) -> None:
+    """Raise :class:`InputError` unless ``x`` is a floating tensor."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"a pre-activation is a torch.Tensor, got {type(x).__name__}.")
+    check_float(x, "a pre-activation")
 
 
 def ttfs(
@@ -70,7 +78,7 @@ def ttfs(
         >>> times.tolist()
         [0, 7, 255]
     """
-    check_float(x, "a pre-activation")
+    check_pre_activation(x)
     if table.dim() != 2 or table.shape[0] != 2 or not 2 <= table.shape[1] <= MAX_WINDOW:
         raise InputError(f"a spike table has shape (2, 2…{MAX_WINDOW}), got {tuple(table.shape)}.")
     found = get_kernel(kernel)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ...backends import Backend, select
+from ...backends import RunsTtfs, TtfsBackward, select
 from ...config import current_config
 
 
-def _backend(x: Tensor, name: str) -> Backend:
-    return select(name or current_config().backend, "ttfs", device=x.device, dtype=x.dtype)
+def _backend(x: Tensor, name: str) -> RunsTtfs:
+    found = select(name or current_config().backend, "ttfs", device=x.device, dtype=x.dtype)
+    return cast(RunsTtfs, found)
 
 
 def _like(x: Tensor, like: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """xhat and spike times, uint8."""
     out, times = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
-    _backend(x, backend).ttfs(_like(x, out), table.contiguous(), out, times)  # type: ignore[attr-defined]
+    _backend(x, backend).ttfs(_like(x, out), table.contiguous(), out, times)
     return out, times
 
 
@@ -52,8 +53,7 @@ def _backward(
     """Gradients of x, tau and t_d."""
     out = torch.empty_like(x)
     arrays = (_like(grad.to(x.dtype), out), _like(x, out), _like(times, out), table.contiguous())
-    chosen: Any = _backend(x, backend)
-    d_tau, d_t_d = chosen.ttfs_backward(*arrays, out, tau, t_d, rate, params)
+    d_tau, d_t_d = _backend(x, backend).ttfs_backward(TtfsBackward(*arrays, out, tau, t_d, rate, params))
     return out, torch.empty_like(tau).copy_(d_tau), torch.empty_like(t_d).copy_(d_t_d)
 
 

@@ -1,0 +1,76 @@
+"""What all pictures share: figures that need no display, their colours and axes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from os import PathLike
+
+from ..errors import MissingDependencyError
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+except ImportError as error:
+    raise MissingDependencyError(
+        "plots are drawn with matplotlib: pip install 'snn-sparse-plugin[plot]'"
+    ) from error
+
+__all__ = [
+    "DASHES",
+    "DENSE",
+    "INK",
+    "LAYERS",
+    "SPARSE",
+    "Axes",
+    "Figure",
+    "PercentFormatter",
+    "clean",
+    "new_figure",
+    "panels",
+    "saved",
+    "whole_numbers",
+]
+
+SPARSE, DENSE = "#0b7a75", "#b9b4ab"
+LAYERS = ("#5b5750", "#0b7a75", "#d1793b")
+DASHES = ("-", "--", ":")
+INK = "#2b2a28"
+
+
+def new_figure(width: float, height: float, wspace: float = 0.02, hspace: float = 0.02) -> Figure:
+    spaces = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=wspace, hspace=hspace)
+    figure = Figure(figsize=(width, height), layout=spaces)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def panels(names: Collection[str], width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """One panel for each name, four in a row."""
+    n = len(names)
+    rows, columns = -(-n // 4), min(4, n)
+    figure = new_figure(width * columns, height * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for spare in axes[n:]:
+        spare.set_visible(False)
+    return figure, axes[:n]
+
+
+def saved(figure: Figure, path: str | PathLike[str] | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def clean(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#8b867e")
+    axes.tick_params(colors="#5b5750", labelsize=9)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of the x axis at whole steps or epochs."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
