@@ -114,7 +114,7 @@ class LSNNNetwork(nn.Module):
             x, now = layer(x, before)
             spikes.append(x)
             after.append(now)
-        y, out = self.readout(torch.cat(spikes, -1), states[-1])
+        y, out = self.readout(_side_by_side(spikes), states[-1])
         return y, (*after, out)
 
     def unroll(self, x: Tensor | SpikeTrain, state: Any = None) -> tuple[Tensor, Tensor, Any]:
@@ -128,11 +128,17 @@ class LSNNNetwork(nn.Module):
             (torch.Size([9, 4, 20]), torch.Size([9, 4, 96]))
         """
         states = (None,) * (len(self.layers) + 1) if state is None else state
-        spikes, after = [], []
+        spikes: list[Tensor] = []
+        after = []
         for layer, before in zip(self.layers, states, strict=False):
-            x, now = layer.unroll(x, before)  # type: ignore[operator]
-            spikes.append(x)
+            z, now = layer.unroll(x, before)  # type: ignore[operator]
+            x = z
+            spikes.append(z)
             after.append(now)
-        z = torch.cat(spikes, -1)
+        z = _side_by_side(spikes)
         y, out = self.readout.unroll(z, states[-1])
         return y, z, (*after, out)
+
+
+def _side_by_side(spikes: list[Tensor]) -> Tensor:
+    return spikes[0] if len(spikes) == 1 else torch.cat(spikes, -1)
