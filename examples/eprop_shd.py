@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
+from snn_sparse_plugin import SpikeTrain
 from snn_sparse_plugin.data import SpikeFile
 from snn_sparse_plugin.learners import eprop
 
@@ -28,11 +29,15 @@ parser.add_argument("--adaptive", type=float, default=1.0, help="share of adapti
 parser.add_argument("--dt", type=float, default=1.0, help="step in ms")
 parser.add_argument("--steps", type=int, default=0, help="T; 0 is 1.4 s")
 parser.add_argument("--batch", type=int, default=64)
-parser.add_argument("--lr", type=float, default=1e-3)
+parser.add_argument("--lr", type=float, default=1e-3, help="at the start; falls to 0 as a cosine")
+parser.add_argument("--engine", default="chunk", choices=["chunk", "offline", "step"])
 parser.add_argument("--chunk", type=int, default=64)
 parser.add_argument("--feedback", default="symmetric", choices=["symmetric", "random", "adaptive"])
 parser.add_argument(
     "--rate-reg", type=float, default=1e-3, help="strength of the firing-rate term; 0 is none"
+)
+parser.add_argument(
+    "--shift", type=int, default=0, help="training recordings are moved by up to so many channels, at random"
 )
 parser.add_argument("--limit", type=int, default=0, help="recordings used; 0 is all")
 parser.add_argument("--threads", type=int, default=0)
@@ -44,7 +49,7 @@ def files(args):
         found = sorted(args.data.glob(f"shd_{part}.h5*"))
         if not found:
             raise SystemExit(f"no shd_{part}.h5 or shd_{part}.h5.gz in {args.data}")
-        return SpikeFile(found[0], limit=args.limit)
+        return Binned(SpikeFile(found[0], limit=args.limit), args)
 
     return one("train"), one("test")
 
@@ -54,37 +59,70 @@ def cross_entropy(y, labels):
     return F.cross_entropy(y, labels, reduction="sum")
 
 
-def forward(net, x, labels, rate):
-    """The step loop: the loss with its firing-rate term, summed outputs, and spikes per neuron and step."""
-    state, total, outputs, spikes, rates = None, 0.0, 0.0, 0.0, None
-    for now in x.to_dense().unbind(0):
-        y, state = net(now, state)
-        total = total + cross_entropy(y, labels)
-        outputs = outputs + y.detach().softmax(-1)
-        z = state[0].z
-        spikes += z.detach().mean().item() / x.T
-        if rate is not None:
-            rates = rate.follow(rates, z.detach())
-            total = total + (rate.c * (rates - rate.target) * z).sum()
-    return total, outputs, spikes
+class Binned:
+    """All recordings of a file in bins, so that a batch is only picked."""
+
+    def __init__(self, file, args):
+        self.channels, self.classes = file.channels, int(file.labels.max()) + 1
+        parts = [file.batch(i, args.dt / 1000, args.steps) for i in torch.arange(len(file)).split(256)]
+        self.T, self.labels = args.steps, torch.cat([labels for _, labels in parts])
+        # of one recording after the other: where each step's spikes begin, and their channels
+        ends, offset = [torch.zeros(1, dtype=torch.int64)], 0
+        for train, _ in parts:
+            ends.append(train.indptr[1:].long() + offset)
+            offset += int(train.indptr[-1])
+        self.ends, self.units = torch.cat(ends), torch.cat([train.indices for train, _ in parts])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, index, shifts=None):
+        """Recordings as spikes (T, B, channels), each moved by its number of channels, and their labels."""
+        pieces, counts = [], []
+        for k, i in enumerate(index.tolist()):
+            ends = self.ends[i * self.T : (i + 1) * self.T + 1]
+            units, sizes = self.units[ends[0] : ends[-1]], ends.diff()
+            if shifts is not None:
+                units = units + shifts[k]
+                inside = (units >= 0) & (units < self.channels)
+                before = F.pad(inside.cumsum(0), (1, 0))[ends - ends[0]]
+                units, sizes = units[inside], before.diff()
+            pieces.append(units)
+            counts.append(sizes)
+        indptr = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+        shape = (self.T, len(index), self.channels)
+        return SpikeTrain(indptr.int(), torch.cat(pieces).int(), shape), self.labels[index]
+
+
+def backward_through_time(net, x, labels, rate):
+    """Gradients by ordinary backward -> the loss without its firing-rate term, spikes per neuron and step."""
+    outputs, spikes, _ = net.unroll(x)
+    loss = cross_entropy(outputs.flatten(0, 1), labels.repeat(x.T))
+    total = loss
+    if rate is not None:
+        push, running = [], None
+        for z in spikes.detach():
+            running = rate.follow(running, z)
+            push.append(rate.c * (running - rate.target))
+        total = loss + (torch.stack(push) * spikes).sum()
+    total.backward()
+    return loss.item(), spikes.detach().mean().item()
 
 
 def train_batch(net, learner, x, labels, rate):
     """Gradients of one batch -> loss and spike rate."""
     if learner is None:
-        loss, _, spikes = forward(net, x, labels, rate)
-        loss.backward()
-        return loss.item(), spikes
+        return backward_through_time(net, x, labels, rate)
     result = learner.run(x, cross_entropy, labels)
     return result.loss, next(iter(result.spikes.values()))
 
 
 @torch.no_grad()
-def accuracy(net, data, args):
+def accuracy(net, data):
     right = 0
     for index in torch.arange(len(data)).split(128):
-        x, labels = data.batch(index, args.dt / 1000, args.steps)
-        right += (forward(net, x, labels, None)[1].argmax(1) == labels).sum().item()
+        x, labels = data.batch(index)
+        right += (net.unroll(x)[0].softmax(-1).sum(0).argmax(1) == labels).sum().item()
     return right / len(data)
 
 
@@ -92,41 +130,50 @@ def train(method, seed, data, test, args):
     name = f"{method}-{seed}"
     log, saved = args.out / f"{name}.json", args.out / f"{name}.pt"
     torch.manual_seed(seed)
-    net = eprop.LSNNNetwork(
-        data.channels, args.hidden, int(data.labels.max()) + 1, adaptive=args.adaptive, dt=args.dt
-    )
+    net = eprop.LSNNNetwork(data.channels, args.hidden, data.classes, adaptive=args.adaptive, dt=args.dt)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     rate = eprop.FiringRate(c=args.rate_reg, dt=args.dt) if args.rate_reg else None
     epochs = json.loads(log.read_text())["epochs"] if log.exists() and saved.exists() else []
     if epochs:
         checkpoint = torch.load(saved, weights_only=False)
         net.load_state_dict(checkpoint["net"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
         epochs = epochs[: checkpoint["epoch"]]
     learner = None
     if method == "eprop":
         generator = torch.Generator().manual_seed(seed)
         learner = eprop.EProp(
-            net, chunk=args.chunk, rate_reg=rate, feedback=args.feedback, generator=generator
+            net,
+            engine=args.engine,
+            chunk=args.chunk,
+            rate_reg=rate,
+            feedback=args.feedback,
+            generator=generator,
         )
         learner.__enter__()
         if epochs:
             learner.load_state_dict(checkpoint["learner"])  # feedback
     for epoch in range(len(epochs), args.epochs):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        draw = torch.Generator().manual_seed(1000 * seed + epoch)  # the same for both methods
+        order = torch.randperm(len(data), generator=draw)
+        shifts = torch.randint(-args.shift, args.shift + 1, (len(data),), generator=draw)
         begin, losses, activity = time.perf_counter(), 0.0, 0.0
         batches = order.split(args.batch)
         for index in track(batches, f"{name} epoch {epoch + 1}"):
-            x, labels = data.batch(index, args.dt / 1000, args.steps)
+            x, labels = data.batch(index, shifts[index] if args.shift else None)
             optimizer.zero_grad()
             loss, spikes = train_batch(net, learner, x, labels, rate)
             optimizer.step()
             losses += loss / len(data) / args.steps
             activity += spikes / len(batches)
+        schedule.step()
         seconds = time.perf_counter() - begin
-        row = {"loss": losses, "accuracy": accuracy(net, test, args), "spikes": activity, "seconds": seconds}
+        row = {"loss": losses, "accuracy": accuracy(net, test), "spikes": activity, "seconds": seconds}
         epochs.append(row)
         kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+        kept["schedule"] = schedule.state_dict()
         kept["learner"] = None if learner is None else learner.state_dict()
         print(
             f"{name} epoch {epoch + 1}: loss {losses:.3f}, test accuracy {100 * row['accuracy']:.1f} %, "

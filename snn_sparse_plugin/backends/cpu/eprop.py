@@ -106,7 +106,7 @@ def forward_chunk(  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _sort(m, low, high, ptr, indices, values):  # type: ignore[no-untyped-def]
+def sort_events(m, low, high, ptr, indices, values):  # type: ignore[no-untyped-def]
     """The events of some rows by column: where each column's begin, their rows, and their values if any."""
     starts = np.zeros(m + 1, np.int32)
     begin, end = ptr[low], ptr[high]
@@ -302,7 +302,7 @@ def gradient_chunk(  # type: ignore[no-untyped-def]
 def _sum_and_carry(  # type: ignore[no-untyped-def]
     b, K, at, low, carry, ptr, indices, values, zeta, eps, ebar, alive, out, nu, nu_a, nu_r, start, powers
 ):
-    starts, rows, scaled = _sort(out.shape[0], at, at + K, ptr, indices, values)
+    starts, rows, scaled = sort_events(out.shape[0], at, at + K, ptr, indices, values)
     one = nu.dtype.type(1)
     for i in range(out.shape[0]):
         some = starts[i + 1] > starts[i]

@@ -12,7 +12,8 @@ Example:
 
 from .detached import detached
 from .learner import EProp
-from .lsnn import LSNN, LeakyReadout, LSNNNetwork, LSNNState
+from .lsnn import LSNN, LSNNState
+from .network import LeakyReadout, LSNNNetwork
 from .options import FiringRate
 from .sequence import RunResult
 

@@ -14,7 +14,8 @@ from ...backends.cpu.eprop import forward_chunk, gradient_chunk, leaky
 from ...backends.cpu.threads import parallel, split
 from ...errors import InputError
 from ...spikes import SpikeTrain
-from .lsnn import LSNN, LeakyReadout, LSNNNetwork, LSNNState
+from .lsnn import LSNN, LSNNState
+from .network import LeakyReadout, LSNNNetwork
 from .sequence import Targets, Totals, Window
 
 if TYPE_CHECKING:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from .rule import RULES, ChunkRule, Steps, Synapses, TextbookRule
+from .local import joined
+from .rule import RULES, ChunkRule, TextbookRule
+from .scan import Steps
 from .structure import Layer
-from .taps import Tap, anchor, tracked
+from .synapses import Synapses
+from .taps import Call, leaf, tracked
 from .watch import Neuron, Record
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ class WatchedLayer:
     def __init__(self, layer: Layer, learner: EProp, readout: bool = False) -> None:
         self.name, self.module, self.layer, self.learner = layer.name, layer.module, layer, learner
         self.is_readout = readout
+        self.neuron: Neuron | None = None
         self.weights: set[str] = set()
         self.open: list[Record] = []  # of the step under way
         self.pending: list[Record] = []  # of the chunk under way
@@ -64,6 +68,8 @@ class WatchedLayer:
         neuron = Neuron(self.layer, self.learner._names, self.is_readout)
         neuron.guard = self.guard
         neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
+        neuron.known = lambda: self.learner.knows(self)
+        self.neuron = neuron
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -86,9 +92,8 @@ class WatchedLayer:
             parts = [graph] if graph.dim() == 2 else list(graph.unbind(0))
             records = []
             for t, part in enumerate(parts):
-                one = torch.ones_like(part, requires_grad=False)
                 step = call if graph.dim() == 2 else call.at(t)
-                records.append(Record({(0, 0): one}, [step], part.detach(), 0, [part]))
+                records.append(Record({(0, 0): 1.0}, [step], part.detach(), 0, [part]))
             self.learner.ran(self, records, fresh=False)
             self.open.extend(records)
 
@@ -98,7 +103,7 @@ class WatchedLayer:
                     self.guard(record)
                     record.direct = g if record.direct is None else record.direct + g
 
-            return Tap.apply(graph.detach(), anchor(graph), receive)  # type: ignore[no-any-return]
+            return leaf(graph, receive)
 
         return forward
 
@@ -107,7 +112,9 @@ class WatchedLayer:
         """The step is over: its graph goes, its numbers stay until the chunk is processed."""
         regular = self.learner.rate_reg
         for record in self.open:
-            record.below = []
+            record.below, record.spikes = [], None
+            for call in record.calls:
+                call.given = call.pre  # its graph goes
             self.count(record.z)
             if regular is not None and not self.is_readout:
                 self.rate = regular.follow(self.rate, record.z)
@@ -137,24 +144,36 @@ class WatchedLayer:
         like = records[0].z
         if self.rule is None:
             self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
-        self.states = sorted({*self.states, *(k for r in records for k in _states(r))})
-        steps = self._stack(records, like)
-        inputs = list(self._inputs(records))
-        self.rule.process(steps, self.states, inputs, carry)
-
-    def _stack(self, records: list[Record], like: Tensor) -> Steps:
+        parts = [(1, r.local) for r in records if r.local is not None]
+        if len(parts) < len(records):
+            assert self.neuron is not None
+            parts = self.neuron.derivatives(records)
+        found = joined(parts, like)
+        if self.is_readout:
+            self.learner.check_readout(found, records[0].states)
+        self.states = sorted({*self.states, *(place - 1 for pair in found for place in pair if place > 0)})
         place = {0: 0} | {state + 1: k + 1 for k, state in enumerate(self.states)}
-        size = len(place)
-        local = like.new_zeros(len(records), size, size, *like.shape)
-        filtered, direct = like.new_zeros(2, len(records), *like.shape)
+        local = {(place[row], place[column]): v for (row, column), v in found.items()}
+        steps = Steps(local, len(self.states), self._filtered(records, like), _direct(records, like))
+        self.rule.process(steps, self.states, list(self._inputs(records)), carry)
+
+    def _filtered(self, records: list[Record], like: Tensor) -> Tensor:
+        """The learning signals that come through the readout, (K, B, N)."""
+        out = like.new_zeros(len(records), *like.shape)
+        carried: dict[tuple[int, int], list[tuple[int, Tensor, Call]]] = {}
         for t, record in enumerate(records):
-            for (row, column), value in record.local.items():
-                local[t, place[row], place[column]] = value
             if record.filtered is not None:
-                filtered[t] = record.filtered
-            if record.direct is not None:
-                direct[t] = record.direct
-        return Steps(local, filtered, direct)
+                out[t] += record.filtered
+            for above, call in record.carried:
+                assert above.direct is not None
+                carried.setdefault((id(call.weight), id(call.feedback)), []).append((t, above.direct, call))
+        for group in carried.values():
+            call = group[0][2]
+            errors = torch.stack([error for _, error, _ in group])
+            weight = call.weight if call.feedback is None else call.feedback
+            back = errors.flatten(0, 1) @ weight.detach().to(errors.dtype)
+            out[[t for t, _, _ in group]] += back.view(len(group), *like.shape).to(out.dtype)
+        return out
 
     def _inputs(self, records: list[Record]) -> Iterator[tuple[Synapses, Tensor]]:
         by_name = {name: p for p, name in self.learner._names.items()}
@@ -216,9 +235,13 @@ class WatchedLayer:
             self.rule.shared = state["shared"]
 
 
-def _states(record: Record) -> set[int]:
-    """The states that the local derivatives mention."""
-    return {place - 1 for pair in record.local for place in pair if place > 0}
+def _direct(records: list[Record], like: Tensor) -> Tensor:
+    """What acts on the spikes themselves, (K, B, N)."""
+    out = like.new_zeros(len(records), *like.shape)
+    for t, record in enumerate(records):
+        if record.direct is not None:
+            out[t] = record.direct
+    return out
 
 
 def _synapses_state(synapses: Synapses) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .compiled import Network
 from .feedback import Feedback
 from .layer import WatchedLayer
 from .options import ENGINES, UPDATES, FiringRate, check_option, infer_filter, one_pole, same_filter
-from .rule import NO_MEMORY, Filter
+from .scan import NO_MEMORY, Filter, Jacobian
 from .sequence import RunResult, run
 from .structure import Layer, find, replaced
 from .taps import Call, tracked
@@ -175,7 +175,7 @@ class EProp:
         name = self.name_of(module._parameters.get("weight_orig", module.weight))
         if not x.is_floating_point():
             raise InputError(f"{name or 'Linear'}: expected a floating input, got {x.dtype}.")
-        return Call(name, module.weight, module.bias, module._buffers.get("weight_mask"), x.detach())
+        return Call(name, module.weight, module.bias, module._buffers.get("weight_mask"), x)
 
     def _name_untrained(self) -> None:
         """Say once which parameters have no gradient at the end of a sequence, and never will."""
@@ -303,16 +303,18 @@ class EProp:
         roots, signals = [], []
         for record in self.readout.open:
             if record.direct is not None:
-                if (0, 0) not in record.local:
+                scale = self._scale(record)
+                if isinstance(scale, float) and scale == 0:
                     raise UnsupportedError(
                         f"e-prop: readout {self.readout.name} answers a current only in the step after it; use "
                         "eprop.detached(model)."
                     )
-                record.direct = record.direct / record.local[0, 0]
+                if scale is not None:
+                    record.direct = record.direct / scale
                 for below in record.below:
                     roots.append(below)
                     signals.append(record.direct)
-        if not roots:
+        if not roots or self._carry_later():
             return
         learning = [x for x in self.hidden if x.learns()]
         again = self._indirect is None or bool(self._indirect)
@@ -339,6 +341,42 @@ class EProp:
             finally:
                 self._passing = False
 
+    def _scale(self, record: Record) -> float | Tensor | None:
+        """What the readout's output is per unit of its current; None: one."""
+        if record.local is None:
+            assert self._filter is not None
+            scale = float(self._filter.b[self._filter.out])
+        else:
+            found = record.local.get((0, 0), 0.0)
+            if isinstance(found, Tensor):
+                return found
+            scale = found
+        return None if scale == 1 else scale
+
+    def _carry_later(self) -> bool:
+        """Leave the way from readout to spikes to the end of the chunk, where it is known: weights and nothing else."""
+        hidden = {id(r.spikes): r for x in self.hidden for r in x.open if r.spikes is not None}
+        records = [r for r in self.readout.open if r.direct is not None]
+        pairs = [(r, call, hidden.get(id(call.given))) for r in records for call in r.calls]
+        if not all(target is not None and call.name for _, call, target in pairs):
+            return False
+        for record, call, target in pairs:
+            target.carried.append((record, call))  # type: ignore[union-attr]
+        return True
+
+    def knows(self, layer: WatchedLayer) -> bool:
+        """Whether the first steps have shown how errors come to a layer: its later steps need no graph then."""
+        if self.engine == "step":
+            return False
+        if layer is self.readout:
+            return self.kappa == "auto" and self._filter is not None
+        return self._indirect is not None and not self._indirect
+
+    def check_readout(self, local: Jacobian, states: int) -> None:
+        """A readout whose memory was inferred still is that filter."""
+        if self.kappa == "auto" and self._filter is not None and self._has_memory():
+            same_filter(local, states, self.readout.name, self._filter)
+
     def _others(self) -> dict[str, tuple[int, int] | None]:
         """Parameters that no layer learns, with a mark that changes with their gradient."""
         biases = {self.name_of(c.bias) for x in self.layers for r in x.open for c in r.calls}
@@ -361,7 +399,9 @@ class EProp:
             record.direct = grad if record.direct is None else record.direct + grad
         elif not self._passing or layer.name in (self._indirect or ()):
             record.filtered = grad if record.filtered is None else record.filtered + grad
-        return grad * record.local[0, 0] if self._passing and (0, 0) in record.local else None
+        return (
+            grad * record.local[0, 0] if self._passing and record.local and (0, 0) in record.local else None
+        )
 
     def ran(self, layer: WatchedLayer, records: list[Record], fresh: bool) -> None:
         """A layer ran some steps: the checks that keep the sum exact."""
@@ -372,9 +412,7 @@ class EProp:
         if layer is self.readout and self.kappa == "auto" and self._has_memory():
             for record in records:
                 if self._filter is None:
-                    self._filter = infer_filter(record.local, record.states, layer.name)
-                else:
-                    same_filter(record.local, record.states, layer.name, self._filter)
+                    self._filter = infer_filter(record.local or {}, record.states, layer.name)
         if layer is self.readout:
             for record in records:
                 for call in record.calls:

@@ -9,8 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...equations import Equations
 from ...errors import ConfigError, InputError
+from ...ops.spiking_layer import spiking_layer
+from ...spikes import SpikeTrain
 from ...surrogates import Surrogate
+
+# the step of LSNN.forward, for the fused op
+_EQUATIONS = Equations(
+    """
+    v = alpha * v + (x + rec) - v_th * detach(z)
+    z = spike(((v - v_th) - beta * a) / v_th) * above(0.5 - r)
+    a = rho * a + z
+    r = detach(z) * refractory + (1 - detach(z)) * relu(r - 1)
+    s = z
+    """,
+    ("v", "a", "r", "z"),
+)
 
 
 class LSNNState(NamedTuple):
@@ -136,6 +151,34 @@ class LSNN(nn.Module):
             r = torch.where(z > 0, float(self.refractory), (r - 1).clamp(min=0))
         return z, LSNNState(z, v, a, r)
 
+    def unroll(self, x: Tensor | SpikeTrain, state: LSNNState | None = None) -> tuple[Tensor, LSNNState]:
+        """All steps of inputs (T, B, M) at once -> spikes (T, B, N) and the last state.
+
+        It is :meth:`forward` in a loop, through the fused op and with its exact gradient: backward through time.
+
+        Example:
+            >>> z, state = LSNN(700, 256).unroll(torch.zeros(9, 32, 700))
+            >>> z.shape
+            torch.Size([9, 32, 256])
+        """
+        out = spiking_layer(
+            x,
+            self.input_weights,
+            spec=_EQUATIONS,
+            params={
+                "alpha": self.alpha,
+                "rho": self.rho,
+                "v_th": self.v_th,
+                "beta": self.betas,
+                "refractory": float(self.refractory),
+            },
+            surrogate=self.surrogate,
+            recurrent_weight=self.recurrent_weights,
+            state=None if state is None else {**state._asdict(), "spikes": state.z},
+            backprop_threshold=None,
+        )
+        return out.spikes, LSNNState(*(out.state[name] for name in LSNNState._fields))
+
     def extra_repr(self) -> str:
         return (
             f"input_size={self.input_size}, hidden_size={self.hidden_size}, adaptive={self.adaptive}, "
@@ -165,94 +208,3 @@ class LSNN(nn.Module):
         # a copied or unpickled parameter has lost its hooks
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._keep_masked()
-
-
-class LeakyReadout(nn.Module):
-    """Linear leaky integrators: ``y_t = kappa y_{t-1} + W z_t + b``, kappa = exp(-dt / tau_out).
-
-    Args:
-        input_size, output_size: N and the number of outputs C.
-        tau_out, dt: time constant and step, in the same unit.
-        bias: whether there is a b.
-
-    Example:
-        >>> y, state = LeakyReadout(256, 20)(torch.zeros(32, 256))
-        >>> y.shape
-        torch.Size([32, 20])
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        tau_out: float = 20.0,
-        dt: float = 1.0,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        if not (tau_out > 0 and dt > 0):
-            raise ConfigError(f"LeakyReadout(tau_out={tau_out}, dt={dt}): must be positive.")
-        self.tau_out, self.dt = tau_out, dt
-        self.linear = nn.Linear(input_size, output_size, bias=bias)
-
-    @property
-    def kappa(self) -> float:
-        """Decay of the output in one step."""
-        return math.exp(-self.dt / self.tau_out)
-
-    def forward(self, z: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Spikes (B, N) -> outputs (B, C), which are also the state."""
-        y = self.linear(z) if state is None else self.kappa * state + self.linear(z)
-        return y, y
-
-    def extra_repr(self) -> str:
-        return f"tau_out={self.tau_out:g}, dt={self.dt:g}"
-
-
-class LSNNNetwork(nn.Module):
-    """Layers of :class:`LSNN`, each driven by the one below and each feeding the one :class:`LeakyReadout`.
-
-    Args:
-        input_size: number of input channels M.
-        hidden_sizes: neurons of every layer, or of the one layer.
-        output_size: number of outputs C.
-        tau_out, bias: of the readout.
-        **options: options of every :class:`LSNN`.
-
-    Example:
-        >>> net = LSNNNetwork(700, 256, 20)
-        >>> y, state = net(torch.zeros(32, 700))
-        >>> y.shape
-        torch.Size([32, 20])
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_sizes: int | list[int],
-        output_size: int,
-        *,
-        tau_out: float = 20.0,
-        bias: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        sizes = [hidden_sizes] if isinstance(hidden_sizes, int) else list(hidden_sizes)
-        if not sizes:
-            raise ConfigError("LSNNNetwork needs at least one hidden layer.")
-        inputs = [input_size, *sizes[:-1]]
-        self.layers = nn.ModuleList(LSNN(m, n, **options) for m, n in zip(inputs, sizes, strict=True))
-        dt = options.get("dt", 1.0)
-        self.readout = LeakyReadout(sum(sizes), output_size, tau_out=tau_out, dt=dt, bias=bias)
-
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """One step of inputs (B, M) -> outputs (B, C) and the state, a tuple of the layers' and the readout's."""
-        states = (None,) * (len(self.layers) + 1) if state is None else state
-        spikes, after = [], []
-        for layer, before in zip(self.layers, states, strict=False):
-            x, now = layer(x, before)
-            spikes.append(x)
-            after.append(now)
-        y, out = self.readout(torch.cat(spikes, -1), states[-1])
-        return y, (*after, out)

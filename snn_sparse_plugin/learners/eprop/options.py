@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .rule import Filter, Jacobian
+from .scan import Filter, Jacobian
 
 ENGINES = ("auto", "chunk", "offline", "step")
 UPDATES = ("sequence", "chunk", "step")
@@ -69,12 +69,12 @@ def infer_filter(local: Jacobian, states: int, name: str) -> Filter:
     """
     numbers = {}
     for place, g in local.items():
-        if not bool((g == g.flatten()[0]).all()):
+        if isinstance(g, Tensor) and not bool((g == g.flatten()[0]).all()):
             raise ConfigError(
                 f"kappa cannot be inferred: the decays of readout {name} differ between its units, or change with its "
                 "state. Give kappa=, or a readout without reset."
             )
-        numbers[place] = float(g.flatten()[0])
+        numbers[place] = float(g.flatten()[0] if isinstance(g, Tensor) else g)
     rows = [[numbers.get((row, column), 0.0) for column in range(states + 1)] for row in range(states + 1)]
     same = [k for k in range(states) if rows[k + 1] == rows[0]]
     if not same:

@@ -12,79 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Jacobian = dict[tuple[int, int], Tensor]
-"""Local derivatives of one step, each (B, N); rows z, h_1, …, columns x, h_1, …; what is missing is zero."""
+from ...spikes import SpikeTrain
+from .scan import Filter, Jacobian, Steps, on_cpu, scan
+from .synapses import Synapses
 
-
-class Filter(NamedTuple):
-    """What the readout remembers of a spike: ``r_t = A r_{t-1} + b z_t``, the output being component ``out``.
-
-    No components (m = 0): the readout has no memory.
-    """
-
-    A: Tensor  # (m, m)
-    b: Tensor  # (m,)
-    out: int = 0
-
-
-NO_MEMORY = Filter(torch.zeros(0, 0), torch.zeros(0))
-
-
-class Steps(NamedTuple):
-    """Some steps of one layer, oldest first."""
-
-    local: Tensor  # (K, 1 + d, 1 + d, B, N), see Jacobian
-    filtered: Tensor  # (K, B, N): L, the learning signal that comes through the readout
-    direct: Tensor  # (K, B, N): D, what acts on the spikes themselves
-
-
-class Synapses:
-    """One weight matrix (N, M), the traces of its synapses and its gradient so far.
-
-    Traces of a state whose decay is one number for all neurons are kept per input, (B, M): they are the same for
-    every neuron. The others are kept per synapse, (B, N, M), or (B, synapses) where a mask says which exist.
-    """
-
-    def __init__(self, shape: Sequence[int], mask: Tensor | None, trace_dtype: torch.dtype | None) -> None:
-        self.shape, self.trace_dtype = tuple(shape), trace_dtype
-        self.exists = None if mask is None or bool(mask.all()) else mask.nonzero(as_tuple=True)
-        self.per_input: dict[int, Tensor] = {}
-        self.per_synapse: dict[int, Tensor] = {}
-        self.grad: Tensor | None = None
-
-    def add(self, grad: Tensor) -> None:
-        self.grad = grad if self.grad is None else self.grad.add_(grad)
-
-    def kept(self, traces: Tensor) -> Tensor:
-        """(..., N, M) as it is stored."""
-        traces = traces if self.exists is None else traces[..., self.exists[0], self.exists[1]]
-        return traces if self.trace_dtype is None else traces.to(self.trace_dtype)
-
-    @property
-    def stored(self) -> tuple[int, ...]:
-        """The shape in which one sample's traces per synapse are kept."""
-        return self.shape if self.exists is None else (len(self.exists[0]),)
-
-    def rows(self, factor: Tensor) -> Tensor:
-        """A factor of every neuron, (B, N), for each of its synapses."""
-        return factor.unsqueeze(-1) if self.exists is None else factor[:, self.exists[0]]
-
-    def spread(self, summed: Tensor) -> Tensor:
-        """(N, M) of what was summed over samples in the form of storage."""
-        if self.exists is None:
-            return summed
-        out = summed.new_zeros(self.shape)
-        out[self.exists] = summed
-        return out
-
-    def reset(self) -> None:
-        self.per_input, self.per_synapse = {}, {}
+# a kernel sums over events up to this share of ones in the input, beyond it a matrix product is faster
+_DENSE = 0.25
 
 
 class TextbookRule:
@@ -101,10 +39,11 @@ class TextbookRule:
         carry: bool = True,
     ) -> None:
         A, b, out = self.readout
+        whole = steps.dense()
         for synapses, x in inputs:
             traces = synapses.per_synapse  # d state / d W, by component
             for t in range(len(x)):
-                local, pre = steps.local[t], x[t].unsqueeze(-2)
+                local, pre = whole[t], x[t].unsqueeze(-2)
 
                 def derivative(row: int, local: Tensor = local, pre: Tensor = pre) -> Tensor:
                     total = local[row, 0].unsqueeze(-1) * pre
@@ -159,30 +98,52 @@ class ChunkRule:
         A, _, _ = self.readout
         shared = self._share(steps.local, states)
         for synapses, _ in inputs:
-            self._expand(synapses, shared, steps.local.shape[-1])
+            self._expand(synapses, shared, steps.filtered.shape[-1])
         components = [*states, *(~p for p in range(len(A)))]
         own = [c for c in components if c not in shared]
         lanes = own if carry else []
         nu, start = scan(steps, self.readout, [components.index(c) for c in lanes])
         places = {c: k for k, c in enumerate(components)}
         for synapses, x in inputs:
-            synapses.add(nu[0].flatten(0, 1).T @ x.flatten(0, 1))
-            for c, trace in synapses.per_input.items():
-                synapses.add(start[0, places[c]].T @ trace)
-            if synapses.per_synapse or lanes:
-                self._per_synapse(synapses, x, nu, start, places, own, carry)
+            events = _events(synapses, x)
+            if events is not None:
+                self._over_events(synapses, events, nu, start, places, own, carry)
+            else:
+                synapses.add(nu[0].flatten(0, 1).T @ x.flatten(0, 1))
+                for c, trace in synapses.per_input.items():
+                    synapses.add(start[0, places[c]].T @ trace)
+                if synapses.per_synapse or lanes:
+                    self._per_synapse(synapses, x, nu, start, places, own, carry)
             if carry:
                 synapses.per_input = _per_input(synapses.per_input, x, shared)
 
-    def _share(self, local: Tensor, states: Sequence[int]) -> dict[int, dict[int, float]]:
+    @staticmethod
+    def _over_events(
+        synapses: Synapses,
+        events: tuple[Tensor, Tensor, Tensor | None],
+        nu: Tensor,
+        start: Tensor,
+        places: dict[int, int],
+        own: Sequence[int],
+        carry: bool,
+    ) -> None:
+        """The same as the products below, as sums over the spikes of the input."""
+        kernels: Any = import_module("snn_sparse_plugin.backends.cpu.eprop_chunk")
+        kept = own if carry else list(synapses.per_synapse)
+        traces = synapses.block(kept, nu.shape[2], nu)
+        shared = [(places[c], trace) for c, trace in synapses.per_input.items()]
+        own_at = [places[c] for c in kept]
+        synapses.add(kernels.sum_and_carry(events, nu, start, shared, traces, own_at, carry).T)
+
+    def _share(self, local: Jacobian, states: Sequence[int]) -> dict[int, dict[int, float]]:
         """States with the same decay for all neurons, samples and steps so far, that only such states feed."""
         found: dict[int, dict[int, float]] = {}
         if self.shared is None or self.shared:
+            columns = [None, *states]
             for k, state in enumerate(states):
-                row = local[:, 1 + k].transpose(0, 1).flatten(1)  # (1 + d, everything)
-                if bool((row == row[:, :1]).all()):
-                    numbers = dict(zip([None, *states], row[:, 0].tolist(), strict=True))
-                    found[state] = {c: n for c, n in numbers.items() if n != 0}  # type: ignore[misc]
+                row = {c: local.get((1 + k, place), 0.0) for place, c in enumerate(columns)}
+                if not any(isinstance(n, Tensor) for n in row.values()):
+                    found[state] = {c: n for c, n in row.items() if n != 0}  # type: ignore[misc]
         before = self.shared
         if before is not None:
             found = {s: row for s, row in found.items() if before.get(s) == row}
@@ -241,6 +202,18 @@ class ChunkRule:
         synapses.add(synapses.spread(total))
 
 
+def _events(synapses: Synapses, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The events of an input (K, B, M), row ``b K + t``, where a kernel sums over them; else None."""
+    if not on_cpu(x) or synapses.exists is not None or x.shape[-1] == 1:
+        return None
+    if synapses.trace_dtype not in (None, x.dtype):
+        return None
+    train = SpikeTrain.from_dense(x)
+    if train.indices.numel() > _DENSE * x.numel():
+        return None
+    return train.indptr, train.indices, train.values
+
+
 def _per_input(
     traces: dict[int, Tensor], x: Tensor, shared: dict[int, dict[int, float]]
 ) -> dict[int, Tensor]:
@@ -263,69 +236,6 @@ def _per_input(
         whole = torch.linalg.matrix_power(D, len(x))
         after = after + torch.einsum("sc,cbm->sbm", whole, torch.stack([traces[c] for c in names]))
     return dict(zip(names, after.unbind(), strict=True))
-
-
-def scan(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Back over the steps: what the current of each step, and the state before the first, does to each target.
-
-    Target 0 is the loss; target ``1 + k`` is component ``lanes[k]`` of the state after the last step.
-
-    Returns:
-        nu (targets, K, B, N) and start (targets, components, B, N), components being h and then r.
-    """
-    if _on_triton(steps.local):
-        return _scan_on_triton(steps, readout, lanes)
-    A, b, out = readout
-    K, d = steps.local.shape[0], steps.local.shape[1] - 1
-    B, N = steps.local.shape[-2:]
-    m = len(b)
-    adjoint = steps.local.new_zeros(1 + len(lanes), d + m, B, N)
-    for k, component in enumerate(lanes):
-        adjoint[1 + k, component] = 1
-    nu = steps.local.new_empty(1 + len(lanes), K, B, N)
-    for t in range(K - 1, -1, -1):
-        local = steps.local[t]
-        h, r = adjoint[:, :d], adjoint[:, d:]
-        if m:
-            r[0, out] += steps.filtered[t]
-            z = torch.einsum("p,lpbn->lbn", b, r)
-            z[0] += steps.direct[t]
-        else:
-            z = steps.local.new_zeros(1 + len(lanes), B, N)
-            z[0] = steps.direct[t] + steps.filtered[t]
-        # rows of local times (z, h): columns x and h_{t-1}
-        back = torch.einsum("rcbn,lrbn->lcbn", local, torch.cat([z.unsqueeze(1), h], 1))
-        nu[:, t] = back[:, 0]
-        adjoint = torch.cat([back[:, 1:], torch.einsum("pq,lpbn->lqbn", A, r)], 1)
-    return nu, adjoint
-
-
-def _on_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.float32, torch.float64) and find_spec("triton") is not None
-
-
-def _scan_on_triton(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The same in one launch; states and the readout's memory are one system there, current and spikes its last."""
-    A, b, out = readout
-    K, d = steps.local.shape[0], steps.local.shape[1] - 1
-    m, shape = len(b), steps.local.shape[-2:]
-    n = d + m
-    system = steps.local.new_zeros(K, n + 1, n + 1, *shape)
-    order = [*range(1, d + 1), 0]  # states, then spikes or current
-    places = [*range(d), n]
-    for row, k in zip(order, places, strict=True):
-        for column, c in zip(order, places, strict=True):
-            system[:, k, c] = steps.local[:, row, column]
-            if k == n:
-                for p in range(m):
-                    system[:, d + p, c] = b[p] * steps.local[:, row, column]
-    system[:, d:n, d:n] += A[..., None, None]
-    first = steps.local.new_zeros(1 + len(lanes), n)
-    for k, component in enumerate(lanes):
-        first[1 + k, component] = 1
-    kernels: Any = import_module("snn_sparse_plugin.triton_kernels.eprop")
-    direct = steps.direct if m else steps.direct + steps.filtered
-    return kernels.scan(system, steps.filtered, direct, first, d + out if m else -1)  # type: ignore[no-any-return]
 
 
 RULES: dict[str, type[ChunkRule] | type[TextbookRule]] = {

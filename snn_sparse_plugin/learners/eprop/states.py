@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class SnnTorchState:
     """In buffers of the module, and passed as arguments unless ``init_hidden``."""
 
     aliases: set[int]
+    leaves: list[Tensor]
 
     def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.neuron, self.module, self.x = neuron, neuron.layer.module, x
@@ -44,10 +47,15 @@ class SnnTorchState:
         missing = [v.shape != x.shape for v in values]
         self.fresh = any(missing)
         self.leaves = [
-            (torch.zeros_like(x) if new else v.detach()).requires_grad_()
-            for v, new in zip(values, missing, strict=True)
+            torch.zeros_like(x) if new else v.detach() for v, new in zip(values, missing, strict=True)
         ]
         self.aliases = {k for k, n in enumerate(self.names) if n == "spk"}
+
+    def at(self, x: Tensor, leaves: Sequence[Tensor]) -> Self:
+        """The same state with other values, for another current."""
+        other = copy.copy(self)
+        other.x, other.leaves = x, list(leaves)
+        return other
 
     def call(self) -> Any:
         if not self.module.init_hidden:
@@ -86,12 +94,21 @@ class TupleState:
         for k in self.places:  # Norse starts from single numbers
             whole = flat[k].detach()
             whole = whole.expand(size) if whole.dim() < len(size) else whole
-            flat[k] = whole.to(x.dtype, copy=True).requires_grad_()
+            flat[k] = whole.to(x.dtype)
         self.flat, self.leaves = flat, [flat[k] for k in self.places]
         self.aliases: set[int] = set()
 
+    def at(self, x: Tensor, leaves: Sequence[Tensor]) -> Self:
+        """The same state with other values, for another current."""
+        other = copy.copy(self)
+        other.x, other.leaves = x, list(leaves)
+        return other
+
     def call(self) -> Any:
-        return self.neuron.forward(self.x, *tree_unflatten(self.flat, self.spec))
+        flat = list(self.flat)
+        for k, leaf in zip(self.places, self.leaves, strict=True):
+            flat[k] = leaf
+        return self.neuron.forward(self.x, *tree_unflatten(flat, self.spec))
 
     def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
         if not isinstance(out, tuple):

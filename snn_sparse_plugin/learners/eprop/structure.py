@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...adapters import Adapter, adapter_of
 from ...errors import ConfigError
-from .lsnn import LSNN, LeakyReadout
+from .lsnn import LSNN
+from .network import LeakyReadout
 
 # Norse's integrators without a threshold
 _NORSE_READOUTS = ("LI", "LICell", "LILinearCell", "LIBoxCell")

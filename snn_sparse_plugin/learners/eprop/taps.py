@@ -22,8 +22,11 @@ class Call:
     weight: Tensor
     bias: Tensor | None
     mask: Tensor | None
-    pre: Tensor
+    given: Tensor  # with its graph to whatever lies below
     feedback: Tensor | None = None  # takes the place of the weight on the way back
+
+    def __post_init__(self) -> None:
+        self.pre = self.given.detach()
 
     def at(self, t: int | None) -> Call:
         """The call of one step of a sequence."""
@@ -66,9 +69,22 @@ class Tap(Function):
         return None, None, None, *(passed,) * ctx.below
 
 
+_anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
 def anchor(like: Tensor) -> Tensor:
-    """A leaf that makes autograd record what hangs on it."""
-    return torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+    """A leaf that makes autograd record what hangs on it; it never gets a gradient."""
+    key = like.dtype, like.device
+    if key not in _anchors:
+        _anchors[key] = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
+    return _anchors[key]
+
+
+def leaf(x: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+    """A tap without a graph below: ``x`` as a leaf that hands its gradient to ``receive``."""
+    out = x.detach().requires_grad_()
+    out.register_hook(receive)
+    return out
 
 
 def tracked(call: Call, x: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 Currents come from linear layers. Each call of one is remembered with its input; what a neuron makes of the sum is
 differentiated elementwise, by autograd on (B, N) tensors, so any elementwise neuron with its own surrogate and
-reset will do.
+reset will do. Neurons of the libraries show their structure in the first step; those after it run without a graph, and
+their derivatives are found for a whole chunk (``local.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,38 +16,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ...adapters.active import config_of
 from ...errors import InputError, UnsupportedError
-from .rule import Jacobian
+from .local import Inputs, Plan, derivatives, replay
+from .scan import Jacobian
 from .states import SnnTorchState, TupleState
 from .structure import Intercept, Layer
-from .taps import Call, Tap, anchor, sources, tracked
+from .taps import Call, Tap, anchor, leaf, sources, tracked
 
 
 @dataclass(eq=False)
 class Record:
     """One step of one layer."""
 
-    local: Jacobian
+    local: Jacobian | None  # None: found later, from ``inputs``
     calls: list[Call]
     z: Tensor
     states: int
     below: list[Tensor] = field(default_factory=list)  # its currents, with their graph to the layers below
     filtered: Tensor | None = None
     direct: Tensor | None = None
-
-
-def derivatives(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Jacobian:
-    """Elementwise derivatives of every output by every input, by (row, column)."""
-    found: Jacobian = {}
-    if not inputs:
-        return found
-    for row, out in enumerate(outputs):
-        if out.requires_grad:
-            columns = torch.autograd.grad(
-                out, inputs, torch.ones_like(out), retain_graph=True, allow_unused=True
-            )
-            found |= {(row, k): g for k, g in enumerate(columns) if g is not None}
-    return found
+    inputs: Inputs | None = None
+    spikes: Tensor | None = None  # as the model sees them, where they are a leaf
+    carried: list[tuple[Record, Call]] = field(
+        default_factory=list
+    )  # what the readout will send to these spikes
 
 
 class Neuron:
@@ -61,6 +55,8 @@ class Neuron:
         self.forward = layer.module.forward
         self.library = layer.adapter.name if layer.adapter is not None else ""
         self.sequence = layer.adapter is not None and layer.adapter.takes_sequence(layer.module)
+        self.plan: Plan | None = None
+        self.masks: dict[str, Tensor | None] = {}
         self._check(layer.module)
 
     def _check(self, module: Any) -> None:
@@ -110,22 +106,17 @@ class Neuron:
     def _step(
         self, x: Tensor, outside: list[Call], t: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Record, Any, bool]:
-        record = Record({}, [call.at(t) for call in outside], x, 0)
+        record = Record(None, [call.at(t) for call in outside], x, 0)
+        if self.plan is not None and self.later():
+            return self._without_graph(record, x, args, kwargs)
         with torch.enable_grad():
             current = x.detach().requires_grad_()
             # of linear layers inside the neuron: their current with its graph, and cut from it
             inner: list[tuple[Tensor, Tensor]] = []
 
             def linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-                name = self.parameters.get(weight)  # type: ignore[call-overload]
-                if name is None:
-                    raise UnsupportedError(
-                        f"e-prop: {self.layer.name} multiplies by a weight that is no parameter."
-                    )
-                outer = given is current or given._base is current
-                given = x.view_as(given) if outer else given.detach()
-                call = Call(name, weight, bias, _mask(self.layer.module, weight), given.detach())
-                graph = tracked(call, given)
+                call = self._inside(given, x, current, weight, bias)
+                graph = tracked(call, call.given)
                 record.calls.append(call)
                 inner.append((graph, graph.detach().requires_grad_()))
                 if self.readout:
@@ -134,24 +125,106 @@ class Neuron:
 
             feeds_itself = self.readout and not self._has_inner()
             tapped = self._read(x, record) if feeds_itself else current
-            run = SnnTorchState if self.library == "snntorch" else TupleState
-            state = run(self, tapped if not self.sequence else tapped.unsqueeze(0), args, kwargs)
+            state = self._state(x, args, kwargs)
+            state = state.at(
+                tapped.unsqueeze(0) if self.sequence else tapped, [s.requires_grad_() for s in state.leaves]
+            )
             with Intercept(linear):
                 out = state.call()
             z, after = state.outputs(out)
-            leaves = [*(leaf for _, leaf in inner), current]
-            leaves = [tapped] if feeds_itself else leaves
-            rows = [z, *after]
-            found = self._local(
-                rows, leaves, leaves[-1] if feeds_itself else current, state.leaves, state.aliases
-            )
-        record.local, record.z, record.states = found, _flat(z, self.sequence).detach(), len(after)
+            leaves = [tapped] if feeds_itself else [*(cut for _, cut in inner), current]
+            outer = tapped if feeds_itself else current
+            record.local = self._local([z, *after], leaves, outer, state)
+        record.z, record.states = _flat(z, self.sequence).detach(), len(after)
         record.below = [graph for graph, _ in inner] or [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
         if not self.readout:
             out = self._tapped(out, z, record)
         state.detach()
         return record, out, state.fresh
+
+    def _without_graph(
+        self, record: Record, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Record, Any, bool]:
+        """A further step of a neuron whose structure is known."""
+        assert self.plan is not None
+        inner: list[Tensor] = []
+        feeds_itself = self.readout and not self._has_inner()
+        current = self._leaf(x, record) if feeds_itself else x.detach()
+
+        def linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            call = self._inside(given, x, current, weight, bias)
+            record.calls.append(call)
+            if not self.readout:
+                inner.append(torch.nn.functional.linear(call.pre, weight, bias))
+                return inner[-1]
+            graph = tracked(call, call.given)
+            record.below.append(graph)
+            inner.append(self._leaf(graph, record))
+            return inner[-1]
+
+        with torch.set_grad_enabled(self.readout):
+            state = self._state(x, args, kwargs)
+            state = state.at(current.unsqueeze(0) if self.sequence else current, state.leaves)
+            with Intercept(linear):
+                out = state.call()
+        z, after = state.outputs(out)
+        record.z, record.states = _flat(z, self.sequence).detach(), len(after)
+        record.inputs = Inputs(current.detach(), [c.detach() for c in inner], state)
+        if not self.readout:
+            out = self._leaves(out, z, record)
+        elif feeds_itself:
+            record.below = [x]
+        record.below = [graph for graph in record.below if graph.requires_grad]
+        state.detach()
+        return record, out, state.fresh
+
+    def _state(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SnnTorchState | TupleState:
+        run = SnnTorchState if self.library == "snntorch" else TupleState
+        return run(self, x.unsqueeze(0) if self.sequence else x, args, kwargs)
+
+    def _inside(self, given: Tensor, x: Tensor, current: Tensor, weight: Tensor, bias: Tensor | None) -> Call:
+        """A linear layer inside the neuron is called, with its current or with something else."""
+        name = self.parameters.get(weight)  # type: ignore[call-overload]
+        if name is None:
+            raise UnsupportedError(f"e-prop: {self.layer.name} multiplies by a weight that is no parameter.")
+        if name not in self.masks:
+            self.masks[name] = _mask(self.layer.module, weight)
+        if given is current or given._base is current:
+            given = x if given.shape == x.shape else x.view_as(given)
+        else:
+            given = given.detach()
+        return Call(name, weight, bias, self.masks[name], given)
+
+    def later(self) -> bool:
+        """Whether derivatives can be found from what is kept of a step."""
+        return config_of(self.layer.module) is None and self.known()
+
+    def derivatives(self, records: list[Record]) -> list[tuple[int, Jacobian]]:
+        """Local derivatives of steps, in consecutive parts with the number of their steps."""
+        parts: list[tuple[int, Jacobian]] = []
+        waiting: list[Record] = []
+
+        def find() -> None:
+            if waiting:
+                steps = [r.inputs for r in waiting if r.inputs is not None]
+                assert self.plan is not None
+                z = [r.z for r in waiting]
+                name, module = self.layer.name, self.layer.module
+                parts.extend(replay(name, module, self.plan, steps, z, self.sequence))
+                waiting.clear()
+
+        for record in records:
+            if record.local is None:
+                waiting.append(record)
+            else:
+                find()
+                local: Jacobian = {
+                    k: v[None] if isinstance(v, Tensor) else v for k, v in record.local.items()
+                }
+                parts.append((1, local))
+        find()
+        return parts
 
     def _has_inner(self) -> bool:
         module = self.layer.module
@@ -168,34 +241,54 @@ class Neuron:
 
         return Tap.apply(current.detach(), anchor(current), receive)
 
+    def _leaf(self, current: Tensor, record: Record) -> Tensor:
+        """The same without a graph below."""
+
+        def receive(grad: Tensor) -> None:
+            self.guard(record)
+            record.direct = grad if record.direct is None else record.direct + grad
+
+        return leaf(current, receive)
+
+    def _leaves(self, out: Any, z: Tensor, record: Record) -> Any:
+        """What a step returns, with leaves in place of its tensors."""
+
+        def receive(grad: Tensor) -> None:
+            self.receive(record, _flat(grad, self.sequence))
+
+        def replace(x: Tensor) -> Tensor:
+            if x is z:
+                record.spikes = leaf(z, receive)
+                return record.spikes
+            return leaf(x, self._refuse) if x.is_floating_point() else x
+
+        if type(out) is tuple and all(isinstance(x, Tensor) for x in out):
+            return tuple(replace(x) for x in out)
+        return tree_map_only(Tensor, replace, out)
+
+    def _refuse(self, grad: Tensor) -> None:
+        raise UnsupportedError(
+            f"e-prop: the loss uses the state of hidden layer {self.layer.name}; it may use its spikes and the "
+            "readout. Use eprop.detached(model)."
+        )
+
     def _tapped(self, out: Any, z: Tensor, record: Record) -> Any:
         def receive(grad: Tensor) -> Tensor | None:
             return self.receive(record, _flat(grad, self.sequence))
-
-        def refuse(grad: Tensor) -> None:
-            raise UnsupportedError(
-                f"e-prop: the loss uses the state of hidden layer {self.layer.name}; it may use its spikes and the "
-                "readout. Use eprop.detached(model)."
-            )
 
         tapped = Tap.apply(z.detach(), anchor(z), receive, *record.below)
 
         def replace(x: Tensor) -> Tensor:
             if x is z:
                 return tapped
-            return Tap.apply(x.detach(), anchor(x), refuse) if x.is_floating_point() else x
+            return Tap.apply(x.detach(), anchor(x), self._refuse) if x.is_floating_point() else x
 
         return tree_map_only(Tensor, replace, out)
 
     def _local(
-        self,
-        rows: list[Tensor],
-        currents: list[Tensor],
-        outer: Tensor,
-        states: list[Tensor],
-        aliases: set[int],
+        self, rows: list[Tensor], currents: list[Tensor], outer: Tensor, state: SnnTorchState | TupleState
     ) -> Jacobian:
-        found = derivatives(rows, [*currents, *states])
+        found = derivatives(rows, [*currents, *state.leaves])
         n = len(currents)
         used = [k for k in range(n) if any(column == k for _, column in found)]
         if not used:
@@ -212,14 +305,23 @@ class Neuron:
                     )
         local: Jacobian = {}
         for (row, column), g in found.items():
-            if row - 1 in aliases or (column < n and column != first):
+            if row - 1 in state.aliases or (column < n and column != first):
                 continue
             local[row, 0 if column < n else column - n + 1] = _flat(g, self.sequence)
+        if _of_a_library(self.layer.module):
+            self.plan = Plan(first, n, frozenset(local), len(rows) - 1)
         return local
 
     # set by the learner
     guard: Callable[[Record], None]
     receive: Callable[[Record, Tensor], Tensor | None]
+    known: Callable[[], bool]  # whether the way of errors from readout to hidden layers is
+
+
+def _of_a_library(module: nn.Module) -> bool:
+    """Whether a neuron is elementwise and not random because of its class."""
+    own = __name__.rpartition(".")[0]
+    return type(module).__module__.startswith(("snntorch.", "norse.", own))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,232 @@
+"""E-prop of any elementwise neuron, a chunk of steps at a time: the scan back, and sums over events with their traces.
+
+``learners/eprop/scan.py`` holds the specification of the scan, ``learners/eprop/rule.py`` the equations of the traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .eprop import sort_events
+from .jit import kernel
+from .rows import add_rows
+from .threads import parallel, split
+
+
+@kernel()
+def _scan(  # type: ignore[no-untyped-def]
+    first,  # samples first..last
+    last,
+    varying,  # (V, K, B, N): derivatives that vary
+    numbers,  # (1 + d, 1 + d): those that are one number
+    table,  # (1 + d, 1 + d): which of the varying ones an entry is, -1: a number
+    A,  # (m, m), the readout's memory
+    b_r,  # (m,)
+    out,
+    filtered,  # (K, B, N)
+    direct,
+    lanes,
+    nu,  # out (B, 1 + lanes, K, N)
+    start,  # out (1 + lanes, d + m, B, N)
+):
+    K, _, N = filtered.shape
+    wide, m = table.shape[0], b_r.shape[0]
+    d, targets = wide - 1, start.shape[0]
+    dtype = filtered.dtype
+    zero, one = dtype.type(0), dtype.type(1)
+    # rows of a target: z, the states, the readout's memory; and those of the step before
+    now, before = np.zeros((targets, 1 + d + m, N), dtype), np.zeros((targets, 1 + d + m, N), dtype)
+    for b in range(first, last):
+        at = np.uint64(b)
+        now[:] = zero
+        for k in range(lanes.shape[0]):
+            for j in range(N):
+                now[k + 1, 1 + lanes[k], j] = one
+        for back in range(K):
+            t = np.uint64(K - 1 - back)
+            for j in range(N):
+                now[0, 0, j] = direct[t, at, j]
+            if m > 0:
+                for j in range(N):
+                    now[0, 1 + d + out, j] += filtered[t, at, j]
+            else:
+                for j in range(N):
+                    now[0, 0, j] += filtered[t, at, j]
+            for k in range(targets):
+                if k > 0:
+                    for j in range(N):
+                        now[k, 0, j] = zero
+                for p in range(m):
+                    factor = b_r[p]
+                    if factor != zero:
+                        for j in range(N):
+                            now[k, 0, j] += factor * now[k, 1 + d + p, j]
+                for c in range(wide):
+                    for j in range(N):
+                        before[k, c, j] = zero
+                    for r in range(wide):
+                        if table[r, c] >= 0:
+                            v = np.uint64(table[r, c])
+                            for j in range(N):
+                                before[k, c, j] += varying[v, t, at, j] * now[k, r, j]
+                        elif numbers[r, c] != zero:
+                            factor = numbers[r, c]
+                            for j in range(N):
+                                before[k, c, j] += factor * now[k, r, j]
+                for q in range(m):
+                    for j in range(N):
+                        before[k, wide + q, j] = zero
+                    for p in range(m):
+                        factor = A[p, q]
+                        if factor != zero:
+                            for j in range(N):
+                                before[k, wide + q, j] += factor * now[k, wide + p, j]
+                for j in range(N):
+                    nu[at, k, t, j] = before[k, 0, j]
+            now, before = before, now
+        for k in range(targets):
+            for c in range(d + m):
+                for j in range(N):
+                    start[k, c, at, j] = now[k, 1 + c, j]
+
+
+def scan(
+    varying: Sequence[Tensor],
+    numbers: Tensor,
+    table: Tensor,
+    A: Tensor,
+    b: Tensor,
+    out: int,
+    filtered: Tensor,
+    direct: Tensor,
+    lanes: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """nu (targets, K, B, N) and start (targets, components, B, N); see ``learners/eprop/scan.py``."""
+    K, B, N = filtered.shape
+    targets, n = 1 + len(lanes), len(table) - 1 + len(b)
+    nu, start = filtered.new_empty(B, targets, K, N), filtered.new_empty(targets, n, B, N)
+    packed = torch.stack([*varying]) if varying else filtered.new_empty(0, K, B, N)
+    arrays = [x.contiguous().numpy() for x in (packed, numbers, table, A, b)]
+    signals = [x.contiguous().numpy() for x in (filtered, direct)]
+    chosen = np.array(lanes, np.int64)
+    outs = nu.numpy(), start.numpy()
+
+    def task(part: tuple[int, int]) -> None:
+        _scan(*part, *arrays, out, *signals, chosen, *outs)
+
+    parallel([lambda part=part: task(part) for part in split(B)])  # type: ignore[misc]
+    return nu.transpose(0, 1).transpose(1, 2), start
+
+
+@kernel()
+def _sum_and_carry(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    K,
+    ptr,  # events of sample b and step t: row b K + t
+    indices,
+    values,
+    nu,  # (B, 1 + lanes, K, N)
+    start,  # (1 + lanes, components, B, N)
+    shared,  # (S, B, M): traces per input
+    shared_at,  # (S,): their components
+    own,  # (O, B, M, N): traces per synapse, in and, with carry, out
+    own_at,  # (O,)
+    carry,
+    out,  # (M, N): the gradient is added
+):
+    M, N = out.shape
+    dtype = nu.dtype
+    zero = dtype.type(0)
+    S, O, targets = shared.shape[0], own.shape[0], start.shape[0]  # noqa: E741
+    fresh = np.zeros((O, N), dtype)
+    acts = np.zeros((targets, start.shape[1]), np.bool_)
+    for b in range(first, last):
+        at = np.uint64(b)
+        for k in range(targets):
+            for c in range(start.shape[1]):
+                total = zero
+                for j in range(N):
+                    total += abs(start[k, c, at, j])
+                acts[k, c] = total != zero
+        starts, rows, scaled = sort_events(M, b * K, b * K + K, ptr, indices, values)
+        loss = nu[at, 0]
+        for i in range(M):
+            row = np.uint64(i)
+            some = starts[i + 1] > starts[i]
+            for s in range(S):
+                trace, c = shared[s, at, row], shared_at[s]
+                if trace != zero and acts[0, c]:
+                    for j in range(N):
+                        out[row, j] += start[0, c, at, j] * trace
+            for o in range(O):
+                c = own_at[o]
+                if acts[0, c]:
+                    for j in range(N):
+                        out[row, j] += start[0, c, at, j] * own[o, at, row, j]
+            if some:
+                add_rows(out, i, loss, rows, scaled, starts[i], starts[i + 1])
+            if not carry:
+                continue
+            for o in range(O):
+                for j in range(N):
+                    fresh[o, j] = zero
+                for s in range(S):
+                    trace, c = shared[s, at, row], shared_at[s]
+                    if trace != zero and acts[o + 1, c]:
+                        for j in range(N):
+                            fresh[o, j] += start[o + 1, c, at, j] * trace
+                for q in range(O):
+                    c = own_at[q]
+                    if acts[o + 1, c]:
+                        for j in range(N):
+                            fresh[o, j] += start[o + 1, c, at, j] * own[q, at, row, j]
+                if some:
+                    add_rows(fresh, o, nu[at, o + 1], rows, scaled, starts[i], starts[i + 1])
+            for o in range(O):
+                for j in range(N):
+                    own[o, at, row, j] = fresh[o, j]
+
+
+def sum_and_carry(
+    events: tuple[Tensor, Tensor, Tensor | None],
+    nu: Tensor,
+    start: Tensor,
+    shared: Sequence[tuple[int, Tensor]],
+    own: Tensor,
+    own_at: Sequence[int],
+    carry: bool,
+) -> Tensor:
+    """The gradient (M, N) of a weight matrix that got some events; its traces per synapse move on by the chunk.
+
+    Args:
+        events: ptr, columns and values (None: ones), row ``b K + t`` being those of sample b and step t.
+        nu, start: of :func:`scan`; target ``1 + k`` is that of ``own[k]``.
+        shared: traces per input (B, M), with their components.
+        own: traces per synapse, (O, B, M, N), changed in place; ``own_at`` their components.
+        carry: False: they stay as they are.
+    """
+    B, K, M, N = own.shape[1], nu.shape[1], own.shape[2], own.shape[3]
+    rows = nu.permute(2, 0, 1, 3).contiguous()  # as scan has made it, so no copy
+    ptr, indices, values = events
+    given = values if values is not None else nu.new_empty(0)
+    traces = torch.stack([x for _, x in shared]) if shared else nu.new_empty(0, B, M)
+    places = [np.array(x, np.int64) for x in ([c for c, _ in shared], list(own_at))]
+    arrays = [x.numpy() for x in (ptr, indices, given, rows, start)]
+
+    def task(part: tuple[int, int]) -> Tensor:
+        out = nu.new_zeros(M, N)
+        _sum_and_carry(
+            *part, K, *arrays, traces.numpy(), places[0], own.numpy(), places[1], carry, out.numpy()
+        )
+        return out
+
+    tasks: list[Callable[[], Tensor]] = [lambda part=part: task(part) for part in split(B)]  # type: ignore[misc]
+    first, *others = parallel(tasks)
+    for other in others:
+        first += other
+    return first
