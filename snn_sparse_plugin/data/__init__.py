@@ -1,7 +1,25 @@
-"""Small image sets as spikes, from scikit-learn or files on disk, and recorded spikes from HDF5 files."""
+"""Data as spike events: images in a latency code, recordings of spikes and of event cameras, and batches of them."""
 
 from .coding import latency_spikes
+from .dataset import SpikeDataset, collate, loader
 from .images import NAMES, ImageData, load_images
+from .official import check_files
+from .recordings import from_tonic
+from .sets import SETS, SpikeData, load_spikes
 from .spike_files import SpikeFile
 
-__all__ = ["NAMES", "ImageData", "SpikeFile", "latency_spikes", "load_images"]
+__all__ = [
+    "NAMES",
+    "SETS",
+    "ImageData",
+    "SpikeData",
+    "SpikeDataset",
+    "SpikeFile",
+    "check_files",
+    "collate",
+    "from_tonic",
+    "latency_spikes",
+    "load_images",
+    "load_spikes",
+    "loader",
+]

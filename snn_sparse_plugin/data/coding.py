@@ -9,6 +9,12 @@ from ..errors import InputError
 from ..spikes import SpikeTrain, check_float
 
 
+def latency(x: Tensor, tau: float = 20.0, floor: float = 0.2) -> Tensor:
+    """Firing times ``tau * ln(x / (x - floor))`` of intensities, float64, in the unit of ``tau``; inf where silent."""
+    bright = x.double().clamp(min=floor)
+    return tau * torch.log(bright / (bright - floor))  # inf at the floor
+
+
 def latency_spikes(x: Tensor, steps: int, *, tau: float = 20.0, floor: float = 0.2) -> SpikeTrain:
     """One spike per bright enough pixel, the brighter the earlier: at step ``tau * ln(x / (x - floor))``.
 
@@ -42,8 +48,7 @@ def latency_spikes(x: Tensor, steps: int, *, tau: float = 20.0, floor: float = 0
     if not bool(torch.isfinite(x).all()):
         raise InputError("latency_spikes: the intensities have NaN or infinite values.")
     B = x.shape[0]
-    bright = x.detach().double().clamp(min=floor)
-    time = tau * torch.log(bright / (bright - floor))  # inf at the floor
+    time = latency(x.detach(), tau, floor)
     sample, pixel = (time < steps).nonzero(as_tuple=True)
     row = sample * steps + time[sample, pixel].long()
     # nonzero lists the pixels of a sample in order, so a stable sort keeps them in order within a row

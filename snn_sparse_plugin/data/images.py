@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, MissingDependencyError
+from .official import FOLDERS
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
 
-_FOLDERS = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
 _IMAGES, _LABELS = 0x00000803, 0x00000801  # idx magic: unsigned bytes in three dimensions, in one
 
 
@@ -76,14 +76,29 @@ def load_images(name: str = "digits", root: str | Path | None = None) -> ImageDa
         raise ConfigError(f"{name} is read from disk: say where with --root DIR (root=...).")
     if name.startswith("cifar"):
         return _cifar(name, Path(root))
-    folder = _find_folder(name, Path(root))
-    train_x, train_y = _pair(folder, "train")
-    test_x, test_y = _pair(folder, "t10k")
-    if train_x.shape[1] != test_x.shape[1]:
+    train, test = read_levels(name, Path(root))[0].values()
+    train_x, test_x = (torch.from_numpy(levels.astype(np.float32) / 255) for levels, _ in (train, test))
+    return ImageData(name, train_x, torch.from_numpy(train[1]), test_x, torch.from_numpy(test[1]))
+
+
+def read_levels(name: str, root: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], Tensor]:
+    """Digits or an idx set as it is stored: ``"train"`` and ``"test"``, levels (samples, pixels) and int64 labels.
+
+    Second comes the intensity of each level, float32.
+    """
+    if name == "digits":
+        data = _digits()
+        levels = ((data.train_x * 16).numpy().astype(np.uint8), (data.test_x * 16).numpy().astype(np.uint8))
+        parts = {"train": (levels[0], data.train_y.numpy()), "test": (levels[1], data.test_y.numpy())}
+        return parts, torch.arange(17) / 16
+    folder = _find_folder(name, root)
+    parts = {"train": _pair(folder, "train"), "test": _pair(folder, "t10k")}
+    train, test = parts["train"][0], parts["test"][0]
+    if train.shape[1] != test.shape[1]:
         raise InputError(
-            f"{folder}: training images have {train_x.shape[1]} pixels, test images {test_x.shape[1]}."
+            f"{folder}: training images have {train.shape[1]} pixels, test images {test.shape[1]}."
         )
-    return ImageData(name, train_x, train_y, test_x, test_y)
+    return parts, torch.arange(256) / 255
 
 
 def _digits() -> ImageData:
@@ -143,7 +158,7 @@ def _find_folder(name: str, root: Path) -> Path:
         raise InputError(
             f"{root} is not a folder; --root names the folder that holds the idx files of {name}."
         )
-    candidates = (root, root / _FOLDERS[name])
+    candidates = (root, root / FOLDERS[name])
     for folder in candidates:
         if any(folder.glob("train-images-idx3-ubyte*")):
             return folder
@@ -153,7 +168,7 @@ def _find_folder(name: str, root: Path) -> Path:
     )
 
 
-def _pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+def _pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     images = _read_idx(folder, f"{part}-images-idx3-ubyte", _IMAGES)
     labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", _LABELS)
     if len(images) != len(labels):
@@ -162,8 +177,7 @@ def _pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
         raise InputError(f"{folder}: the {part} files hold no image.")
     if labels.max() > 9:
         raise InputError(f"{folder}: {part} labels go up to {labels.max()}, expected classes 0 to 9.")
-    x = torch.from_numpy(images.reshape(len(images), -1).astype(np.float32) / 255)
-    return x, torch.from_numpy(labels.astype(np.int64))
+    return images.reshape(len(images), -1), labels.astype(np.int64)
 
 
 def _read_idx(folder: Path, stem: str, magic: int) -> np.ndarray:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +18,41 @@ from torch import Tensor
 
 from ..errors import ConfigError, InputError, MissingDependencyError
 from ..spikes import SpikeTrain
+from .dataset import EventStore, SpikeDataset
+from .official import FOLDERS
+
+CHANNELS = 700
+_CHUNK = 512  # recordings read together
 
 
 class SpikeFile:
-    """The recordings of one file, plain or gzipped: ``spikes/times`` (s), ``spikes/units`` and ``labels``.
+    """The recordings of one file, plain or packed: ``spikes/times`` (s), ``spikes/units`` and ``labels``.
+
+    They keep their times, so that :meth:`batch` can bin them anew each time; :func:`load_spikes` bins once.
 
     Args:
-        path: the HDF5 file.
+        path: the HDF5 file, plain, gzipped, or alone in a zip file.
         channels: number of units; a larger unit raises.
         limit: at most so many recordings; 0 is all.
 
     Raises:
         ConfigError: there is no such file.
-        InputError: it has another layout.
+        InputError: it has another layout, or it is truncated.
         MissingDependencyError: h5py is not installed.
     """
 
-    def __init__(self, path: str | Path, channels: int = 700, limit: int = 0) -> None:
+    def __init__(self, path: str | Path, channels: int = CHANNELS, limit: int = 0) -> None:
         path = Path(path)
         if not path.is_file():
             raise ConfigError(f"no file {path}: give the path of an HDF5 file in the layout of SHD.")
         self.path, self.channels = path, channels
+        self._times: list[np.ndarray] = []
+        self._units: list[np.ndarray] = []
         with _opened(path) as file:
-            try:
-                times, units = file["spikes/times"], file["spikes/units"]
-                labels = np.asarray(file["labels"][: limit or None], dtype=np.int64)
-            except KeyError as error:
-                raise InputError(f"{path} is not in the layout of SHD: {error.args[0]}") from error
-            stop = len(labels)
-            self._times = [np.asarray(x, dtype=np.float32) for x in times[:stop]]
-            self._units = [np.asarray(x, dtype=np.int64) for x in units[:stop]]
-        largest = max((int(x.max(initial=0)) for x in self._units), default=0)
-        if largest >= channels:
-            raise InputError(f"{path} has unit {largest}, expected {channels} channels.")
+            labels = _labels(path, file)[: limit or None]
+            for times, units in _recordings(path, file, np.arange(len(labels)), channels):
+                self._times += times
+                self._units += units
         self.labels = torch.from_numpy(labels)
 
     def __len__(self) -> int:
@@ -57,29 +64,139 @@ class SpikeFile:
         A bin holds one spike of a unit at most; what comes after the last bin is left out.
         """
         chosen = [int(i) for i in indices]
-        counts = [len(self._times[i]) for i in chosen]
-        sample = np.repeat(np.arange(len(chosen)), counts)
-        bins = (np.concatenate([self._times[i] for i in chosen]) / np.float32(dt)).astype(np.int64)
-        units = np.concatenate([self._units[i] for i in chosen])
-        keep = bins < T
-        places = np.unique((sample[keep] * T + bins[keep]) * self.channels + units[keep])
-        rows, columns = np.divmod(places, self.channels)
-        indptr = np.zeros(len(chosen) * T + 1, dtype=np.int64)
-        indptr[1:] = np.cumsum(np.bincount(rows, minlength=len(chosen) * T))
-        train = SpikeTrain(
-            torch.from_numpy(indptr.astype(np.int32)),
-            torch.from_numpy(columns.astype(np.int32)),
-            (T, len(chosen), self.channels),
-        )
-        return train, self.labels[chosen]
+        store = EventStore(T, self.channels)
+        if chosen:
+            _add(store, [self._times[i] for i in chosen], [self._units[i] for i in chosen], dt)
+        return store.done(self.labels[chosen]).batch(range(len(chosen)))
 
 
-def _opened(path: Path) -> Any:
+def read_spikes(
+    path: Path,
+    T: int,
+    dt: float,
+    *,
+    channels: int = CHANNELS,
+    classes: int | None = None,
+    choose: Callable[[int], np.ndarray] = np.arange,
+) -> SpikeDataset:
+    """The recordings of a file as samples of T steps of ``dt`` seconds.
+
+    Args:
+        classes: labels at or above it raise.
+        choose: from the number of recordings, the indices of those to read, rising.
+    """
+    store = EventStore(T, channels)
+    with _opened(path) as file:
+        labels = _labels(path, file)
+        chosen = choose(len(labels))
+        labels = labels[chosen]
+        if classes is not None and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            found = f"{labels.min()}…{labels.max()}"
+            raise InputError(
+                f"{path}: labels {found}, expected classes 0 to {classes - 1}; is it another set?"
+            )
+        for times, units in _recordings(path, file, chosen, channels):
+            _add(store, times, units, dt)
+    return store.done(labels)
+
+
+def find_file(name: str, part: str, root: Path) -> Path:
+    """The file of a part of ``"shd"`` or ``"ssc"``, in ``root`` or in tonic's folder below it."""
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder; --root names the folder of the files of {name}.")
+    folders = (root, root / FOLDERS[name])
+    for folder in folders:
+        for ending in (".h5", ".h5.gz", ".h5.zip"):
+            path = folder / f"{name}_{part}{ending}"
+            if path.is_file():
+                return path
+    raise InputError(
+        f"no {name} recordings for the {part} part in {root}: expected {name}_{part}.h5[.gz|.zip] there or in "
+        f"{folders[1]}."
+    )
+
+
+def _labels(path: Path, file: Any) -> np.ndarray:
+    try:
+        sizes = {key: len(file[key]) for key in ("labels", "spikes/times", "spikes/units")}
+        labels = np.asarray(file["labels"][:], dtype=np.int64)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is not in the layout of SHD: {error.args[0]}") from error
+    except OSError as error:
+        raise InputError(f"{path} is truncated or damaged: {error}") from error
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"{path} is not in the layout of SHD: its parts differ in length, {sizes}.")
+    return labels
+
+
+def _recordings(
+    path: Path, file: Any, chosen: np.ndarray, channels: int
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """Times (s) and units of the chosen recordings, some at a time."""
+    for begin in range(0, len(chosen), _CHUNK):
+        part = chosen[begin : begin + _CHUNK]
+        # a slice where it can be one: h5py picks single rows slowly
+        which = slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else part
+        try:
+            times, units = list(file["spikes/times"][which]), list(file["spikes/units"][which])
+        except OSError as error:
+            raise InputError(f"{path} is truncated or damaged: {error}") from error
+        for k, time, unit in zip(part, times, units, strict=True):
+            if len(time) != len(unit):
+                raise InputError(f"{path}: recording {k} has {len(time)} times and {len(unit)} units.")
+            if len(unit) and not 0 <= int(unit.min()) <= int(unit.max()) < channels:
+                wrong = int(unit.max()) if int(unit.max()) >= channels else int(unit.min())
+                raise InputError(f"{path} has unit {wrong}, expected {channels} channels.")
+            if len(time) and not float(time.min()) >= 0:  # also NaN
+                raise InputError(
+                    f"{path}: recording {k} has a spike at {time.min()} s, expected times from 0 on."
+                )
+        yield times, units
+
+
+def _add(store: EventStore, times: list[np.ndarray], units: list[np.ndarray], dt: float) -> None:
+    sample = np.repeat(np.arange(len(times)), [len(time) for time in times])
+    seconds = np.concatenate(times).astype(np.float32)
+    late = np.float32(store.T)  # also what is infinite
+    step = np.minimum(seconds / np.float32(dt), late).astype(np.int64)
+    store.add(sample, step, np.concatenate(units), len(times))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The open HDF5 file; a packed one is unpacked to disk first, since HDF5 jumps to and fro in it."""
     try:
         import h5py
     except ImportError as error:
         raise MissingDependencyError("h5py is not installed: pip install snn-sparse-plugin[data]") from error
+    if path.suffix not in (".gz", ".zip"):
+        with _hdf5(h5py, path, path) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as plain:
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else _only_member(path) as packed:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path} is not a complete {path.suffix} file ({error}); fetch it again."
+            ) from error
+        with _hdf5(h5py, plain, path) as file:
+            yield file
+
+
+def _hdf5(h5py: Any, file: Any, path: Path) -> Any:
     try:
-        return h5py.File(gzip.open(path) if path.suffix == ".gz" else path, "r")
+        return h5py.File(file, "r")
     except OSError as error:
         raise InputError(f"{path} is not an HDF5 file: {error}") from error
+
+
+@contextmanager
+def _only_member(path: Path) -> Iterator[Any]:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".h5")]
+        if len(names) != 1:
+            raise InputError(f"{path} holds {len(names)} .h5 files, expected one.")
+        with archive.open(names[0]) as member:
+            yield member

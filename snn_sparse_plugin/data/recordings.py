@@ -1,0 +1,295 @@
+"""Recordings of event cameras: N-MNIST and DVS Gesture from folders or zip files, and any data set of tonic."""
+
+from __future__ import annotations
+
+import io
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from ..errors import InputError
+from .dataset import EventStore, SpikeDataset
+from .official import FOLDERS
+
+_CHUNK = 4_000_000  # events that are sorted together
+
+
+class Events(NamedTuple):
+    """Events of one recording: time in µs, pixel and polarity (0 or 1), integers (events,)."""
+
+    t: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    p: np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the recordings of one part lie: their names, in a fixed order, and how one is read."""
+
+    path: Path
+    names: list[str]
+    read: Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A data set of recordings, one file each.
+
+    Args:
+        pixels: width = height.
+        suffix: of a recording's file.
+        places: per part, names of the folder or zip file.
+        label: class of a recording, from its path.
+        decode: its events; raises ValueError for a file that is none.
+    """
+
+    name: str
+    pixels: int
+    classes: int
+    suffix: str
+    places: dict[str, tuple[str, ...]]
+    label: Callable[[PurePosixPath], int]
+    decode: Callable[[bytes], Events]
+
+
+def decode_nmnist(data: bytes) -> Events:
+    """Five bytes an event: x, y, polarity (one bit) and time in µs (23 bits) [Orchard et al. 2015].
+
+    An event at y = 240 is none, but says that the clock has run over: 2¹³ µs more from there on.
+
+    Example:
+        >>> events = decode_nmnist(bytes([3, 5, 0x80, 0x01, 0x02]))
+        >>> [int(part[0]) for part in events]
+        [258, 3, 5, 1]
+    """
+    if not data or len(data) % 5:
+        raise ValueError(f"{len(data)} bytes are not a number of events of 5 bytes")
+    raw = np.frombuffer(data, np.uint8).reshape(-1, 5)
+    x, y = raw[:, 0], raw[:, 1]
+    high = raw[:, 2].astype(np.int64)
+    t = ((high & 127) << 16) | (raw[:, 3].astype(np.int64) << 8) | raw[:, 4]
+    overflow = y == 240
+    if overflow.any():
+        t += np.cumsum(overflow) << 13
+        real = ~overflow
+        return Events(t[real], x[real], y[real], high[real] >> 7)
+    return Events(t, x, y, high >> 7)
+
+
+def decode_npy(data: bytes) -> Events:
+    """Tonic's form of DVS Gesture: an array (events, 4) of x, y, polarity and time in ms."""
+    events = np.load(io.BytesIO(data), allow_pickle=False)
+    if events.ndim != 2 or events.shape[1] != 4:
+        raise ValueError(f"an array of shape {events.shape} is not (events, 4)")
+    x, y, p, t = events.astype(np.int64).T
+    return Events(t * 1000, x, y, p)
+
+
+CAMERAS = {
+    "n-mnist": Camera(
+        "n-mnist",
+        34,
+        10,
+        ".bin",
+        {"train": ("Train", "Train.zip", "train.zip"), "test": ("Test", "Test.zip", "test.zip")},
+        lambda path: int(path.parent.name),
+        decode_nmnist,
+    ),
+    "dvs-gesture": Camera(
+        "dvs-gesture",
+        128,
+        11,
+        ".npy",
+        {
+            "train": ("ibmGestureTrain", "ibmGestureTrain.zip"),
+            "test": ("ibmGestureTest", "ibmGestureTest.zip"),
+        },
+        lambda path: int(path.stem),
+        decode_npy,
+    ),
+}
+
+
+def find_source(camera: Camera, part: str, root: Path) -> Source:
+    """The folder or zip file of a part, in ``root`` or in tonic's folder below it."""
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder; --root names the folder of the files of {camera.name}.")
+    places = [base / place for base in (root, root / FOLDERS[camera.name]) for place in camera.places[part]]
+    for place in places:
+        source = None
+        if place.is_dir():
+            source = _folder(place, camera.suffix)
+        elif place.is_file():
+            source = _archive(place, camera.suffix)
+        if source is not None and source.names:
+            return source
+    raise InputError(
+        f"no {camera.name} recordings (*{camera.suffix}) for the {part} part in {root}: expected one of "
+        f"{', '.join(str(place.relative_to(root)) for place in places)}."
+    )
+
+
+def _folder(place: Path, suffix: str) -> Source:
+    names = sorted(path.relative_to(place).as_posix() for path in place.rglob(f"*{suffix}"))
+    return Source(place, names, lambda name: (place / name).read_bytes())
+
+
+def _archive(place: Path, suffix: str) -> Source:
+    try:
+        archive = zipfile.ZipFile(place)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{place} is not a complete zip file ({error}); fetch it again.") from error
+    names = sorted(name for name in archive.namelist() if name.endswith(suffix))
+    return Source(place, names, archive.read)
+
+
+def read_source(
+    camera: Camera, source: Source, T: int, dt: float, *, merge_polarity: bool, chosen: np.ndarray
+) -> SpikeDataset:
+    """The chosen recordings of a part as samples of T steps of ``dt`` seconds."""
+    names = [source.names[k] for k in chosen]
+    labels = np.array([_label(camera, source, name) for name in names], dtype=np.int64)
+
+    def recordings() -> Iterator[tuple[str, Events]]:
+        for name in _tracked(names, f"{camera.name} from {source.path.name}"):
+            yield name, _decoded(camera, source, name)
+
+    size = (camera.pixels, camera.pixels, 2)
+    return _encode(recordings(), size, T, dt, merge_polarity, str(source.path)).done(labels)
+
+
+def _label(camera: Camera, source: Source, name: str) -> int:
+    try:
+        label = camera.label(PurePosixPath(source.path.name) / name)
+    except ValueError:
+        label = -1
+    if not 0 <= label < camera.classes:
+        raise InputError(
+            f"{source.path}: the path of {name} does not name a class 0 to {camera.classes - 1} of {camera.name}."
+        )
+    return label
+
+
+def _decoded(camera: Camera, source: Source, name: str) -> Events:
+    try:
+        return camera.decode(source.read(name))
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise InputError(f"{source.path}: {name} is not a recording of {camera.name}: {error}.") from error
+
+
+def _encode(
+    recordings: Iterable[tuple[Any, Events]],
+    size: tuple[int, int, int],
+    T: int,
+    dt: float,
+    merge_polarity: bool,
+    where: str,
+) -> EventStore:
+    """All recordings in order; ``size`` is width, height and number of polarities."""
+    width, height, polarities = size
+    store = EventStore(T, width * height * (1 if merge_polarity else polarities))
+    steps: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+
+    def flush() -> None:
+        sample = np.repeat(np.arange(len(steps)), [len(step) for step in steps])
+        store.add(sample, np.concatenate(steps), np.concatenate(columns), len(steps))
+        steps.clear()
+        columns.clear()
+
+    held = 0
+    for name, (t, x, y, p) in recordings:
+        for values, bound, what in ((x, width, "x"), (y, height, "y"), (p, polarities, "polarity")):
+            if len(values) and not (values.min() >= 0 and values.max() < bound):
+                found = f"{values.min()}…{values.max()}"
+                raise InputError(f"{where}: {name} has {what} {found}, expected 0…{bound - 1}.")
+        if len(t) and t.min() < 0:
+            raise InputError(f"{where}: {name} has an event at {t.min()} µs, before its beginning.")
+        plane = 0 if merge_polarity else p.astype(np.int64) * height
+        columns.append((plane + y.astype(np.int64)) * width + x)
+        steps.append(_step(t, dt))
+        held += len(t)
+        if held > _CHUNK:
+            flush()
+            held = 0
+    if steps:
+        flush()
+    return store
+
+
+def _step(t: np.ndarray, dt: float) -> np.ndarray:
+    """Steps of times in µs, in whole numbers where ``dt`` is a whole number of µs."""
+    microseconds = dt * 1e6
+    if microseconds >= 1 and abs(microseconds - round(microseconds)) < 1e-6:
+        return t // round(microseconds)
+    return np.floor(t / microseconds).astype(np.int64)
+
+
+def _tracked(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """A progress bar on a terminal, for more than a few recordings."""
+    if len(items) < 500 or not sys.stderr.isatty():
+        return items
+    return track(items, what, console=Console(stderr=True), transient=True)
+
+
+def from_tonic(
+    dataset: Any,
+    steps: int,
+    dt: float,
+    *,
+    sensor_size: tuple[int, int, int] | None = None,
+    merge_polarity: bool = False,
+) -> SpikeDataset:
+    """Any data set of `tonic <https://tonic.readthedocs.io>`_ that yields events, as samples of events.
+
+    Args:
+        dataset: yields pairs of a structured array with fields ``t`` (µs), ``x`` and, if it has them, ``y`` and ``p``,
+            and an integer label. Transforms that keep events events may be set.
+        steps: T.
+        dt: seconds per step.
+        sensor_size: width, height and number of polarities; None is ``dataset.sensor_size``.
+        merge_polarity: one feature per pixel, instead of one per polarity and pixel.
+
+    Returns:
+        A set of N = polarities × height × width features, in this order.
+
+    Example:
+        >>> events = np.array([(0, 1, 0, 1)], dtype=[("t", int), ("x", int), ("y", int), ("p", int)])
+        >>> from_tonic([(events, 2)], steps=10, dt=1e-3, sensor_size=(4, 3, 2)).batch([0])[0].to_dense().nonzero()
+        tensor([[ 0,  0, 13]])
+    """
+    size = dataset.sensor_size if sensor_size is None else sensor_size
+    labels = []
+
+    def recordings() -> Iterator[tuple[str, Events]]:
+        for k in _tracked(range(len(dataset)), f"{type(dataset).__name__}"):
+            events, label = dataset[k]
+            names = getattr(getattr(events, "dtype", None), "names", None) or ()
+            if not {"t", "x"} <= set(names):
+                raise InputError(
+                    f"sample {k}: expected a structured array with fields t and x, got fields {names or 'none'}; "
+                    "leave out transforms that make frames."
+                )
+            labels.append(int(label))
+            zeros = np.zeros(len(events), np.int64)
+            yield (
+                f"sample {k}",
+                Events(
+                    events["t"],
+                    events["x"],
+                    events["y"] if "y" in names else zeros,
+                    events["p"].astype(np.int64) if "p" in names and size[2] > 1 else zeros,
+                ),
+            )
+
+    store = _encode(recordings(), tuple(size), steps, dt, merge_polarity, type(dataset).__name__)
+    return store.done(np.array(labels, dtype=np.int64))
