@@ -367,7 +367,7 @@ class _Counts(torch.autograd.Function):
         T, B, *features = ctx.shape
         if ctx.active is None:
             return grads[0].reshape(1, B, math.prod(features)).expand(T, -1, -1), None
-        return grads[0].flatten()[_cells(*ctx.active, ctx.shape)], None
+        return grads[0].flatten()[_cells(ctx.active.indptr, ctx.active.indices, ctx.shape)], None
 
 
 def _cells(indptr: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:

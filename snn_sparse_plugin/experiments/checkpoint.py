@@ -21,7 +21,7 @@ _FREE = ("epochs",)  # what may differ when a training goes on: it can be made l
 class Checkpoint(NamedTuple):
     """Everything a training needs after an epoch.
 
-    ``order`` is the state of the generator that shuffles; ``history`` one dict per epoch; ``about`` says what is trained.
+    ``about``: what is trained. ``order``: state of the generator that shuffles. ``history``: one dict per epoch.
     """
 
     about: dict[str, Any]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..dynamics import NeuronParams, NeuronSpec
-from ..ops.spiking_layer import spiking_layer
+from ..ops.spiking_layer import SpikingLayerOutput, spiking_layer
 from ..spikes import SpikeTrain
 from ..surrogates import Surrogate
 from .settings import SLOPE, Settings
@@ -59,29 +59,37 @@ class Network(nn.Module):
         *hidden, self.readout = linears
         self.hidden = nn.ModuleList(hidden)
 
-    def forward(self, x: SpikeTrain, *, sparse: bool = True) -> Output:
-        """``x`` (T, B, features). ``sparse`` False: the exact surrogate gradient at every neuron-step."""
+    def layer(self, x: SpikeTrain | Tensor, k: int, *, sparse: bool = True) -> SpikingLayerOutput:
+        """Hidden layer ``k``, counted from 1, over all steps; spikes leave as events."""
         chosen = self.settings
+        return spiking_layer(
+            x,
+            self.hidden[k - 1].weight,  # type: ignore[arg-type]
+            params=NeuronParams(mem=chosen.beta),
+            surrogate=Surrogate("fast_sigmoid", (SLOPE,)),
+            events=True,
+            name=f"hidden layer {k}",
+            backprop_threshold=chosen.threshold if sparse else None,
+            min_active=chosen.min_active,
+        )
+
+    def forward(self, x: SpikeTrain | Tensor, *, sparse: bool = True, first: int = 0) -> Output:
+        """``x`` (T, B, features). ``sparse`` False: the exact surrogate gradient at every neuron-step.
+
+        ``first`` > 0: ``x`` are the spikes of that hidden layer, and only what follows it runs.
+        """
         spikes, active = [], []
-        for k, linear in enumerate(self.hidden, start=1):
-            out = spiking_layer(
-                x,
-                linear.weight,  # type: ignore[arg-type]
-                params=NeuronParams(mem=chosen.beta),
-                surrogate=Surrogate("fast_sigmoid", (SLOPE,)),
-                events=True,
-                name=f"hidden layer {k}",
-                backprop_threshold=chosen.threshold if sparse else None,
-                min_active=chosen.min_active,
-            )
+        for k in range(first + 1, len(self.hidden) + 1):
+            out = self.layer(x, k, sparse=sparse)
             x = out.spikes
-            spikes.append(x)
+            spikes.append(out.spikes)
             active.append(out.active_fraction)
+        decay = self.settings.beta_readout
         mem = spiking_layer(
             x,
-            self.readout.weight * (1 - chosen.beta_readout),
+            self.readout.weight * (1 - decay),
             spec=_READOUT,
-            params=NeuronParams(mem=chosen.beta_readout),
+            params=NeuronParams(mem=decay),
             name="readout",
         ).spikes
         return Output(mem, spikes, active)

@@ -103,7 +103,7 @@ class Training:
 
     def _train_epoch(self, batch_done: Callable[[], None]) -> dict[str, Any]:
         settings, start = self.trial.settings, perf_counter()
-        losses, correct, seen = [], 0, 0
+        losses, hits, seen = [], [], 0
         active: list[list[float]] = []
         rates: list[list[float]] = []
         for x, y in self._batches(self.order):
@@ -114,7 +114,7 @@ class Training:
             total.backward()
             self.optimizer.step()
             losses.append(entropy.detach())
-            correct += _hits(out.mem, y, settings)
+            hits.append(_hits(out.mem, y, settings))
             seen += len(y)
             active.append(out.active)
             rates.append([s.density for s in out.spikes])
@@ -124,7 +124,7 @@ class Training:
             "epoch": self.epoch + 1,
             "updates": (self.epoch + 1) * len(losses),
             "train_loss": float(torch.stack(losses).mean()),
-            "train_accuracy": int(correct) / max(1, seen),
+            "train_accuracy": int(torch.stack(hits).sum()) / seen,
             "active": _means(active),
             "rate": _means(rates),
             "loss_by_update": [round(float(x), 5) for x in torch.stack(losses)],
@@ -144,8 +144,8 @@ class Training:
             x, y = x.to(self.device), y.to(self.device)
             mem = self.net(x).mem
             total += float(loss(mem, y, [], self.trial.settings)[0]) * len(y)
-            correct += _hits(mem, y, self.trial.settings)
-        return int(correct) / len(dataset), total / len(dataset)
+            correct += int(_hits(mem, y, self.trial.settings))
+        return correct / len(dataset), total / len(dataset)
 
     def _save(self) -> None:
         state = self.net.state_dict(), self.optimizer.state_dict(), self.order.get_state()
