@@ -373,8 +373,10 @@ class _Counts(torch.autograd.Function):
 def _cells(indptr: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     """Sample and neuron, ``b * N + n``, of every entry of a CSR pattern over rows ``b * T + t``."""
     T, B, *features = shape
-    per_sample = indptr[:: max(T, 1)].diff() if T else indptr.new_zeros(B)
-    first = torch.arange(B, device=indptr.device) * math.prod(features)
+    N = math.prod(features)
+    per_sample = indptr[::T].diff() if T else indptr.new_zeros(B)
+    wide = torch.int32 if B * N <= MAX_EVENTS else torch.int64  # half the memory moved where it suffices
+    first = torch.arange(B, device=indptr.device, dtype=wide) * N
     return torch.repeat_interleave(first, per_sample, output_size=indices.numel()) + indices
 
 

@@ -278,7 +278,7 @@ def _epoch(study: Study, found: dict[str, Any]) -> list[str]:
         *table(["", "batch", "epoch", "times as fast"], rows),
         "",
         f"A turn is {r['batches_per_turn']} batches, {r['rounds']} alternating rounds; an epoch is the median batch times "
-        f"the number of batches. A batch is gathering its events, forward, loss, backward and Adam. Weights "
+        f"the number of batches. A batch: gathering its events, forward, loss, backward, Adam. Weights "
         f"after {r['epochs']} epochs. The loop's input is made dense, {r['dense_ms']:.1f} ms of its batch. "
         f"One sparse update in ms: {parts}.",
         "",
