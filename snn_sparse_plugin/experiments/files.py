@@ -14,7 +14,7 @@ from typing import IO, Any
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """What ``write(file)`` writes is at ``path`` as a whole or not at all, whenever the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.part")  # one name: what a kill leaves is overwritten by the next
     try:
         with part.open("wb") as file:
             write(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from time import perf_counter
@@ -14,7 +14,7 @@ from . import gradients, speed
 from .files import write_atomic
 from .settings import Settings
 from .study import Session, Study
-from .training import Training, Trial
+from .training import Training, Trial, epochs_done
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Part:
 
 def _common(study: Study) -> dict[str, Any]:
     return {"settings": study.settings.as_dict(), "samples": study.samples, "device": study.device}
+
+
+def _trained_so_far(study: Study, trials: Iterable[Trial]) -> dict[str, int]:
+    """How far the trials are trained whose weights a part looks at: with more epochs it is to be done again."""
+    return {trial.name: epochs_done(study.out / "trials" / trial.name) for trial in trials}
 
 
 def _sweep_settings(study: Study, **changes: Any) -> Settings:
@@ -105,7 +110,7 @@ def _depth(session: Session) -> Any:
 def _gradients(session: Session) -> Any:
     """Before training and after it; the matrices themselves go to ``gradients.npz``, for the picture."""
     study, (x, y) = session.study, session.batch()
-    trial = Trial(study.settings, True, study.seeds[0])
+    trial = _main(study)
     found: list[dict[str, Any]] = []
     arrays: dict[str, Any] = {}
     for weights in (None, trial):
@@ -125,21 +130,30 @@ def _gradients(session: Session) -> Any:
 # --- times ---
 
 
-def _speed(session: Session) -> Any:
-    """The second hidden layer: fresh and trained, over N, over B_th, and in the deep network."""
-    study = session.study
+_Plan = tuple[str, Settings, Trial | None]
+
+
+def _plans(study: Study) -> list[_Plan]:
+    """What is timed: fresh and trained, over N, over B_th, and in the deep network; whose weights it takes."""
     s, seed = study.settings, study.seeds[0]
     layers, hidden = study.deep
-    main = Trial(s, True, seed)
-    plans: list[tuple[str, Settings, Trial | None]] = [("fresh", s, None), ("trained", s, main)]
+    main, deep = Trial(s, True, seed), _sweep_settings(study, layers=layers, hidden=hidden)
+    plans: list[_Plan] = [("fresh", s, None), ("trained", s, main)]
     plans += [
         ("hidden", s.changed(hidden=n), Trial(_sweep_settings(study, hidden=n), True, seed))
         for n in study.sizes
     ]
     plans += [("threshold", s.changed(threshold=b), main) for b in study.thresholds]
-    deep = _sweep_settings(study, layers=layers, hidden=hidden)
     plans.append(("depth", deep, Trial(deep, True, seed)))
-    plans = [plan for plan in plans if plan[1].layers > 1]
+    return [plan for plan in plans if plan[1].layers > 1]
+
+
+def _speed(session: Session) -> Any:
+    """The second hidden layer, in all plans."""
+    study, plans = session.study, _plans(session.study)
+    trained = bool(_trained_so_far(study, [_main(study)])[_main(study).name])
+    if not trained:
+        plans = [plan for plan in plans if plan[0] != "trained"]
     x, y = session.batch()
     rows = []
     with session.progress() as bars:
@@ -147,9 +161,9 @@ def _speed(session: Session) -> Any:
         for sweep, settings, weights in plans:
             note = f"{sweep}: N = {settings.hidden}, B_th = {settings.threshold:g}"
             bars.update(task, note=note)
-            net, epochs = session.network(settings, seed, weights)
+            net, epochs = session.network(settings, study.seeds[0], weights)
             rounds = _rounds(study, net, x, y)
-            published = sweep == "trained" and settings.T <= 300
+            published = sweep == ("trained" if trained else "fresh") and settings.T <= 300
             row = speed.time_second_layer(net, x, y, rounds=rounds, published=published)
             rows.append({"sweep": sweep, "epochs": epochs, "rounds": rounds} | row)
             bars.advance(task)
@@ -168,7 +182,7 @@ def _rounds(study: Study, net: Any, x: Any, y: Any) -> int:
 
 def _epoch(session: Session) -> Any:
     study = session.study
-    trial = Trial(study.settings, True, study.seeds[0])
+    trial = _main(study)
     _, epochs = session.network(study.settings, trial.seed, trial)
     turns = 2 * study.rounds
     with session.progress() as bars:
@@ -184,6 +198,10 @@ def _epoch(session: Session) -> Any:
         bars.remove_task(task)
     net, _ = session.network(study.settings, trial.seed, trial)
     return found | {"epochs": epochs, "parts_ms": speed.profile_update(net, *session.batch())}
+
+
+def _main(study: Study) -> Trial:
+    return Trial(study.settings, True, study.seeds[0])
 
 
 def _timed(study: Study) -> dict[str, Any]:
@@ -212,15 +230,27 @@ PARTS: dict[str, Part] = {
     ),
     "depth": Part("a deep network", lambda study: _swept(study) | {"deep": list(study.deep)}, _depth),
     "gradients": Part(
-        "sparse gradient against dense", lambda study: _common(study) | {"seed": study.seeds[0]}, _gradients
+        "sparse gradient against dense",
+        lambda study: _common(study) | _trained_so_far(study, [_main(study)]),
+        _gradients,
     ),
     "speed": Part(
         "time and memory of the second hidden layer",
         lambda study: (
             _timed(study)
-            | {"sizes": list(study.sizes), "thresholds": list(study.thresholds), "deep": list(study.deep)}
+            | {
+                "budget": study.budget,
+                "sizes": study.sizes,
+                "thresholds": study.thresholds,
+                "deep": study.deep,
+            }
+            | _trained_so_far(study, [trial for *_, trial in _plans(study) if trial is not None])
         ),
         _speed,
     ),
-    "epoch": Part("time of an epoch against snnTorch's loop", _timed, _epoch),
+    "epoch": Part(
+        "time of an epoch against snnTorch's loop",
+        lambda study: _timed(study) | _trained_so_far(study, [_main(study)]),
+        _epoch,
+    ),
 }

@@ -27,6 +27,8 @@ def write_report(study: Study, console: Console) -> Any:
     """Write the report, its pictures and ``epochs.csv`` from the results on disk; returns the report's path."""
     results = {part: study.results(part) for part in SECTIONS}
     found = {part: r for part, r in results.items() if r is not None}
+    for r in found.values():
+        r["conditions"]["title"] = study.title or r["conditions"]["title"]
     figures: dict[str, list[str]] = {}
     try:
         from .figures import draw
@@ -251,8 +253,8 @@ def _speed(study: Study, found: dict[str, Any]) -> list[str]:
             ms = r["published"]["backward_ms"]["median"]
             ratio = ms / r["sparse"]["backward_ms"]["median"]
             lines += [
-                f"The loop as published, which indexes `h[:, t]` under autograd, takes {ms:.0f} ms for the backward of "
-                f"the trained network (N = {r['hidden']}), {ratio:.0f} times the sparse one; measured once.",
+                f"The loop as published, which indexes `h[:, t]` under autograd, takes {ms:.0f} ms for the backward "
+                f"(N = {r['hidden']}, after {r['epochs']} epochs), {ratio:.0f} times the sparse one; measured once.",
                 "",
             ]
     return [*lines, f"Published: {PUBLISHED_SPEED}. Medians of alternating rounds.", ""]
@@ -277,9 +279,9 @@ def _epoch(study: Study, found: dict[str, Any]) -> list[str]:
         "",
         *table(["", "batch", "epoch", "times as fast"], rows),
         "",
-        f"A turn is {r['batches_per_turn']} batches, {r['rounds']} alternating rounds; an epoch is the median batch times "
-        f"the number of batches. A batch: gathering its events, forward, loss, backward, Adam. Weights "
-        f"after {r['epochs']} epochs. The loop's input is made dense, {r['dense_ms']:.1f} ms of its batch. "
+        f"A turn is {r['batches_per_turn']} batches, {r['rounds']} alternating rounds; an epoch is the median "
+        f"batch times the number of batches. A batch: gathering its events, forward, loss, backward, Adam. "
+        f"Weights after {r['epochs']} epochs. The loop's input is made dense, {r['dense_ms']:.1f} ms of its batch. "
         f"One sparse update in ms: {parts}.",
         "",
     ]

@@ -154,6 +154,12 @@ class Training:
         write_logs(self.folder, self.history)
 
 
+def epochs_done(folder: Path) -> int:
+    """How far the training of a folder has come, by its log."""
+    log = folder / "epochs.jsonl"
+    return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
 def write_logs(folder: Path, history: list[dict[str, Any]]) -> None:
     """``epochs.jsonl``, one object an epoch, and ``epochs.csv``, the same without the values of single updates."""
     write_lines(folder / "epochs.jsonl", history)
