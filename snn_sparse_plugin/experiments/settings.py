@@ -78,7 +78,7 @@ SETTINGS = {
         "shd", T=500, dt=2e-3, tau_readout=20e-3, readout="sum", target=10.0, learning_rate=1e-3, epochs=100
     ),
     # not in the publication: a small set that needs no files
-    "digits": Settings("digits", init="normal", batch=64, learning_rate=1e-3, epochs=20),
+    "digits": Settings("digits", init="normal", batch=64, learning_rate=1e-3, epochs=40),
 }
 
 

@@ -83,11 +83,15 @@ def _epochs(folder):
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_training_goes_on_from_a_checkpoint(digits, tmp_path, sparse):
-    whole = Training(Trial(small(2), sparse, 1), digits, tmp_path / "whole")
+    def training(epochs, folder):
+        trial = Trial(small(epochs, learning_rate=0.01), sparse, 1)
+        return Training(trial, digits, tmp_path / folder)
+
+    whole = training(3, "whole")
     whole.run()
-    Training(Trial(small(1), sparse, 1), digits, tmp_path / "parts").run()
-    longer = Training(Trial(small(2), sparse, 1), digits, tmp_path / "parts")
-    assert (longer.epoch, longer.left) == (1, 1)
+    training(1, "parts").run()
+    longer = training(3, "parts")
+    assert (longer.epoch, longer.left) == (1, 2)
     longer.run()
     for name, value in whole.net.state_dict().items():
         assert torch.equal(value, longer.net.state_dict()[name])
@@ -97,7 +101,7 @@ def test_training_goes_on_from_a_checkpoint(digits, tmp_path, sparse):
     header, *rows = (tmp_path / "parts/epochs.csv").read_text().splitlines()
     assert "active_1" in header
     assert "rate_2" in header
-    assert len(rows) == 2
+    assert len(rows) == 3
 
 
 def test_checkpoint_of_another_training_or_of_something_else(digits, tmp_path):
