@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class SpikeTrain:
                 f"values {tuple(values.shape)} and indices {tuple(indices.shape)} differ in shape."
             )
         if check:
-            _check_csr(indptr, indices, math.prod(self.shape[2:]))
+            check_csr(indptr, indices, math.prod(self.shape[2:]))
         self.indptr, self.indices, self.values = indptr, indices, values
         self.dtype = values.dtype if values is not None else dtype
         self.carrier, self.active = carrier, active
@@ -291,16 +291,22 @@ class SpikeTrain:
     def detach(self) -> SpikeTrain:
         return self._replace(carrier=None, active=None)
 
-    def to(self, device: torch.device | str) -> SpikeTrain:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SpikeTrain:
         """The train on another device; only a detached train can move."""
         if self.device == torch.device(device):
             return self
+        return self._detached_copy(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SpikeTrain:
+        """The train in page-locked memory, from which ``to("cuda", non_blocking=True)`` overlaps with work."""
+        return self._detached_copy(Tensor.pin_memory)
+
+    def _detached_copy(self, moved: Callable[[Tensor], Tensor]) -> SpikeTrain:
         if self.requires_grad:
-            raise InputError("a SpikeTrain that carries a gradient stays on its device; detach() it first.")
-        values = None if self.values is None else self.values.to(device)
-        return SpikeTrain(
-            self.indptr.to(device), self.indices.to(device), self.shape, values, dtype=self.dtype
-        )
+            raise InputError("a SpikeTrain that carries a gradient stays where it is; detach() it first.")
+        values = None if self.values is None else moved(self.values)
+        indptr, indices = moved(self.indptr), moved(self.indices)
+        return SpikeTrain(indptr, indices, self.shape, values, dtype=self.dtype, check=False)
 
     def _replace(self, **changes: Any) -> SpikeTrain:
         fields = {"shape": self.shape, "carrier": self.carrier, "active": self.active} | changes
@@ -310,7 +316,7 @@ class SpikeTrain:
         )
 
 
-def _check_csr(indptr: Tensor, indices: Tensor, features: int) -> None:
+def check_csr(indptr: Tensor, indices: Tensor, features: int) -> None:
     """Raise :class:`InputError` unless every row lies inside ``indices`` and rises strictly below ``features``."""
     counts = indptr[1:] - indptr[:-1]
     if int(indptr[0]) != 0 or bool((counts < 0).any()) or int(indptr[-1]) != indices.numel():

@@ -27,6 +27,8 @@ class Config:
         rate: output spikes per neuron and step of every layer.
         beta, slope: decay of Leaky, slope of its fast sigmoid; thresholds are 1.
         window: ``backprop_threshold`` of the sparse providers.
+        reset: of Leaky: ``"subtract"``, its default, or ``"zero"``, for networks only: then the neurons of all
+            libraries compute the same spikes.
     """
 
     op: Literal["network", "layer", "s3gd"] = "network"
@@ -41,12 +43,15 @@ class Config:
     window: float | Literal["auto"] | None = "auto"
     device: str = "cpu"
     seed: int = 0
+    reset: Literal["subtract", "zero"] = "subtract"
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1 or not 0 < self.rate < 1:
             raise ConfigError(f"density and rate must lie in (0, 1], got {self.density} and {self.rate}.")
         if min(self.inputs, self.steps, self.batch, *self.layers) < 1:
             raise ConfigError("inputs, layers, steps and batch must be at least 1.")
+        if self.reset != "subtract" and self.op != "network":
+            raise ConfigError(f"reset={self.reset!r} is for networks, not for {self.op}.")
         if self.device != "cpu" and not (self.device.startswith("cuda") and torch.cuda.is_available()):
             raise ConfigError(f"device {self.device!r} is not available here.")
 
@@ -74,6 +79,16 @@ def make_problem(config: Config) -> Problem:
     T, B, M = config.steps, config.batch, config.inputs
     x = (torch.rand(T, B, M, generator=generator) < config.density).float()
     target = torch.randint(config.layers[-1], (B,), generator=generator)
+    weights, rates = scaled_weights(x, config, generator)
+    grad = torch.randn(T, B, config.layers[-1], generator=generator)
+    x, target, grad = (t.to(config.device) for t in (x, target, grad))
+    return Problem(x, target, tuple(w.to(config.device) for w in weights), rates, grad)
+
+
+def scaled_weights(
+    x: Tensor, config: Config, generator: torch.Generator
+) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+    """Normal weights of every layer, scaled until it fires at ``config.rate`` on input ``x``; and the rates reached."""
     weights, rates = [], []
     spikes = x
     for n in config.layers:
@@ -81,19 +96,18 @@ def make_problem(config: Config) -> Problem:
         # a part of the batch is enough to set a rate
         scale = _scale_for_rate(F.linear(spikes[:, :16], weight), config)
         weights.append(weight * scale)
-        spikes = leaky_spikes(F.linear(spikes, weights[-1]), config.beta)
+        spikes = leaky_spikes(F.linear(spikes, weights[-1]), config.beta, config.reset)
         rates.append(float(spikes.mean()))
-    grad = torch.randn(T, B, config.layers[-1], generator=generator)
-    x, target, grad = (t.to(config.device) for t in (x, target, grad))
-    return Problem(x, target, tuple(w.to(config.device) for w in weights), tuple(rates), grad)
+    return tuple(weights), tuple(rates)
 
 
-def leaky_spikes(current: Tensor, beta: float) -> Tensor:
-    """Spikes (T, B, N) of snnTorch's Leaky, threshold 1, reset by subtraction one step later."""
+def leaky_spikes(current: Tensor, beta: float, reset: str = "subtract") -> Tensor:
+    """Spikes (T, B, N) of snnTorch's Leaky, threshold 1, reset by subtraction or to zero one step later."""
     v = torch.zeros_like(current[0])
     spikes = []
     for x in current.unbind(0):
-        v = beta * v + x - (v > 1).to(v.dtype)
+        before = (v > 1).to(v.dtype)
+        v = beta * (1 - before) * v + x if reset == "zero" else beta * v + x - before
         spikes.append((v > 1).to(v.dtype))
     return torch.stack(spikes)
 
@@ -106,7 +120,7 @@ def _scale_for_rate(current: Tensor, config: Config) -> float:
     low, high = 1e-2 / spread, 1e2 / spread
     for _ in range(20):
         middle = (low * high) ** 0.5
-        if float(leaky_spikes(current * middle, config.beta).mean()) < config.rate:
+        if float(leaky_spikes(current * middle, config.beta, config.reset).mean()) < config.rate:
             low = middle
         else:
             high = middle

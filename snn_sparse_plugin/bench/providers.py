@@ -124,7 +124,10 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
         reset = import_module("snntorch.utils").reset
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         neurons = [
-            snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True) for _ in problem.weights
+            snn.Leaky(
+                beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=config.reset
+            )
+            for _ in problem.weights
         ]
         net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
         options: dict[str, Any] = {"backprop_threshold": None if exact else config.window, "backend": backend}
@@ -179,7 +182,10 @@ class TutorialNet(nn.Module):
         snntorch = _require("snntorch", "snntorch")
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         self.fc = nn.ModuleList(_linears(problem))
-        self.lif = nn.ModuleList(snntorch.Leaky(beta=config.beta, spike_grad=spike_grad) for _ in self.fc)
+        self.lif = nn.ModuleList(
+            snntorch.Leaky(beta=config.beta, spike_grad=spike_grad, reset_mechanism=config.reset)
+            for _ in self.fc
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mems = [lif.reset_mem() for lif in self.lif]  # type: ignore[operator]
@@ -238,7 +244,7 @@ def _spikingjelly(config: Config, problem: Problem) -> Model:
             tau=1 / (1 - config.beta),
             decay_input=False,
             v_threshold=1.0,
-            v_reset=None,
+            v_reset=0.0 if config.reset == "zero" else None,
             detach_reset=True,
             surrogate_function=surrogate.SoftSign(alpha=config.slope),
             step_mode="m",

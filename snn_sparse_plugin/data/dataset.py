@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ConfigError, InputError
-from ..spikes import MAX_EVENTS, SpikeTrain
+from ..spikes import MAX_EVENTS, SpikeTrain, check_csr
 
 
 class SpikeDataset(Dataset):
@@ -25,18 +25,24 @@ class SpikeDataset(Dataset):
         ends: int32 (samples, T), number of events of the sample up to the end of each step.
         labels: int64 (samples,).
         features: N.
+        check: look at every event; False trusts the caller, and wrong ones are then out-of-bounds accesses.
+
+    Raises:
+        InputError: events that do not fit together, or lie outside the features.
 
     Example:
         >>> train = SpikeTrain.from_dense((torch.rand(20, 5, 7) < 0.1).float())
         >>> data = SpikeDataset.from_spikes(train, torch.tensor([0, 1, 2, 1, 0]))
-        >>> data
-        SpikeDataset(samples=5, T=20, features=7, events=...)
+        >>> data  # doctest: +ELLIPSIS
+        SpikeDataset(samples=5, T=20, features=7, events=..., density=...%)
         >>> x, y = data.batch([3, 0])
         >>> x.shape, y.tolist()
         (torch.Size([20, 2, 7]), [1, 0])
     """
 
-    def __init__(self, columns: Tensor, ends: Tensor, labels: Tensor, features: int) -> None:
+    def __init__(
+        self, columns: Tensor, ends: Tensor, labels: Tensor, features: int, *, check: bool = True
+    ) -> None:
         if ends.dim() != 2 or len(ends) != len(labels):
             raise InputError(f"ends {tuple(ends.shape)} must have a row for each of {len(labels)} labels.")
         sizes = ends[:, -1].long() if ends.shape[1] else torch.zeros(len(ends), dtype=torch.long)
@@ -44,6 +50,9 @@ class SpikeDataset(Dataset):
             raise InputError(f"ends promise {int(sizes.sum())} events, there are {len(columns)}.")
         self.columns, self.ends, self.labels, self.features = columns, ends, labels.long(), features
         self.starts = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+        if check:
+            rows = (self.starts[:-1, None] + ends).reshape(-1)
+            check_csr(torch.cat([self.starts[:1], rows]), columns.int(), features)
 
     @classmethod
     def from_spikes(cls, train: SpikeTrain, labels: Tensor) -> SpikeDataset:
@@ -52,7 +61,8 @@ class SpikeDataset(Dataset):
             raise InputError("a SpikeDataset holds spikes of 1; this train is graded.")
         indptr = train.indptr.cpu().long()
         ends = indptr[1:].view(train.B, train.T) - indptr[:-1].view(train.B, train.T)[:, :1]
-        return cls(_narrow(train.indices.cpu().numpy(), train.features), ends.int(), labels, train.features)
+        columns = _narrow(train.indices.cpu().numpy(), train.features)
+        return cls(torch.from_numpy(columns), ends.int(), labels, train.features, check=False)
 
     @property
     def T(self) -> int:
@@ -112,8 +122,8 @@ class SpikeDataset(Dataset):
         return self.batch(index)
 
 
-def _narrow(columns: np.ndarray, features: int) -> Tensor:
-    return torch.from_numpy(columns.astype(np.uint16 if features <= 1 << 16 else np.int32))
+def _narrow(columns: np.ndarray, features: int) -> np.ndarray:
+    return columns.astype(np.uint16 if features <= 1 << 16 else np.int32)
 
 
 class EventStore:
@@ -143,13 +153,18 @@ class EventStore:
         rows, columns = np.divmod(places, self.features)
         counts = np.bincount(rows, minlength=samples * self.T).reshape(samples, self.T)
         self._ends.append(np.cumsum(counts, axis=1, dtype=np.int32))
-        self._columns.append(columns.astype(np.uint16 if self.features <= 1 << 16 else np.int32))
+        self._columns.append(_narrow(columns, self.features))
 
     def done(self, labels: np.ndarray | Tensor) -> SpikeDataset:
+        """The set, with a label for each sample."""
         columns = np.concatenate(self._columns) if self._columns else np.empty(0, np.uint16)
         ends = np.concatenate(self._ends) if self._ends else np.empty((0, self.T), np.int32)
         return SpikeDataset(
-            torch.from_numpy(columns), torch.from_numpy(ends), torch.as_tensor(labels), self.features
+            torch.from_numpy(columns),
+            torch.from_numpy(ends),
+            torch.as_tensor(labels),
+            self.features,
+            check=False,
         )
 
 
@@ -195,7 +210,7 @@ def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tens
 
 
 class _Batches(Sampler):
-    """Lists of indices. The order is drawn at once when an epoch begins, from ``generator`` and nothing else."""
+    """Lists of indices. The order of an epoch is drawn with its first batch, from ``generator`` and nothing else."""
 
     def __init__(
         self, samples: int, batch_size: int, shuffle: bool, generator: torch.Generator | None, drop_last: bool
@@ -213,7 +228,8 @@ class _Batches(Sampler):
             if self.shuffle
             else torch.arange(self.samples)
         )
-        return iter(order.split(self.batch_size)[: len(self)])
+        # yield, so that nothing is drawn before the first batch: with workers torch makes two iterators and uses one
+        yield from order.split(self.batch_size)[: len(self)]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -249,9 +265,10 @@ def loader(
         ConfigError: ``batch_size`` below 1.
 
     Example:
-        >>> data = load_spikes("digits").train
-        >>> for x, y in loader(data, 256, shuffle=True, generator=torch.Generator().manual_seed(0)):
-        ...     pass
+        >>> from snn_sparse_plugin.data import load_spikes
+        >>> batches = loader(load_spikes("digits").train, 256, shuffle=True)
+        >>> [len(y) for x, y in batches]
+        [256, 256, 256, 256, 256, 157]
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")

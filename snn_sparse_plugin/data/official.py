@@ -60,7 +60,8 @@ def check_files(name: str, root: str | Path) -> dict[Path, bool]:
     """
     known = CHECKSUMS.get(name, {})
     found = {}
-    for folder in (Path(root), Path(root) / FOLDERS.get(name, "")):
+    root = Path(root).expanduser()
+    for folder in (root, root / FOLDERS.get(name, "")):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name.lower() in known:
                 found[path] = _md5(path) == known[path.name.lower()]

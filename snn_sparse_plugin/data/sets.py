@@ -92,7 +92,7 @@ def load_spikes(
     Example:
         >>> data = load_spikes("digits")
         >>> data.train
-        SpikeDataset(samples=1437, T=100, features=64, ...)
+        SpikeDataset(samples=1437, T=100, features=64, events=38771, density=0.422%)
         >>> x, y = data.train.batch([0, 1, 2])
         >>> x.shape
         torch.Size([100, 3, 64])
@@ -110,7 +110,7 @@ def load_spikes(
         raise ConfigError(f"steps, dt and limit must be positive; got {steps}, {dt}, {limit}.")
     request = _Request(
         name,
-        Path(root or "."),
+        Path(root or ".").expanduser(),
         known.T if steps is None else steps,
         known.dt if dt is None else dt,
         known.classes,
