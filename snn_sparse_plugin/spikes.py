@@ -170,11 +170,18 @@ class SpikeTrain:
         return _Counts.apply(self.carrier, self)
 
     def _counts(self) -> Tensor:
-        size = self.B * self.features
-        weights = None if self.values is None else self.values.detach()
+        values = None if self.values is None else self.values.detach()
+        if self.B * self.features and self._compiled():
+            from .backends.cpu.counts import count_events
+
+            flat = (self.T, self.B, self.features)
+            return count_events(self.indptr, self.indices, values, flat, self.dtype).view(self.shape[1:])
         cells = _cells(self.indptr, self.indices, self.shape)
-        counts = torch.bincount(cells, weights, minlength=size)
+        counts = torch.bincount(cells, values, minlength=self.B * self.features)
         return counts.to(self.dtype).view(self.shape[1:])
+
+    def _compiled(self) -> bool:
+        return self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
 
     @classmethod
     def from_dense(cls, x: Tensor, *, binary: bool = False) -> SpikeTrain:
@@ -365,7 +372,7 @@ class _ToDense(torch.autograd.Function):
 class _Counts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, train: SpikeTrain) -> Tensor:
-        ctx.active, ctx.shape = train.active, train.shape
+        ctx.active, ctx.shape, ctx.compiled = train.active, train.shape, train._compiled()
         return train._counts()
 
     @staticmethod
@@ -373,7 +380,12 @@ class _Counts(torch.autograd.Function):
         T, B, *features = ctx.shape
         if ctx.active is None:
             return grads[0].reshape(1, B, math.prod(features)).expand(T, -1, -1), None
-        return grads[0].flatten()[_cells(ctx.active.indptr, ctx.active.indices, ctx.shape)], None
+        indptr, indices = ctx.active
+        if ctx.compiled:
+            from .backends.cpu.counts import pick_counts
+
+            return pick_counts(indptr, indices, grads[0].reshape(B, math.prod(features)), T), None
+        return grads[0].flatten()[_cells(indptr, indices, ctx.shape)], None
 
 
 def _cells(indptr: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
@@ -381,8 +393,7 @@ def _cells(indptr: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     T, B, *features = shape
     N = math.prod(features)
     per_sample = indptr[::T].diff() if T else indptr.new_zeros(B)
-    wide = torch.int32 if B * N <= MAX_EVENTS else torch.int64  # half the memory moved where it suffices
-    first = torch.arange(B, device=indptr.device, dtype=wide) * N
+    first = torch.arange(B, device=indptr.device) * N
     return torch.repeat_interleave(first, per_sample, output_size=indices.numel()) + indices
 
 

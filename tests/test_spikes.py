@@ -250,6 +250,9 @@ def test_counts_are_the_sum_over_steps(shape):
     assert torch.equal(dense.grad, grad.expand(shape))
     graded = SpikeTrain.from_dense(2 * x)
     assert torch.equal(graded.counts(), 2 * x.sum(0))
+    half = SpikeTrain.from_dense(x.half())  # by torch, as on a GPU
+    assert half.counts().dtype == torch.float16
+    assert torch.equal(half.counts(), x.sum(0).half())
 
 
 @pytest.mark.parametrize("window", [0.3, None])
@@ -272,3 +275,18 @@ def test_counts_pass_a_gradient_where_the_layer_is_active(window):
         found.append(weight.grad)
     assert found[0].norm() > 0
     assert torch.equal(*found)
+
+
+def test_counts_without_compiled_kernels_have_the_same_gradient(monkeypatch):
+    x = (torch.rand(20, 4, 10) < 0.2).float()
+    grads = []
+    for compiled in (True, False):
+        monkeypatch.setattr(SpikeTrain, "_compiled", lambda self, compiled=compiled: compiled)
+        w = torch.ones(6, 10, requires_grad=True)
+        out = spiking_layer(
+            x, w, params=NeuronParams(mem=0.9), events=True, backprop_threshold=0.5, min_active=0
+        )
+        out.spikes.counts().square().sum().backward()
+        grads.append(w.grad)
+    assert grads[0].norm() > 0
+    assert torch.equal(*grads)
