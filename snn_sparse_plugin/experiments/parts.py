@@ -167,7 +167,6 @@ def _speed(session: Session) -> Any:
             row = speed.time_second_layer(net, x, y, rounds=rounds, published=published)
             rows.append({"sweep": sweep, "epochs": epochs, "rounds": rounds} | row)
             bars.advance(task)
-        bars.remove_task(task)
     return rows
 
 
@@ -195,7 +194,6 @@ def _epoch(session: Session) -> Any:
             device=study.device,
             advance=lambda: bars.advance(task),
         )
-        bars.remove_task(task)
     net, _ = session.network(study.settings, trial.seed, trial)
     return found | {"epochs": epochs, "parts_ms": speed.profile_update(net, *session.batch())}
 

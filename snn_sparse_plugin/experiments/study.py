@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,6 @@ class Session:
 
     study: Study
     console: Console
-    _bars: Progress | None = field(default=None, repr=False)
 
     @cached_property
     def data(self) -> SpikeData:
@@ -113,24 +111,17 @@ class Session:
             "SHD" if known and all(known.values()) else "Recordings in SHD's layout (not the official files)"
         )
 
-    @contextmanager
-    def progress(self) -> Iterator[Progress]:
-        """Bars with the time left; nested use shares them."""
-        if self._bars is not None:
-            yield self._bars
-            return
-        columns = (
+    def progress(self) -> Progress:
+        """A context with progress bars and the time left; a task takes a ``note``."""
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
         )
-        with Progress(*columns, console=self.console, transient=True) as self._bars:
-            try:
-                yield self._bars
-            finally:
-                self._bars = None
 
     def train(self, trials: Sequence[Trial], what: str) -> list[Training]:
         """Train what is not trained yet; finished trials are only read."""
@@ -142,20 +133,14 @@ class Session:
         with self.progress() as bars:
             task = bars.add_task(what, total=left, note="")
 
-            def line(training: Training) -> Callable[[dict[str, Any]], None]:
-                name, epochs = training.trial.name, training.trial.settings.epochs
-
-                def done(row: dict[str, Any]) -> None:
-                    line = epoch_line(name, row, epochs)
-                    self.console.print(line, highlight=False, soft_wrap=True)
-
-                return done
-
             for training in trainings:
                 bars.update(task, note=training.trial.name)
-                training.run(lambda: bars.advance(task), line(training))
-            bars.remove_task(task)
+                training.run(partial(bars.advance, task), partial(self._tell, training.trial))
         return trainings
+
+    def _tell(self, trial: Trial, row: dict[str, Any]) -> None:
+        line = epoch_line(trial.name, row, trial.settings.epochs)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def network(self, settings: Settings, seed: int, weights_of: Trial | None = None) -> tuple[Network, int]:
         """A network with the weights of a trial as far as it is trained, else fresh ones; and its epochs."""
@@ -211,10 +196,10 @@ def run_study(study: Study, parts: Sequence[str], console: Console) -> Path:
         if before is not None and before["request"] == wanted:
             console.print(f"{part}: done before, {study.path(part)}", highlight=False, soft_wrap=True)
             continue
+        console.print(f"{part}: {PARTS[part].about}", highlight=False)
         found = PARTS[part].run(session)
         conditions = _conditions(session)
         write_json(study.path(part), {"request": wanted, "conditions": conditions, "result": found})
-        console.print(f"{part}: {study.path(part)}", highlight=False, soft_wrap=True)
     return write_report(study, console)
 
 
