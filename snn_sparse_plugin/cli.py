@@ -1,4 +1,4 @@
-"""The command line: ``snn-sparse run | doctor | plugins | supported | demo | bench | ttfs``.
+"""The command line: ``snn-sparse run | doctor | plugins | supported | demo | bench | ttfs | experiment``.
 
 Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the
 commands.
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_experiment import app as experiment_app
 from .cli_ttfs import app as ttfs_app
 from .errors import ConfigError, SparsePluginError
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 
 app.add_typer(ttfs_app)
+app.add_typer(experiment_app)
 
 _COLOURS = {
     "ok": "green",

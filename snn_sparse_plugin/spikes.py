@@ -158,6 +158,31 @@ class SpikeTrain:
         out[picked.row, columns] = values if self.values is None else values[picked.positions]
         return out.view(self.shape[1:])
 
+    def counts(self) -> Tensor:
+        """Spikes of each neuron over all steps, (B, N...), differentiable; of a graded train, the sum of values.
+
+        Example:
+            >>> SpikeTrain.from_dense(torch.ones(5, 1, 2)).counts().tolist()
+            [[5.0, 5.0]]
+        """
+        if not self.requires_grad:
+            return self._counts()
+        return _Counts.apply(self.carrier, self)
+
+    def _counts(self) -> Tensor:
+        values = None if self.values is None else self.values.detach()
+        if self.B * self.features and self._compiled():
+            from .backends.cpu.counts import count_events
+
+            flat = (self.T, self.B, self.features)
+            return count_events(self.indptr, self.indices, values, flat, self.dtype).view(self.shape[1:])
+        cells = _cells(self.indptr, self.indices, self.shape)
+        counts = torch.bincount(cells, values, minlength=self.B * self.features)
+        return counts.to(self.dtype).view(self.shape[1:])
+
+    def _compiled(self) -> bool:
+        return self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
+
     @classmethod
     def from_dense(cls, x: Tensor, *, binary: bool = False) -> SpikeTrain:
         """Events of a dense (T, B, N...) tensor; values other than 0 and 1 make a graded train.
@@ -342,6 +367,34 @@ class _ToDense(torch.autograd.Function):
             return grad, None
         rows, columns = coordinates(*ctx.active)
         return grad[rows % max(T, 1), rows // max(T, 1), columns], None
+
+
+class _Counts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain) -> Tensor:
+        ctx.active, ctx.shape, ctx.compiled = train.active, train.shape, train._compiled()
+        return train._counts()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        T, B, *features = ctx.shape
+        if ctx.active is None:
+            return grads[0].reshape(1, B, math.prod(features)).expand(T, -1, -1), None
+        indptr, indices = ctx.active
+        if ctx.compiled:
+            from .backends.cpu.counts import pick_counts
+
+            return pick_counts(indptr, indices, grads[0].reshape(B, math.prod(features)), T), None
+        return grads[0].flatten()[_cells(indptr, indices, ctx.shape)], None
+
+
+def _cells(indptr: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
+    """Sample and neuron, ``b * N + n``, of every entry of a CSR pattern over rows ``b * T + t``."""
+    T, B, *features = shape
+    N = math.prod(features)
+    per_sample = indptr[::T].diff() if T else indptr.new_zeros(B)
+    first = torch.arange(B, device=indptr.device) * N
+    return torch.repeat_interleave(first, per_sample, output_size=indices.numel()) + indices
 
 
 class _Picked(NamedTuple):

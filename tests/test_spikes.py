@@ -236,3 +236,57 @@ def test_a_train_with_a_gradient_does_not_move():
         train.to("meta")
     assert not train.detach().requires_grad
     assert "density" in repr(train)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 5), (4, 2, 2, 3), (1, 1, 1), (0, 2, 3), (3, 0, 4)])
+def test_counts_are_the_sum_over_steps(shape):
+    x = (torch.rand(shape) < 0.4).float()
+    train = SpikeTrain.from_dense(x)
+    assert torch.equal(train.counts(), x.sum(0))
+    dense = x.clone().requires_grad_()
+    train = SpikeTrain.from_dense(dense)
+    grad = torch.randn(shape[1:])
+    train.counts().backward(grad)
+    assert torch.equal(dense.grad, grad.expand(shape))
+    graded = SpikeTrain.from_dense(2 * x)
+    assert torch.equal(graded.counts(), 2 * x.sum(0))
+    half = SpikeTrain.from_dense(x.half())  # by torch, as on a GPU
+    assert half.counts().dtype == torch.float16
+    assert torch.equal(half.counts(), x.sum(0).half())
+
+
+@pytest.mark.parametrize("window", [0.3, None])
+def test_counts_pass_a_gradient_where_the_layer_is_active(window):
+    x, w = (torch.rand(20, 4, 10) < 0.2).float(), torch.randn(6, 10)
+    grad = torch.randn(4, 6)
+    found = []
+    for count in (lambda s: s.counts(), lambda s: s.to_dense().sum(0)):
+        weight = w.clone().requires_grad_()
+        out = spiking_layer(
+            x,
+            weight,
+            params=NeuronParams(mem=0.9),
+            events=True,
+            backprop_threshold=window,
+            min_active=0,
+        )
+        assert (out.spikes.active is None) == (window is None)
+        (count(out.spikes) * grad).sum().backward()
+        found.append(weight.grad)
+    assert found[0].norm() > 0
+    assert torch.equal(*found)
+
+
+def test_counts_without_compiled_kernels_have_the_same_gradient(monkeypatch):
+    x = (torch.rand(20, 4, 10) < 0.2).float()
+    grads = []
+    for compiled in (True, False):
+        monkeypatch.setattr(SpikeTrain, "_compiled", lambda self, compiled=compiled: compiled)
+        w = torch.ones(6, 10, requires_grad=True)
+        out = spiking_layer(
+            x, w, params=NeuronParams(mem=0.9), events=True, backprop_threshold=0.5, min_active=0
+        )
+        out.spikes.counts().square().sum().backward()
+        grads.append(w.grad)
+    assert grads[0].norm() > 0
+    assert torch.equal(*grads)

@@ -1,0 +1,45 @@
+"""Spikes of each neuron over all steps, counted from events, and the gradient of the counts at active entries."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .jit import kernel
+from .threads import parallel, split
+
+
+@kernel()
+def _add(first, last, T, indptr, indices, values, out):  # type: ignore[no-untyped-def]
+    graded = values.shape[0] > 0
+    one = out.dtype.type(1)
+    for b in range(first, last):
+        for k in range(indptr[b * T], indptr[(b + 1) * T]):
+            out[b, indices[k]] += values[k] if graded else one
+
+
+@kernel()
+def _pick(first, last, T, indptr, indices, grad, out):  # type: ignore[no-untyped-def]
+    for b in range(first, last):
+        for k in range(indptr[b * T], indptr[(b + 1) * T]):
+            out[k] = grad[b, indices[k]]
+
+
+def count_events(
+    indptr: Tensor, indices: Tensor, values: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """Sums (B, N) over the steps of a CSR pattern of shape (T, B, N), rows ``b * T + t``; float32 or float64."""
+    T, B, N = shape
+    out = torch.zeros(B, N, dtype=dtype)
+    events = (indptr.numpy(), indices.numpy(), out[0, :0].numpy() if values is None else values.numpy())
+    parallel([lambda r=r: _add(*r, T, *events, out.numpy()) for r in split(B)])  # type: ignore[misc]
+    return out
+
+
+def pick_counts(indptr: Tensor, indices: Tensor, grad: Tensor, T: int) -> Tensor:
+    """The entry of ``grad`` (B, N) that belongs to each entry of a CSR pattern over rows ``b * T + t``."""
+    out = torch.empty(indices.numel(), dtype=grad.dtype)
+    arrays: list[np.ndarray] = [x.numpy() for x in (indptr, indices, grad.contiguous(), out)]
+    parallel([lambda r=r: _pick(*r, T, *arrays) for r in split(len(grad))])  # type: ignore[misc]
+    return out

@@ -1,0 +1,124 @@
+"""``snn-sparse experiment s3gd``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import ConfigError
+
+app = typer.Typer(name="experiment", help="Published experiments, remade on real data.", no_args_is_help=True)
+
+
+class DataName(str, Enum):
+    """Choices of ``--data``."""
+
+    fashion_mnist = "fashion-mnist"
+    n_mnist = "n-mnist"
+    shd = "shd"
+    digits = "digits"
+
+
+@app.callback()
+def _group() -> None:
+    """One command for each publication."""
+
+
+@app.command()
+def s3gd(
+    context: typer.Context,
+    data: Annotated[DataName, typer.Option(help="Which data.")] = DataName.digits,
+    root: Annotated[Path | None, typer.Option(help="Folder of the data's files; digits need none.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of logs, checkpoints, results and the report; an old one is gone on with."),
+    ] = Path("s3gd"),
+    part: Annotated[
+        str, typer.Option(help="all, or of train,hidden,threshold,depth,gradients,speed,epoch those named.")
+    ] = "all",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of part train.")] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, comma-separated; each is trained sparse and dense.")
+    ] = "0,1,2",
+    hidden: Annotated[
+        int | None, typer.Option(min=1, help="Neurons N of a hidden layer; published: 200.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Hidden layers; published: 2.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="B_th; published: 0.2.")] = None,
+    guard: Annotated[
+        bool,
+        typer.Option("--guard", help="This package's guard (min_active 0.01), which the publication lacks."),
+    ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size B; published: 256.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Training samples to use; 0 is all.")] = 0,
+    sizes: Annotated[str, typer.Option(help="N of the sweep over hidden size.")] = "100,200,400,600,800,1000",
+    thresholds: Annotated[str, typer.Option(help="B_th of its sweep.")] = "0.05,0.1,0.2,0.4,0.8",
+    deep: Annotated[str, typer.Option(help="Layers and N of the deep network.")] = "5,300",
+    sweep_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the networks of the sweeps.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds of a time, at most.")] = 7,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds for a row of times; it gets fewer rounds then.")
+    ] = 20,
+    title: Annotated[str | None, typer.Option(help="Name of the data in the report.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Sparse Spiking Gradient Descent (Perez-Nieves & Goodman 2021): every table and figure of its section 3.
+
+    Trains the published network sparse and dense on the same seeds and measures activity, gradients, time and
+    memory. Killed at any moment, the same command goes on where it was; finished parts are not done again.
+    """
+    from .cli import _readable_errors
+
+    with _readable_errors(context):
+        from .experiments import Study, run_study, settings_of
+
+        changes: dict[str, Any] = {
+            "epochs": epochs,
+            "hidden": hidden,
+            "layers": layers,
+            "threshold": threshold,
+            "min_active": 0.01 if guard else None,
+            "batch": batch,
+            "learning_rate": learning_rate,
+        }
+        numbers = _numbers(deep, "--deep", int)
+        if len(numbers) != 2:
+            raise ConfigError(f"--deep takes the number of layers and N, such as 5,300; got {deep!r}.")
+        study = Study(
+            settings=settings_of(data.value).changed(**changes),
+            out=out,
+            root=root,
+            seeds=_numbers(seeds, "--seeds", int),
+            samples=samples,
+            title=title,
+            sizes=_numbers(sizes, "--sizes", int),
+            thresholds=_numbers(thresholds, "--thresholds", float),
+            deep=(numbers[0], numbers[1]),
+            sweep_epochs=sweep_epochs,
+            rounds=rounds,
+            budget=budget,
+            device=device,
+            threads=threads,
+        )
+        console = Console()
+        report = run_study(study, _parts(part), console)
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _parts(text: str) -> list[str]:
+    from .experiments.parts import PARTS
+
+    return list(PARTS) if text == "all" else [name.strip() for name in text.split(",")]
+
+
+def _numbers(text: str, option: str, kind: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} takes numbers separated by commas, got {text!r}.") from error
