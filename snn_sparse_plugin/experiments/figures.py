@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plot import DENSE, INK, LAYERS, SPARSE, _clean, _figure
+from ..plot.style import DENSE, INK, LAYERS, SPARSE, clean, new_figure
 from .study import Study
 
 
@@ -27,18 +27,18 @@ def draw(study: Study, results: dict[str, Any]) -> dict[str, list[str]]:
 
 def _training(study: Study, trials: list[dict[str, Any]]) -> Any:
     """Active fraction by update, loss by update and test accuracy by epoch; thin lines are single seeds."""
-    figure = _figure(11, 3.3)
+    figure = new_figure(11, 3.3)
     active, loss, accuracy = figure.subplots(1, 3)
     sparse = [t for t in trials if t["sparse"]]
-    _clean(active, "active neuron-steps")
+    clean(active, "active neuron-steps")
     for k in range(len(sparse[0]["active_mean"])):
         values = 100 * np.array([[u[k] for u in t["active_by_update"]] for t in sparse])
         colour = LAYERS[(k + 1) % len(LAYERS)]
         active.plot(_smooth(values.mean(0)), color=colour, label=f"hidden layer {k + 1}")
     active.set(xlabel="update", ylabel="%", ylim=(0, None))
     active.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _clean(loss, "training loss")
-    _clean(accuracy, "test accuracy")
+    clean(loss, "training loss")
+    clean(accuracy, "test accuracy")
     for mode, name, colour, style in ((False, "dense", DENSE, "--"), (True, "sparse", SPARSE, "-")):
         chosen = [t for t in trials if t["sparse"] is mode]
         losses = np.array([t["loss_by_update"] for t in chosen])
@@ -64,16 +64,16 @@ def _smooth(values: Any, points: int = 400) -> Any:
 
 
 def _hidden(study: Study, trials: list[dict[str, Any]]) -> Any:
-    figure = _figure(7.5, 3.1)
+    figure = new_figure(7.5, 3.1)
     accuracy, active = figure.subplots(1, 2)
-    _clean(accuracy, f"test accuracy after {trials[0]['epochs']} epochs")
+    clean(accuracy, f"test accuracy after {trials[0]['epochs']} epochs")
     for mode, name, colour in ((False, "dense", DENSE), (True, "sparse", SPARSE)):
         chosen = [t for t in trials if t["sparse"] is mode]
         sizes = [t["hidden"] for t in chosen]
         accuracy.plot(sizes, [100 * t["test_accuracy"] for t in chosen], "o-", color=colour, label=name)
     accuracy.set(xlabel="N", ylabel="%")
     accuracy.legend(frameon=False, fontsize=8, labelcolor=INK, reverse=True)
-    _clean(active, "active neuron-steps")
+    clean(active, "active neuron-steps")
     for k in range(len(chosen[0]["active_mean"])):
         values = [100 * t["active_mean"][k] for t in chosen]
         active.plot(sizes, values, "o-", color=LAYERS[(k + 1) % len(LAYERS)], label=f"hidden layer {k + 1}")
@@ -84,15 +84,15 @@ def _hidden(study: Study, trials: list[dict[str, Any]]) -> Any:
 
 def _threshold(study: Study, rows: list[dict[str, Any]]) -> Any:
     dense, *trials = rows
-    figure = _figure(10.5, 3.1)
+    figure = new_figure(10.5, 3.1)
     accuracy, active, error = figure.subplots(1, 3)
     windows = [t["threshold"] for t in trials]
-    _clean(accuracy, f"test accuracy after {dense['epochs']} epochs")
+    clean(accuracy, f"test accuracy after {dense['epochs']} epochs")
     accuracy.plot(windows, [100 * t["test_accuracy"] for t in trials], "o-", color=SPARSE, label="sparse")
     accuracy.axhline(100 * dense["test_accuracy"], color=DENSE, linestyle="--", label="dense")
     accuracy.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _clean(active, "active neuron-steps")
-    _clean(error, "relative error of the gradient")
+    clean(active, "active neuron-steps")
+    clean(error, "relative error of the gradient")
     for k in range(len(trials[0]["active_mean"])):
         colour = LAYERS[(k + 1) % len(LAYERS)]
         values = [100 * t["active_mean"][k] for t in trials]
@@ -116,19 +116,19 @@ def _window_axis(axes: Any, windows: list[float]) -> None:
 
 def _depth(study: Study, found: dict[str, Any]) -> Any:
     trials, rows = found["trials"], found["gradients"]
-    figure = _figure(10.5, 3.1)
+    figure = new_figure(10.5, 3.1)
     loss, active, error = figure.subplots(1, 3)
-    _clean(loss, f"training loss, {trials[0]['layers']} layers of {trials[0]['hidden']}")
+    clean(loss, f"training loss, {trials[0]['layers']} layers of {trials[0]['hidden']}")
     for t, colour, style in zip(trials, (SPARSE, DENSE), ("-", "--"), strict=True):
         name = "sparse" if t["sparse"] else "dense"
         loss.plot(_smooth(np.array(t["loss_by_update"])), style, color=colour, label=name)
     loss.set(xlabel="update", ylim=(0, None))
     loss.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _clean(active, "active neuron-steps")
+    clean(active, "active neuron-steps")
     layers = range(1, len(trials[0]["active_mean"]) + 1)
     active.bar(layers, [100 * a for a in trials[0]["active_mean"]], color=SPARSE)
     active.set(xlabel="hidden layer", ylabel="%")
-    _clean(error, "relative error of the gradient")
+    clean(error, "relative error of the gradient")
     error.bar(range(1, len(rows) + 1), [row["relative_error"] for row in rows], color=SPARSE)
     error.set(xlabel="weight matrix, from the input")
     return figure
@@ -141,7 +141,7 @@ def _gradients(study: Study, found: list[dict[str, Any]]) -> Any:
         return None
     epochs = found[-1]["epochs"]
     count = min(2, len(found[-1]["rows"]) - 1)
-    figure = _figure(9, 3.1 * count)
+    figure = new_figure(9, 3.1 * count)
     with np.load(path, allow_pickle=False) as arrays:
         for k, pair in enumerate(figure.subplots(count, 2, squeeze=False)):
             dense = arrays[f"dense_{k}_{epochs}"]
@@ -151,7 +151,7 @@ def _gradients(study: Study, found: list[dict[str, Any]]) -> Any:
                 title = f"{row['weights']}, {name}"
                 if name == "sparse":
                     title += f": relative error {row['relative_error']:.3f}"
-                _clean(axes, title)
+                clean(axes, title)
                 grad = arrays[f"{name}_{k}_{epochs}"]
                 shown = axes.imshow(
                     grad, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
@@ -170,19 +170,19 @@ def _speed(study: Study, rows: list[dict[str, Any]]) -> Any:
     }
     if not sweeps:
         return None
-    figure = _figure(9.5, 3.1 * len(sweeps))
+    figure = new_figure(9.5, 3.1 * len(sweeps))
     for (sweep, chosen), pair in zip(
         sweeps.items(), figure.subplots(len(sweeps), 2, squeeze=False), strict=True
     ):
         at = [r[sweep] for r in chosen]
         faster, memory = pair
-        _clean(faster, "second layer, times as fast as snnTorch's loop")
+        clean(faster, "second layer, times as fast as snnTorch's loop")
         for phase, colour in (("backward", SPARSE), ("forward", LAYERS[2])):
             key = f"{phase}_ms"
             ratios = [r["snntorch"][key]["median"] / r["sparse"][key]["median"] for r in chosen]
             faster.plot(at, ratios, "o-", color=colour, label=phase)
         faster.legend(frameon=False, fontsize=8, labelcolor=INK)
-        _clean(memory, "memory saved for backward, against the loop")
+        clean(memory, "memory saved for backward, against the loop")
         less = [100 * (1 - r["sparse"]["saved_bytes"] / r["snntorch"]["saved_bytes"]) for r in chosen]
         memory.plot(at, less, "o-", color=SPARSE)
         memory.set(ylabel="% less", ylim=(0, 100))
