@@ -9,7 +9,7 @@ pytest.importorskip("triton.language", reason="the triton extra is not installed
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA or ROCm device and no TRITON_INTERPRET", allow_module_level=True)
 
-from eprop_cases import ScanTests
+from eprop_scan_cases import ScanTests
 from equation_cases import EquationTests
 from layer_cases import RECURRENT, LayerTests, compare
 from ttfs_cases import TtfsTests

@@ -8,7 +8,7 @@ pytest.importorskip("triton.language", reason="the triton extra is not installed
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
-from eprop_cases import ScanTests
+from eprop_scan_cases import ScanTests
 from equation_cases import EquationTests
 from layer_cases import LayerTests
 from ttfs_cases import TtfsTests

@@ -119,8 +119,8 @@ def test_a_trace_one_step_late_shows():
         for layer in learner.layers:
             given = layer._inputs
 
-            def late(records, given=given):
-                for synapses, x in given(records):
+            def late(records, like, given=given):
+                for synapses, x in given(records, like):
                     yield synapses, torch.cat([torch.zeros_like(x[:1]), x[:-1]])
 
             layer._inputs = late

@@ -17,81 +17,89 @@ from .rows import add_rows
 from .threads import parallel, split
 
 
+@kernel(forceinline=True)
+def _scale_add(out, o, factor, x, i):  # type: ignore[no-untyped-def]
+    """``out[o] += factor * x[i]``"""
+    o, i = np.uint32(o), np.uint32(i)
+    for j in range(out.shape[1]):
+        out[o, j] += factor * x[i, j]
+
+
 @kernel()
 def _scan(  # type: ignore[no-untyped-def]
     first,  # samples first..last
     last,
-    varying,  # (V, K, B, N): derivatives that vary
+    B,
+    varying,  # (V K B, N): derivatives that vary
     numbers,  # (1 + d, 1 + d): those that are one number
     table,  # (1 + d, 1 + d): which of the varying ones an entry is, -1: a number
     A,  # (m, m), the readout's memory
     b_r,  # (m,)
     out,
-    filtered,  # (K, B, N)
+    filtered,  # (K B, N)
     direct,
     lanes,
-    nu,  # out (B, 1 + lanes, K, N)
-    start,  # out (1 + lanes, d + m, B, N)
+    nu,  # out (B targets K, N)
+    start,  # out (targets (d + m) B, N)
 ):
-    K, _, N = filtered.shape
-    wide, m = table.shape[0], b_r.shape[0]
-    d, targets = wide - 1, start.shape[0]
+    N = filtered.shape[1]
+    K = filtered.shape[0] // B
+    wide, m, targets = table.shape[0], b_r.shape[0], lanes.shape[0] + 1
     dtype = filtered.dtype
     zero, one = dtype.type(0), dtype.type(1)
-    # rows of a target: z, the states, the readout's memory; and those of the step before
-    now, before = np.zeros((targets, 1 + d + m, N), dtype), np.zeros((targets, 1 + d + m, N), dtype)
+    size = wide + m  # rows of a target: z, the states, the readout's memory
+    now, before = np.zeros((targets * size, N), dtype), np.zeros((size, N), dtype)
+    onto = (wide + out) if m > 0 else 0
     for b in range(first, last):
-        at = np.uint64(b)
-        now[:] = zero
+        for r in range(targets * size):
+            row = np.uint32(r)
+            for j in range(N):
+                now[row, j] = zero
         for k in range(lanes.shape[0]):
+            row = np.uint32((k + 1) * size + 1 + lanes[k])
             for j in range(N):
-                now[k + 1, 1 + lanes[k], j] = one
+                now[row, j] = one
         for back in range(K):
-            t = np.uint64(K - 1 - back)
-            for j in range(N):
-                now[0, 0, j] = direct[t, at, j]
-            if m > 0:
-                for j in range(N):
-                    now[0, 1 + d + out, j] += filtered[t, at, j]
-            else:
-                for j in range(N):
-                    now[0, 0, j] += filtered[t, at, j]
+            t = K - 1 - back
+            at = t * B + b
+            _scale_add(now, 0, one, direct, at)
+            _scale_add(now, onto, one, filtered, at)
             for k in range(targets):
-                if k > 0:
-                    for j in range(N):
-                        now[k, 0, j] = zero
+                base = k * size
                 for p in range(m):
-                    factor = b_r[p]
-                    if factor != zero:
-                        for j in range(N):
-                            now[k, 0, j] += factor * now[k, 1 + d + p, j]
-                for c in range(wide):
+                    if b_r[p] != zero:
+                        _scale_add(now, base, b_r[p], now, base + wide + p)
+                for c in range(size):
+                    row = np.uint32(c)
                     for j in range(N):
-                        before[k, c, j] = zero
-                    for r in range(wide):
-                        if table[r, c] >= 0:
-                            v = np.uint64(table[r, c])
+                        before[row, j] = zero
+                for r in range(wide):
+                    for c in range(wide):
+                        v = table[r, c]
+                        if v >= 0:
+                            entry = np.uint32((v * K + t) * B + b)
+                            row, source = np.uint32(c), np.uint32(base + r)
                             for j in range(N):
-                                before[k, c, j] += varying[v, t, at, j] * now[k, r, j]
+                                before[row, j] += varying[entry, j] * now[source, j]
                         elif numbers[r, c] != zero:
-                            factor = numbers[r, c]
-                            for j in range(N):
-                                before[k, c, j] += factor * now[k, r, j]
-                for q in range(m):
+                            _scale_add(before, c, numbers[r, c], now, base + r)
+                for p in range(m):
+                    for q in range(m):
+                        if A[p, q] != zero:
+                            _scale_add(before, wide + q, A[p, q], now, base + wide + p)
+                found, row = np.uint32((b * targets + k) * K + t), np.uint32(base)
+                for j in range(N):
+                    nu[found, j] = before[0, j]
+                    now[row, j] = zero
+                for c in range(1, size):
+                    row, source = np.uint32(base + c), np.uint32(c)
                     for j in range(N):
-                        before[k, wide + q, j] = zero
-                    for p in range(m):
-                        factor = A[p, q]
-                        if factor != zero:
-                            for j in range(N):
-                                before[k, wide + q, j] += factor * now[k, wide + p, j]
-                for j in range(N):
-                    nu[at, k, t, j] = before[k, 0, j]
-            now, before = before, now
+                        now[row, j] = before[source, j]
         for k in range(targets):
-            for c in range(d + m):
+            for c in range(size - 1):
+                found, row = np.uint32((k * (size - 1) + c) * B + b), np.uint32(k * size + 1 + c)
                 for j in range(N):
-                    start[k, c, at, j] = now[k, 1 + c, j]
+                    start[found, j] = now[row, j]
 
 
 def scan(
@@ -110,13 +118,12 @@ def scan(
     targets, n = 1 + len(lanes), len(table) - 1 + len(b)
     nu, start = filtered.new_empty(B, targets, K, N), filtered.new_empty(targets, n, B, N)
     packed = torch.stack([*varying]) if varying else filtered.new_empty(0, K, B, N)
-    arrays = [x.contiguous().numpy() for x in (packed, numbers, table, A, b)]
-    signals = [x.contiguous().numpy() for x in (filtered, direct)]
+    rows = [x.contiguous().view(-1, N).numpy() for x in (packed, filtered, direct, nu, start)]
+    small = [x.contiguous().numpy() for x in (numbers, table, A, b)]
     chosen = np.array(lanes, np.int64)
-    outs = nu.numpy(), start.numpy()
 
     def task(part: tuple[int, int]) -> None:
-        _scan(*part, *arrays, out, *signals, chosen, *outs)
+        _scan(*part, B, rows[0], *small, out, *rows[1:3], chosen, *rows[3:])
 
     parallel([lambda part=part: task(part) for part in split(B)])  # type: ignore[misc]
     return nu.transpose(0, 1).transpose(1, 2), start

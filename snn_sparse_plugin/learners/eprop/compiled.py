@@ -17,6 +17,7 @@ from ...spikes import SpikeTrain
 from .lsnn import LSNN, LSNNState
 from .network import LeakyReadout, LSNNNetwork
 from .sequence import Targets, Totals, Window
+from .synapses import only_autapses
 
 if TYPE_CHECKING:
     from .learner import EProp
@@ -43,16 +44,9 @@ def why_not(learner: EProp) -> str:
         return "it is neither float32 nor float64"
     if learner.engine == "step" or learner.trace_dtype is not None:
         return "engine='step' or a trace_dtype"
-    if any(not _only_autapses(m) for x in layers for _, m in x.masks()):
+    if any(not only_autapses(m) for x in layers for _, m in x.masks()):
         return "a sparse connectivity mask, whose traces are kept per existing synapse"
     return ""
-
-
-def _only_autapses(mask: Any) -> bool:
-    missing = ~mask
-    return mask.shape[0] == mask.shape[1] and not bool(
-        (missing & ~torch.eye(len(mask), dtype=torch.bool)).any()
-    )
 
 
 class Network:

@@ -142,6 +142,8 @@ class WatchedLayer:
         if not records:
             return
         like = records[0].z
+        if like.dtype in (torch.float16, torch.bfloat16):
+            like = like.float()  # sums over steps are not made in half precision
         if self.rule is None:
             self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
         parts = [(1, r.local) for r in records if r.local is not None]
@@ -155,7 +157,7 @@ class WatchedLayer:
         place = {0: 0} | {state + 1: k + 1 for k, state in enumerate(self.states)}
         local = {(place[row], place[column]): v for (row, column), v in found.items()}
         steps = Steps(local, len(self.states), self._filtered(records, like), _direct(records, like))
-        self.rule.process(steps, self.states, list(self._inputs(records)), carry)
+        self.rule.process(steps, self.states, list(self._inputs(records, like)), carry)
 
     def _filtered(self, records: list[Record], like: Tensor) -> Tensor:
         """The learning signals that come through the readout, (K, B, N)."""
@@ -175,10 +177,9 @@ class WatchedLayer:
             out[[t for t, _, _ in group]] += back.view(len(group), *like.shape).to(out.dtype)
         return out
 
-    def _inputs(self, records: list[Record]) -> Iterator[tuple[Synapses, Tensor]]:
+    def _inputs(self, records: list[Record], like: Tensor) -> Iterator[tuple[Synapses, Tensor]]:
         by_name = {name: p for p, name in self.learner._names.items()}
         for k, call in enumerate(records[0].calls):
-            like = records[0].z
             if call.name and by_name[call.name].requires_grad:
                 x = torch.stack([r.calls[k].pre for r in records]).to(like.dtype)
                 yield self._synapses(call.name, call.weight.shape, call.mask), x
@@ -198,10 +199,7 @@ class WatchedLayer:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Names of parameters and what they gathered since the last time."""
         for name, synapses in self.synapses.items():
-            if synapses.grad is not None:
-                grad, synapses.grad = synapses.grad, None
-                if synapses.exists is not None:
-                    grad = synapses.spread(grad[synapses.exists])
+            if (grad := synapses.take()) is not None:
                 yield name, grad
 
     # --- state ---
@@ -224,7 +222,7 @@ class WatchedLayer:
         self.synapses = {}
         for name, saved in state["synapses"].items():
             synapses = self._synapses(name, saved["shape"], None)
-            synapses.exists = saved["exists"]
+            synapses.exists, synapses.mask = saved["exists"], saved["mask"]
             synapses.grad = None if saved["grad"] is None else saved["grad"].clone()
             synapses.per_input = {k: v.clone() for k, v in saved["per_input"].items()}
             synapses.per_synapse = {k: v.clone() for k, v in saved["per_synapse"].items()}
@@ -251,6 +249,7 @@ def _synapses_state(synapses: Synapses) -> dict[str, Any]:
     return {
         "shape": synapses.shape,
         "exists": synapses.exists,
+        "mask": synapses.mask,
         "grad": None if synapses.grad is None else synapses.grad.clone(),
         "per_input": copies(synapses.per_input),
         "per_synapse": copies(synapses.per_synapse),

@@ -431,7 +431,9 @@ class EProp:
 
     def _process(self, carry: bool) -> None:
         for layer in self.layers:
-            layer.process(carry)
+            kind = layer.pending[0].z.device.type if layer.pending else "cpu"
+            with torch.autocast(kind, enabled=False):  # step() may be called inside autocast
+                layer.process(carry)
 
     @torch.no_grad()
     def deliver(self) -> None:

@@ -22,7 +22,7 @@ from .scan import Filter, Jacobian, Steps, on_cpu, scan
 from .synapses import Synapses
 
 # a kernel sums over events up to this share of ones in the input, beyond it a matrix product is faster
-_DENSE = 0.25
+_DENSE = 0.5
 
 
 class TextbookRule:

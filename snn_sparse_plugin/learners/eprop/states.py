@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor
 
 from ...errors import UnsupportedError
 
@@ -34,13 +34,13 @@ class SnnTorchState:
 
     def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.neuron, self.module, self.x = neuron, neuron.layer.module, x
-        kinds = [names for kind, names in _SNNTORCH_STATES.items() if _is_a(self.module, kind)]
-        if not kinds:
+        names = _names(type(self.module))  # type: ignore[arg-type]
+        if names is None:
             raise UnsupportedError(
                 f"e-prop: {neuron.layer.name} is a {type(self.module).__name__}; of snnTorch it takes "
                 f"{', '.join(_SNNTORCH_STATES)}."
             )
-        self.names = kinds[0]
+        self.names = names
         given = dict(zip(self.names, args, strict=False)) | kwargs
         values = [v if (v := given.get(n)) is not None else getattr(self.module, n) for n in self.names]
         # upstream starts from zeros where the shape differs
@@ -51,7 +51,7 @@ class SnnTorchState:
         ]
         self.aliases = {k for k, n in enumerate(self.names) if n == "spk"}
 
-    def at(self, x: Tensor, leaves: Sequence[Tensor]) -> Self:
+    def at(self, x: Tensor, leaves: Sequence[Tensor]) -> SnnTorchState:
         """The same state with other values, for another current."""
         other = copy.copy(self)
         other.x, other.leaves = x, list(leaves)
@@ -74,8 +74,11 @@ class SnnTorchState:
             setattr(self.module, name, getattr(self.module, name).detach())
 
 
-def _is_a(module: nn.Module, kind: str) -> bool:
-    return any(c.__name__ == kind and c.__module__.startswith("snntorch.") for c in type(module).__mro__)
+@cache
+def _names(kind: type) -> tuple[str, ...] | None:
+    """The states of a class of snnTorch or one derived from it."""
+    known = [c.__name__ for c in kind.__mro__ if c.__module__.startswith("snntorch.")]
+    return next((names for name, names in _SNNTORCH_STATES.items() if name in known), None)
 
 
 class TupleState:
@@ -88,33 +91,31 @@ class TupleState:
         if self.fresh:
             first = _initial(neuron, x)
             state = () if first is None else (first,)
-        flat, self.spec = tree_flatten(state)
-        self.places = [k for k, s in enumerate(flat) if isinstance(s, Tensor) and s.is_floating_point()]
         size = _size(neuron, x)
-        for k in self.places:  # Norse starts from single numbers
-            whole = flat[k].detach()
-            whole = whole.expand(size) if whole.dim() < len(size) else whole
-            flat[k] = whole.to(x.dtype)
-        self.flat, self.leaves = flat, [flat[k] for k in self.places]
+        self.tree, self.leaves = state, []
+        for given in floats(state):
+            value = given.detach()
+            # Norse starts from single numbers
+            value = value.expand(size) if value.dim() < len(size) else value
+            self.leaves.append(value.to(x.dtype))
         self.aliases: set[int] = set()
 
-    def at(self, x: Tensor, leaves: Sequence[Tensor]) -> Self:
+    def at(self, x: Tensor, leaves: Sequence[Tensor]) -> TupleState:
         """The same state with other values, for another current."""
         other = copy.copy(self)
         other.x, other.leaves = x, list(leaves)
         return other
 
     def call(self) -> Any:
-        flat = list(self.flat)
-        for k, leaf in zip(self.places, self.leaves, strict=True):
-            flat[k] = leaf
-        return self.neuron.forward(self.x, *tree_unflatten(flat, self.spec))
+        leaves = iter(self.leaves)
+        state = mapped(self.tree, lambda x: next(leaves) if x.is_floating_point() else x)
+        return self.neuron.forward(self.x, *state)
 
     def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
         if not isinstance(out, tuple):
             raise UnsupportedError(f"e-prop: {self.neuron.layer.name} must return (spikes, state).")
         z, rest = out[0], out[1:]
-        after = [s for s in tree_flatten(rest)[0] if isinstance(s, Tensor) and s.is_floating_point()]
+        after = floats(rest)
         if self.leaves and len(after) != len(self.leaves):
             raise UnsupportedError(
                 f"e-prop: {self.neuron.layer.name} takes {len(self.leaves)} states and returns {len(after)}."
@@ -145,3 +146,26 @@ def _size(neuron: Neuron, x: Tensor) -> tuple[int, ...]:
     hidden = getattr(neuron.layer.module, "hidden_size", None)
     shape = x.shape[1:] if neuron.sequence else x.shape
     return (*shape[:-1], shape[-1] if hidden is None else int(hidden))
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A state, of nested tuples, lists and dicts, with every tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, tuple):
+        parts = [mapped(x, change) for x in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, list):
+        return [mapped(x, change) for x in tree]
+    if isinstance(tree, dict):
+        return {key: mapped(x, change) for key, x in tree.items()}
+    return tree
+
+
+def floats(tree: Any) -> list[Tensor]:
+    """The floating tensors of a state, in order."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_floating_point() else []
+    if isinstance(tree, tuple | list | dict):
+        return [y for x in (tree.values() if isinstance(tree, dict) else tree) for y in floats(x)]
+    return []

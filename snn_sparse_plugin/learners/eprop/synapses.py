@@ -8,16 +8,25 @@ import torch
 from torch import Tensor
 
 
+def only_autapses(mask: Tensor) -> bool:
+    """Whether all but the diagonal of a square matrix exists."""
+    square = mask.shape[0] == mask.shape[1]
+    return square and bool((mask | torch.eye(len(mask), dtype=torch.bool, device=mask.device)).all())
+
+
 class Synapses:
     """One weight matrix (N, M), the traces of its synapses and its gradient so far.
 
     Traces of a state whose decay is one number for all neurons are kept per input, (B, M): they are the same for
-    every neuron. The others are kept per synapse, (B, N, M), or (B, synapses) where a mask says which exist.
+    every neuron. The others are kept per synapse, (B, N, M), or (B, synapses) where a mask says which exist. (Where
+    only autapses are missing, the few traces cost less than the indices.)
     """
 
     def __init__(self, shape: Sequence[int], mask: Tensor | None, trace_dtype: torch.dtype | None) -> None:
         self.shape, self.trace_dtype = tuple(shape), trace_dtype
-        self.exists = None if mask is None or bool(mask.all()) else mask.nonzero(as_tuple=True)
+        self.mask = None if mask is None or bool(mask.all()) else mask.bool()
+        whole = self.mask is None or only_autapses(self.mask)
+        self.exists = None if whole else self.mask.nonzero(as_tuple=True)  # type: ignore[union-attr]
         self.per_input: dict[int, Tensor] = {}
         self.per_synapse: dict[int, Tensor] = {}
         self.grad: Tensor | None = None
@@ -26,6 +35,11 @@ class Synapses:
 
     def add(self, grad: Tensor) -> None:
         self.grad = grad if self.grad is None else self.grad.add_(grad)
+
+    def take(self) -> Tensor | None:
+        """The gradient so far, which begins anew."""
+        grad, self.grad = self.grad, None
+        return grad if grad is None or self.mask is None else grad.masked_fill_(~self.mask, 0.0)
 
     def kept(self, traces: Tensor) -> Tensor:
         """(..., N, M) as it is stored."""
