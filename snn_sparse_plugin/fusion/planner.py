@@ -119,7 +119,7 @@ class Plan:
                 return False
             if reader not in seen:
                 seen.add(reader)
-                for slot in range(len(reader.live)):
+                for slot in range(len(reader.given)):
                     todo += self.readers.get((reader, slot), ())
         return True
 

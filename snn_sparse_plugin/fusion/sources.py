@@ -18,9 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..adapters import has_hooks
 from ..config import active_config
 from .calls import record_linear
+from .context import here, mode_to_record, paused
 from .flush import flush, realize
 from .planner import same
-from .record import FunctionLane, can_record, entry_of, here, open_record, paused, resting
+from .record import FunctionLane, entry_of, open_record, resting
 from .recorded import Recorded
 
 _MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
@@ -90,8 +91,10 @@ def _called(upstream: Callable[..., Any], self: Any, x: Any) -> Any:
         return upstream(x)
     if self in _feeding:
         plain = x.layout is torch.strided and x.dtype is torch.float32
-        if plain and not resting(self) and can_record(x.device):
-            return _called(upstream, self, _entering(self, x))
+        if plain and not resting(self):
+            mode = mode_to_record()
+            if mode is not None:
+                return _called(upstream, self, _entering(self, x, mode))
         return upstream(x)
     out = upstream(x)
     if type(out) is Tensor:
@@ -99,21 +102,13 @@ def _called(upstream: Callable[..., Any], self: Any, x: Any) -> Any:
     return out
 
 
-def _entering(module: nn.Module, x: Tensor) -> Recorded:
+def _entering(module: nn.Module, x: Tensor, mode: int) -> Recorded:
     """A plain input of a layer as a recorded value."""
     record = open_record()
-    with record:
-        key = (
-            "source",
-            id(module),
-            x.shape,
-            x.device,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        )
-        lane = record.functions.get(key)
-        if lane is None:
-            lane = record.functions[key] = FunctionLane(record, same, (), {}, 1, view=True)
+    with record.lock:
+        lane = record.inputs.get(id(module))
+        if lane is None or lane.mode != mode or lane.shape != x.shape or lane.device != x.device:
+            lane = record.inputs[id(module)] = FunctionLane(record, same, (), {}, 1, view=True)
             lane.shape, lane.dtype, lane.device = x.shape, x.dtype, x.device
             lane.kwargs["module"] = module  # so that its id stays its own
         lane.columns[0].append(entry_of(x))
