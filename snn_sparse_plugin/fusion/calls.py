@@ -161,8 +161,8 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return made_now
 
 
-def record_linear(x: Recorded, weight: Any, bias: Any) -> Any:
-    """The commonest call, without the search for what its arguments are."""
+def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
+    """:func:`record_call` for the commonest call, without the search for what its arguments are."""
     value = x._value
     source, _, slot = value
     record, key = source.record, (id(weight), id(bias), slot)
@@ -175,7 +175,7 @@ def record_linear(x: Recorded, weight: Any, bias: Any) -> Any:
     ):
         made = record_call(LINEAR, (x, weight, bias), {})
         if made is None:
-            return NotImplemented
+            return None
         lane = cast(FunctionLane, made._value[0])
         if all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)):
             source.linears[key] = lane  # which keeps them, so that no other takes their ids
@@ -183,7 +183,7 @@ def record_linear(x: Recorded, weight: Any, bias: Any) -> Any:
     record.lock.acquire()
     try:
         if record.closed:
-            return NotImplemented
+            return None
         # weight and bias are those of the first call, at the version of that time
         lane.columns[0].append(value)
         lane.order.append(record.calls)

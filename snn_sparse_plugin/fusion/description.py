@@ -41,10 +41,11 @@ class Description:
     def _hold(self, held: dict[str, Any], without: Any) -> None:
         names = [name for name in held if name not in without]
         self.tensors += [(n, held[n], version(held[n])) for n in names if isinstance(held[n], Tensor)]
-        pick = (
-            itemgetter(names[0], *names) if names else tuple
-        )  # two names at least, so that it gives a tuple
-        self.holders.append((held, len(held), pick, pick(held)))
+        if names:
+            pick = itemgetter(names[0], *names)  # two at least, so that it gives a tuple
+            self.holders.append((held, len(held), pick, pick(held)))
+        elif not held:
+            self.empty.append(held)
 
     def _note_tuple(self, value: Any) -> None:
         """The tensors of Norse's parameters, which are nested named tuples."""

@@ -82,8 +82,6 @@ def _recorded_in(items: Any) -> Iterator[Recorded]:
 
 def _run(record: Record, stepped: bool) -> None:
     waiting = record.waiting()
-    for lane in record.lanes:
-        lane.complete()
     # who watches the neurons wants to see steps that nobody uses
     seen = tally.watchers.get() is not None
     watched = [lane for lane in record.lanes if isinstance(lane, NeuronLane)] if seen else []
@@ -91,6 +89,8 @@ def _run(record: Record, stepped: bool) -> None:
         return
     plan = Plan(waiting, watched, stepped)
     check_versions(plan.sources)
+    for lane in plan.sources:
+        lane.complete()
     for group in plan.groups:
         try:
             if len(group) == 1 and not stepped and not plan.feeds_itself(group[0]):

@@ -72,7 +72,8 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     if not kwargs and len(args) == 3 and type(args[0]) is Recorded:
-        return record_linear(*args)
+        found = record_linear(*args)
+        return NotImplemented if found is None else found
     return _recorded(func, args, kwargs)
 
 

@@ -111,8 +111,12 @@ class Lane:
                 column += column[-1:] * (len(self.order) - len(column))
 
     def entries(self) -> list[Entry]:
-        """Every tensor argument of every call."""
+        """The tensor arguments of all calls."""
         return [entry for column in self.columns for entry in column]
+
+    def values(self) -> list[Value]:
+        """Those that are recorded values."""
+        return [entry for entry in self.entries() if len(entry) == 3]  # type: ignore[misc]
 
 
 class FunctionLane(Lane):
