@@ -30,7 +30,8 @@ calls: Counter[tuple[str, str]] = Counter()
 class LayerCall:
     """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened.
 
-    Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input. ``rec0`` is the
+    Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input; the stride of a current
+    over the steps is 0 where it is the same at all. ``rec0`` is the
     recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
     :data:`~snn_sparse_plugin.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
     and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``; a neuron with C inputs
@@ -113,7 +114,8 @@ class OutputGrads(NamedTuple):
 
 
 class InputGrads(NamedTuple):
-    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense."""
+    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense: (T, B, N), or the
+    sum over the steps (1, B, N) of a current that is the same at all."""
 
     input: Tensor | None = None
     weight: Tensor | None = None

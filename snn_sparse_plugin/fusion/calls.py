@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .record import LONGEST, Entry, FunctionLane, Record, can_record, entry_of, grad_mode, here
+from .context import here, mode_to_record
+from .record import LONGEST, Entry, FunctionLane, Record, entry_of
 from .recorded import Recorded
 
 
@@ -126,13 +127,13 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             named[name] = call.scan(item)
     except TypeError:
         return None
-    record, device = _place(call.entries)
-    if record is None or device is None or not can_record(device):
+    (record, device), mode = _place(call.entries), mode_to_record()
+    if record is None or device is None or mode is None:
         return None
-    with record:
+    with record.lock:
         if record.closed:
             return None
-        key: Any = (*call.key, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        key: Any = (*call.key, mode)
         now = [entry for entry in call.entries if len(entry) == 3]
         lane = record.functions.get(key)
         # the same function on the same step again stands in a lane of its own
@@ -160,38 +161,36 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return made_now
 
 
-def record_linear(x: Recorded, weight: Any, bias: Any) -> Any:
-    """The commonest call, without the search for what its arguments are."""
+def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
+    """:func:`record_call` for the commonest call, without the search for what its arguments are."""
     value = x._value
-    source, call, slot = value
-    record = source.record
-    mode = grad_mode()
-    key = (source, slot, id(weight), id(bias), mode)
-    lane = record.linears.get(key)
+    source, _, slot = value
+    record, key = source.record, (id(weight), id(bias), slot)
+    lane = source.linears.get(key)
     if (
         lane is None
-        or lane.columns[0][-1][1] == call
+        or lane.columns[0][-1] is value  # the same step again
         or record is not here.record
-        or not can_record(lane.device)
+        or lane.mode != mode_to_record()
     ):
         made = record_call(LINEAR, (x, weight, bias), {})
         if made is None:
-            return NotImplemented
-        if type(made) is Recorded:
-            lane = cast(FunctionLane, made._value[0])
-            if all(
-                t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)
-            ):  # else another may take its id
-                record.linears[key] = lane
+            return None
+        lane = cast(FunctionLane, made._value[0])
+        if all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)):
+            source.linears[key] = lane  # which keeps them, so that no other takes their ids
         return made
-    with record.lock:
+    record.lock.acquire()
+    try:
         if record.closed:
-            return NotImplemented
+            return None
         # weight and bias are those of the first call, at the version of that time
         lane.columns[0].append(value)
         lane.order.append(record.calls)
         record.calls += 1
         return lane.make(0)
+    finally:
+        record.lock.release()
 
 
 def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:

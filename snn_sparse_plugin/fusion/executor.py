@@ -171,6 +171,7 @@ class FusedCall:
     per_step: bool
     last: bool = False
     config: SparseConfig | None = None  # of the call; None: what holds for the module now
+    steps: int | None = None  # of a flow (1, B, ...) that is the same at every step
 
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
@@ -188,7 +189,7 @@ class FusedCall:
         # the products with the weights have another dtype under autocast
         if torch.is_autocast_enabled(flow.device.type) and (weight is not None or neuron.recurrent):
             return None
-        T, B = flow.shape[:2]
+        T, B = self.steps or len(flow), flow.shape[1]
         features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0] // neuron.inputs,)
         if weight is None and neuron.inputs > 1:
             features = (flow.shape[2] // neuron.inputs,)
@@ -221,6 +222,7 @@ class FusedCall:
                 recurrent_weight=recurrent,
                 recurrent_bias=neuron.recurrent_bias,
                 state=start,
+                steps=self.steps,
                 events=as_events,
                 return_mem=want_mem or kept_mem is not None,
                 name=self.name,
@@ -235,7 +237,7 @@ class FusedCall:
             elif isinstance(ended, dict) and "spikes" in ended:
                 ended = {**ended, "spikes": ended["spikes"].detach()}
         if neuron.output is not None:
-            spikes = neuron.output(spikes, flow)
+            spikes = neuron.output(spikes, flow)  # of an input that is the same at every step, it broadcasts
         if kept_output is not None:
             setattr(module, kept_output, _dense(spikes))
         if kept_mem is not None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import tally
 from ..errors import FusionError
+from .context import here, in_mode, paused
 from .lanes import run_lane, run_steps
 from .planner import Plan
-from .record import FunctionLane, Lane, NeuronLane, Record, here, in_mode, paused, reasons
+from .record import FunctionLane, Lane, NeuronLane, Record, check_versions, reasons
 from .recorded import Recorded
 
 
@@ -80,22 +81,16 @@ def _recorded_in(items: Any) -> Iterator[Recorded]:
 
 
 def _run(record: Record, stepped: bool) -> None:
-    waiting = [
-        (lane, slot, call, found)
-        for lane in record.lanes
-        for slot, calls in enumerate(lane.live)
-        for call in range(len(calls))
-        if (found := lane.waiting(slot, call)) is not None
-    ]
-    for lane in record.lanes:
-        lane.complete()
+    waiting = record.waiting()
     # who watches the neurons wants to see steps that nobody uses
     seen = tally.watchers.get() is not None
     watched = [lane for lane in record.lanes if isinstance(lane, NeuronLane)] if seen else []
     if not waiting and not watched:
         return
-    record.check_versions()
     plan = Plan(waiting, watched, stepped)
+    check_versions(plan.sources)
+    for lane in plan.sources:
+        lane.complete()
     for group in plan.groups:
         try:
             if len(group) == 1 and not stepped and not plan.feeds_itself(group[0]):

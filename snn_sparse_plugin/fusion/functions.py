@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import LINEAR, RECORDABLE, functions, record_call, record_linear
-from .record import FunctionLane, can_record
+from .context import mode_to_record
+from .record import FunctionLane
 from .recorded import Recorded, Value
 
 
@@ -71,7 +72,8 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     if not kwargs and len(args) == 3 and type(args[0]) is Recorded:
-        return record_linear(*args)
+        found = record_linear(*args)
+        return NotImplemented if found is None else found
     return _recorded(func, args, kwargs)
 
 
@@ -128,7 +130,7 @@ def _dropout(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if not given["training"] or p == 0:
         return x
-    if not x._value[0].dtype.is_floating_point or not can_record(x._value[0].device):
+    if not x._value[0].dtype.is_floating_point or mode_to_record() is None:
         return NotImplemented
     with torch.no_grad():
         ones = torch.ones(x._value[0].shape, dtype=x._value[0].dtype, device=x._value[0].device)
@@ -159,15 +161,16 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
     if type(x) is not Recorded or x._value in x._value[0].record.viewed or _is_view(x._value):
         return NotImplemented
-    lane = x._value[0]
+    lane, _, slot = x._value
     found = record_call(_IN_PLACE[func], args, kwargs)
     if found is None:
         return NotImplemented
     made = found._value[0]
     if made.shape != lane.shape or made.dtype != lane.dtype:
         return NotImplemented
+    lane.given[slot][:] = [other for other in lane.given[slot] if other is not x]
     x._value = found._value
-    made.live[0][-1] = lane.record.awaited(x)
+    made.given[0][-1] = x
     return x
 
 

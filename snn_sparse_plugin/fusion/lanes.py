@@ -14,9 +14,10 @@ from ..errors import FusionError
 from ..spikes import SpikeTrain
 from . import meter
 from .calls import BATCHED, LINEAR, filled
+from .context import in_mode
 from .executor import FusedCall, Synapses
 from .planner import Plan, same
-from .record import Entry, FunctionLane, Lane, NeuronLane, backoff, in_mode
+from .record import Entry, FunctionLane, Lane, NeuronLane, backoff
 from .series import Series, constant_of, piece, source_of, stacked, train_of
 from .stepping import Flow, Layer
 
@@ -32,7 +33,7 @@ def run_lane(lane: Lane, plan: Plan) -> None:
         return
     if isinstance(lane, NeuronLane):
         # a single step is upstream's own, unless the module has changed since
-        if (len(lane) == 1 and lane.unchanged()) or not _run_neuron(lane, plan):
+        if (len(lane) == 1 and lane.description.holds()) or not _run_neuron(lane, plan):
             note_length(lane.module, len(lane))
             run_steps([lane], plan)
         else:
@@ -136,7 +137,7 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
         rest = [c[0][0] for c in linear.columns[1:]]
         synapses = Synapses(rest[0], rest[1] if len(rest) > 1 else None)
         name = f"Linear→{name}"
-    flow, n = _flow(column), len(lane)
+    (flow, once), n = _flow(column), len(lane)
     single = len(lane.input_shape) == 1
     if single:
         flow = (flow.to_dense() if isinstance(flow, SpikeTrain) else flow).unsqueeze(1)
@@ -152,6 +153,7 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
         per_step=True,
         last=plan.is_last(lane),
         config=lane.config,
+        steps=n if once else None,
     )
     events = plan.wants_events(lane) and not single
     want_mem = membrane > 0 and (lane, membrane) in plan.early
@@ -190,12 +192,13 @@ def _one_step(lane: NeuronLane, synapses: Synapses | None, x: Tensor, state: Any
         lane.adapter.upstream_step(lane.upstream, lane.module, x, state, lane.like)
 
 
-def _flow(column: list[Entry]) -> Flow:
+def _flow(column: list[Entry]) -> tuple[Flow, bool]:
+    """All steps of a column, or the one that it holds at every step and True."""
     constant = constant_of(column)
     if constant is not None:
-        return constant.expand(len(column), *constant.shape)
+        return constant.unsqueeze(0), True
     train = train_of(column)
-    return stacked(column) if train is None else train
+    return (stacked(column) if train is None else train), False
 
 
 def _initial(lane: NeuronLane) -> dict[str, Tensor | None]:
@@ -244,7 +247,7 @@ def _run_step(
         pieces[lane][0].append(plan.call(lane, tensors, call))
         return
     assert isinstance(lane, NeuronLane)
-    if not lane.unchanged():
+    if not lane.description.holds():
         raise FusionError(
             f"{type(lane.module).__name__} was changed after its step was recorded at {lane.where}, before the "
             f"result was used. Use the result first, or switch time fusion off (fuse_time=False)."

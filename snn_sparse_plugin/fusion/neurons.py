@@ -8,22 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import tally
 from ..adapters import Adapter
 from ..config import SparseConfig
+from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
-from .record import (
-    LONGEST,
-    NeuronLane,
-    Record,
-    backoff,
-    can_record,
-    entry_of,
-    grad_mode,
-    here,
-    open_record,
-    resting,
-)
+from .record import LONGEST, NeuronLane, Record, backoff, entry_of, open_record, resting
 from .recorded import Recorded
 from .sources import note_feeding
 
@@ -63,44 +54,48 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
         return None
     adapter, module, x = lane.adapter, lane.module, args[0]
     leaves = adapter.next_state(module, args)
-    if leaves is None or len(leaves) != len(lane.slots):
+    if leaves is None or not lane.left(leaves):
         return None
-    live = lane.live
-    for leaf, slot in zip(leaves, lane.slots.values(), strict=True):
-        if type(leaf) is not Recorded or live[slot][-1]() is not leaf:
-            return None
+    entry: Any
     if type(x) is Recorded:
-        source = x._value[0]
-        if (
-            source.record is not record
-            or source.shape != lane.input_shape
-            or source.dtype is not torch.float32
-        ):
-            return None
-        entry: Any = x._value
-    elif (
-        type(x) is Tensor
-        and x.shape == lane.input_shape
-        and x.dtype is torch.float32
-        and x.device == lane.device
-    ):
+        entry = x._value
+        source = entry[0]
+        if source is not lane.source:
+            if not _takes(lane, source):
+                return None
+            lane.source = source
+    elif type(x) is Tensor and _takes(lane, x):
         entry = entry_of(x)
     else:
         return None
-    steps = lane.config.max_steps
-    if lane.mode != grad_mode() or not lane.unchanged() or not can_record(lane.device):
+    if lane.mode != mode_to_record() or not lane.description.holds():
         return None
+    steps = lane.config.max_steps
     if steps is not None and len(lane.order) >= steps:
         return None
-    with record.lock:
+    record.lock.acquire()
+    try:
         if record.closed:
             return None
         lane.columns[0].append(entry)
         lane.order.append(record.calls)
         record.calls += 1
-        out = lane.make(0)
-        new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
-        return adapter.write_call(module, out, new, lane.like)
+        return _result(lane)
+    finally:
+        record.lock.release()
+
+
+def _takes(lane: NeuronLane, x: Any) -> bool:
+    """Whether a tensor, or a lane of this record, has the shape, dtype and device of the lane's inputs."""
+    here = type(x) is Tensor or x.record is lane.record
+    return here and x.shape == lane.input_shape and x.dtype is torch.float32 and x.device == lane.device
+
+
+def _result(lane: NeuronLane) -> Any:
+    """What upstream's forward returns for the newest step."""
+    out = lane.make(0)
+    new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
+    return lane.adapter.write_call(lane.module, out, new, lane.like)
 
 
 def _record(
@@ -117,10 +112,11 @@ def _record(
         shape, dtype, device = x.shape, x.dtype, x.device
     else:
         return None
-    if dtype is not torch.float32 or not shape or not can_record(device):
+    mode = mode_to_record()
+    if dtype is not torch.float32 or not shape or mode is None:
         return None
     record = open_record()
-    with record:
+    with record.lock:
         if adapter.zeros_for_other_shapes:
             leaves = {
                 n: leaf if leaf is not None and _shape(leaf) == shape else None for n, leaf in leaves.items()
@@ -133,9 +129,14 @@ def _record(
             return _record(adapter, module, upstream, args, kwargs, config)
         if not (
             type(lane) is NeuronLane
+            and lane.record is record
+            and lane.module is module
+            and lane.config is config
+            and lane.mode == mode
             and lane.input_shape == shape
             and lane.device == device
-            and lane.continues(record, module, leaves, config)
+            and lane.left(list(leaves.values()))
+            and lane.description.holds()
         ):
             if type(x) is Tensor:
                 note_feeding(x)
@@ -143,11 +144,8 @@ def _record(
             if lane is None:
                 return None
         lane.columns[0].append(entry_of(x))
-        record.count(lane)
-        out = lane.make(0)
-        new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
-        result = adapter.write_call(module, out, new, lane.like)
-    return result
+        lane.record.count(lane)
+        return _result(lane)
 
 
 def _open(
@@ -173,6 +171,9 @@ def _open(
     if out_shape is None:
         backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
         return None
+    if record.lanes and not record.awaited() and tally.watchers.get() is None:
+        record.close()  # nobody can reach a result of what came before
+        record = open_record()
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
     record.neurons[id(module)] = lane

@@ -36,14 +36,15 @@ class Plan:
             lane = todo.pop()
             if lane in self.sources:
                 continue
-            found = self.sources[lane] = set()
-            for entry in lane.entries():
-                if len(entry) == 3:
-                    source, call, slot = entry
-                    found.add(source)
-                    self.readers.setdefault((source, slot), set()).add(lane)
-                    if call < len(source) - 1:
-                        self.early.add((source, slot))
+            read: dict[tuple[Lane, int], int] = {}  # the first call that is read of each result
+            for source, call, slot in lane.values():
+                if call < read.setdefault((source, slot), call):
+                    read[source, slot] = call
+            for (source, slot), first in read.items():
+                self.readers.setdefault((source, slot), set()).add(lane)
+                if first < len(source) - 1:
+                    self.early.add((source, slot))
+            found = self.sources[lane] = {source for source, _ in read}
             todo += found
         self.stepped = stepped
         self.groups = [list(self.sources)] if stepped else list(_components(self.sources))
@@ -92,7 +93,8 @@ class Plan:
 
     @staticmethod
     def _varies(column: list[Entry]) -> bool:
-        return any(len(entry) == 3 or entry[0] is not column[0][0] for entry in column)
+        first = column[0]
+        return len(first) == 3 or any(entry is not first and entry[0] is not first[0] for entry in column)
 
     def wants_events(self, lane: NeuronLane) -> bool:
         """Whether the lane's spikes reach weights of the fused op as they are."""
@@ -119,7 +121,7 @@ class Plan:
                 return False
             if reader not in seen:
                 seen.add(reader)
-                for slot in range(len(reader.live)):
+                for slot in range(len(reader.given)):
                     todo += self.readers.get((reader, slot), ())
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 
 Value = tuple["Lane", int, int]
 """Where a value is made: the lane, the number of the call in it, and which of the call's results."""
+
+
+@cache
+def _called() -> Callable[..., Any]:
+    """What answers calls on recorded steps; it stands above this module."""
+    from .functions import called
+
+    return called
 
 
 class Recorded(Tensor):
@@ -47,9 +56,7 @@ class Recorded(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        from .functions import called
-
-        return called(func, args, kwargs or {})
+        return _called()(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

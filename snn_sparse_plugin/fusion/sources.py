@@ -18,9 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..adapters import has_hooks
 from ..config import active_config
 from .calls import record_linear
+from .context import here, mode_to_record, paused
 from .flush import flush, realize
 from .planner import same
-from .record import FunctionLane, can_record, entry_of, here, open_record, paused, resting
+from .record import FunctionLane, entry_of, open_record, resting
 from .recorded import Recorded
 
 _MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
@@ -63,9 +64,11 @@ def watched() -> Iterator[None]:
 
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
-            return super(cls, self).__call__(*args, **kwargs)
-        return _called(super(cls, self).__call__, self, args[0])
+        if len(args) == 1 and not kwargs:
+            found = _called(self, args[0])
+            if found is not None:
+                return found
+        return super(cls, self).__call__(*args, **kwargs)
 
     return __call__
 
@@ -73,47 +76,58 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 _CALLS = {cls: _call_of(cls) for cls in _LAYERS}
 
 
-def _called(upstream: Callable[..., Any], self: Any, x: Any) -> Any:
-    """A call of a layer with weights, whose own ``__call__`` is ``upstream``."""
-    if type(x) is Recorded:
-        # tracers of graphs put themselves into Module.__call__
-        plain = nn.Module.__call__ is _MODULE_CALL and nn.Module._call_impl is _CALL_IMPL
-        if plain and type(self) is nn.Linear and not has_hooks(self) and "forward" not in self.__dict__:
-            held = self._parameters  # what the layer's own forward comes to
-            if "weight" in held and "bias" in held:
-                found = record_linear(x, held["weight"], held["bias"])
-                if found is not NotImplemented:
-                    return found
-        return upstream(x)
+def _called(self: Any, x: Any) -> Any:
+    """The result of a layer with weights, as far as it is recorded here; None for the layer's own ``__call__``."""
+    kind = type(x)
+    if kind is Recorded:
+        return _linear(self, x) if type(self) is nn.Linear else None
+    if kind is not Tensor or torch.compiler.is_compiling():
+        return None
     config = active_config()
-    if config is None or not config.fuse_time or type(x) is not Tensor:
-        return upstream(x)
-    if self in _feeding:
-        plain = x.layout is torch.strided and x.dtype is torch.float32
-        if plain and not resting(self) and can_record(x.device):
-            return _called(upstream, self, _entering(self, x))
-        return upstream(x)
-    out = upstream(x)
-    if type(out) is Tensor:
-        _recent.calls.append((self, ref(out), out.grad_fn))
-    return out
+    if config is None or not config.fuse_time:
+        return None
+    if self not in _feeding:
+        out = _upstream(self)(x)
+        if type(out) is Tensor:
+            _recent.calls.append((self, ref(out), out.grad_fn))
+        return out
+    if x.layout is not torch.strided or x.dtype is not torch.float32 or resting(self):
+        return None
+    mode = mode_to_record()
+    if mode is None:
+        return None
+    entered = _entering(self, x, mode)
+    found = _linear(self, entered) if type(self) is nn.Linear else None
+    return _upstream(self)(entered) if found is None else found
 
 
-def _entering(module: nn.Module, x: Tensor) -> Recorded:
+def _upstream(self: Any) -> Callable[..., Any]:
+    return super(next(cls for cls in _LAYERS if isinstance(self, cls)), self).__call__  # type: ignore[no-any-return]
+
+
+def _linear(self: nn.Linear, x: Recorded) -> Any:
+    """What the layer's own ``__call__`` comes to, without its detours; None where somebody listens to it."""
+    # tracers of graphs put themselves into Module.__call__
+    plain = nn.Module.__call__ is _MODULE_CALL and nn.Module._call_impl is _CALL_IMPL
+    held = self._parameters
+    if (
+        plain
+        and "weight" in held
+        and "bias" in held
+        and "forward" not in self.__dict__
+        and not has_hooks(self)
+    ):
+        return record_linear(x, held["weight"], held["bias"])
+    return None
+
+
+def _entering(module: nn.Module, x: Tensor, mode: int) -> Recorded:
     """A plain input of a layer as a recorded value."""
     record = open_record()
-    with record:
-        key = (
-            "source",
-            id(module),
-            x.shape,
-            x.device,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        )
-        lane = record.functions.get(key)
-        if lane is None:
-            lane = record.functions[key] = FunctionLane(record, same, (), {}, 1, view=True)
+    with record.lock:
+        lane = record.inputs.get(id(module))
+        if lane is None or lane.mode != mode or lane.shape != x.shape or lane.device != x.device:
+            lane = record.inputs[id(module)] = FunctionLane(record, same, (), {}, 1, view=True)
             lane.shape, lane.dtype, lane.device = x.shape, x.dtype, x.device
             lane.kwargs["module"] = module  # so that its id stays its own
         lane.columns[0].append(entry_of(x))

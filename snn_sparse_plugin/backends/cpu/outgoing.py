@@ -43,11 +43,15 @@ def deliver(  # type: ignore[no-untyped-def]
     if g_active.shape[0] > 0:
         dots(weight, in_idx, in_ptr, low, high, block, first, g_active)
     if g_current.shape[0] > 0:
-        N = g_current.shape[2]
+        N, still = g_current.shape[2], g_current.shape[0] == 1  # one current for all steps: theirs add up
         for r in range(low, high):
             k, t, b = np.uint64(first + r - low), np.uint64(r % T), np.uint64(r // T)
-            for j in range(N):
-                g_current[t, b, j] = block[k, j]
+            if still:
+                for j in range(N):
+                    g_current[0, b, j] += block[k, j]
+            else:
+                for j in range(N):
+                    g_current[t, b, j] = block[k, j]
     # the spikes of step t - 1 drove the recurrent input of step t, and rec0 that of the first
     if g_rec_weight.shape[0] + g_rec_bias.shape[0] + g_rec0.shape[0] > 0:
         r = low

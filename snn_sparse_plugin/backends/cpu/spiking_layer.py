@@ -149,7 +149,13 @@ def run_backward(
     inputs = _inputs(call, np_dtype, rows=sparse_input or not use_list)
     cv, ci = _copied(grads.v, call.v0.shape, np_dtype), _copied(grads.i, (B, N), np_dtype)
     dense_nu = need["input"] and not sparse_input
-    nu = torch.empty(T, B, currents, dtype=dtype) if dense_nu else None
+    nu = None
+    if dense_nu:
+        nu = (
+            torch.zeros(1, B, currents, dtype=dtype)
+            if _still(call)
+            else torch.empty(T, B, currents, dtype=dtype)
+        )
     g_active = None
     none = np.empty(0, dtype=np.int32)
     in_ptr, in_idx = none, none
@@ -271,12 +277,16 @@ def _code(call: LayerCall) -> Code:
     return encode(call.spec, call.rec_weight is not None)
 
 
+def _still(call: LayerCall) -> bool:
+    """Whether all steps have one current, which is read at each and has one gradient."""
+    return call.T == 1 or (call.current is not None and call.current.stride(0) == 0)
+
+
 def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.ndarray, ...]:
     """current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0; empty where absent."""
     current = call.current
     if current is not None:
-        still = call.T > 1 and current.stride(0) == 0
-        current = (current[:1] if still else current).contiguous()
+        current = (current[:1] if _still(call) else current).contiguous()
     indptr = indices = np.empty(0, dtype=np.int32)
     values = np.empty(0, dtype)
     if call.train is not None:

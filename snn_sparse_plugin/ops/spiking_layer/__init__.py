@@ -20,7 +20,7 @@ from ...spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from ...surrogates import Surrogate
 from . import autograd
 from .library import spiking_layer_op
-from .products import events_or_product
+from .products import events_or_product, is_still
 
 __all__ = ["SpikingLayerOutput", "spiking_layer"]
 
@@ -49,6 +49,7 @@ def spiking_layer(
     recurrent_weight: Tensor | None = None,
     recurrent_bias: Tensor | None = None,
     state: NeuronState | Mapping[str, Tensor | None] | None = None,
+    steps: int | None = None,
     events: bool = False,
     return_mem: bool = False,
     name: str = "spiking_layer",
@@ -70,6 +71,8 @@ def spiking_layer(
         recurrent_weight: (N, N), ``recurrent_bias`` (N,): fed with the layer's spikes of the previous step.
         state: initial state, each entry (B, N...); zeros where missing. With equations a dict by name, in which
             ``"spikes"`` are the last ones of a recurrent layer.
+        steps: T, for an x (1, B, ...) that is the same at every step: it is multiplied once, and its gradient is the
+            sum over the steps. An x of T steps that is ``expand``-ed from one and needs no gradient is recognised.
         events: return spikes as a :class:`~snn_sparse_plugin.spikes.SpikeTrain`.
         return_mem: also return the membrane after every step, (T, B, N...).
         name: how error messages call this layer.
@@ -97,6 +100,15 @@ def spiking_layer(
     assert first is not None
     dtype, device, (T, B) = first.dtype, first.device, first.shape[:2]
     features = _features(first, weight, spec, name)
+    if steps is not None:
+        if T != 1 or steps < 1:
+            raise InputError(
+                f"{name}: steps={steps} says how often an input of one step (1, B, ...) comes, "
+                f"got {tuple(first.shape)}."
+            )
+        T, dense, train = steps, first.to_dense() if isinstance(first, SpikeTrain) else first, None
+    elif dense is not None and is_still(dense):
+        dense = dense[:1]
     N = math.prod(features)
     _check_tensors(
         name, dtype, device, (_inputs_of(spec) * N, N), weight, bias, recurrent_weight, recurrent_bias
@@ -122,7 +134,8 @@ def spiking_layer(
             raise UnsupportedError(f"{name}: a neuron given by equations cannot enter a compiled graph.")
         if surrogate.kind == "custom":
             raise UnsupportedError(f"{name}: a custom surrogate function cannot enter a compiled graph.")
-        flat = dense if weight is not None else dense.reshape(T, B, N)
+        flat = dense if len(dense) == T else dense.expand(T, *dense.shape[1:])
+        flat = flat if weight is not None else flat.reshape(T, B, N)
         inputs = (flat, weight, bias, recurrent_weight, recurrent_bias, rec0, v0, i0, packed)
         node, membrane, v, i = spiking_layer_op(inputs, spec, surrogate, overrides)
         mem = membrane if return_mem else None
@@ -146,10 +159,13 @@ def spiking_layer(
         dense, train = train.to_dense(), None
     if weight is not None and train is None:
         assert dense is not None
-        train, current = events_or_product(dense, weight, bias)
+        if len(dense) == T:
+            train, current = events_or_product(dense, weight, bias)
+        else:
+            current = F.linear(dense, weight, bias)
     elif weight is None:
         whole = train.to_dense() if train is not None else dense
-        current = whole.reshape(T, B, _inputs_of(spec) * N)  # type: ignore[union-attr]
+        current = whole.reshape(len(whole), B, _inputs_of(spec) * N)  # type: ignore[union-attr]
         train = None
     if train is not None:
         train = train.flatten()

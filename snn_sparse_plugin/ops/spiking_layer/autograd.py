@@ -20,12 +20,18 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
     carrier = call.train.carrier if call.train is not None else None
     leaves = [getattr(call, name) for name in _LEAVES]
+    call = replace(call, current=_of_all_steps(call.current, call.T))
     if not call.needs_grad:
         return backend.spiking_layer(call), None
     box: list[LayerResult] = []
     carrier_out, spikes, mem, v, i = _SpikingLayer.apply(call, backend, box, carrier, *leaves)
     result = box[0]._replace(spikes=spikes, mem=mem, v=v, i=i)
     return result, carrier_out
+
+
+def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
+    """A current of one step (1, B, N) that comes at every step, as (T, B, N)."""
+    return current if current is None or len(current) == T else current.expand(T, -1, -1)
 
 
 class _SpikingLayer(torch.autograd.Function):
@@ -43,8 +49,8 @@ class _SpikingLayer(torch.autograd.Function):
         ctx.ran = tally.current()
         if train is not None:
             ctx.train_like = (train.shape, train.dtype)
-        kept: list[Tensor | None] = [getattr(call, name) for name in _LEAVES]
-        if not saved.needs_current:
+        kept = list(inputs[1:])
+        if kept[0] is not None and len(kept[0]) == call.T and not saved.needs_current:
             kept[0] = None
         kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
@@ -67,6 +73,7 @@ class _SpikingLayer(torch.autograd.Function):
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = replace(ctx.call, **leaves)
+        call.current = _of_all_steps(call.current, call.T)
         u, v_checkpoints, i_checkpoints, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 7]
         if ctx.train_like is not None:
             indptr, indices, values, in_ptr, in_idx = kept[n + 7 :]
@@ -89,6 +96,9 @@ class _SpikingLayer(torch.autograd.Function):
             call, saved, events, OutputGrads(g_active, g_spikes, g_mem, g_v, g_i), needs
         )
         grad_input, *rest = found
+        once = leaves["current"] is not None and len(leaves["current"]) == 1
+        if grad_input is not None and once and len(grad_input) > 1:
+            grad_input = grad_input.sum(0, keepdim=True)
         from_train = ctx.train_like is not None
         return (
             None,

@@ -19,11 +19,16 @@ def events_or_product(
     """Events of a sparse input (T, B, M), or the current (T, B, N) of a dense, constant or differentiable one."""
     if x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
         return None, F.linear(x, weight, bias)
-    if x.shape[0] > 1 and x.stride(0) == 0:  # the same tensor at every step: multiply once
+    if is_still(x):
         return None, F.linear(x[0], weight, bias).expand(x.shape[0], -1, -1)
     if _looks_dense(x):
         return None, F.linear(x, weight, bias)
     return SpikeTrain.from_dense(x), None
+
+
+def is_still(x: Tensor) -> bool:
+    """Whether all steps are one tensor without a gradient, which need be multiplied only once."""
+    return x.shape[0] > 1 and x.stride(0) == 0 and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _looks_dense(x: Tensor) -> bool:
