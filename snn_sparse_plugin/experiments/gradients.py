@@ -33,8 +33,8 @@ def compare(net: Network, x: SpikeTrain, y: Tensor) -> list[dict[str, Any]]:
     """One row for each weight matrix: how far the sparse gradient is from the dense one.
 
     ``relative_error``: the norm of the difference over that of the dense gradient; ``cosine``: of the angle between
-    them; ``exact_error``: the relative error of this package's exact mode against snnTorch's loop, None without
-    snnTorch.
+    them, and ``norm_ratio``: sparse over dense, both None where the dense gradient is zero; ``exact_error``: the
+    relative error of this package's exact mode against snnTorch's loop, None without snnTorch.
     """
     sparse = weight_gradients(net, x, y, sparse=True)
     dense = weight_gradients(net, x, y, sparse=False)
@@ -44,12 +44,13 @@ def compare(net: Network, x: SpikeTrain, y: Tensor) -> list[dict[str, Any]]:
         upstream = None
     rows = []
     for k, (a, b) in enumerate(zip(sparse, dense, strict=True)):
+        passes = bool(b.any())  # behind a silent layer there is nothing to compare
         rows.append(
             {
                 "weights": _name(k, len(dense)),
                 "relative_error": _relative(a, b),
-                "cosine": float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
-                "norm_ratio": float(a.norm() / b.norm()),
+                "cosine": float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) if passes else None,
+                "norm_ratio": float(a.norm() / b.norm()) if passes else None,
                 "exact_error": None if upstream is None else _relative(b, upstream[k]),
             }
         )

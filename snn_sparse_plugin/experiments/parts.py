@@ -189,7 +189,7 @@ def _epoch(session: Session) -> Any:
         found = speed.time_epoch(
             lambda: session.network(study.settings, trial.seed, trial)[0],
             session.data.train,
-            batches=4,
+            batches=16,  # long enough that a turn does not pay for the caches the other has filled
             rounds=study.rounds,
             device=study.device,
             advance=lambda: bars.advance(task),

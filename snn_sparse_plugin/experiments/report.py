@@ -141,7 +141,7 @@ def _threshold(study: Study, found: dict[str, Any]) -> list[str]:
     rows = []
     for t in trials:
         errors = " / ".join(f"{row['relative_error']:.3f}" for row in t["gradients"])
-        cosines = " / ".join(f"{row['cosine']:.3f}" for row in t["gradients"])
+        cosines = " / ".join(_number(row["cosine"], ".3f") for row in t["gradients"])
         active = " / ".join(f"{100 * a:.2f}" for a in t["active_mean"])
         rows.append(
             [f"{t['threshold']:g}", f"{100 * t['test_accuracy']:.2f} %", f"{active} %", errors, cosines]
@@ -185,22 +185,18 @@ def _gradients(study: Study, found: dict[str, Any]) -> list[str]:
 
 
 def _gradient_table(rows: list[dict[str, Any]]) -> list[str]:
-    def exact(row: dict[str, Any]) -> str:
-        return "–" if row["exact_error"] is None else f"{row['exact_error']:.1e}"
+    columns = {
+        "relative error": ("relative_error", ".4f"),
+        "cosine": ("cosine", ".4f"),
+        "norm, sparse / dense": ("norm_ratio", ".4f"),
+        "dense against snnTorch's loop": ("exact_error", ".1e"),
+    }
+    cells = [[row["weights"], *(_number(row[key], form) for key, form in columns.values())] for row in rows]
+    return table(["weights", *columns], cells)
 
-    return table(
-        ["weights", "relative error", "cosine", "norm, sparse / dense", "dense against snnTorch's loop"],
-        [
-            [
-                row["weights"],
-                f"{row['relative_error']:.4f}",
-                f"{row['cosine']:.4f}",
-                f"{row['norm_ratio']:.4f}",
-                exact(row),
-            ]
-            for row in rows
-        ],
-    )
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 _SWEEPS = {

@@ -12,6 +12,7 @@ from snn_sparse_plugin.experiments import settings_of
 from snn_sparse_plugin.experiments.gradients import compare, weight_gradients
 from snn_sparse_plugin.experiments.losses import loss
 from snn_sparse_plugin.experiments.network import Network
+from snn_sparse_plugin.experiments.report import _gradient_table
 from snn_sparse_plugin.experiments.speed import LOOPS, profile_update, second_layer, time_epoch
 from snn_sparse_plugin.experiments.upstream import StepLoop
 
@@ -102,6 +103,17 @@ def test_dense_training_has_the_gradient_of_snntorchs_loop():
     # the window cuts hidden layers, not the readout, and leaves the direction
     assert [row["relative_error"] > 1e-3 for row in rows] == [True, True, False]
     assert all(row["cosine"] > 0.9 for row in rows)
+
+
+def test_gradients_behind_a_silent_layer_are_not_compared():
+    net, x, y = problem()
+    with torch.no_grad():
+        net.hidden[1].weight.zero_()
+    *hidden, readout = compare(net, SpikeTrain.from_dense(x), y)
+    assert (readout["relative_error"], readout["cosine"], readout["norm_ratio"]) == (0, None, None)
+    # far below threshold the penalty on silence still has a dense gradient, and no sparse one
+    assert (hidden[1]["relative_error"], hidden[1]["cosine"]) == (1, 0)
+    assert "| – |" in "".join(_gradient_table([readout]))
 
 
 def test_weights_are_drawn_as_published():
