@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from .local import joined
+from .record import Record
 from .rule import RULES, ChunkRule, TextbookRule
 from .scan import Steps
 from .structure import Layer
 from .synapses import Synapses
 from .taps import Call, leaf, tracked
-from .watch import Neuron, Record
+from .watch import Neuron
 
 if TYPE_CHECKING:
     from .learner import EProp
@@ -65,9 +66,9 @@ class WatchedLayer:
     def attach(self) -> Callable[..., Any]:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
-        neuron = Neuron(self.layer, self.learner._names, self.is_readout)
+        neuron = Neuron(self.layer, self.learner.names, self.is_readout)
         neuron.guard = self.guard
-        neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
+        neuron.receive = lambda record, grad: self.learner.signals.receive(self, record, grad)
         neuron.known = lambda: self.learner.knows(self)
         self.neuron = neuron
 
@@ -115,8 +116,10 @@ class WatchedLayer:
             record.below, record.spikes = [], None
             for call in record.calls:
                 call.given = call.pre  # its graph goes
+            if self.is_readout:
+                continue
             self.count(record.z)
-            if regular is not None and not self.is_readout:
+            if regular is not None:
                 self.rate = regular.follow(self.rate, record.z)
                 push = regular.c * (self.rate - regular.target)
                 record.direct = push if record.direct is None else record.direct + push
@@ -178,7 +181,7 @@ class WatchedLayer:
         return out
 
     def _inputs(self, records: list[Record], like: Tensor) -> Iterator[tuple[Synapses, Tensor]]:
-        by_name = {name: p for p, name in self.learner._names.items()}
+        by_name = {name: p for p, name in self.learner.names.items()}
         for k, call in enumerate(records[0].calls):
             if call.name and by_name[call.name].requires_grad:
                 x = torch.stack([r.calls[k].pre for r in records]).to(like.dtype)
