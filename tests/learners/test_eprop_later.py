@@ -144,6 +144,17 @@ def test_a_random_neuron_is_refused():
         loop(net, x, learner.step)
 
 
+def test_a_state_written_to_in_place_is_refused():
+    net, x = build("lsnn"), inputs()
+    with eprop.EProp(net) as learner:
+        _, (layer, out) = loop(net, x[:3], learner.step)
+        state = type(layer)(*(part.detach() for part in layer)), out
+        loop(net, x[3:5], learner.step, state)
+        state[0].v.mul_(2)  # the fourth step was made from it
+        with pytest.raises(UnsupportedError, match="written to in place"):
+            learner.flush()
+
+
 def test_modules_keep_what_they_hold_when_steps_are_run_again():
     net = nn.Sequential(
         nn.Linear(M, N), snn.Leaky(beta=0.9, init_hidden=True),
