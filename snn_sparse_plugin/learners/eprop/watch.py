@@ -132,6 +132,8 @@ class Neuron:
     ) -> tuple[Record, Any, bool]:
         """A further step of a neuron whose structure is known."""
         assert self.plan is not None
+        if self.problem is not None and self.plan.current == self.plan.currents - 1:
+            raise self.problem  # it takes the current from outside
         inner: list[Tensor] = []
         feeds_itself = self.readout and not self.has_inner
         current = self._leaf(x, record) if feeds_itself else x.detach()
