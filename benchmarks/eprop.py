@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 
+import norse.torch as norse
 import numpy as np
+import snntorch
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -25,6 +27,7 @@ from snn_sparse_plugin.bench.peak import _reset_high_water_mark, _return_free_me
 from snn_sparse_plugin.learners import eprop
 
 M, N, C = 700, 256, 20
+BPTT = "backward through time, step loop"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=1000, help="T of the timed rounds")
@@ -32,6 +35,9 @@ parser.add_argument("--memory", type=int, nargs="*", default=[100, 1000, 5000], 
 parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--density", type=float, default=0.02)
 parser.add_argument("--chunk", type=int, default=64)
+parser.add_argument(
+    "--models", action="store_true", help="instead: the step loop of unmodified snnTorch and Norse models"
+)
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument(
@@ -144,7 +150,7 @@ def providers(args):
         "e-prop, run() of events": (events[0], lambda x, train: events[1](train), 1),
         "e-prop, run() of dense input": (dense[0], lambda x, train: dense[1](x), 1),
         "e-prop, step loop with hooks": (hooked, lambda x, train: loop(x), 10),
-        "backward through time, step loop": (
+        BPTT: (
             bptt,
             lambda x, train: backward_through_time(bptt, [x], labels),
             1,
@@ -153,9 +159,60 @@ def providers(args):
     }  # the last number: how many times fewer steps it is timed over
 
 
-def timed(args):
+class TwoLayers(torch.nn.Module):
+    """Linear, a neuron of snnTorch, Linear, a leaky integrator."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.fc1, self.hidden, self.fc2 = torch.nn.Linear(M, N), hidden, torch.nn.Linear(N, C)
+        self.out = snntorch.Leaky(beta=0.95, reset_mechanism="none")
+
+    def forward(self, x, state=None):
+        if state is None:
+            self.hidden.reset_mem(), self.out.reset_mem()
+        first, second = ((), ()) if state is None else state
+        given = self.hidden(self.fc1(x), *first)
+        first = given if hasattr(self.hidden, "recurrent") else given[1:]
+        _, mem = self.out(self.fc2(given[0]), *second)
+        return mem, (first, (mem,))
+
+
+def unmodified(args):
+    """Two providers for every model: e-prop by hooks, and ordinary backward through time."""
+    lif, lsnn = (p(v_th=torch.tensor(0.3)) for p in (norse.LIFParameters, norse.LSNNParameters))
+
+    def norse_net(*layers):
+        return norse.SequentialState(*layers, torch.nn.Linear(N, C), norse.LICell())
+
+    models = {
+        "eprop.LSNNNetwork": network,
+        "snntorch.Leaky": lambda: TwoLayers(snntorch.Leaky(beta=0.95)),
+        "snntorch.Synaptic": lambda: TwoLayers(snntorch.Synaptic(alpha=0.9, beta=0.95)),
+        "snntorch.RLeaky": lambda: TwoLayers(snntorch.RLeaky(beta=0.95, linear_features=N)),
+        "snntorch.RSynaptic": lambda: TwoLayers(snntorch.RSynaptic(alpha=0.9, beta=0.95, linear_features=N)),
+        "norse.LIFCell": lambda: norse_net(torch.nn.Linear(M, N), norse.LIFCell(p=lif)),
+        "norse.LIFRecurrentCell": lambda: norse_net(norse.LIFRecurrentCell(M, N, p=lif)),
+        "norse.LSNNRecurrentCell": lambda: norse_net(norse.LSNNRecurrentCell(M, N, p=lsnn)),
+    }
+    labels = torch.randint(0, C, (args.batch,))
+    cases = {}
+    for name, make in models.items():
+        torch.manual_seed(0)
+        net = make()
+        learner = eprop.EProp(net, chunk=args.chunk)
+
+        def loop(x, _, net=net, learner=learner):
+            with learner:
+                step_loop(learner, net, x, labels)
+
+        cases[f"{name}, e-prop"] = net, loop, 1
+        cases[f"{name}, backward"] = net, lambda x, _, net=net: backward_through_time(net, [x], labels), 1
+    return cases
+
+
+def timed(args, make=providers):
     x = block(args.steps, args)
-    cases = providers(args)
+    cases = make(args)
     seconds = {name: [] for name in cases}
     inputs = {}
     for name, (_, _, fewer) in cases.items():
@@ -175,9 +232,10 @@ def timed(args):
     for name in cases:
         p20, median, p80 = np.percentile(np.array(seconds[name]) * 1e3, [20, 50, 80])
         rows.append({"provider": name, "ms_per_step": median, "p20": p20, "p80": p80})
-    base = next(r["ms_per_step"] for r in rows if r["provider"].startswith("backward"))
+    spent = {row["provider"]: row["ms_per_step"] for row in rows}
     for row in rows:
-        row["of_bptt"] = row["ms_per_step"] / base
+        own = f"{row['provider'].partition(',')[0]}, backward"  # of the same model, where there are several
+        row["of_bptt"] = row["ms_per_step"] / spent.get(own, spent.get(BPTT, float("nan")))
     return rows
 
 
@@ -259,6 +317,9 @@ def main():
     torch.set_num_threads(args.threads)
     if args.child:
         print(json.dumps(peak(args.child[0], int(args.child[1]), args)))
+        return
+    if args.models:
+        show(timed(args, unmodified), f"step loops, T = {args.steps}, B = {args.batch}")
         return
     result = {
         "options": {k: v for k, v in vars(args).items() if k not in ("child", "json")},

@@ -8,6 +8,7 @@ saved: the same command goes on where it stopped. The picture of all results in 
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -132,14 +133,12 @@ def train(method, seed, data, test, args):
     torch.manual_seed(seed)
     net = eprop.LSNNNetwork(data.channels, args.hidden, data.classes, adaptive=args.adaptive, dt=args.dt)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     rate = eprop.FiringRate(c=args.rate_reg, dt=args.dt) if args.rate_reg else None
     epochs = json.loads(log.read_text())["epochs"] if log.exists() and saved.exists() else []
     if epochs:
         checkpoint = torch.load(saved, weights_only=False)
         net.load_state_dict(checkpoint["net"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
         epochs = epochs[: checkpoint["epoch"]]
     learner = None
     if method == "eprop":
@@ -156,6 +155,8 @@ def train(method, seed, data, test, args):
         if epochs:
             learner.load_state_dict(checkpoint["learner"])  # feedback
     for epoch in range(len(epochs), args.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
         draw = torch.Generator().manual_seed(1000 * seed + epoch)  # the same for both methods
         order = torch.randperm(len(data), generator=draw)
         shifts = torch.randint(-args.shift, args.shift + 1, (len(data),), generator=draw)
@@ -168,12 +169,10 @@ def train(method, seed, data, test, args):
             optimizer.step()
             losses += loss / len(data) / args.steps
             activity += spikes / len(batches)
-        schedule.step()
         seconds = time.perf_counter() - begin
         row = {"loss": losses, "accuracy": accuracy(net, test), "spikes": activity, "seconds": seconds}
         epochs.append(row)
         kept = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-        kept["schedule"] = schedule.state_dict()
         kept["learner"] = None if learner is None else learner.state_dict()
         print(
             f"{name} epoch {epoch + 1}: loss {losses:.3f}, test accuracy {100 * row['accuracy']:.1f} %, "
@@ -195,10 +194,12 @@ def draw(folder):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    named = set()
     for log in sorted(folder.glob("*.json")):
         run = json.loads(log.read_text())
         color = {"eprop": "tab:blue", "bptt": "tab:orange"}[run["method"]]
-        label = run["method"] if run["seed"] == 0 else None
+        label = None if run["method"] in named else run["method"]
+        named.add(run["method"])
         steps = range(1, len(run["epochs"]) + 1)
         left.plot(steps, [100 * e["accuracy"] for e in run["epochs"]], color=color, label=label)
         right.plot(steps, [100 * e["spikes"] for e in run["epochs"]], color=color, label=label)

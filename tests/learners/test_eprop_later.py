@@ -6,6 +6,7 @@ import torch
 from eprop_cases import (
     NETWORKS,
     M,
+    Mixed,
     N,
     SnnNet,
     build,
@@ -139,6 +140,55 @@ def test_a_random_neuron_is_refused():
     net, x = SnnNet(snn.Leaky(beta=0.9, spike_grad=Rare.apply), silent_leaky()), inputs(dtype=torch.float32)
     with (
         pytest.raises(UnsupportedError, match="same spikes from the same current"),
+        eprop.EProp(net) as learner,
+    ):
+        loop(net, x, learner.step)
+
+
+def test_a_state_written_to_in_place_is_refused():
+    net, x = build("lsnn"), inputs()
+    with eprop.EProp(net) as learner:
+        _, (layer, out) = loop(net, x[:3], learner.step)
+        state = type(layer)(*(part.detach() for part in layer)), out
+        loop(net, x[3:5], learner.step, state)
+        state[0].v.mul_(2)  # the fourth step was made from it
+        with pytest.raises(UnsupportedError, match="written to in place"):
+            learner.flush()
+
+
+class Late(Mixed):
+    """The recurrence begins with the second step and ends with the seventh; the current may double at some step."""
+
+    def __init__(self):
+        super().__init__()
+        self.doubled = 99
+
+    def forward(self, x, state=None):
+        if state is None:
+            self.lif.reset_mem()
+            current, mem, step = self.fc1(x), None, 0
+        else:
+            spikes, mem, step = state
+            current = self.fc1(x) + self.rec(spikes) if step < 7 else self.fc1(x)
+        spikes, mem = self.lif(current if step < self.doubled else 2 * current, mem)
+        return self.out(spikes), (spikes, mem, step + 1)
+
+
+@pytest.mark.parametrize("engine", ["step", "chunk", "offline"])
+def test_a_recurrence_of_some_steps_only_learns(engine):
+    net, x = Late().double(), inputs()
+    with torch.no_grad():
+        net.fc1.weight.mul_(4)
+    expected = oracle(net, x)
+    assert expected["rec.weight"].norm() > 0
+    compare(learned(net, x, engine=engine, chunk=5), expected)
+
+
+def test_a_current_that_changes_its_way_later_is_refused():
+    net, x = Late().double(), inputs()
+    net.doubled = 6
+    with (
+        pytest.raises(UnsupportedError, match="MulBackward0 stands before it"),
         eprop.EProp(net) as learner,
     ):
         loop(net, x, learner.step)

@@ -11,7 +11,7 @@ from ...errors import ConfigError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from .layer import WatchedLayer
-    from .watch import Record
+    from .record import Record
 
 
 def open_steps(layers: Sequence[WatchedLayer]) -> int:
@@ -56,9 +56,11 @@ def check_call(layer: WatchedLayer, records: list[Record], fresh: bool, batch: i
 
 def check_shared(layer: WatchedLayer, layers: Sequence[WatchedLayer], records: list[Record]) -> None:
     """Every weight belongs to one layer and is used once per step; remembers those of this layer."""
-    others = {name for x in layers if x is not layer for name in x.weights}
     for record in records:
         names = [call.name for call in record.calls if call.name]
+        if len(set(names)) == len(names) and layer.weights.issuperset(names):
+            continue  # as in the step before
+        others = {name for x in layers if x is not layer for name in x.weights}
         twice = [name for name in names if names.count(name) > 1 or name in others]
         if twice:
             raise UnsupportedError(

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from .local import joined
+from .record import Record
 from .rule import RULES, ChunkRule, TextbookRule
 from .scan import Steps
 from .structure import Layer
 from .synapses import Synapses
 from .taps import Call, leaf, tracked
-from .watch import Neuron, Record
+from .watch import Neuron
 
 if TYPE_CHECKING:
     from .learner import EProp
@@ -65,9 +66,9 @@ class WatchedLayer:
     def attach(self) -> Callable[..., Any]:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
-        neuron = Neuron(self.layer, self.learner._names, self.is_readout)
+        neuron = Neuron(self.layer, self.learner.names, self.is_readout)
         neuron.guard = self.guard
-        neuron.receive = lambda record, grad: self.learner.receive(self, record, grad)
+        neuron.receive = lambda record, grad: self.learner.signals.receive(self, record, grad)
         neuron.known = lambda: self.learner.knows(self)
         self.neuron = neuron
 
@@ -115,8 +116,10 @@ class WatchedLayer:
             record.below, record.spikes = [], None
             for call in record.calls:
                 call.given = call.pre  # its graph goes
+            if self.is_readout:
+                continue
             self.count(record.z)
-            if regular is not None and not self.is_readout:
+            if regular is not None:
                 self.rate = regular.follow(self.rate, record.z)
                 push = regular.c * (self.rate - regular.target)
                 record.direct = push if record.direct is None else record.direct + push
@@ -178,18 +181,30 @@ class WatchedLayer:
         return out
 
     def _inputs(self, records: list[Record], like: Tensor) -> Iterator[tuple[Synapses, Tensor]]:
-        by_name = {name: p for p, name in self.learner._names.items()}
-        for k, call in enumerate(records[0].calls):
-            if call.name and by_name[call.name].requires_grad:
-                x = torch.stack([r.calls[k].pre for r in records]).to(like.dtype)
-                yield self._synapses(call.name, call.weight.shape, call.mask), x
-            if (
-                call.bias is not None
-                and (name := self.learner.name_of(call.bias))
-                and call.bias.requires_grad
-            ):
-                ones = like.new_ones(len(records), like.shape[0], 1)
-                yield self._synapses(name, (call.bias.numel(), 1), None), ones
+        """Weights and biases that learn, with what they received, (K, B, M); zeros in steps that did not use them."""
+        trained = {name for parameter, name in self.learner.names.items() if parameter.requires_grad}
+        weights: dict[str, dict[int, Call]] = {}
+        biases: dict[str, dict[int, Call]] = {}
+        for t, record in enumerate(records):
+            for call in record.calls:
+                weights.setdefault(call.name, {})[t] = call
+                biases.setdefault(self.learner.name_of(call.bias), {})[t] = call
+        steps = range(len(records))
+        for name in [n for n in weights if n in trained]:
+            calls = weights[name]
+            call = next(iter(calls.values()))
+            rest = torch.zeros_like(call.pre)
+            x = torch.stack([calls[t].pre if t in calls else rest for t in steps]).to(like.dtype)
+            yield self._synapses(name, call.weight.shape, call.mask), x
+        for name in [n for n in biases if n in trained]:
+            used = like.new_tensor([float(t in biases[name]) for t in steps])
+            x = used[:, None, None].expand(-1, like.shape[0], 1)
+            bias = next(iter(biases[name].values())).bias
+            assert bias is not None
+            yield self._synapses(name, (bias.numel(), 1), None), x
+        for name, synapses in self.synapses.items():  # of earlier chunks: their traces go on
+            if name not in weights and name not in biases:
+                yield synapses, like.new_zeros(len(records), like.shape[0], synapses.shape[1])
 
     def _synapses(self, name: str, shape: Any, mask: Tensor | None) -> Synapses:
         if name not in self.synapses:

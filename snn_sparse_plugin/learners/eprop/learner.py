@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, InputError, UnsupportedError
-from . import distributed
+from ...errors import ConfigError, InputError
+from . import distributed, resume
 from .checks import check_call, check_shared, open_steps, unchanged
 from .compiled import Network
 from .feedback import Feedback
 from .layer import WatchedLayer
 from .options import ENGINES, UPDATES, FiringRate, check_option, infer_filter, one_pole, same_filter
+from .record import Record
 from .scan import NO_MEMORY, Filter, Jacobian
 from .sequence import RunResult, run
-from .structure import Layer, find, replaced
+from .signals import Signals
+from .structure import find, replaced
 from .taps import Call, tracked
-from .watch import Record
 
 log = logging.getLogger("snn_sparse_plugin")
 
@@ -107,15 +108,13 @@ class EProp:
         self.chunk = 1 if update == "step" or self.engine == "step" else chunk
         self.trace_dtype = trace_dtype
         self.structure = find(self.model, readout, neurons)
-        self._filter: Filter | None = None if kappa == "auto" else one_pole(kappa)
-        self._names = {p: name for name, p in self.model.named_parameters(remove_duplicate=False)}
+        self.filter: Filter | None = None if kappa == "auto" else one_pole(kappa)
+        self.names = {p: name for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.carriers = Feedback(feedback, feedback_decay, generator)
         self._stack: ExitStack | None = None
         self._told = False
-        self._passing, self._phase = False, ""
+        self.signals = Signals(self)
         self.last_state: Any = None  # of the model, after run()
-        self.approximations: tuple[str, ...] = ()
-        self._indirect: set[str] | None = None
         self.compiled: Network | None = None  # what run() keeps where kernels do the work
         self._spare: Network | None = None
         self.hidden = [WatchedLayer(x, self) for x in self.structure.hidden]
@@ -127,6 +126,11 @@ class EProp:
         notes = f", approximation: {'; '.join(self.approximations)}" if self.approximations else ""
         where = f"hidden: {hidden}; readout: {self.readout.name}"
         return f"EProp({where}; engine={self.engine!r}, chunk={self.chunk}{notes})"
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What of the gradient is not exact, in words."""
+        return self.signals.approximations
 
     @property
     def layers(self) -> list[WatchedLayer]:
@@ -183,7 +187,7 @@ class EProp:
             return
         self._told = True
         learned = {name for x in self.layers for name in x.synapses}
-        names = [n for p, n in self._names.items() if p.requires_grad and p.grad is None and n not in learned]
+        names = [n for p, n in self.names.items() if p.requires_grad and p.grad is None and n not in learned]
         if names:
             log.warning(
                 "e-prop trains weights and biases of the linear layers before neurons and readout; "
@@ -203,7 +207,7 @@ class EProp:
         self._drop()
         for layer in self.layers:
             layer.reset()
-        self.carriers.follow(self._names)
+        self.carriers.follow(self.names)
 
     def _drop(self) -> None:
         for layer in self.layers:
@@ -225,12 +229,12 @@ class EProp:
             raise ConfigError("the learner is not attached: use it inside `with EProp(model) as learner:`.")
         steps = open_steps(self.layers)
         if loss is not None:
-            self._backward(loss)
+            self.signals.backward(loss)
         for layer in self.layers:
             layer.close(steps)
         self.steps_seen += steps
         if self.engine != "offline" and len(self.readout.pending) >= self.chunk:
-            self._process(carry=True)
+            self.process(carry=True)
             if self.update != "sequence":
                 self.deliver()
                 return True
@@ -239,11 +243,11 @@ class EProp:
     def flush(self) -> None:
         """Write the gradient of all steps so far to ``.grad``; traces stay, so that a sequence may go on."""
         if self.engine == "offline":
-            self._process(carry=False)
+            self.process(carry=False)
             for layer in self.layers:
                 layer.ended = True
         else:
-            self._process(carry=True)
+            self.process(carry=True)
         self.deliver()
         self._name_untrained()
 
@@ -286,122 +290,23 @@ class EProp:
         """How many steps run() takes at a time."""
         return sys.maxsize if self.engine == "offline" else self.chunk
 
-    # --- the parts of a step ---
-
-    def _backward(self, loss: Tensor) -> None:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(f"learner.step(loss): the loss must be one number, got {shape}.")
-        if not loss.requires_grad:
-            raise UnsupportedError(
-                "learner.step(loss): the loss does not depend on this step's outputs. Where a step has no loss, call "
-                "learner.step()."
-            )
-        self._phase = "direct"
-        loss.backward()
-        self._phase = "filtered"
-        roots, signals = [], []
-        for record in self.readout.open:
-            if record.direct is not None:
-                scale = self._scale(record)
-                if isinstance(scale, float) and scale == 0:
-                    raise UnsupportedError(
-                        f"e-prop: readout {self.readout.name} answers a current only in the step after it; use "
-                        "eprop.detached(model)."
-                    )
-                if scale is not None:
-                    record.direct = record.direct / scale
-                for below in record.below:
-                    roots.append(below)
-                    signals.append(record.direct)
-        if not roots or self._carry_later():
-            return
-        learning = [x for x in self.hidden if x.learns()]
-        again = self._indirect is None or bool(self._indirect)
-        others = self._others() if self._indirect is None else {}
-        torch.autograd.backward(roots, signals, retain_graph=again)
-        reached = [name for name, before in others.items() if self._others()[name] != before]
-        if reached:
-            raise UnsupportedError(
-                f"e-prop: {reached[0]} stands between a hidden layer and the readout, where only Linear layers learn. "
-                "Freeze it, or use eprop.detached(model)."
-            )
-        if self._indirect is None:
-            self._indirect = {x.name for x in learning if all(r.filtered is None for r in x.open)}
-            if self._indirect:
-                self.approximations = (
-                    f"{', '.join(sorted(self._indirect))} learn from what reaches them through the layers above within "
-                    "a step",
-                )
-                log.warning("e-prop: %s; the memory of those layers is left out", self.approximations[0])
-        if self._indirect:
-            self._passing = True
-            try:
-                torch.autograd.backward(roots, signals)
-            finally:
-                self._passing = False
-
-    def _scale(self, record: Record) -> float | Tensor | None:
-        """What the readout's output is per unit of its current; None: one."""
-        if record.local is None:
-            assert self._filter is not None
-            scale = float(self._filter.b[self._filter.out])
-        else:
-            found = record.local.get((0, 0), 0.0)
-            if isinstance(found, Tensor):
-                return found
-            scale = found
-        return None if scale == 1 else scale
-
-    def _carry_later(self) -> bool:
-        """Leave the way from readout to spikes to the end of the chunk, where it is known: weights and nothing else."""
-        hidden = {id(r.spikes): r for x in self.hidden for r in x.open if r.spikes is not None}
-        records = [r for r in self.readout.open if r.direct is not None]
-        pairs = [(r, call, hidden.get(id(call.given))) for r in records for call in r.calls]
-        if not all(target is not None and call.name for _, call, target in pairs):
-            return False
-        for record, call, target in pairs:
-            target.carried.append((record, call))  # type: ignore[union-attr]
-        return True
+    # --- what layers ask ---
 
     def knows(self, layer: WatchedLayer) -> bool:
         """Whether the first steps have shown how errors come to a layer: its later steps need no graph then."""
         if self.engine == "step":
             return False
         if layer is self.readout:
-            return self.kappa == "auto" and self._filter is not None
-        return self._indirect is not None and not self._indirect
+            return self.kappa == "auto" and self.filter is not None
+        return self.signals.indirect is not None and not self.signals.indirect
 
     def check_readout(self, local: Jacobian, states: int) -> None:
         """A readout whose memory was inferred still is that filter."""
-        if self.kappa == "auto" and self._filter is not None and self._has_memory():
-            same_filter(local, states, self.readout.name, self._filter)
-
-    def _others(self) -> dict[str, tuple[int, int] | None]:
-        """Parameters that no layer learns, with a mark that changes with their gradient."""
-        biases = {self.name_of(c.bias) for x in self.layers for r in x.open for c in r.calls}
-        learned = biases.union(*(x.weights for x in self.layers))
-        return {
-            name: None if p.grad is None else (id(p.grad), p.grad._version)
-            for p, name in self._names.items()
-            if p.requires_grad and name not in learned
-        }
+        if self.kappa == "auto" and self.filter is not None and self._has_memory():
+            same_filter(local, states, self.readout.name, self.filter)
 
     def _has_memory(self) -> bool:
         return not isinstance(self.readout.module, nn.Linear)
-
-    def receive(self, layer: WatchedLayer, record: Record, grad: Tensor) -> Tensor | None:
-        """A learning signal arrives at the spikes of a hidden layer; returns what goes on below."""
-        if self._passing and not any(record is r for r in layer.open):
-            return None  # what feeds back into a layer above came a step before
-        layer.guard(record)
-        if self._phase == "direct":
-            record.direct = grad if record.direct is None else record.direct + grad
-        elif not self._passing or layer.name in (self._indirect or ()):
-            record.filtered = grad if record.filtered is None else record.filtered + grad
-        return (
-            grad * record.local[0, 0] if self._passing and record.local and (0, 0) in record.local else None
-        )
 
     def ran(self, layer: WatchedLayer, records: list[Record], fresh: bool) -> None:
         """A layer ran some steps: the checks that keep the sum exact."""
@@ -411,8 +316,8 @@ class EProp:
         check_shared(layer, self.layers, records)
         if layer is self.readout and self.kappa == "auto" and self._has_memory():
             for record in records:
-                if self._filter is None:
-                    self._filter = infer_filter(record.local or {}, record.states, layer.name)
+                if self.filter is None:
+                    self.filter = infer_filter(record.local or {}, record.states, layer.name)
         if layer is self.readout:
             for record in records:
                 for call in record.calls:
@@ -420,16 +325,16 @@ class EProp:
 
     def check_versions(self) -> None:
         """Weights are those that the sequence began with."""
-        self._versions = unchanged(self._names, self._versions)
+        self._versions = unchanged(self.names, self._versions)
 
     def filter_of(self, layer: WatchedLayer, like: Tensor) -> Filter:
         """The memory behind a layer's outputs."""
-        found = NO_MEMORY if layer is self.readout or self._filter is None else self._filter
+        found = NO_MEMORY if layer is self.readout or self.filter is None else self.filter
         return Filter(found.A.to(like), found.b.to(like), found.out)
 
     # --- gradients ---
 
-    def _process(self, carry: bool) -> None:
+    def process(self, carry: bool) -> None:
         for layer in self.layers:
             kind = layer.pending[0].z.device.type if layer.pending else "cpu"
             with torch.autocast(kind, enabled=False):  # step() may be called inside autocast
@@ -438,7 +343,7 @@ class EProp:
     @torch.no_grad()
     def deliver(self) -> None:
         """Write what was gathered to ``.grad``."""
-        by_name = {name: p for p, name in self._names.items()}
+        by_name = {name: p for p, name in self.names.items()}
         found = [pair for layer in self.layers for pair in layer.gradients()]
         grads = distributed.averaged(self.wrapper, [g for _, g in found])
         for (name, _), grad in zip(found, grads, strict=True):
@@ -458,24 +363,7 @@ class EProp:
 
         A chunk that is under way is closed for it, which changes sums by rounding only.
         """
-        if any(x.open for x in self.layers):
-            raise ConfigError("state_dict() in the middle of a step: call it after learner.step().")
-        if self.engine == "offline" and self.readout.pending:
-            raise UnsupportedError('engine="offline" has no state within a sequence; use engine="chunk".')
-        self._process(carry=True)
-        return {
-            "steps_seen": self.steps_seen,
-            "batch": self._batch,
-            "filter": self._filter,
-            "indirect": self._indirect,
-            "feedback": self.carriers.state_dict(),
-            "layers": {x.name: x.state_dict() for x in self.layers},
-            "compiled": [
-                {k: v.clone() for k, v in part.items()}
-                for part in ([] if self.compiled is None else self.compiled.tensors())
-            ],
-            "buffers": {f"{layer.name}.{k}": v.detach().clone() for layer, k, v in self._hidden_buffers()},
-        }
+        return resume.saved(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken. The model's weights, and states you pass, are yours to restore.
@@ -483,40 +371,11 @@ class EProp:
         Raises:
             ConfigError: a state of another model.
         """
-        names = {x.name for x in self.layers}
-        if state.get("layers", {}).keys() != names:
-            raise ConfigError(
-                f"this state belongs to layers {sorted(state.get('layers', {}))}, the model has {sorted(names)}."
-            )
-        self.reset()
-        self.steps_seen, self._batch = state["steps_seen"], state["batch"]
-        self._filter, self._indirect = state["filter"], state["indirect"]
-        self.carriers.load_state_dict(state["feedback"])
-        for layer in self.layers:
-            layer.load_state_dict(state["layers"][layer.name])
-        if state["compiled"]:
-            self.compile().restore(state["compiled"])
-        modules = dict(self.model.named_modules())
-        for name, value in state["buffers"].items():
-            owner, _, buffer = name.rpartition(".")
-            setattr(modules[owner], buffer, value.clone())
+        resume.restore(self, state)
 
     def name_of(self, parameter: Tensor | None) -> str:
         """The name of a parameter of the model; of anything else ``""``."""
-        return self._names.get(parameter, "")  # type: ignore[arg-type, call-overload]
-
-    def _hidden_buffers(self) -> Iterator[tuple[Layer, str, Tensor]]:
-        # snnTorch keeps hidden states in buffers that its own state_dict leaves out
-        for layer in [*self.structure.hidden, self.structure.readout]:
-            if getattr(layer.module, "init_hidden", False):
-                for name in ("mem", "syn", "spk", "syn_exc", "syn_inh"):
-                    if name in layer.module._buffers:
-                        yield layer, name, layer.module._buffers[name]  # type: ignore[misc]
-
-    def forget_hidden(self) -> None:
-        """Hidden states that modules keep inside begin anew at the next step."""
-        for layer, name, value in self._hidden_buffers():
-            setattr(layer.module, name, value.new_zeros(0))
+        return self.names.get(parameter, "")  # type: ignore[arg-type, call-overload]
 
     def spike_counts(self) -> dict[str, tuple[float, int]]:
         """Spikes of every hidden layer since :meth:`reset`, and its neurons times samples."""

@@ -57,6 +57,16 @@ class Inputs:
     inner: list[Tensor]  # currents of linear layers inside the neuron
     state: SnnTorchState | TupleState
 
+    def __post_init__(self) -> None:
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [0 if x.is_inference() else x._version for x in (self.x, *self.state.leaves)]
+
+    def changed(self) -> bool:
+        """Whether one of the tensors has been written to since."""
+        return self.versions != self._versions()
+
 
 def replay(
     name: str,
@@ -80,6 +90,11 @@ def replay(
     with _unchanged(module), torch.enable_grad():
         for first in range(0, len(steps), size):
             part = steps[first : first + size]
+            if any(step.changed() for step in part):
+                raise UnsupportedError(
+                    f"e-prop: the current or state of {name} was written to in place before its chunk was over; make "
+                    "new tensors instead, or use a smaller chunk=."
+                )
             rows, leaves = _run(plan, part, sequence)
             before = torch.cat(list(spikes[first : first + size]), 0)
             z = rows[0].detach().reshape(before.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...spikes import SpikeTrain, as_spike_train, is_sparse_input
+from . import resume
 
 if TYPE_CHECKING:
     from .learner import EProp
@@ -48,7 +49,7 @@ def run(
     """See :meth:`EProp.run`."""
     if fresh:
         learner.reset()
-        learner.forget_hidden()
+        resume.forget_hidden(learner)
     elif state is None:
         state = learner.last_state
     totals = Totals(loss_fn, keep_outputs)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,28 +19,11 @@ from torch import Tensor, nn
 from ...adapters.active import config_of
 from ...errors import InputError, UnsupportedError
 from .local import Inputs, Plan, derivatives, replay
+from .record import Record
 from .scan import Jacobian
 from .states import SnnTorchState, TupleState, mapped
 from .structure import Intercept, Layer
 from .taps import Call, Tap, anchor, leaf, sources, tracked
-
-
-@dataclass(eq=False)
-class Record:
-    """One step of one layer."""
-
-    local: Jacobian | None  # None: found later, from ``inputs``
-    calls: list[Call]
-    z: Tensor
-    states: int
-    below: list[Tensor] = field(default_factory=list)  # its currents, with their graph to the layers below
-    filtered: Tensor | None = None
-    direct: Tensor | None = None
-    inputs: Inputs | None = None
-    spikes: Tensor | None = None  # as the model sees them, where they are a leaf
-    carried: list[tuple[Record, Call]] = field(
-        default_factory=list
-    )  # what the readout will send to these spikes
 
 
 class Neuron:
@@ -150,6 +132,8 @@ class Neuron:
     ) -> tuple[Record, Any, bool]:
         """A further step of a neuron whose structure is known."""
         assert self.plan is not None
+        if self.problem is not None and self.plan.current == self.plan.currents - 1:
+            raise self.problem  # it takes the current from outside
         inner: list[Tensor] = []
         feeds_itself = self.readout and not self.has_inner
         current = self._leaf(x, record) if feeds_itself else x.detach()
@@ -169,7 +153,7 @@ class Neuron:
         watched = Intercept(linear) if self.has_inner else nullcontext()
         with torch.set_grad_enabled(self.readout):
             state = self._state(x, args, kwargs)
-            state = state.at(current.unsqueeze(0) if self.sequence else current, state.leaves)
+            state.x = current.unsqueeze(0) if self.sequence else current
             with watched:
                 out = state.call()
         z, after = state.outputs(out)

@@ -1,0 +1,134 @@
+"""Learning signals: how the loss of a step comes to the spikes of the hidden layers."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .layer import WatchedLayer
+    from .learner import EProp
+    from .record import Record
+
+log = logging.getLogger("snn_sparse_plugin")
+
+
+class Signals:
+    """Two ways lead from a loss to a spike: direct, where the loss uses it, and through the readout and its memory.
+
+    ``indirect`` are the layers that only other hidden layers bring signals to, None before the first loss.
+    """
+
+    def __init__(self, learner: EProp) -> None:
+        self.learner = learner
+        self.indirect: set[str] | None = None
+        self._passing, self._phase = False, ""
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What of the gradient is not exact, in words."""
+        if not self.indirect:
+            return ()
+        names = ", ".join(sorted(self.indirect))
+        return (f"{names} learn from what reaches them through the layers above within a step",)
+
+    def backward(self, loss: Tensor) -> None:
+        """Errors of this step's loss to readout and hidden spikes, and from the readout down."""
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"learner.step(loss): the loss must be one number, got {shape}.")
+        if not loss.requires_grad:
+            raise UnsupportedError(
+                "learner.step(loss): the loss does not depend on this step's outputs. Where a step has no loss, call "
+                "learner.step()."
+            )
+        self._phase = "direct"
+        loss.backward()
+        self._phase = "filtered"
+        roots, signals = [], []
+        for record in self.learner.readout.open:
+            if record.direct is not None:
+                scale = self._scale(record)
+                if isinstance(scale, float) and scale == 0:
+                    raise UnsupportedError(
+                        f"e-prop: readout {self.learner.readout.name} answers a current only in the step after it; use "
+                        "eprop.detached(model)."
+                    )
+                if scale is not None:
+                    record.direct = record.direct / scale
+                for below in record.below:
+                    roots.append(below)
+                    signals.append(record.direct)
+        if not roots or self._carry_later():
+            return
+        learning = [x for x in self.learner.hidden if x.learns()]
+        again = self.indirect is None or bool(self.indirect)
+        others = self._others() if self.indirect is None else {}
+        torch.autograd.backward(roots, signals, retain_graph=again)
+        reached = [name for name, before in others.items() if self._others()[name] != before]
+        if reached:
+            raise UnsupportedError(
+                f"e-prop: {reached[0]} stands between a hidden layer and the readout, where only Linear layers learn. "
+                "Freeze it, or use eprop.detached(model)."
+            )
+        if self.indirect is None:
+            self.indirect = {x.name for x in learning if all(r.filtered is None for r in x.open)}
+            if self.indirect:
+                log.warning("e-prop: %s; the memory of those layers is left out", self.approximations[0])
+        if self.indirect:
+            self._passing = True
+            try:
+                torch.autograd.backward(roots, signals)
+            finally:
+                self._passing = False
+
+    def _scale(self, record: Record) -> float | Tensor | None:
+        """What the readout's output is per unit of its current; None: one."""
+        if record.local is None:
+            assert self.learner.filter is not None
+            scale = float(self.learner.filter.b[self.learner.filter.out])
+        else:
+            found = record.local.get((0, 0), 0.0)
+            if isinstance(found, Tensor):
+                return found
+            scale = found
+        return None if scale == 1 else scale
+
+    def _carry_later(self) -> bool:
+        """Leave the way from readout to spikes to the end of the chunk, where it is known: weights and nothing else."""
+        hidden = {id(r.spikes): r for x in self.learner.hidden for r in x.open if r.spikes is not None}
+        records = [r for r in self.learner.readout.open if r.direct is not None]
+        pairs = [(r, call, hidden.get(id(call.given))) for r in records for call in r.calls]
+        if not all(target is not None and call.name for _, call, target in pairs):
+            return False
+        for record, call, target in pairs:
+            target.carried.append((record, call))  # type: ignore[union-attr]
+        return True
+
+    def receive(self, layer: WatchedLayer, record: Record, grad: Tensor) -> Tensor | None:
+        """A learning signal arrives at the spikes of a hidden layer; returns what goes on below."""
+        if self._passing and not any(record is r for r in layer.open):
+            return None  # what feeds back into a layer above came a step before
+        layer.guard(record)
+        if self._phase == "direct":
+            record.direct = grad if record.direct is None else record.direct + grad
+        elif not self._passing or layer.name in (self.indirect or ()):
+            record.filtered = grad if record.filtered is None else record.filtered + grad
+        return (
+            grad * record.local[0, 0] if self._passing and record.local and (0, 0) in record.local else None
+        )
+
+    def _others(self) -> dict[str, tuple[int, int] | None]:
+        """Parameters that no layer learns, with a mark that changes with their gradient."""
+        biases = {self.learner.name_of(c.bias) for x in self.learner.layers for r in x.open for c in r.calls}
+        learned = biases.union(*(x.weights for x in self.learner.layers))
+        return {
+            name: None if p.grad is None else (id(p.grad), p.grad._version)
+            for p, name in self.learner.names.items()
+            if p.requires_grad and name not in learned
+        }
