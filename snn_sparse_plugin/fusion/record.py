@@ -68,8 +68,8 @@ class Lane:
         self.given: list[list[Recorded]] = [[] for _ in range(slots)]
         self.newest: list[Value | None] = [None] * slots
         self.results: list[Any] = [None] * slots
-        # the lanes that linear layers put what they get from this one into, by the layers' ids
-        self.linears: dict[int, FunctionLane] = {}
+        # the lanes of linear layers that read this one: by the ids of weight and bias, and the result's slot
+        self.linears: dict[tuple[int, int, int], FunctionLane] = {}
         self.shape: torch.Size
         self.dtype: torch.dtype
         self.device: torch.device

@@ -44,7 +44,13 @@ class Recorded(Tensor):
                 "a recorded step reached code that takes tensors without torch's function protocol, so that it cannot "
                 "be filled in any more. Call .clone() on it before, or switch time fusion off (SNN_SPARSE_FUSE=0)."
             )
-        torch._C._swap_tensor_impl(self, real)  # type: ignore[attr-defined]
+        try:
+            torch._C._swap_tensor_impl(self, real)  # type: ignore[attr-defined]
+        except (
+            RuntimeError
+        ):  # a profiler that notes shapes refers to what functions took, but not to a new view
+            with torch.enable_grad():
+                torch._C._swap_tensor_impl(self, real.view_as(real))  # type: ignore[attr-defined]
         del self._value
         self.__class__ = Tensor  # type: ignore[assignment]
 

@@ -65,7 +65,7 @@ def watched() -> Iterator[None]:
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
-            found = _called(self, args[0])
+            found = _called(cls, self, args[0])
             if found is not None:
                 return found
         return super(cls, self).__call__(*args, **kwargs)
@@ -76,8 +76,8 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 _CALLS = {cls: _call_of(cls) for cls in _LAYERS}
 
 
-def _called(self: Any, x: Any) -> Any:
-    """The result of a layer with weights, as far as it is recorded here; None for the layer's own ``__call__``."""
+def _called(cls: Any, self: Any, x: Any) -> Any:
+    """The result of a layer with weights, as far as it is recorded here; None for the ``__call__`` above ``cls``."""
     kind = type(x)
     if kind is Recorded:
         return _linear(self, x) if type(self) is nn.Linear else None
@@ -87,7 +87,7 @@ def _called(self: Any, x: Any) -> Any:
     if config is None or not config.fuse_time:
         return None
     if self not in _feeding:
-        out = _upstream(self)(x)
+        out = super(cls, self).__call__(x)
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
         return out
@@ -98,11 +98,7 @@ def _called(self: Any, x: Any) -> Any:
         return None
     entered = _entering(self, x, mode)
     found = _linear(self, entered) if type(self) is nn.Linear else None
-    return _upstream(self)(entered) if found is None else found
-
-
-def _upstream(self: Any) -> Callable[..., Any]:
-    return super(next(cls for cls in _LAYERS if isinstance(self, cls)), self).__call__  # type: ignore[no-any-return]
+    return super(cls, self).__call__(entered) if found is None else found
 
 
 def _linear(self: nn.Linear, x: Recorded) -> Any:

@@ -246,6 +246,52 @@ def test_neurons_inside_a_custom_function(lif: Any, x: Tensor) -> None:
     assert torch.equal(inputs.grad, torch.full((3, 4), 3.0))
 
 
+def test_a_state_changed_in_place_is_the_next_steps_state(lif: Any, x: Tensor) -> None:
+    def run() -> tuple[Tensor, Tensor]:
+        mem, out = torch.zeros(3, 4), []
+        for step in x:
+            spk, mem = lif(step, mem)
+            mem *= 0.5
+            out.append(spk)
+        return torch.stack(out), mem
+
+    expected = run()
+    with ssp.sparse_mode():
+        found = run()
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_loop_that_lets_go_gets_its_tensors_again(x: Tensor) -> None:
+    first, second, seen = snn.Leaky(0.875), snn.Leaky(0.5), []
+
+    def run() -> tuple[Tensor, Tensor]:
+        one = two = torch.zeros(3, 4)
+        kept = None
+        for t, step in enumerate(x):
+            spk, one = first(step, one)
+            seen.append(id(spk))
+            if t == 1:
+                kept = spk
+            spk, two = second(spk, two)
+        return kept, two
+
+    expected = run()
+    seen.clear()
+    with ssp.sparse_mode():
+        found = run()
+        assert all(map(torch.equal, found, expected))
+    assert len(set(seen)) < len(seen)
+
+
+def test_a_profiler_that_notes_shapes(lif: Any, x: Tensor) -> None:
+    x = x.requires_grad_()
+    with ssp.sparse_mode(), torch.profiler.profile(record_shapes=True):
+        out, mem = loop(lif, x)
+        (torch.stack(out).sum() + mem.sum()).backward()
+    assert x.grad is not None
+    assert type(mem) is Tensor
+
+
 class Products(TorchDispatchMode):
     """Counts dense products while it is on."""
 

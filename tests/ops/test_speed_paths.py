@@ -9,6 +9,8 @@ from helpers import on_grid, relative, spikes
 
 from snn_sparse_plugin import NeuronParams, SpikeTrain, Surrogate
 from snn_sparse_plugin.backends.cpu import threads
+from snn_sparse_plugin.dynamics import NeuronSpec
+from snn_sparse_plugin.errors import InputError
 from snn_sparse_plugin.ops import spiking_layer
 from snn_sparse_plugin.ops.spiking_layer.products import events_or_product
 
@@ -191,3 +193,47 @@ def test_ranges_cover_everything_once():
         for parts in (1, 2, 5):
             ranges = threads.split(n, parts)
             assert [k for first, last in ranges for k in range(first, last)] == list(range(n))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("given", ["weight", "current"])
+def test_one_input_for_all_steps_has_one_gradient(backend, given):
+    weight = on_grid(50, 9).requires_grad_()
+    image, grad = torch.rand(1, 4, 9), torch.randn(12, 4, 50)
+    found = []
+    for x, steps in ((image, 12), (image.repeat(12, 1, 1), None)):
+        x = x.clone().requires_grad_()
+        current = (x, weight) if given == "weight" else (x @ weight.t(),)
+        out = spiking_layer(
+            *current, params=NeuronParams(0.875), steps=steps, backprop_threshold=None, backend=backend
+        )
+        g_weight, g_x = torch.autograd.grad(out.spikes, (weight, x), grad)
+        found.append((out.spikes, g_weight, g_x.sum(0)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def test_steps_want_an_input_of_one_step():
+    with pytest.raises(InputError, match="steps=3"):
+        spiking_layer(torch.rand(2, 4, 9), params=NeuronParams(0.875), steps=3)
+
+
+@pytest.mark.parametrize("T", [25, 70])
+@pytest.mark.parametrize("spec", [NeuronSpec(), NeuronSpec(synapse=True), NeuronSpec(reset="none")])
+def test_a_linear_adjoint_replays_into_its_block(T, spec):
+    weight, x = on_grid(130, 20), spikes(T, 5, 20, p=0.3)
+    grads = [torch.randn(T, 5, 130), torch.randn(T, 5, 130), torch.randn(5, 130)]
+    found = []
+    for backend in ("cpu", "reference"):
+        w = weight.clone().requires_grad_()
+        out = spiking_layer(
+            *(SpikeTrain.from_dense(x), w),
+            spec=spec,
+            params=NeuronParams(0.875, 0.5),
+            return_mem=True,
+            backprop_threshold=None,
+            backend=backend,
+        )
+        found.append((out.spikes, torch.autograd.grad((out.spikes, out.mem, out.state.v), w, grads)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert relative(found[0][1], found[1][1]) < 1e-5

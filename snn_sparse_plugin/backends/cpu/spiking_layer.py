@@ -35,6 +35,7 @@ from .outgoing import block_rows
 from .program import forward_of
 from .program_backward import backward_of
 from .replay import backward_replay_kernel
+from .replay_linear import backward_replay_linear_kernel, replays_linear
 from .rows import Code, encode, transpose
 from .threads import parallel, split
 
@@ -206,7 +207,7 @@ def run_backward(
                 _array(saved.v_checkpoints, np_dtype, 3),
                 _array(saved.i_checkpoints, np_dtype, 3),
             )
-            _replay(call, np_dtype)(
+            _replay(call, np_dtype, want_params)(
                 *(first, last, T, window, surrogate, p, q, params, *checkpoints, current, bias),
                 *(
                     tuple(recurrence),
@@ -266,9 +267,11 @@ def _forward(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
     return forward_kernel(_code(call), dtype)  # type: ignore[no-any-return]
 
 
-def _replay(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
+def _replay(call: LayerCall, dtype: np.dtype, want_params: bool) -> Callable[..., Any]:
     if isinstance(call.spec, Equations):
         return backward_of(call, _padded(call.N), dtype)
+    if not want_params and replays_linear(_code(call), _padded(call.N)):
+        return backward_replay_linear_kernel(_code(call))  # type: ignore[no-any-return]
     return backward_replay_kernel(_code(call))  # type: ignore[no-any-return]
 
 

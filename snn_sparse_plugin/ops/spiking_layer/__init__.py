@@ -165,7 +165,8 @@ def spiking_layer(
             current = F.linear(dense, weight, bias)
     elif weight is None:
         whole = train.to_dense() if train is not None else dense
-        current = whole.reshape(len(whole), B, _inputs_of(spec) * N)  # type: ignore[union-attr]
+        assert whole is not None
+        current = whole.reshape(len(whole), B, _inputs_of(spec) * N)
         train = None
     if train is not None:
         train = train.flatten()

@@ -1,0 +1,108 @@
+"""Backward kernel that replays, for neurons whose adjoint is linear (see linear.py): the replay of a chunk writes what
+enters the adjoint at each step straight into the block, which is then swept at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ...backends import CHUNK
+from .jit import kernel
+from .linear import is_linear, sweep
+from .outgoing import block_rows, deliver
+from .rows import MEM, SYN, Code, add_rows, advance, copy_row, load3, surrogate_row
+
+
+def replays_linear(code: Code, columns: int) -> bool:
+    """Whether ``backward_replay_linear_kernel`` knows this neuron; a chunk of such rows has to fit into a block."""
+    return is_linear(code) and bool(code[6]) and block_rows(columns) >= CHUNK
+
+
+@cache
+def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
+    """The backward that replays, for a linear adjoint; takes the arguments of ``backward_replay``."""
+    synapse = code[1]
+
+    @kernel()
+    def backward_replay_linear(  # type: ignore[no-untyped-def]
+        first,
+        last,
+        T,
+        window,
+        surrogate,
+        first_param,
+        second_param,
+        params,
+        v_checkpoints,
+        i_checkpoints,
+        current,
+        bias,
+        _,
+        incoming,
+        act_ptr,
+        act_idx,
+        arriving,
+        lam_state,
+        ci_state,
+        outgoing,
+        g_params,
+        block,
+    ):
+        indptr, indices, values, weight = incoming[0], incoming[1], incoming[2], incoming[3]
+        g_out, g_spikes, g_mem = arriving
+        N, width, rows = lam_state.shape[1], block.shape[1], block.shape[0]
+        dtype = lam_state.dtype
+        zero = dtype.type(0)
+        x_row = np.zeros((1, width), dtype)
+        x, none = x_row[0, :N], np.zeros(N, dtype)
+        v, i, reset = np.empty(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
+        distance, phi = np.zeros(N, dtype), np.zeros(N, dtype)
+        flow, decay = np.zeros((2, width), dtype), np.zeros((2, width), dtype)
+        decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
+        has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
+        from_events, still = indptr.shape[0] > 0, current.shape[0] == 1
+        for b in range(last - 1, first - 1, -1):
+            flow[0, :N], flow[1, :N] = lam_state[b], ci_state[b]
+            for chunk in range((T - 1) // CHUNK, -1, -1):
+                start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
+                load3(v, v_checkpoints, chunk, b)
+                if synapse:
+                    load3(i, i_checkpoints, chunk, b)
+                for t in range(start, stop):
+                    r = b * T + t
+                    k, at, sample = np.uint64(r % rows), np.uint64(t), np.uint64(b)
+                    if from_events:
+                        copy_row(x, bias)
+                        add_rows(x_row, 0, weight, indices, values, indptr[r], indptr[r + 1])
+                    else:
+                        load3(x, current, 0 if still else t, b)
+                    advance(code, params, x, none, v, i, reset, distance)
+                    surrogate_row(surrogate, first_param, second_param, window, distance, phi)
+                    if has_spikes:
+                        for j in range(N):
+                            block[k, j] = phi[j] * g_spikes[at, sample, j]
+                    else:
+                        for j in range(N):
+                            block[k, j] = zero
+                    if has_mem:
+                        for j in range(N):
+                            block[k, j] += g_mem[at, sample, j]
+                    if has_out:
+                        for a in range(act_ptr[r], act_ptr[r + 1]):
+                            block[k, np.uint64(act_idx[a])] += phi[act_idx[a]] * g_out[a]
+                # the rows of a chunk lie together in the block, but for those beyond its end
+                high, low = b * T + stop, b * T + start
+                while high > low:
+                    begin = max(low, (high - 1) // rows * rows)
+                    at_row = begin % rows
+                    sweep(block, at_row, at_row + high - begin, decay, flow, 0)
+                    if synapse:
+                        sweep(block, at_row, at_row + high - begin, decay, flow, 1)
+                    deliver(block, begin, high, T, incoming, outgoing)
+                    high = begin
+            lam_state[b], ci_state[b] = flow[0, :N], flow[1, :N]
+
+    return backward_replay_linear
