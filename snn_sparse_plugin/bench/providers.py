@@ -114,9 +114,10 @@ def _linears(problem: Problem, factors: Sequence[float] | None = None) -> list[n
     return layers
 
 
-def _resets(config: Config) -> list[Literal["none", "subtract", "zero"]]:
+def _resets(config: Config, problem: Problem) -> list[Literal["none", "subtract", "zero"]]:
     """Of Leaky, per layer; one that is never reset is the readout."""
-    return [config.reset] * (len(config.layers) - config.readout) + ["none"] * config.readout
+    spiking = len(problem.weights) - config.readout
+    return [config.reset] * spiking + ["none"] * config.readout
 
 
 def _interleave(layers: list[nn.Linear], neurons: list[Any]) -> list[nn.Module]:
@@ -138,7 +139,7 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         neurons = [
             snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=mechanism)
-            for mechanism in _resets(config)
+            for mechanism in _resets(config, problem)
         ]
         neurons[-1].output = config.readout
         net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
@@ -162,7 +163,7 @@ def _op_network(config: Config, problem: Problem) -> Model:
     """The network as calls of the op: what ``unroll`` does, for where no neuron library is installed."""
     layers = _linears(problem)
     options: dict[str, Any] = _op_options(config)
-    specs = [NeuronSpec(reset=reset, spiking=reset != "none") for reset in _resets(config)]
+    specs = [NeuronSpec(reset=reset, spiking=reset != "none") for reset in _resets(config, problem)]
 
     def spikes(x: Any) -> Tensor:
         for k, (layer, spec) in enumerate(zip(layers, specs, strict=True), 1):
@@ -215,7 +216,7 @@ class TutorialNet(nn.Module):
         self.fc = nn.ModuleList(_linears(problem))
         self.lif = nn.ModuleList(
             snntorch.Leaky(beta=config.beta, spike_grad=spike_grad, reset_mechanism=reset)
-            for reset in _resets(config)
+            for reset in _resets(config, problem)
         )
         self.readout, self.beta = config.readout, config.beta
 
