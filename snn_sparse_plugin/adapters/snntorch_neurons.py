@@ -174,7 +174,12 @@ class Classes:
     """snnTorch's classes by name; older versions lack some."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module("snntorch"), name, Absent)
+        return getattr(_snntorch(), name, Absent)
+
+
+@cache
+def _snntorch() -> Any:
+    return import_module("snntorch")
 
 
 def takes_sequence(cls: type) -> bool:
