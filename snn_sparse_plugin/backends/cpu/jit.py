@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from numba import njit
@@ -18,7 +21,7 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compile_later(function: Callable[..., Any]) -> Any:
         global _told
         try:
-            return njit(nogil=True, cache=True, **options)(function)
+            return _valid_with_sources(njit(nogil=True, cache=True, **options)(function))
         except RuntimeError as error:  # a read-only installation and no writable home
             if not _told:
                 _told = True
@@ -28,3 +31,24 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             return njit(nogil=True, **options)(function)
 
     return compile_later
+
+
+def _valid_with_sources(dispatcher: Any) -> Any:
+    """Let the cached code of a kernel count for these sources only.
+
+    numba looks at the file of the kernel alone, but what it calls is compiled into it: after a change in another file
+    cached kernels would disagree about arguments and crash.
+    """
+    file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if hasattr(file, "_source_stamp"):
+        file._source_stamp = (file._source_stamp, sources())
+    return dispatcher
+
+
+@cache
+def sources() -> str:
+    """A digest of all files of this folder, in which every kernel stands."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
