@@ -124,7 +124,9 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
         reset = import_module("snntorch.utils").reset
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         neurons = [
-            snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=config.reset)
+            snn.Leaky(
+                beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=config.reset
+            )
             for _ in problem.weights
         ]
         net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
