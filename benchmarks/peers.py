@@ -3,9 +3,10 @@
 python benchmarks/peers.py [--data fashion-mnist --root DIR] [--steps 100] [--batch 128] [--json FILE]
 
 All libraries start from the same weights and see the same batches. Neurons are LIF, reset to zero in a way that makes
-the spikes of all libraries the same; the loss is cross entropy on the spike counts of the last layer, the optimizer
-Adam. Before training, losses and gradients at step 0 are compared with snnTorch's: a loss that differs by more than
---tolerance ends the run. They take turns of a few steps on the same batches, each turn beginning with another one.
+the spikes of all libraries the same; the last layer is a leaky integrator without spikes, the loss cross entropy on its
+maximum over time, the optimizer Adam. Before training, losses and gradients at step 0 are compared with snnTorch's: a
+loss that differs by more than --tolerance ends the run. They take turns of a few steps on the same batches, each turn
+beginning with another one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from snn_sparse_plugin import SparsePluginError, SpikeTrain
 from snn_sparse_plugin.bench.measure import Spread, peak_bytes, saved_bytes
 from snn_sparse_plugin.bench.problem import Config, Problem, scaled_weights
-from snn_sparse_plugin.bench.providers import Model, get
+from snn_sparse_plugin.bench.providers import Model, get, logits
 from snn_sparse_plugin.bench.report import commit, human_bytes
 from snn_sparse_plugin.data import SETS, load_spikes, loader
 from snn_sparse_plugin.doctor import installed
@@ -45,6 +46,7 @@ class Contestant:
     """One library's network, its optimizer, and what was measured of it."""
 
     name: str
+    config: Config
     model: Model
     optimizer: torch.optim.Optimizer
     row: dict[str, Any]
@@ -55,7 +57,10 @@ class Contestant:
         return x if isinstance(self.model.x, SpikeTrain) else dense
 
     def loss(self, x: SpikeTrain, dense: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(self.model.spikes(self.input(x, dense)).sum(0), target)
+        return F.cross_entropy(self.logits(x, dense), target)
+
+    def logits(self, x: SpikeTrain, dense: Tensor) -> Tensor:
+        return logits(self.config, self.model.spikes(self.input(x, dense)))
 
     def step(self, x: SpikeTrain, dense: Tensor, target: Tensor) -> None:
         begin = time.perf_counter()
@@ -80,8 +85,11 @@ class Contestant:
 def enter(name: str, config: Config, problem: Problem, lr: float) -> Contestant:
     """A library's network with the problem's weights."""
     model = get(name).build(config, problem)
-    # Norse multiplies the current by 1 - beta, so its weights are larger, and so must be its steps
-    scale = 1 / (1 - config.beta) if name == "norse" else 1.0
+    groups: list[dict[str, Any]] = [{"params": model.parameters}]
+    if name == "norse":
+        # it multiplies the current by 1 - beta, so the weights before neurons are larger, and so must be their steps
+        *hidden, weight, bias = model.parameters
+        groups = [{"params": hidden, "lr": lr / (1 - config.beta)}, {"params": [weight, bias]}]
     library = get(name).library
     row: dict[str, Any] = {
         "provider": name,
@@ -89,7 +97,7 @@ def enter(name: str, config: Config, problem: Problem, lr: float) -> Contestant:
         "skipped": None,
         "versions": {library: installed(library), "torch": torch.__version__},
     }
-    return Contestant(name, model, torch.optim.Adam(model.parameters, lr=lr * scale), row)
+    return Contestant(name, config, model, torch.optim.Adam(groups, lr=lr), row)
 
 
 def compare_step_zero(
@@ -105,8 +113,8 @@ def compare_step_zero(
         loss = each.loss(x, problem.x, problem.target)
         grads = torch.autograd.grad(loss, each.model.parameters)
         if each.name == "spikingjelly":
-            layers = len(config.layers)
-            grads = tuple(g / (config.slope / 2) ** (layers - k // 2) for k, g in enumerate(grads))
+            spiking = len(config.layers) - 1
+            grads = tuple(g / (config.slope / 2) ** (spiking - k // 2) for k, g in enumerate(grads))
         found[each.name] = float(loss.detach()), grads
     expected, reference = found.get(BASELINE, next(iter(found.values())))
     norm = sum(float(g.square().sum()) for g in reference) ** 0.5
@@ -161,9 +169,7 @@ def latency(contestants: Sequence[Contestant], x: SpikeTrain, rounds: int) -> No
 
 @torch.no_grad()
 def accuracy(each: Contestant, batches: Sequence[tuple[SpikeTrain, Tensor]]) -> float:
-    right = sum(
-        int((each.model.spikes(each.input(x, x.to_dense())).sum(0).argmax(1) == y).sum()) for x, y in batches
-    )
+    right = sum(int((each.logits(x, x.to_dense()).argmax(1) == y).sum()) for x, y in batches)
     return right / sum(len(y) for _, y in batches)
 
 
@@ -223,6 +229,7 @@ def run(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
         slope=args.slope,
         window=args.window,
         reset="zero",
+        readout=True,
         seed=args.seed,
     )
     weights, rates = scaled_weights(x.to_dense(), config, generator)

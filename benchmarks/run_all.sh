@@ -14,3 +14,4 @@ bench=(python -m snn_sparse_plugin bench)
 # "$@" is for snn-sparse bench alone
 python ttfs.py --json results/ttfs.json
 python eprop.py --json results/eprop.json
+python peers.py --json results/peers.json

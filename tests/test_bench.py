@@ -56,6 +56,30 @@ def test_our_providers_compute_what_the_tutorial_loop_computes(provider: str) ->
         assert float((a - b).norm() / b.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("readout", [False, True], ids=["counts", "readout"])
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+@pytest.mark.parametrize("provider", ["sparse-op", "sparse-exact"])
+def test_our_forms_of_the_network_are_snntorchs(provider: str, reset: str, readout: bool) -> None:
+    config = replace(TINY, window=None, reset=reset, readout=readout)
+    loss, expected = gradients(config, "snntorch")
+    got_loss, got = gradients(config, provider)
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("readout", [False, True], ids=["counts", "readout"])
+def test_the_libraries_compute_the_same_where_the_reset_is_to_zero(readout: bool) -> None:
+    """But for SpikingJelly's surrogate, larger by slope / 2 once a spiking layer, and Norse's, which has no slope."""
+    config = replace(TINY, window=None, reset="zero", readout=readout)
+    loss, expected = gradients(config, "snntorch")
+    assert gradients(config, "norse")[0] == pytest.approx(loss, rel=1e-6)
+    got_loss, got = gradients(config, "spikingjelly")
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    for k, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert float((a / 12.5 ** (3 - readout - k // 2) - b).norm() / b.norm()) < 1e-5
+
+
 def test_dense_and_event_input_give_the_same_gradients() -> None:
     loss, expected = gradients(TINY, "sparse")
     got_loss, got = gradients(TINY, "sparse-events")

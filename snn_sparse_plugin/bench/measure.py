@@ -111,10 +111,19 @@ def saved_bytes(forward: Callable[[], Any], kept: Iterable[Tensor] = ()) -> tupl
     return sum(storage.nbytes() for storage in storages.values()), out
 
 
+def device_peak_bytes(steps: Steps) -> int:
+    """Memory of the CUDA device two steps need beyond what is there before the first, from torch's allocator."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run_step(steps)
+    run_step(steps)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_bytes(config: Config, provider: str, threads: int) -> int | None:
     """Memory two steps need beyond what is there before the first, measured in a fresh process.
 
-    On CPU from Linux's high-water mark of resident memory, elsewhere None; on CUDA from torch's allocator.
+    From Linux's high-water mark of resident memory; on other systems None.
     """
     request = json.dumps({"config": asdict(config), "provider": provider, "threads": threads})
     child = subprocess.run(

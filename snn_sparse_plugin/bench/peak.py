@@ -25,12 +25,6 @@ def measure_peak(request: dict[str, Any]) -> int | None:
     provider = request["provider"]
     run_step(setup(replace(config, steps=3, batch=2), provider))  # compiles kernels, loads libraries
     steps = setup(config, provider)
-    if config.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_step(steps)
-        run_step(steps)
-        return torch.cuda.max_memory_allocated() - before
     _return_free_memory()
     if not _reset_high_water_mark():
         return None

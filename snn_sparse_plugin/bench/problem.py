@@ -29,6 +29,8 @@ class Config:
         window: ``backprop_threshold`` of the sparse providers.
         reset: of Leaky: ``"subtract"``, its default, or ``"zero"``, for networks only: then the neurons of all
             libraries compute the same spikes.
+        readout: the last layer of a network is a leaky integrator without spikes, y = beta y + (1 - beta) W s, and
+            the loss is of its maximum over time instead of the spike counts [Perez-Nieves & Goodman 2021].
     """
 
     op: Literal["network", "layer", "s3gd"] = "network"
@@ -44,14 +46,15 @@ class Config:
     device: str = "cpu"
     seed: int = 0
     reset: Literal["subtract", "zero"] = "subtract"
+    readout: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1 or not 0 < self.rate < 1:
             raise ConfigError(f"density and rate must lie in (0, 1], got {self.density} and {self.rate}.")
         if min(self.inputs, self.steps, self.batch, *self.layers) < 1:
             raise ConfigError("inputs, layers, steps and batch must be at least 1.")
-        if self.reset != "subtract" and self.op != "network":
-            raise ConfigError(f"reset={self.reset!r} is for networks, not for {self.op}.")
+        if (self.reset != "subtract" or self.readout) and self.op != "network":
+            raise ConfigError(f"reset and readout are options of networks, not of {self.op}.")
         if self.device != "cpu" and not (self.device.startswith("cuda") and torch.cuda.is_available()):
             raise ConfigError(f"device {self.device!r} is not available here.")
 
@@ -78,21 +81,27 @@ def make_problem(config: Config) -> Problem:
     generator = torch.Generator().manual_seed(config.seed)
     T, B, M = config.steps, config.batch, config.inputs
     x = (torch.rand(T, B, M, generator=generator) < config.density).float()
+    x = x.to(config.device)
     target = torch.randint(config.layers[-1], (B,), generator=generator)
     weights, rates = scaled_weights(x, config, generator)
     grad = torch.randn(T, B, config.layers[-1], generator=generator)
-    x, target, grad = (t.to(config.device) for t in (x, target, grad))
-    return Problem(x, target, tuple(w.to(config.device) for w in weights), rates, grad)
+    return Problem(x, target.to(config.device), weights, rates, grad.to(config.device))
 
 
 def scaled_weights(
     x: Tensor, config: Config, generator: torch.Generator
 ) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
-    """Normal weights of every layer, scaled until it fires at ``config.rate`` on input ``x``; and the rates reached."""
+    """Normal weights of every layer, scaled until it fires at ``config.rate`` on input ``x``; and the rates reached.
+
+    Those of a readout have a standard deviation of 2 / sqrt(M).
+    """
     weights, rates = [], []
     spikes = x
-    for n in config.layers:
-        weight = torch.randn(n, spikes.shape[2], generator=generator)
+    for k, n in enumerate(config.layers):
+        weight = torch.randn(n, spikes.shape[2], generator=generator).to(x.device)
+        if config.readout and k == len(config.layers) - 1:
+            weights.append(weight * 2 / spikes.shape[2] ** 0.5)
+            break
         # a part of the batch is enough to set a rate
         scale = _scale_for_rate(F.linear(spikes[:, :16], weight), config)
         weights.append(weight * scale)

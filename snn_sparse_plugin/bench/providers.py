@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dynamics import NeuronParams
+from ..dynamics import NeuronParams, NeuronSpec
 from ..errors import ConfigError, MissingDependencyError, UnsupportedError
 from ..ops.spiking_layer import spiking_layer
 from ..spikes import SpikeTrain, coordinates
@@ -20,7 +20,10 @@ from .problem import Config, Problem, make_problem
 
 
 class Model(NamedTuple):
-    """A network: ``spikes(x)`` -> (T, B, N) of the last layer, from the input form the provider takes."""
+    """A network: ``spikes(x)`` -> (T, B, N) of the last layer, from the input form the provider takes.
+
+    With a readout they are its membrane.
+    """
 
     spikes: Callable[[Any], Tensor]
     parameters: list[Tensor]
@@ -65,12 +68,17 @@ def setup(config: Config, provider: str) -> Steps:
 
     def forward() -> Tensor:
         spikes = model.spikes(model.x)
-        return F.cross_entropy(spikes.sum(0), problem.target) if config.op == "network" else spikes
+        return F.cross_entropy(logits(config, spikes), problem.target) if config.op == "network" else spikes
 
     def backward(out: Tensor) -> None:
         out.backward(None if config.op == "network" else problem.grad)
 
     return Steps(forward, backward, model.parameters, [*model.parameters, *_tensors(model.x)])
+
+
+def logits(config: Config, spikes: Tensor) -> Tensor:
+    """What the loss of a network is of: spike counts, or the largest membrane of a readout."""
+    return spikes.amax(0) if config.readout else spikes.sum(0)
 
 
 def get(name: str) -> Provider:
@@ -95,15 +103,21 @@ def _tensors(x: Any) -> list[Tensor]:
     return [x]
 
 
-def _linears(problem: Problem, factor: float = 1.0) -> list[nn.Linear]:
+def _linears(problem: Problem, factors: Sequence[float] | None = None) -> list[nn.Linear]:
     layers = []
-    for weight in problem.weights:
+    for weight, factor in zip(problem.weights, factors or [1.0] * len(problem.weights), strict=True):
         layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
         with torch.no_grad():
             layer.weight.copy_(weight * factor)
             layer.bias.zero_()
         layers.append(layer)
     return layers
+
+
+def _resets(config: Config, problem: Problem) -> list[Literal["none", "subtract", "zero"]]:
+    """Of Leaky, per layer; one that is never reset is the readout."""
+    spiking = len(problem.weights) - config.readout
+    return [config.reset] * spiking + ["none"] * config.readout
 
 
 def _interleave(layers: list[nn.Linear], neurons: list[Any]) -> list[nn.Module]:
@@ -124,22 +138,40 @@ def _unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto
         reset = import_module("snntorch.utils").reset
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         neurons = [
-            snn.Leaky(
-                beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=config.reset
-            )
-            for _ in problem.weights
+            snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=mechanism)
+            for mechanism in _resets(config, problem)
         ]
+        neurons[-1].output = config.readout
         net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
         options: dict[str, Any] = {"backprop_threshold": None if exact else config.window, "backend": backend}
         x = SpikeTrain.from_dense(problem.x) if events else problem.x
 
         def spikes(x: Any) -> Tensor:
             reset(net)
-            return unroll(net, x, **options).spikes
+            out = unroll(net, x, **options)
+            if not config.readout:
+                return out.spikes
+            assert out.mem is not None
+            return (1 - config.beta) * out.mem
 
         return Model(spikes, list(net.parameters()), x)
 
     return build
+
+
+def _op_network(config: Config, problem: Problem) -> Model:
+    """The network as calls of the op: what ``unroll`` does, for where no neuron library is installed."""
+    layers = _linears(problem)
+    options: dict[str, Any] = _op_options(config)
+    specs = [NeuronSpec(reset=reset, spiking=reset != "none") for reset in _resets(config, problem)]
+
+    def spikes(x: Any) -> Tensor:
+        for k, (layer, spec) in enumerate(zip(layers, specs, strict=True), 1):
+            events = k < len(layers)
+            x = spiking_layer(x, layer.weight, layer.bias, spec=spec, events=events, **options).spikes
+        return (1 - config.beta) * x if config.readout else x
+
+    return Model(spikes, [p for layer in layers for p in layer.parameters()], problem.x)
 
 
 def _op(path: str) -> Callable:
@@ -183,9 +215,10 @@ class TutorialNet(nn.Module):
         spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
         self.fc = nn.ModuleList(_linears(problem))
         self.lif = nn.ModuleList(
-            snntorch.Leaky(beta=config.beta, spike_grad=spike_grad, reset_mechanism=config.reset)
-            for _ in self.fc
+            snntorch.Leaky(beta=config.beta, spike_grad=spike_grad, reset_mechanism=reset)
+            for reset in _resets(config, problem)
         )
+        self.readout, self.beta = config.readout, config.beta
 
     def forward(self, x: Tensor) -> Tensor:
         mems = [lif.reset_mem() for lif in self.lif]  # type: ignore[operator]
@@ -193,8 +226,8 @@ class TutorialNet(nn.Module):
         for spikes in x.unbind(0):
             for k, (fc, lif) in enumerate(zip(self.fc, self.lif, strict=True)):
                 spikes, mems[k] = lif(fc(spikes), mems[k])
-            record.append(spikes)
-        return torch.stack(record)
+            record.append(mems[-1] if self.readout else spikes)
+        return (1 - self.beta) * torch.stack(record) if self.readout else torch.stack(record)
 
 
 def _snntorch(config: Config, problem: Problem) -> Model:
@@ -223,14 +256,16 @@ def _norse(config: Config, problem: Problem) -> Model:
     norse = _require("norse.torch", "norse")
     # dt tau_mem_inv = 1 - beta, a synapse that decays within a step, and weights larger by 1 / (1 - beta):
     # the membrane of Leaky, apart from the reset to zero
-    p = norse.LIFParameters(
-        tau_syn_inv=torch.tensor(1000.0),
-        tau_mem_inv=torch.tensor((1 - config.beta) * 1000),
-        v_th=torch.tensor(1.0),
-        alpha=torch.tensor(config.slope),
-    )
-    layers = _linears(problem, 1 / (1 - config.beta))
-    net = norse.SequentialState(*_interleave(layers, [norse.LIF(p) for _ in layers])).to(config.device)
+    times = {
+        "tau_syn_inv": torch.tensor(1000.0),
+        "tau_mem_inv": torch.tensor((1 - config.beta) * 1000),
+    }
+    p = norse.LIFParameters(**times, v_th=torch.tensor(1.0), alpha=torch.tensor(config.slope))
+    factors = [1 / (1 - config.beta)] * len(problem.weights)
+    neurons = [norse.LIF(p) for _ in factors]
+    if config.readout:  # its current is scaled alike
+        factors[-1], neurons[-1] = 1.0, norse.LI(norse.LIParameters(**times))
+    net = norse.SequentialState(*_interleave(_linears(problem, factors), neurons)).to(config.device)
     return Model(lambda x: net(x)[0], list(net.parameters()), problem.x)
 
 
@@ -251,11 +286,14 @@ def _spikingjelly(config: Config, problem: Problem) -> Model:
         )
         for _ in problem.weights
     ]
+    if config.readout:
+        neurons[-1] = neuron.NonSpikingLIFNode(tau=1 / (1 - config.beta))
     net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
 
     def spikes(x: Tensor) -> Tensor:
         functional.reset_net(net)
-        return net(x)  # type: ignore[no-any-return]
+        out = net(x)
+        return torch.stack(out) if config.readout else out
 
     return Model(spikes, list(net.parameters()), problem.x)
 
@@ -336,6 +374,7 @@ PROVIDERS: dict[str, Provider] = {
     "sparse": Provider(_unrolled(), "snn-sparse-plugin", "unroll, dense input", ("network", "s3gd")),
     "sparse-events": Provider(_unrolled(events=True), "snn-sparse-plugin", "unroll, SpikeTrain input"),
     "sparse-exact": Provider(_unrolled(exact=True), "snn-sparse-plugin", "unroll, backprop_threshold=None"),
+    "sparse-op": Provider(_op_network, "snn-sparse-plugin", "the op layer by layer", opt_in=True),
     "sparse-loop": Provider(
         _fused_loop, "snn-sparse-plugin", "snnTorch's tutorial loop in sparse_mode()", opt_in=True
     ),

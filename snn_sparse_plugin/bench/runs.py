@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import ConfigError, MissingDependencyError
-from .measure import Timing, peak_bytes, saved_bytes, time_alternating
+from .measure import Timing, device_peak_bytes, peak_bytes, saved_bytes, time_alternating
 from .problem import Config, make_problem
 from .providers import PROVIDERS, Steps, get, setup
 from .report import result_row, show_crossover, show_rows
@@ -69,7 +69,11 @@ def run_network(
 
 
 def run_s3gd(
-    options: BenchOptions, console: Console, steps: int = 500, config: Config | None = None
+    options: BenchOptions,
+    console: Console,
+    steps: int = 500,
+    config: Config | None = None,
+    rates: Sequence[float] = (0.03, 0.003),
 ) -> list[dict[str, Any]]:
     """Backward of the second hidden layer alone, against the dense loop [Perez-Nieves & Goodman 2021].
 
@@ -86,7 +90,7 @@ def run_s3gd(
         device=options.device,
     )
     rows = []
-    for rate in (0.03, 0.003):
+    for rate in rates:
         rows += _run(replace(base, steps=steps, rate=rate), options, console)
         show_rows(rows[-len(options.names("s3gd")) :], console, baseline="snntorch", phase="backward")
     return rows
@@ -147,7 +151,11 @@ def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[s
             progress.update(task, description=f"{what}: memory of {name}")
             compiled = name == "compile"  # hooks and a fresh process would each compile again
             saved = None if compiled else _saved(steps)
-            peak = peak_bytes(config, name, options.threads) if options.peak and not compiled else None
+            peak = None
+            if options.peak and config.device != "cpu":
+                peak = device_peak_bytes(steps)
+            elif options.peak and not compiled:
+                peak = peak_bytes(config, name, options.threads)
             found[name] = Measured(timings[name], saved, peak)
     return [result_row(config, rates, name, found[name], options.threads) for name in names]
 
