@@ -39,7 +39,7 @@ def _valid_with_sources(dispatcher: Any) -> Any:
     numba looks at the file of the kernel alone, but what it calls is compiled into it: after a change in another file
     cached kernels would disagree about arguments and crash.
     """
-    file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if hasattr(file, "_source_stamp"):
         file._source_stamp = (file._source_stamp, sources())
     return dispatcher
