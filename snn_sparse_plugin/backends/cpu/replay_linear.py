@@ -61,6 +61,10 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         v, i, reset = np.empty(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
         distance, phi = np.zeros(N, dtype), np.zeros(N, dtype)
         flow, decay = np.zeros((2, width), dtype), np.zeros((2, width), dtype)
+        # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
+        sums = np.zeros((2, width), dtype)
+        g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
+        unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
         decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         from_events, still = indptr.shape[0] > 0, current.shape[0] == 1
@@ -98,11 +102,13 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                 while high > low:
                     begin = max(low, (high - 1) // rows * rows)
                     at_row = begin % rows
-                    sweep(block, at_row, at_row + high - begin, decay, flow, 0)
+                    sweep(block, at_row, at_row + high - begin, decay, flow, sums, 0)
                     if synapse:
-                        sweep(block, at_row, at_row + high - begin, decay, flow, 1)
-                    deliver(block, begin, high, T, incoming, outgoing)
+                        sweep(block, at_row, at_row + high - begin, decay, flow, sums, 1)
+                    deliver(block, begin, high, T, incoming, unbiased)
                     high = begin
             lam_state[b], ci_state[b] = flow[0, :N], flow[1, :N]
+        if g_bias.shape[0] > 0:
+            g_bias[0] += sums[1 if synapse else 0]
 
     return backward_replay_linear
