@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -11,6 +12,13 @@ from snn_sparse_plugin.backends import calls
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_neurons_alive() -> None:
+    """snnTorch keeps every neuron ever built, and its ``reset`` and ``detach_hidden`` reach those of other tests."""
+    if "snntorch" in sys.modules:
+        sys.modules["snntorch"].SpikingNeuron.instances.clear()
 
 
 @pytest.fixture

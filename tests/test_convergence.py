@@ -32,11 +32,6 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _no_neurons_alive():
-    snntorch.SpikingNeuron.instances.clear()
-
-
 @cache
 def digits():
     return load_images("digits")

@@ -60,6 +60,7 @@ class LayerCall:
     want_mem: bool = False
     needs_grad: bool = True
     params_grad: bool = False  # whether decays or thresholds want a gradient
+    once: bool = False  # the current is one for all steps, and its gradient the sum over them, (1, B, N)
     name: str = "spiking_layer"  # how error messages call the layer
     save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
 
@@ -114,8 +115,8 @@ class OutputGrads(NamedTuple):
 
 
 class InputGrads(NamedTuple):
-    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense: (T, B, N), or the
-    sum over the steps (1, B, N) of a current that is the same at all."""
+    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense: (T, B, N), or with
+    ``LayerCall.once`` the sum over the steps (1, B, N)."""
 
     input: Tensor | None = None
     weight: Tensor | None = None

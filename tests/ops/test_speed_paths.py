@@ -237,3 +237,19 @@ def test_a_linear_adjoint_replays_into_its_block(T, spec):
         found.append((out.spikes, torch.autograd.grad((out.spikes, out.mem, out.state.v), w, grads)[0]))
     assert torch.equal(found[0][0], found[1][0])
     assert relative(found[0][1], found[1][1]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("threshold", [None, 0.05], ids=["exact", "window"])
+def test_an_expanded_current_with_a_gradient_has_one_at_every_step(backend, threshold):
+    """Of a convolution, for instance, that ran once for all steps."""
+    upstream, current, found = torch.rand(12, 3, 17), on_grid(3, 17, scale=0.5), []
+    options = {"params": NeuronParams(0.875), "backprop_threshold": threshold, "min_active": 0}
+    for every in (lambda x: x.expand(12, -1, -1), lambda x: x.repeat(12, 1, 1)):
+        leaf = current.clone().requires_grad_()
+        currents = every(leaf)
+        spikes_out = spiking_layer(currents, backend=backend, **options).spikes
+        found.append(torch.autograd.grad(spikes_out, (currents, leaf), upstream))
+    assert found[0][0].shape == (12, 3, 17)
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 1e-6

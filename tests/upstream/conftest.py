@@ -10,9 +10,3 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_neurons_alive():
-    """snnTorch keeps every neuron ever built; a DeltaLeaky among them breaks its utils.reset."""
-    pytest.importorskip("snntorch").SpikingNeuron.instances.clear()

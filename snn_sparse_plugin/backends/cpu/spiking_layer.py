@@ -152,11 +152,8 @@ def run_backward(
     dense_nu = need["input"] and not sparse_input
     nu = None
     if dense_nu:
-        nu = (
-            torch.zeros(1, B, currents, dtype=dtype)
-            if _still(call)
-            else torch.empty(T, B, currents, dtype=dtype)
-        )
+        alone = call.once or T == 1  # the kernels add to a single step, and write each of several
+        nu = torch.zeros(1, B, currents, dtype=dtype) if alone else torch.empty(T, B, currents, dtype=dtype)
     g_active = None
     none = np.empty(0, dtype=np.int32)
     in_ptr, in_idx = none, none
@@ -280,16 +277,12 @@ def _code(call: LayerCall) -> Code:
     return encode(call.spec, call.rec_weight is not None)
 
 
-def _still(call: LayerCall) -> bool:
-    """Whether all steps have one current, which is read at each and has one gradient."""
-    return call.T == 1 or (call.current is not None and call.current.stride(0) == 0)
-
-
 def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.ndarray, ...]:
     """current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0; empty where absent."""
     current = call.current
     if current is not None:
-        current = (current[:1] if _still(call) else current).contiguous()
+        still = call.T > 1 and current.stride(0) == 0
+        current = (current[:1] if still else current).contiguous()
     indptr = indices = np.empty(0, dtype=np.int32)
     values = np.empty(0, dtype)
     if call.train is not None:

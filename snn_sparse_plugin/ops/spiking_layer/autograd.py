@@ -20,7 +20,8 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
     carrier = call.train.carrier if call.train is not None else None
     leaves = [getattr(call, name) for name in _LEAVES]
-    call = replace(call, current=_of_all_steps(call.current, call.T))
+    once = call.current is not None and len(call.current) != call.T
+    call = replace(call, current=_of_all_steps(call.current, call.T), once=once)
     if not call.needs_grad:
         return backend.spiking_layer(call), None
     box: list[LayerResult] = []
@@ -50,7 +51,7 @@ class _SpikingLayer(torch.autograd.Function):
         if train is not None:
             ctx.train_like = (train.shape, train.dtype)
         kept = list(inputs[1:])
-        if kept[0] is not None and len(kept[0]) == call.T and not saved.needs_current:
+        if not saved.needs_current:
             kept[0] = None
         kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
@@ -96,8 +97,7 @@ class _SpikingLayer(torch.autograd.Function):
             call, saved, events, OutputGrads(g_active, g_spikes, g_mem, g_v, g_i), needs
         )
         grad_input, *rest = found
-        once = leaves["current"] is not None and len(leaves["current"]) == 1
-        if grad_input is not None and once and len(grad_input) > 1:
+        if grad_input is not None and call.once and len(grad_input) > 1:
             grad_input = grad_input.sum(0, keepdim=True)
         from_train = ctx.train_like is not None
         return (
