@@ -9,7 +9,7 @@ from torch import Tensor
 from ...spikes import SpikeTrain
 
 DENSE_ABOVE = (
-    0.25  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
+    0.4  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
 )
 
 
