@@ -36,7 +36,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     write_atomic(path, lambda file: torch.save(checkpoint._asdict(), file))
 
 
-def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load(path: Path) -> Checkpoint:
     """Read one; only tensors and plain data are loaded (``weights_only``), no code.
 
     Raises:
@@ -44,13 +44,11 @@ def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = Checkpoint(**found)
+        return Checkpoint(**found)
     except (TypeError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} is not a checkpoint of this experiment: {error}. Delete it to train anew."
         ) from error
-    model = {name: value.to(device) for name, value in checkpoint.model.items()}
-    return checkpoint._replace(model=model)
 
 
 def check_same(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> None:
