@@ -194,6 +194,11 @@ def _one_step(lane: NeuronLane, synapses: Synapses | None, x: Tensor, state: Any
 
 def _flow(column: list[Entry]) -> tuple[Flow, bool]:
     """All steps of a column, or the one that it holds at every step and True."""
+    source = source_of(column)
+    lane, start = source[:2] if source is not None else (None, 0)
+    if isinstance(lane, FunctionLane) and lane.func is same and len(column) < len(lane):
+        # one of several loops in the record: what it read may be events or slices, the inputs of all loops are not
+        column = lane.columns[0][start : start + len(column)]
     constant = constant_of(column)
     if constant is not None:
         return constant.unsqueeze(0), True
