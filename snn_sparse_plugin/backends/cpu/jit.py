@@ -16,19 +16,24 @@ _told = False
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: ``numba.njit(nogil=True, cache=True, **options)``, uncached where no folder can be written."""
+    """Decorator: ``numba.njit`` without the GIL, cached on disk unless no folder can be written.
+
+    A division by zero gives infinity or NaN, as torch's does: a loop that has to raise is not vectorised (ten times
+    slower).
+    """
+    options = {"nogil": True, "error_model": "numpy", **options}
 
     def compile_later(function: Callable[..., Any]) -> Any:
         global _told
         try:
-            return _valid_with_sources(njit(nogil=True, cache=True, **options)(function))
+            return _valid_with_sources(njit(cache=True, **options)(function))
         except RuntimeError as error:  # a read-only installation and no writable home
             if not _told:
                 _told = True
                 log.warning(
                     "compiled kernels are not cached (%s); set NUMBA_CACHE_DIR to a writable folder", error
                 )
-            return njit(nogil=True, **options)(function)
+            return njit(**options)(function)
 
     return compile_later
 

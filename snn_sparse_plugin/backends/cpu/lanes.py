@@ -126,16 +126,28 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def total(typingctx: Any, a: Any) -> Any:
-    """The sum over the lanes."""
+def totals(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The sums over the lanes of four vectors: halves of two are added side by side, which takes a third of the
+    shuffles of four sums."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = args[0].type
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(vector.element, [vector.element, vector]),
-            f"llvm.vector.reduce.fadd.v{LANES}f{a.dtype.bitwidth}",
-        )
-        return builder.call(function, [ir.Constant(vector.element, 0.0), args[0]], fastmath=("reassoc",))
+        def pick(x: Any, y: Any, lanes: list[int]) -> Any:
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+            return builder.shuffle_vector(x, y, mask)
 
-    return a.dtype(a), codegen
+        def folded(x: Any, y: Any, group: int) -> Any:
+            """Each group of lanes of x, then of y, added half to half."""
+            starts = range(0, 2 * LANES, group)
+            low = [s + k for s in starts for k in range(group // 2)]
+            return builder.fadd(pick(x, y, low), pick(x, y, [k + group // 2 for k in low]))
+
+        ab, cd = folded(args[0], args[1], LANES), folded(args[2], args[3], LANES)
+        sums, group = folded(ab, cd, LANES // 2), LANES // 4  # four groups, one of each vector
+        while group > 1:
+            low = [s + k % (group // 2) for s in range(0, LANES, group) for k in range(group)]
+            sums = builder.fadd(pick(sums, sums, low), pick(sums, sums, [k + group // 2 for k in low]))
+            group //= 2
+        found = [builder.extract_element(sums, ir.IntType(32)(k * LANES // 4)) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(a.dtype, 4)(a, b, c, d), codegen

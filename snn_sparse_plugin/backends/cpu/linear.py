@@ -17,7 +17,7 @@ import numpy as np
 
 from .bits import LANES
 from .jit import kernel
-from .lanes import add, load, mul, store, zeros
+from .lanes import add, fma, load, mul, store, zeros
 from .outgoing import deliver, rows_of_entries
 from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, surrogate_row
 
@@ -121,41 +121,49 @@ def sweep(block, low, high, decay, flow, sums, which):  # type: ignore[no-untype
     j = np.uint64(0)
     while j + np.uint64(4) * lanes <= width:  # four chains at a time hide the latency of one
         p, q, s = j + lanes, j + np.uint64(2) * lanes, j + np.uint64(3) * lanes
-        a, b, c, d = load(flow, which, j), load(flow, which, p), load(flow, which, q), load(flow, which, s)
         m, n, o, u = (
             load(decay, which, j),
             load(decay, which, p),
             load(decay, which, q),
             load(decay, which, s),
         )
-        v, w, x, y = load(sums, which, j), load(sums, which, p), load(sums, which, q), load(sums, which, s)
-        for i in range(low, high):
-            k = np.uint64(low + high - 1 - i)
-            a, b = add(load(block, k, j), a), add(load(block, k, p), b)
-            c, d = add(load(block, k, q), c), add(load(block, k, s), d)
+        k = np.uint64(high - 1)
+        a, b = add(load(block, k, j), load(flow, which, j)), add(load(block, k, p), load(flow, which, p))
+        c, d = add(load(block, k, q), load(flow, which, q)), add(load(block, k, s), load(flow, which, s))
+        v, w = add(load(sums, which, j), a), add(load(sums, which, p), b)
+        x, y = add(load(sums, which, q), c), add(load(sums, which, s), d)
+        for i in range(low + 1, high):
             store(block, k, j, a)
             store(block, k, p, b)
             store(block, k, q, c)
             store(block, k, s, d)
+            k = np.uint64(low + high - 1 - i)
+            a, b = fma(m, a, load(block, k, j)), fma(n, b, load(block, k, p))
+            c, d = fma(o, c, load(block, k, q)), fma(u, d, load(block, k, s))
             v, w, x, y = add(v, a), add(w, b), add(x, c), add(y, d)
-            a, b, c, d = mul(m, a), mul(n, b), mul(o, c), mul(u, d)
-        store(flow, which, j, a)
-        store(flow, which, p, b)
-        store(flow, which, q, c)
-        store(flow, which, s, d)
+        store(block, k, j, a)
+        store(block, k, p, b)
+        store(block, k, q, c)
+        store(block, k, s, d)
+        store(flow, which, j, mul(m, a))
+        store(flow, which, p, mul(n, b))
+        store(flow, which, q, mul(o, c))
+        store(flow, which, s, mul(u, d))
         store(sums, which, j, v)
         store(sums, which, p, w)
         store(sums, which, q, x)
         store(sums, which, s, y)
         j += np.uint64(4) * lanes
     while j < width:
-        a, m, v = load(flow, which, j), load(decay, which, j), load(sums, which, j)
-        for i in range(low, high):
-            k = np.uint64(low + high - 1 - i)
-            a = add(load(block, k, j), a)
+        m, k = load(decay, which, j), np.uint64(high - 1)
+        a = add(load(block, k, j), load(flow, which, j))
+        v = add(load(sums, which, j), a)
+        for i in range(low + 1, high):
             store(block, k, j, a)
+            k = np.uint64(low + high - 1 - i)
+            a = fma(m, a, load(block, k, j))
             v = add(v, a)
-            a = mul(m, a)
-        store(flow, which, j, a)
+        store(block, k, j, a)
+        store(flow, which, j, mul(m, a))
         store(sums, which, j, v)
         j += lanes

@@ -10,9 +10,9 @@ import numpy as np
 
 from .bits import LANES
 from .jit import kernel
-from .lanes import add, fma, load, splat, store, total, zeros
+from .lanes import add, fma, load, splat, store, totals, zeros
 
-BLOCK_ITEMS = 1 << 16  # of the block: 256 KiB of float32, a share of the second-level cache
+BLOCK_ITEMS = 1 << 17  # of the block: 512 KiB of float32, half of the second-level cache
 
 _inlined = kernel(forceinline=True)
 
@@ -149,5 +149,5 @@ def dots(weight, indices, ptr, low, high, block, first, out):  # type: ignore[no
                 s = fma(load(weight, c, j), x, s)
                 t = fma(load(weight, d, j), x, t)
                 j += np.uint64(LANES)
-            out[at[0]], out[at[1]], out[at[2]], out[at[3]] = total(p), total(q), total(s), total(t)
+            out[at[0]], out[at[1]], out[at[2]], out[at[3]] = totals(p, q, s, t)
             e += 4

@@ -77,8 +77,12 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         has_product, keeps_mem = above.shape[0] > 0, mem.shape[0] > 0
         from_events, still = indptr.shape[0] > 0, current.shape[0] == 1
         threshold = params[THRESHOLD]
+        # of one current for all steps the gradient is the sum of each sample, and nobody wants the rows of nu
+        once, summed = g_current.shape[0] == 1 and not from_events, np.zeros((2, width), dtype)
         for b in range(last - 1, first - 1, -1):
             flow[0, :N], flow[1, :N] = lam_state[b], ci_state[b]
+            if once:
+                summed[:] = 0
             for chunk in range((T - 1) // CHUNK, -1, -1):
                 start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
                 if not keeps_mem:
@@ -121,11 +125,16 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                 while high > low:
                     begin = max(low, (high - 1) // rows * rows)
                     at_row = begin % rows
-                    sweep(block, at_row, at_row + high - begin, decay, flow, sums, 0)
+                    to = summed if once else sums
+                    sweep(block, at_row, at_row + high - begin, decay, flow, to, 0)
                     if synapse:
-                        sweep(block, at_row, at_row + high - begin, decay, flow, sums, 1)
-                    deliver(block, begin, high, T, incoming, unbiased)
+                        sweep(block, at_row, at_row + high - begin, decay, flow, to, 1)
+                    if not once:
+                        deliver(block, begin, high, T, incoming, unbiased)
                     high = begin
+            if once:
+                for j in range(N):
+                    g_current[0, b, j] = summed[1 if synapse else 0, j]
             lam_state[b], ci_state[b] = flow[0, :N], flow[1, :N]
         if g_bias.shape[0] > 0:
             g_bias[0] += sums[1 if synapse else 0]

@@ -11,7 +11,9 @@ import math
 import numpy as np
 
 from ...dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
+from .bits import LANES
 from .jit import kernel
+from .lanes import add, load, store
 
 DECAY, EULER, BOX = (UPDATES.index(x) for x in ("decay", "euler", "box"))
 NONE, SUBTRACT, ZERO, VALUE = (RESETS.index(x) for x in ("none", "subtract", "zero", "value"))
@@ -98,6 +100,13 @@ def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
 def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out."""
     N, k = out.shape[1], np.uint32(k)
+    if N == LANES and values.shape[0] == 0:  # a few neurons: their row stays in a register
+        column = np.uint64(0)
+        total = load(out, np.uint64(k), column)
+        for e in range(first, last):
+            total = add(total, load(x, np.uint64(indices[e]), column))
+        store(out, np.uint64(k), column, total)
+        return
     if values.shape[0] > 0:
         for e in range(first, last):
             a, value = np.uint32(indices[e]), values[e]

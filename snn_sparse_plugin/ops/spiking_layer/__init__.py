@@ -355,6 +355,10 @@ def _pack_params(
     """(P, N): one row a parameter. 0-dim tensors may stay on the CPU, as Norse's do."""
     rows = []
     N = math.prod(features)
+    eager = device.type == "cpu" and not torch.compiler.is_compiling()
+    if values and eager and all(map(_is_number, values)):
+        numbers = torch.tensor([float(value) for value in values], dtype=dtype)
+        return numbers.unsqueeze(1).expand(-1, N).contiguous()
     for label, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor):
             rows.append(torch.full((N,), float(value), dtype=dtype, device=device))
@@ -370,6 +374,13 @@ def _pack_params(
             ) from error
         rows.append(row.reshape(N))
     return torch.stack(rows) if rows else torch.empty(0, N, dtype=dtype, device=device)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a parameter is one number for all neurons, without a gradient."""
+    return not isinstance(value, Tensor) or (
+        not value.dim() and not value.requires_grad and value.device.type == "cpu"
+    )
 
 
 def _pack_state(
