@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -84,8 +85,17 @@ class SpikeDataset(Dataset):
         )
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[SpikeTrain, Tensor]:
-        """Some samples as a SpikeTrain (T, B, N) of float32 and their labels, int64 (B,), in the given order."""
-        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        """Some samples as a SpikeTrain (T, B, N) of float32 and their labels, int64 (B,), in the given order.
+
+        Raises:
+            IndexError: indices that are not whole numbers (a mask, for one), or outside the set.
+        """
+        given = np.asarray(indices)
+        if given.size and given.dtype.kind not in "iu":
+            raise IndexError(
+                f"samples are chosen by their numbers, got {given.dtype}; of a mask take mask.nonzero()."
+            )
+        chosen = given.astype(np.int64).reshape(-1)
         if len(chosen) and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
             raise IndexError(f"sample {chosen.min()}…{chosen.max()} of a set of {len(self)}.")
         chosen = chosen % max(1, len(self))
@@ -124,6 +134,12 @@ class SpikeDataset(Dataset):
 
 def _narrow(columns: np.ndarray, features: int) -> np.ndarray:
     return columns.astype(np.uint16 if features <= 1 << 16 else np.int32)
+
+
+def check_dt(dt: float) -> None:
+    """Raise :class:`ConfigError` unless ``dt`` is a length of a step in seconds."""
+    if not 0 < dt < math.inf:
+        raise ConfigError(f"dt is the length of a step in seconds, finite and > 0; got {dt}.")
 
 
 class EventStore:
@@ -171,7 +187,8 @@ class EventStore:
 def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tensor]:
     """Samples ``(SpikeTrain, label)`` as one batch: the ``collate_fn`` for a DataLoader over data of your own.
 
-    Trains are joined along B and have the same T and features; none carries a gradient.
+    Trains are joined along B and have the same T and features; none carries a gradient. Labels are numbers or
+    tensors of one shape, and keep their dtype.
 
     Example:
         >>> one = SpikeTrain.from_dense(torch.ones(4, 1, 2))
@@ -196,7 +213,7 @@ def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tens
     values = None
     if any(train.values is not None for train in trains):
         values = torch.cat(
-            [torch.ones(t.events, dtype=t.dtype) if t.values is None else t.values for t in trains]
+            [t.indices.new_ones(t.events, dtype=t.dtype) if t.values is None else t.values for t in trains]
         )
     joined = SpikeTrain(
         torch.cat(indptrs),
@@ -206,7 +223,7 @@ def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tens
         dtype=trains[0].dtype,
         check=False,
     )
-    return joined, torch.as_tensor([int(label) for _, label in samples])
+    return joined, torch.stack([torch.as_tensor(label) for _, label in samples])
 
 
 class _Batches(Sampler):
