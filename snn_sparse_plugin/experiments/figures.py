@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..plot.style import DENSE, INK, LAYERS, SPARSE, clean, new_figure
+from .files import write_atomic
 from .study import Study
 
 
@@ -20,7 +22,7 @@ def draw(study: Study, results: dict[str, Any]) -> dict[str, list[str]]:
         for name, make in figures.items():
             figure = make(study, results[part])
             if figure is not None:
-                figure.savefig(study.out / f"{name}.png", dpi=150)
+                write_atomic(study.out / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
                 drawn.setdefault(part, []).append(f"{name}.png")
     return drawn
 

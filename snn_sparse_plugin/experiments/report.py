@@ -152,7 +152,8 @@ def _threshold(study: Study, found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Error and cosine of the gradient of each weight matrix on the same weights and batch.",
+        "Error and cosine of the gradient of each weight matrix, all windows on the same batch and weights: the dense "
+        f"network's, trained for {trials[0].get('weights_epochs', 'as many as were done')} epochs.",
         "",
     ]
 

@@ -7,6 +7,8 @@ snnTorch and Norse keep spikes dense with time first, so one pair of functions s
 from __future__ import annotations
 
 import itertools
+import zipfile
+import zlib
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +33,15 @@ def _described(x: Any) -> str:
 def _check_times(times: Tensor, window: int) -> None:
     if not isinstance(times, Tensor) or times.dtype != torch.uint8 or times.dim() < 2:
         raise InputError(f"spike times are uint8 (B, N…), got {_described(times)}.")
-    if not 1 <= window <= MAX_WINDOW:
-        raise InputError(f"a window has 1 to {MAX_WINDOW} steps, got {window}.")
+    _check_window(window)
     if bool(((times >= window) & (times != SILENT)).any()):
         late = int(times[times != SILENT].max())
         raise InputError(f"a spike at step {late} lies outside a window of {window} steps.")
+
+
+def _check_window(window: int) -> None:
+    if not 1 <= window <= MAX_WINDOW:
+        raise InputError(f"a window has 1 to {MAX_WINDOW} steps, got {window}.")
 
 
 def dense_spikes(times: Tensor, window: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,8 +109,14 @@ def times_from_norse(decoded: Tensor, window: int, dt: float | None = None) -> T
 
     Args:
         decoded: step indices, or with ``dt`` times in seconds. What is infinite or outside the window is silent.
-        window: number of steps.
+        window: number of steps, at most 255.
+
+    Raises:
+        InputError: not a tensor (1, B, N…), or a window that one byte cannot count.
     """
+    if not isinstance(decoded, Tensor) or decoded.dim() < 3 or len(decoded) != 1:
+        raise InputError(f"SpikesToTimesDecoder gives times (1, B, N…), got {_described(decoded)}.")
+    _check_window(window)
     steps = decoded[0].detach() if dt is None else (decoded[0].detach() / dt).round()
     fired = steps.isfinite() & (steps >= 0) & (steps < window)
     return torch.where(fired, steps, SILENT).to(torch.uint8)
@@ -176,7 +188,7 @@ def load_spike_times(path: str | PathLike[str]) -> dict[str, Tensor]:
                 for k in data.files
                 if k.startswith("times/")
             }
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as spike times: {error}") from error
     if not found:
         raise InputError(f"{path} holds no spike times (arrays named times/…).")
