@@ -140,16 +140,20 @@ def spike_view(x: Tensor, layer: TTFS) -> Tensor:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise InputError(f"spike_view takes floating pre-activations (B, N…), got {_described(x)}.")
-    return _SpikeView.apply(x, layer.table(x.dtype))
+    return _SpikeView.apply(x, layer.table(x.dtype))[0]
 
 
 class _SpikeView(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+    def forward(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         times = coding.encode(x, table)
-        ctx.save_for_backward(times)
-        ctx.window = table.shape[1]
-        return dense_spikes(times, ctx.window, x.dtype)
+        return dense_spikes(times, table.shape[1], x.dtype), times
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.window = inputs[1].shape[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
