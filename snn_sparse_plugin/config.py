@@ -131,3 +131,12 @@ def use_config(config: SparseConfig | None) -> Iterator[SparseConfig | None]:
         yield config
     finally:
         _active.reset(token)
+
+
+def check_device(name: str) -> None:
+    """Raise :class:`ConfigError` unless ``name`` is ``"cpu"`` or a CUDA device of this machine."""
+    import torch  # a config is made before torch is needed
+
+    here = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    if name not in ("cpu", *(["cuda", *here] if here else [])):
+        raise ConfigError(f"device {name!r} is not available here.")

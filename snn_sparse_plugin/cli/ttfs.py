@@ -135,11 +135,13 @@ def ablation(
 ) -> None:
     """Train ReLU, SM, +SR, +TR and +TB networks and print the ablation table."""
     with readable_errors(context):
+        from ..config import check_device
         from ..data import load_images
         from ..layers.ttfs import ablation as suite
         from ..layers.ttfs import networks
         from ..layers.ttfs.recipes import TrainOptions
 
+        check_device(device)
         images = load_images(data.value, root)
         if samples:  # the accuracy is that of all test images
             images = replace(images, train_x=images.train_x[:samples], train_y=images.train_y[:samples])

@@ -127,9 +127,10 @@ def _cifar(name: str, root: Path) -> ImageData:
     else:
         try:
             from torchvision import datasets
-        except ImportError as error:
+        except (ImportError, RuntimeError, OSError) as error:  # a broken installation fails in its own way
             raise MissingDependencyError(
-                f"there is no {file}, and the original files are read by torchvision: pip install torchvision"
+                f"there is no {file}, and the original files are read by torchvision, which cannot be imported: "
+                f"pip install torchvision ({error})"
             ) from error
         kind = getattr(datasets, name.upper())
         try:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import __version__
 from ..bench.report import commit
+from ..config import check_device
 from ..data import SpikeData, check_files, load_spikes
 from ..doctor import installed
 from ..errors import ConfigError, InputError
@@ -66,8 +67,7 @@ class Study:
             raise ConfigError(f"thresholds must be > 0, got {', '.join(map(str, self.thresholds))}.")
         if min(self.rounds, self.sweep_epochs, *self.sizes, *self.deep) < 1 or self.samples < 0:
             raise ConfigError("rounds, sweep epochs and sizes must be at least 1, samples at least 0.")
-        if self.device != "cpu" and not (self.device.startswith("cuda") and torch.cuda.is_available()):
-            raise ConfigError(f"device {self.device!r} is not available here.")
+        check_device(self.device)
 
     def path(self, part: str) -> Path:
         """The file of a part's results."""

@@ -314,6 +314,12 @@ def test_command_line(tmp_path):
     assert isinstance(TTFSNetwork.load(tmp_path / "net.pt"), TTFSNetwork)
 
 
+def test_ablation_wants_a_device_that_is_here():
+    result = CliRunner().invoke(app, ["ttfs", "ablation", "--device", "cuda:99"])
+    assert result.exit_code == 2
+    assert "'cuda:99' is not available" in result.output
+
+
 def test_ablation_command():
     pytest.importorskip("sklearn")
     before = torch.get_num_threads()
