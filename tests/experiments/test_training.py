@@ -191,7 +191,14 @@ def test_command_makes_every_table_and_figure_once(tmp_path):
     assert more.exit_code == 0, more.output
     swept = json.loads((tmp_path / "threshold.json").read_text())["result"]
     assert [t["weights_epochs"] for t in swept[1:]] == [2, 2]  # the dense network had gone on in part train
-    assert "network's, trained for 2 epochs" in report
+    assert "network's as far as it was trained, 2 epochs." in report
+    # every part but the training looks at the first seed alone
+    conditions = [line for line in report.splitlines() if line.startswith("_digits: ")]
+    assert [("seeds 0, 1." in line, ", 2 epochs" in line) for line in conditions] == [(True, True)] + 6 * [
+        (False, False)
+    ]
+    assert all("seed 0." in line for line in conditions[1:])
+    assert "\n\n\n" not in report
     assert "epoch 3/3" in more.output
     assert "epoch 1/3" not in more.output
 
