@@ -283,6 +283,12 @@ def test_pictures(tmp_path):
         plot.ttfs_spike_times({})
     with pytest.raises(InputError, match="no TTFS layer"):
         plot.ttfs_preactivations(nn.Linear(64, 2), x)
+    with pytest.raises(InputError, match="1 to 255 steps, got 300"):
+        plot.ttfs_spike_times(net.run(x, record=True).times, window=300)
+    with pytest.raises(InputError, match="0: the pre-activations have NaN"):
+        plot.ttfs_preactivations(nn.Sequential(TTFS()), torch.tensor([[0.5, math.nan]]))
+    with pytest.raises(InputError, match="different layers"):
+        plot.ttfs_kernels([{"a": (1.0, 0.0)}, {"b": (1.0, 0.0)}])
     with pytest.raises(InputError, match="history is empty"):
         plot.ttfs_kernels({})
     with pytest.raises(InputError, match="history is empty"):

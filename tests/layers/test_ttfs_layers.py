@@ -382,7 +382,9 @@ def test_to_ttfs_replaces_spiking_neurons(library):
 
         model = norse.SequentialState(nn.Linear(6, 5), norse.LIFCell(), nn.Linear(5, 3), norse.LICell())
         recurrent = norse.LIFRecurrentCell(6, 5)
+    ran = model(torch.rand(2, 6))  # snnTorch's neurons keep a state, and with it the graph
     found = to_ttfs(model, encode=False)
+    ran[0].sum().backward()
     layers = list(found.children())
     assert isinstance(layers[1], TTFS)
     assert isinstance(layers[3], nn.Identity)
