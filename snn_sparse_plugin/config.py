@@ -30,7 +30,7 @@ class SparseConfig:
             classes. In a step loop a neuron that is active
             in a smaller fraction of the samples keeps its gradient at that step, so that gradients of a loop and of
             a fused network can differ where the guard acts. The default lies well below the activity of trained layers
-            (0.6 to 3 % in the published experiments), which are to run sparse, and above that of layers which a
+            (0.5 to 3 % in the published experiments), which are to run sparse, and above that of layers which a
             window silences (none, or nearly none).
         fuse_time: run step loops, sequence modules and :func:`snn_sparse_plugin.unroll` as fused ops over all steps.
             The steps of a loop are recorded and run when somebody needs their numbers. ``False`` (or
