@@ -113,6 +113,10 @@ def times_from_norse(decoded: Tensor, window: int, dt: float | None = None) -> T
 
     Raises:
         InputError: not a tensor (1, B, N…), or a window that one byte cannot count.
+
+    Example:
+        >>> times_from_norse(torch.tensor([[[2.0, torch.inf]]]), 4).tolist()
+        [[2, 255]]
     """
     if not isinstance(decoded, Tensor) or decoded.dim() < 3 or len(decoded) != 1:
         raise InputError(f"SpikesToTimesDecoder gives times (1, B, N…), got {_described(decoded)}.")
