@@ -55,6 +55,20 @@ def test_a_batch_is_the_chosen_samples_in_order(indices) -> None:
     check_csr(train.indptr, train.indices, 9)  # in canonical order too
 
 
+@pytest.mark.parametrize("indices", [[4, 0, 4, -1], [], torch.randperm(11)], ids=["some", "none", "all"])
+def test_a_subset_is_a_set_of_the_chosen_samples(indices) -> None:
+    data, _ = random_set()
+    part = data.subset(indices)
+    assert len(part) == len(indices)
+    everything, labels = part.batch(range(len(part)))
+    expected, expected_labels = data.batch(indices)
+    assert same(everything, expected)
+    assert torch.equal(labels, expected_labels)
+    assert (part.T, part.features, part.columns.dtype) == (data.T, data.features, data.columns.dtype)
+    with pytest.raises(IndexError, match="of a set of 11"):
+        data.subset([11])
+
+
 def test_one_sample_and_what_is_outside() -> None:
     data, dense = random_set()
     train, label = data[3]

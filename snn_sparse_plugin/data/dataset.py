@@ -90,15 +90,7 @@ class SpikeDataset(Dataset):
         Raises:
             IndexError: indices that are not whole numbers (a mask, for one), or outside the set.
         """
-        given = np.asarray(indices)
-        if given.size and given.dtype.kind not in "iu":
-            raise IndexError(
-                f"samples are chosen by their numbers, got {given.dtype}; of a mask take mask.nonzero()."
-            )
-        chosen = given.astype(np.int64).reshape(-1)
-        if len(chosen) and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
-            raise IndexError(f"sample {chosen.min()}…{chosen.max()} of a set of {len(self)}.")
-        chosen = chosen % max(1, len(self))
+        chosen = self._chosen(indices)
         starts = self.starts.numpy()
         first, last = starts[chosen], starts[chosen + 1]
         offsets = np.zeros(len(chosen) + 1, np.int64)
@@ -123,6 +115,38 @@ class SpikeDataset(Dataset):
             check=False,  # rows of a checked set
         )
         return train, self.labels[torch.from_numpy(chosen)]
+
+    def subset(self, indices: Sequence[int] | Tensor) -> SpikeDataset:
+        """A set of some of the samples, in the given order, such as a part to validate on; copies their events.
+
+        Raises:
+            IndexError: as :meth:`batch`.
+
+        Example:
+            >>> train = SpikeTrain.from_dense((torch.rand(20, 5, 7) < 0.1).float())
+            >>> data = SpikeDataset.from_spikes(train, torch.arange(5))
+            >>> order = torch.randperm(5)
+            >>> len(data.subset(order[:4])), len(data.subset(order[4:]))
+            (4, 1)
+        """
+        chosen = self._chosen(indices)
+        places = torch.from_numpy(chosen)
+        ranges = zip(self.starts[places].tolist(), self.starts[places + 1].tolist(), strict=True)
+        parts = [self.columns[begin:end] for begin, end in ranges]
+        columns = torch.cat(parts) if parts else self.columns[:0]
+        return SpikeDataset(columns, self.ends[places], self.labels[places], self.features, check=False)
+
+    def _chosen(self, indices: Sequence[int] | Tensor) -> np.ndarray:
+        """Numbers of samples from 0 on, int64."""
+        given = np.asarray(indices)
+        if given.size and given.dtype.kind not in "iu":
+            raise IndexError(
+                f"samples are chosen by their numbers, got {given.dtype}; of a mask take mask.nonzero()."
+            )
+        chosen = given.astype(np.int64).reshape(-1)
+        if len(chosen) and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
+            raise IndexError(f"sample {chosen.min()}…{chosen.max()} of a set of {len(self)}.")
+        return chosen % max(1, len(self))
 
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[SpikeTrain, Tensor]:
         """Sample ``index`` as a batch of one, or :meth:`batch` of several."""

@@ -39,6 +39,8 @@ def only_one(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another process works in {folder}: wait for it, or give another --out."
             ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
