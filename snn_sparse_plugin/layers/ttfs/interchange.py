@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.coding import single_spikes
 from ...errors import InputError, MissingDependencyError, UnsupportedError
 from ...ops.ttfs import MAX_WINDOW, SILENT
 from ...ops.ttfs import reference as coding
@@ -94,14 +95,7 @@ def to_spike_train(times: Tensor, window: int) -> SpikeTrain:
         SpikeTrain(T=3, B=1, N=(3,), events=2, density=22.2%, dtype=torch.float32, device=cpu)
     """
     _check_times(times, window)
-    flat = times.flatten(1).long()
-    sample, neuron = (flat != SILENT).nonzero(as_tuple=True)
-    row = sample * window + flat[sample, neuron]
-    order = torch.argsort(row, stable=True)
-    indptr = torch.zeros(times.shape[0] * window + 1, dtype=torch.int32, device=times.device)
-    indptr[1:] = torch.bincount(row, minlength=len(indptr) - 1).cumsum(0)
-    shape = (window, times.shape[0], *times.shape[1:])
-    return SpikeTrain(indptr, neuron[order].to(torch.int32), shape, check=False)
+    return single_spikes(times, window)  # what is silent, 255, lies behind every window
 
 
 def times_from_norse(decoded: Tensor, window: int, dt: float | None = None) -> Tensor:
