@@ -195,6 +195,11 @@ def run_study(study: Study, parts: Sequence[str], console: Console) -> Path:
         torch.set_num_threads(study.threads)
     session = Session(study, console)
     with only_one(study.out):
+        for part in PARTS:
+            found = study.results(part)
+            if found is not None and found["conditions"]["settings"]["data"] != study.settings.data:
+                other = found["conditions"]["settings"]["data"]
+                raise ConfigError(f"{study.out} holds a study of {other}: give another --out.")
         for part in (p for p in PARTS if p in parts):
             wanted = json.loads(json.dumps(PARTS[part].request(study)))
             before = study.results(part)

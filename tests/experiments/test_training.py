@@ -185,6 +185,9 @@ def test_command_makes_every_table_and_figure_once(tmp_path):
     assert again.exit_code == 0, again.output
     assert again.output.count("done before") == len(parts)
     assert all(path.stat().st_mtime_ns == when for path, when in files.items())
+    mixed = runner.invoke(app, ["experiment", "s3gd", "--data", "shd", "--root", ".", "--out", str(tmp_path)])
+    assert mixed.exit_code == 2
+    assert "holds a study of digits" in mixed.output
     # more epochs: the part is done again, and each training goes on
     longer = [*SMALL, "--out", str(tmp_path), "--epochs", "3", "--seeds", "0,1", "--part", "train"]
     more = runner.invoke(app, longer)
