@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from . import tally
-from .errors import InputError
 from .fusion import meter, record
 from .mode import aligned, sparse_mode
 from .tally import ClassRuns
@@ -76,19 +75,13 @@ def sparse_session(**options: Any) -> Iterator[Session]:
 
 
 def run_script(target: str, args: Sequence[str], *, module: bool = False) -> None:
-    """Run a script, or with ``module`` what ``python -m`` would, as if started by ``python``.
-
-    Raises:
-        InputError: there is no such script.
-    """
+    """Run a script, or with ``module`` what ``python -m`` would, as if started by ``python``."""
     argv, path = sys.argv, list(sys.path)
     try:
         if module:
             sys.argv, sys.path[0] = [target, *args], ""
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
-            if not Path(target).is_file():
-                raise InputError(f"there is no script {target!r}. For a module use -m.")
             sys.argv, sys.path[0] = [target, *args], str(Path(target).resolve().parent)
             runpy.run_path(target, run_name="__main__")
     finally:

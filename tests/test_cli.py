@@ -127,6 +127,25 @@ def test_an_error_of_the_package_is_one_line(tmp_path: Path) -> None:
     assert type(shown.exception).__name__ == "InputError"
 
 
+@pytest.mark.parametrize("arguments", [["demo", "--out"], ["bench", "--rounds", "1", "--json"]], ids=" ".join)
+def test_a_file_that_cannot_be_written_is_named_before_the_work(arguments: list[str], tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere" / "file"):
+        result = runner.invoke(app, [*arguments, str(path)])
+        assert result.exit_code == 2
+        assert f"error: {path} cannot be written" in result.stderr
+
+
+def test_an_error_of_a_script_is_the_scripts(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("from snn_sparse_plugin import InputError\nraise InputError('of mine')\n")
+    result = runner.invoke(app, ["run", str(script)])
+    assert type(result.exception).__name__ == "InputError"
+    assert result.exit_code == 1
+    wrong = runner.invoke(app, ["run", "--threshold", "-1", str(script)])
+    assert wrong.exit_code == 2
+    assert wrong.stderr.startswith("error: backprop_threshold")
+
+
 def test_version_and_help() -> None:
     assert (
         runner.invoke(app, ["--version"]).stdout.strip() == registry.plugins("backends")["reference"].version

@@ -110,6 +110,13 @@ def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path: Path, damage, mess
         load_images("mnist", tmp_path)
 
 
+def test_a_folder_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    write_set(tmp_path / "data", zipped=True)
+    assert load_images("mnist", "~/data").pixels > 0
+
+
 def test_an_empty_folder_says_which_files_are_expected_where(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte.*FashionMNIST/raw"):
         load_images("fashion-mnist", tmp_path)
@@ -206,6 +213,8 @@ def test_cifar_from_npz_in_both_orders(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.train_x.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(data.test_x.numpy(), arrays["test_x"].reshape(3, -1) / 255, atol=1e-6)
     assert data.test_y.tolist() == arrays["test_y"].tolist()
+    write_cifar(tmp_path / "cifar10.npz", train_y=arrays["train_y"][:, None])  # as Keras stores them
+    assert load_images("cifar10", tmp_path).train_y.tolist() == arrays["train_y"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -213,10 +222,11 @@ def test_cifar_from_npz_in_both_orders(tmp_path: Path) -> None:
     [
         ({"train_x": np.zeros((5, 28, 28), np.uint8)}, r"uint8 \(N, 3, 32, 32\), got uint8 \(5, 28, 28\)"),
         ({"test_x": np.zeros((3, 3, 32, 32))}, "got float64"),
-        ({"train_y": np.arange(4)}, "5 cifar10 images need as many labels"),
+        ({"train_y": np.arange(4)}, "5 cifar10 images need as many whole labels"),
         ({"test_y": np.array([0, 1, 10])}, "labels, 0 to 9"),
+        ({"test_y": np.eye(10)[:3]}, "whole labels"),
     ],
-    ids=["shape", "dtype", "count", "class"],
+    ids=["shape", "dtype", "count", "class", "one-hot"],
 )
 def test_broken_cifar_files(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:
     write_cifar(tmp_path / "cifar10.npz", **changes)
@@ -225,9 +235,10 @@ def test_broken_cifar_files(tmp_path: Path, changes: dict[str, np.ndarray], mess
 
 
 def test_cifar_that_is_no_archive(tmp_path: Path) -> None:
-    (tmp_path / "cifar100.npz").write_bytes(b"not a zip")
-    with pytest.raises(InputError, match="does not hold train_x"):
-        load_images("cifar100", tmp_path)
+    for content in (b"not a zip", b"", b"PK\x03\x04"):
+        (tmp_path / "cifar100.npz").write_bytes(content)
+        with pytest.raises(InputError, match="does not hold train_x"):
+            load_images("cifar100", tmp_path)
     with pytest.raises(ConfigError, match="--root"):
         load_images("cifar10")
 
@@ -265,6 +276,8 @@ def test_recorded_spikes_become_events(tmp_path: Path, zipped: bool) -> None:
     )
     assert torch.equal(train.to_dense(), expected)
     assert len(SpikeFile(path, channels=5, limit=2)) == 2
+    with pytest.raises(ConfigError, match="length of a step"):
+        data.batch([0], dt=0.0, T=5)
 
 
 def test_bad_recordings_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from snn_sparse_plugin import InputError
+from snn_sparse_plugin import ConfigError, InputError
 from snn_sparse_plugin.data import from_tonic, load_spikes
 from snn_sparse_plugin.data.recordings import decode_nmnist
 
@@ -147,6 +147,12 @@ def test_tonic_events_without_rows_and_polarity() -> None:
     assert data.batch([0, 1])[0].to_dense().nonzero().tolist() == [[0, 0, 699], [2, 0, 1]]
     finer = from_tonic(Recorded((structured([(3, 0), (4, 1)]), 0)), 4, 2.5e-6)
     assert finer.batch([0])[0].to_dense().nonzero().tolist() == [[1, 0, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("dt", [0.0, -1e-3, float("inf"), float("nan")])
+def test_a_step_has_a_length(dt: float) -> None:
+    with pytest.raises(ConfigError, match="length of a step"):
+        from_tonic(Recorded((structured([(0, 1)]), 0)), 3, dt)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,20 @@ def test_a_batch_is_the_chosen_samples_in_order(indices) -> None:
     check_csr(train.indptr, train.indices, 9)  # in canonical order too
 
 
+@pytest.mark.parametrize("indices", [[4, 0, 4, -1], [], torch.randperm(11)], ids=["some", "none", "all"])
+def test_a_subset_is_a_set_of_the_chosen_samples(indices) -> None:
+    data, _ = random_set()
+    part = data.subset(indices)
+    assert len(part) == len(indices)
+    everything, labels = part.batch(range(len(part)))
+    expected, expected_labels = data.batch(indices)
+    assert same(everything, expected)
+    assert torch.equal(labels, expected_labels)
+    assert (part.T, part.features, part.columns.dtype) == (data.T, data.features, data.columns.dtype)
+    with pytest.raises(IndexError, match="of a set of 11"):
+        data.subset([11])
+
+
 def test_one_sample_and_what_is_outside() -> None:
     data, dense = random_set()
     train, label = data[3]
@@ -63,6 +77,9 @@ def test_one_sample_and_what_is_outside() -> None:
     for wrong in ([11], [0, -12]):
         with pytest.raises(IndexError, match="of a set of 11"):
             data.batch(wrong)
+    for mask in (data.labels == 9, [0.5]):
+        with pytest.raises(IndexError, match="chosen by their numbers"):
+            data.batch(mask)
 
 
 def test_a_set_is_checked_unless_it_is_trusted() -> None:
@@ -147,6 +164,8 @@ def test_own_samples_in_an_ordinary_dataloader() -> None:
     graded = SpikeTrain.from_dense(torch.full((6, 1, 9), 0.5))
     mixed, _ = collate([data[0], (graded, 1)])
     assert torch.equal(mixed.to_dense(), torch.cat([dense[:, :1], graded.to_dense()], dim=1))
+    _, targets = collate([(graded, 0.25), (graded, 1.5)])  # not rounded to classes
+    assert targets.tolist() == [0.25, 1.5]
 
 
 def test_samples_that_do_not_go_together() -> None:
@@ -204,9 +223,10 @@ def test_idx_images_in_the_latency_code(tmp_path: Path, steps: int | None, dt: f
     [
         ("cifar10", {}, ConfigError, "known: digits, mnist"),
         ("shd", {}, ConfigError, "--root"),
-        ("digits", {"steps": 0}, ConfigError, "positive"),
-        ("digits", {"dt": 0.0}, ConfigError, "positive"),
-        ("digits", {"limit": 0}, ConfigError, "positive"),
+        ("digits", {"steps": 0}, ConfigError, "at least 1"),
+        ("digits", {"dt": 0.0}, ConfigError, "finite and > 0"),
+        ("digits", {"dt": float("nan")}, ConfigError, "finite and > 0"),
+        ("digits", {"limit": 0}, ConfigError, "at least 1"),
         ("shd", {"root": "nowhere"}, InputError, "nowhere is not a folder"),
         ("n-mnist", {"root": "nowhere"}, InputError, "nowhere is not a folder"),
     ],
@@ -327,6 +347,9 @@ def test_a_file_that_is_not_the_official_one_is_named_if_asked(tmp_path: Path, m
     load_spikes("mnist", tmp_path)
     assert not recwarn.list
     with pytest.warns(UserWarning, match="t10k-labels-idx1-ubyte.gz is not the official file of mnist"):
+        load_spikes("mnist", tmp_path, verify=True)
+    sums.clear()
+    with pytest.warns(UserWarning, match="none could be compared"):
         load_spikes("mnist", tmp_path, verify=True)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import check_device
 from ..errors import ConfigError
 
 
@@ -55,8 +56,7 @@ class Config:
             raise ConfigError("inputs, layers, steps and batch must be at least 1.")
         if (self.reset != "subtract" or self.readout) and self.op != "network":
             raise ConfigError(f"reset and readout are options of networks, not of {self.op}.")
-        if self.device != "cpu" and not (self.device.startswith("cuda") and torch.cuda.is_available()):
-            raise ConfigError(f"device {self.device!r} is not available here.")
+        check_device(self.device)
 
     @property
     def neuron_steps(self) -> int:

@@ -47,12 +47,22 @@ def latency_spikes(x: Tensor, steps: int, *, tau: float = 20.0, floor: float = 0
         raise InputError(f"latency_spikes needs steps >= 1, tau > 0, floor > 0; got {steps}, {tau}, {floor}.")
     if not bool(torch.isfinite(x).all()):
         raise InputError("latency_spikes: the intensities have NaN or infinite values.")
-    B = x.shape[0]
-    time = latency(x.detach(), tau, floor)
-    sample, pixel = (time < steps).nonzero(as_tuple=True)
-    row = sample * steps + time[sample, pixel].long()
-    # nonzero lists the pixels of a sample in order, so a stable sort keeps them in order within a row
+    return single_spikes(latency(x.detach(), tau, floor).clamp(max=steps).long(), steps, x.dtype)
+
+
+def single_spikes(times: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> SpikeTrain:
+    """One spike per neuron at most, at its step: whole numbers (B, N...), silent from ``steps`` on.
+
+    Example:
+        >>> single_spikes(torch.tensor([[1, 9, 0]]), 3).to_dense().nonzero().tolist()
+        [[0, 0, 2], [1, 0, 0]]
+    """
+    flat = times.flatten(1).long()
+    sample, neuron = (flat < steps).nonzero(as_tuple=True)
+    row = sample * steps + flat[sample, neuron]
+    # nonzero lists the neurons of a sample in order, so a stable sort keeps them in order within a row
     order = torch.argsort(row, stable=True)
-    indptr = torch.zeros(B * steps + 1, dtype=torch.int32, device=x.device)
-    indptr[1:] = torch.bincount(row, minlength=B * steps).cumsum(0)
-    return SpikeTrain(indptr, pixel[order].to(torch.int32), (steps, B, x.shape[1]), dtype=x.dtype)
+    indptr = torch.zeros(len(times) * steps + 1, dtype=torch.int32, device=times.device)
+    indptr[1:] = torch.bincount(row, minlength=len(indptr) - 1).cumsum(0)
+    shape = (steps, len(times), *times.shape[1:])
+    return SpikeTrain(indptr, neuron[order].to(torch.int32), shape, dtype=dtype, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -84,11 +85,12 @@ class SpikeDataset(Dataset):
         )
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[SpikeTrain, Tensor]:
-        """Some samples as a SpikeTrain (T, B, N) of float32 and their labels, int64 (B,), in the given order."""
-        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if len(chosen) and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
-            raise IndexError(f"sample {chosen.min()}…{chosen.max()} of a set of {len(self)}.")
-        chosen = chosen % max(1, len(self))
+        """Some samples as a SpikeTrain (T, B, N) of float32 and their labels, int64 (B,), in the given order.
+
+        Raises:
+            IndexError: indices that are not whole numbers (a mask, for one), or outside the set.
+        """
+        chosen = self._chosen(indices)
         starts = self.starts.numpy()
         first, last = starts[chosen], starts[chosen + 1]
         offsets = np.zeros(len(chosen) + 1, np.int64)
@@ -114,6 +116,38 @@ class SpikeDataset(Dataset):
         )
         return train, self.labels[torch.from_numpy(chosen)]
 
+    def subset(self, indices: Sequence[int] | Tensor) -> SpikeDataset:
+        """A set of some of the samples, in the given order, such as a part to validate on; copies their events.
+
+        Raises:
+            IndexError: as :meth:`batch`.
+
+        Example:
+            >>> train = SpikeTrain.from_dense((torch.rand(20, 5, 7) < 0.1).float())
+            >>> data = SpikeDataset.from_spikes(train, torch.arange(5))
+            >>> order = torch.randperm(5)
+            >>> len(data.subset(order[:4])), len(data.subset(order[4:]))
+            (4, 1)
+        """
+        chosen = self._chosen(indices)
+        places = torch.from_numpy(chosen)
+        ranges = zip(self.starts[places].tolist(), self.starts[places + 1].tolist(), strict=True)
+        parts = [self.columns[begin:end] for begin, end in ranges]
+        columns = torch.cat(parts) if parts else self.columns[:0]
+        return SpikeDataset(columns, self.ends[places], self.labels[places], self.features, check=False)
+
+    def _chosen(self, indices: Sequence[int] | Tensor) -> np.ndarray:
+        """Numbers of samples from 0 on, int64."""
+        given = np.asarray(indices)
+        if given.size and given.dtype.kind not in "iu":
+            raise IndexError(
+                f"samples are chosen by their numbers, got {given.dtype}; of a mask take mask.nonzero()."
+            )
+        chosen = given.astype(np.int64).reshape(-1)
+        if len(chosen) and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
+            raise IndexError(f"sample {chosen.min()}…{chosen.max()} of a set of {len(self)}.")
+        return chosen % max(1, len(self))
+
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> tuple[SpikeTrain, Tensor]:
         """Sample ``index`` as a batch of one, or :meth:`batch` of several."""
         if isinstance(index, (int, np.integer)):
@@ -124,6 +158,12 @@ class SpikeDataset(Dataset):
 
 def _narrow(columns: np.ndarray, features: int) -> np.ndarray:
     return columns.astype(np.uint16 if features <= 1 << 16 else np.int32)
+
+
+def check_dt(dt: float) -> None:
+    """Raise :class:`ConfigError` unless ``dt`` is a length of a step in seconds."""
+    if not 0 < dt < math.inf:
+        raise ConfigError(f"dt is the length of a step in seconds, finite and > 0; got {dt}.")
 
 
 class EventStore:
@@ -171,7 +211,8 @@ class EventStore:
 def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tensor]:
     """Samples ``(SpikeTrain, label)`` as one batch: the ``collate_fn`` for a DataLoader over data of your own.
 
-    Trains are joined along B and have the same T and features; none carries a gradient.
+    Trains are joined along B and have the same T and features; none carries a gradient. Labels are numbers or
+    tensors of one shape, and keep their dtype.
 
     Example:
         >>> one = SpikeTrain.from_dense(torch.ones(4, 1, 2))
@@ -196,7 +237,7 @@ def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tens
     values = None
     if any(train.values is not None for train in trains):
         values = torch.cat(
-            [torch.ones(t.events, dtype=t.dtype) if t.values is None else t.values for t in trains]
+            [t.indices.new_ones(t.events, dtype=t.dtype) if t.values is None else t.values for t in trains]
         )
     joined = SpikeTrain(
         torch.cat(indptrs),
@@ -206,7 +247,7 @@ def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tens
         dtype=trains[0].dtype,
         check=False,
     )
-    return joined, torch.as_tensor([int(label) for _, label in samples])
+    return joined, torch.stack([torch.as_tensor(label) for _, label in samples])
 
 
 class _Batches(Sampler):

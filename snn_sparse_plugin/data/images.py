@@ -74,9 +74,10 @@ def load_images(name: str = "digits", root: str | Path | None = None) -> ImageDa
         raise ConfigError(f"no image set {name!r}; known: {', '.join(NAMES)}.")
     if root is None:
         raise ConfigError(f"{name} is read from disk: say where with --root DIR (root=...).")
+    root = Path(root).expanduser()
     if name.startswith("cifar"):
-        return _cifar(name, Path(root))
-    train, test = read_levels(name, Path(root))[0].values()
+        return _cifar(name, root)
+    train, test = read_levels(name, root)[0].values()
     train_x, test_x = (torch.from_numpy(levels.astype(np.float32) / 255) for levels, _ in (train, test))
     return ImageData(name, train_x, torch.from_numpy(train[1]), test_x, torch.from_numpy(test[1]))
 
@@ -121,14 +122,15 @@ def _cifar(name: str, root: Path) -> ImageData:
         try:
             with np.load(file, allow_pickle=False) as data:
                 arrays = [data[key] for key in ("train_x", "train_y", "test_x", "test_y")]
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"{file} does not hold train_x, train_y, test_x and test_y: {error}") from error
     else:
         try:
             from torchvision import datasets
-        except ImportError as error:
+        except (ImportError, RuntimeError, OSError) as error:  # a broken installation fails in its own way
             raise MissingDependencyError(
-                f"there is no {file}, and the original files are read by torchvision: pip install torchvision"
+                f"there is no {file}, and the original files are read by torchvision, which cannot be imported: "
+                f"pip install torchvision ({error})"
             ) from error
         kind = getattr(datasets, name.upper())
         try:
@@ -144,8 +146,12 @@ def _cifar(name: str, root: Path) -> ImageData:
             raise InputError(
                 f"{root}: {name} images are uint8 (N, 3, 32, 32), got {images.dtype} {images.shape}."
             )
-        if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= classes:
-            raise InputError(f"{root}: {len(images)} {name} images need as many labels, 0 to {classes - 1}.")
+        labels = labels.reshape(-1) if labels.shape == (len(images), 1) else labels
+        whole = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+        if not whole or not len(labels) or labels.min() < 0 or labels.max() >= classes:
+            raise InputError(
+                f"{root}: {len(images)} {name} images need as many whole labels, 0 to {classes - 1}."
+            )
         images = images if images.shape[1] == 3 else images.transpose(0, 3, 1, 2)
         tensors.append(torch.from_numpy(images.reshape(len(images), -1).astype(np.float32) / 255))
         tensors.append(torch.from_numpy(labels.astype(np.int64)))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import InputError
-from .dataset import EventStore, SpikeDataset
+from .dataset import EventStore, SpikeDataset, check_dt
 from .official import FOLDERS
 
 _CHUNK = 4_000_000  # events that are sorted together
@@ -195,6 +195,7 @@ def _encode(
     where: str,
 ) -> EventStore:
     """All recordings in order; ``size`` is width, height and number of polarities."""
+    check_dt(dt)
     width, height, polarities = size
     store = EventStore(T, width * height * (1 if merge_polarity else polarities))
     steps: list[np.ndarray] = []
@@ -261,6 +262,10 @@ def from_tonic(
 
     Returns:
         A set of N = polarities × height × width features, in this order.
+
+    Raises:
+        ConfigError: steps or dt that are not positive.
+        InputError: samples that are no events, or events outside the sensor or before time 0.
 
     Example:
         >>> events = np.array([(0, 1, 0, 1)], dtype=[("t", int), ("x", int), ("y", int), ("p", int)])

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ConfigError, InputError
 from . import images, recordings, spike_files
 from .coding import latency
-from .dataset import EventStore, SpikeDataset
+from .dataset import EventStore, SpikeDataset, check_dt
 from .official import check_files, download_set
 
 _LATENCY_TAU = 20e-3  # seconds, of the latency code [Perez-Nieves & Goodman 2021]
@@ -81,7 +81,8 @@ def load_spikes(
             None keeps all.
         merge_polarity: event cameras: one feature per pixel (34×34), or one per polarity and pixel (2×34×34).
             None merges for N-MNIST, as published, and keeps polarities apart for DVS Gesture.
-        verify: compare the files with their official checksums where there are any, and warn where they differ.
+        verify: compare the files with their official checksums, and warn where they differ or there is none to
+            compare.
         download: fetch missing files into ``root``, through tonic or torchvision. Else nothing touches the network.
 
     Raises:
@@ -102,12 +103,10 @@ def load_spikes(
     if root is None and name != "digits":
         raise ConfigError(f"{name} is read from disk: say where with --root DIR (root=...).")
     known = SETS[name]
-    if (
-        (steps is not None and steps < 1)
-        or (dt is not None and not dt > 0)
-        or (limit is not None and limit < 1)
-    ):
-        raise ConfigError(f"steps, dt and limit must be positive; got {steps}, {dt}, {limit}.")
+    if (steps is not None and steps < 1) or (limit is not None and limit < 1):
+        raise ConfigError(f"steps and limit must be at least 1; got {steps} and {limit}.")
+    if dt is not None:
+        check_dt(dt)
     request = _Request(
         name,
         Path(root or ".").expanduser(),
@@ -120,7 +119,14 @@ def load_spikes(
     if download:
         download_set(name, request.root)
     if verify and root is not None:
-        for path, official in check_files(name, request.root).items():
+        compared = check_files(name, request.root)
+        if not compared:
+            warnings.warn(
+                f"verify: no file in {request.root} is of {name} in the form in which it is published, so none "
+                "could be compared.",
+                stacklevel=2,
+            )
+        for path, official in compared.items():
             if not official:
                 warnings.warn(
                     f"{path} is not the official file of {name}: its checksum differs.", stacklevel=2

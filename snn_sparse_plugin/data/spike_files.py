@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, InputError, MissingDependencyError
 from ..spikes import SpikeTrain
-from .dataset import EventStore, SpikeDataset
+from .dataset import EventStore, SpikeDataset, check_dt
 from .official import FOLDERS
 
 CHANNELS = 700
@@ -42,7 +42,7 @@ class SpikeFile:
     """
 
     def __init__(self, path: str | Path, channels: int = CHANNELS, limit: int = 0) -> None:
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.is_file():
             raise ConfigError(f"no file {path}: give the path of an HDF5 file in the layout of SHD.")
         self.path, self.channels = path, channels
@@ -63,6 +63,7 @@ class SpikeFile:
 
         A bin holds one spike of a unit at most; what comes after the last bin is left out.
         """
+        check_dt(dt)
         chosen = [int(i) for i in indices]
         store = EventStore(T, self.channels)
         if chosen:

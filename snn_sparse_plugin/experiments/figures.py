@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..plot.style import DENSE, INK, LAYERS, SPARSE, clean, new_figure
+from ..plot.style import DENSE, INK, LAYERS, SPARSE, clean, new_figure, whole_numbers
+from .files import write_atomic
 from .study import Study
 
 
@@ -20,7 +22,7 @@ def draw(study: Study, results: dict[str, Any]) -> dict[str, list[str]]:
         for name, make in figures.items():
             figure = make(study, results[part])
             if figure is not None:
-                figure.savefig(study.out / f"{name}.png", dpi=150)
+                write_atomic(study.out / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
                 drawn.setdefault(part, []).append(f"{name}.png")
     return drawn
 
@@ -35,7 +37,8 @@ def _training(study: Study, trials: list[dict[str, Any]]) -> Any:
         values = 100 * np.array([[u[k] for u in t["active_by_update"]] for t in sparse])
         colour = LAYERS[(k + 1) % len(LAYERS)]
         active.plot(_smooth(values.mean(0)), color=colour, label=f"hidden layer {k + 1}")
-    active.set(xlabel="update", ylabel="%", ylim=(0, None))
+    active.set(xlabel="update", ylabel="%")
+    _from_zero(active)
     active.legend(frameon=False, fontsize=8, labelcolor=INK)
     clean(loss, "training loss")
     clean(accuracy, "test accuracy")
@@ -47,14 +50,22 @@ def _training(study: Study, trials: list[dict[str, Any]]) -> Any:
         epochs = np.arange(1, percent.shape[1] + 1)
         for one in percent:
             accuracy.plot(epochs, one, style, color=colour, linewidth=0.6, alpha=0.6)
-        accuracy.plot(
-            epochs, percent.mean(0), style, color=colour, label=f"{name}  {percent[:, -1].mean():.1f} %"
-        )
-    loss.set(xlabel="update", ylim=(0, None))
+        label = f"{name}  {percent[:, -1].mean():.1f} %"
+        marker = "o" if len(epochs) == 1 else None  # a line of one point does not show
+        accuracy.plot(epochs, percent.mean(0), style, color=colour, marker=marker, label=label)
+    loss.set_xlabel("update")
+    _from_zero(loss)
     accuracy.set(xlabel="epoch", ylabel="%")
+    for axes in (active, loss, accuracy):
+        whole_numbers(axes)
     for axes in (loss, accuracy):
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, reverse=True)
     return figure
+
+
+def _from_zero(axes: Any) -> None:
+    """Zero at the bottom, and room above the highest line: the limits found for a nearly flat one have none."""
+    axes.set_ylim(0, 1.05 * max(float(np.max(line.get_ydata())) for line in axes.lines) or 1)
 
 
 def _smooth(values: Any, points: int = 400) -> Any:
@@ -122,7 +133,8 @@ def _depth(study: Study, found: dict[str, Any]) -> Any:
     for t, colour, style in zip(trials, (SPARSE, DENSE), ("-", "--"), strict=True):
         name = "sparse" if t["sparse"] else "dense"
         loss.plot(_smooth(np.array(t["loss_by_update"])), style, color=colour, label=name)
-    loss.set(xlabel="update", ylim=(0, None))
+    loss.set_xlabel("update")
+    _from_zero(loss)
     loss.legend(frameon=False, fontsize=8, labelcolor=INK)
     clean(active, "active neuron-steps")
     layers = range(1, len(trials[0]["active_mean"]) + 1)
@@ -185,7 +197,7 @@ def _speed(study: Study, rows: list[dict[str, Any]]) -> Any:
         clean(memory, "memory saved for backward, against the loop")
         less = [100 * (1 - r["sparse"]["saved_bytes"] / r["snntorch"]["saved_bytes"]) for r in chosen]
         memory.plot(at, less, "o-", color=SPARSE)
-        memory.set(ylabel="% less", ylim=(0, 100))
+        memory.set(ylabel="% less", ylim=(0, 103))
         faster.set_ylim(0, None)
         for axes in pair:
             axes.set_xlabel("N" if sweep == "hidden" else "B_th")

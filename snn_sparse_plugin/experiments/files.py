@@ -6,9 +6,42 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from ..errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody looks after two runs in one folder
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes out of it inside the block; a kill lets them in again.
+
+    Raises:
+        ConfigError: another process is inside, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to: {error}.") from error
+    with lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process works in {folder}: wait for it, or give another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

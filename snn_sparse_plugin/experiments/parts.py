@@ -90,7 +90,7 @@ def _threshold(session: Session) -> Any:
     # all windows on the same weights, those of the dense training
     x, y = session.batch()
     for row, trial in zip(rows[1:], trials[1:], strict=True):
-        net, _ = session.network(trial.settings, trial.seed, trials[0])
+        net, row["weights_epochs"] = session.network(trial.settings, trial.seed, trials[0])
         row["gradients"] = gradients.compare(net, x, y)
         row["active_same_weights"] = net(x).active
     return rows

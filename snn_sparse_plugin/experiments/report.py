@@ -39,8 +39,9 @@ def write_report(study: Study, console: Console) -> Any:
     lines = [f"# Sparse gradient descent on {_title(study, found)}", ""]
     for part, r in found.items():
         lines += SECTIONS[part](study, r)
-        lines += [f"![{part}]({name})" for name in figures.get(part, [])]
-        lines += ["", f"_{_conditions(r['conditions'])}_", ""]
+        for name in figures.get(part, []):
+            lines += [f"![{part}]({name})", ""]
+        lines += [f"_{_conditions(part, r['conditions'])}_", ""]
     if "train" in found:
         write_csv(study.out / "epochs.csv", list(_epoch_rows(found["train"]["result"])))
     path = study.out / "report.md"
@@ -52,17 +53,29 @@ def _title(study: Study, found: dict[str, Any]) -> str:
     return next((r["conditions"]["title"] for r in found.values()), study.settings.data)
 
 
-def _conditions(c: dict[str, Any]) -> str:
+def _conditions(part: str, c: dict[str, Any]) -> str:
+    """What a section holds under; all parts but the training look at the first seed and say their own epochs."""
     s, (train, test) = c["settings"], c["samples"]
+    trained = f", {_epochs_of(s['epochs'])}" if part == "train" else ""
+    seeds = c["seeds"] if part == "train" else c["seeds"][:1]
+    swept = (
+        ", where the table does not say otherwise"
+        if part in ("hidden", "threshold", "depth", "speed")
+        else ""
+    )
     versions = ", ".join(f"{name} {v}" for name, v in c["versions"].items() if v)
     guard = f", guard min_active = {s['min_active']:g}" if s["min_active"] else ""
     return (
         f"{c['title']}: {train:,} training and {test:,} test samples, T = {s['T']} of {1e3 * s['dt']:g} ms, input "
         f"density {100 * c['input_density']:.2f} %. {s['layers']} hidden layers of {s['hidden']}, B_th = "
-        f"{s['threshold']:g}{guard}, B = {s['batch']}, Adam {s['learning_rate']:g}, {s['epochs']} epochs, seeds "
-        f"{', '.join(map(str, c['seeds']))}. {c['device']}, {c['threads']} threads, float32; {versions}, "
-        f"commit {c['commit']}."
+        f"{s['threshold']:g}{guard}{swept}; B = {s['batch']}, Adam {s['learning_rate']:g}{trained}, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. {c['device']}, {c['threads']} "
+        f"thread{'s' if c['threads'] > 1 else ''}, float32; {versions}, commit {c['commit']}."
     )
+
+
+def _epochs_of(count: int) -> str:
+    return f"{count} epoch" + ("" if count == 1 else "s")
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -132,7 +145,7 @@ def _hidden(study: Study, found: dict[str, Any]) -> list[str]:
         rows.append(
             [str(t["hidden"]), f"{100 * t['test_accuracy']:.2f} %", f"{100 * other:.2f} %", f"{active} %"]
         )
-    lines = [f"## Hidden size, after {trials[0]['epochs']} epochs", ""]
+    lines = [f"## Hidden size, after {_epochs_of(trials[0]['epochs'])}", ""]
     return [*lines, *table(["N", "sparse", "dense", "active, layers 1 / 2"], rows), ""]
 
 
@@ -147,21 +160,27 @@ def _threshold(study: Study, found: dict[str, Any]) -> list[str]:
             [f"{t['threshold']:g}", f"{100 * t['test_accuracy']:.2f} %", f"{active} %", errors, cosines]
         )
     rows.append(["dense", f"{100 * dense['test_accuracy']:.2f} %", "100 %", "0", "1"])
-    lines = [f"## B_th, after {dense['epochs']} epochs", ""]
+    lines = [f"## B_th, after {_epochs_of(dense['epochs'])}", ""]
     lines += table(["B_th", "test accuracy", "active", "relative error", "cosine"], rows)
     return [
         *lines,
         "",
-        "Error and cosine of the gradient of each weight matrix on the same weights and batch.",
+        "Error and cosine of the gradient of each weight matrix, all windows on the same batch and weights: the dense "
+        f"network's as far as it was trained{_weights_of(trials[0])}.",
         "",
     ]
+
+
+def _weights_of(trial: dict[str, Any]) -> str:
+    epochs = trial.get("weights_epochs")  # results of before it was kept lack it
+    return "" if epochs is None else f", {_epochs_of(epochs)}"
 
 
 def _depth(study: Study, found: dict[str, Any]) -> list[str]:
     trials, grads = found["result"]["trials"], found["result"]["gradients"]
     sparse, dense = trials
     lines = [
-        f"## {sparse['layers']} hidden layers of {sparse['hidden']}, after {sparse['epochs']} epochs",
+        f"## {sparse['layers']} hidden layers of {sparse['hidden']}, after {_epochs_of(sparse['epochs'])}",
         "",
     ]
     rows = [
@@ -180,7 +199,7 @@ def _depth(study: Study, found: dict[str, Any]) -> list[str]:
 def _gradients(study: Study, found: dict[str, Any]) -> list[str]:
     lines = ["## The sparse gradient against the dense one", ""]
     for each in found["result"]:
-        lines += [f"After {each['epochs']} epochs:", "", *_gradient_table(each["rows"]), ""]
+        lines += [f"After {_epochs_of(each['epochs'])}:", "", *_gradient_table(each["rows"]), ""]
     return lines
 
 
@@ -250,10 +269,13 @@ def _speed(study: Study, found: dict[str, Any]) -> list[str]:
             ratio = ms / r["sparse"]["backward_ms"]["median"]
             lines += [
                 f"The loop as published, which indexes `h[:, t]` under autograd, takes {ms:.0f} ms for the backward "
-                f"(N = {r['hidden']}, after {r['epochs']} epochs), {ratio:.0f} times the sparse one; measured once.",
+                f"(N = {r['hidden']}, after {_epochs_of(r['epochs'])}), {ratio:.0f} times the sparse one; measured "
+                "once.",
                 "",
             ]
-    return [*lines, f"Published: {PUBLISHED_SPEED}. Medians of alternating rounds.", ""]
+    rounds = sorted({r["rounds"] for r in found["result"]})
+    times = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
+    return [*lines, f"Published: {PUBLISHED_SPEED}. Medians of alternating rounds, {times} in a row.", ""]
 
 
 def _total(row: dict[str, Any]) -> float:
@@ -277,8 +299,8 @@ def _epoch(study: Study, found: dict[str, Any]) -> list[str]:
         "",
         f"A turn is {r['batches_per_turn']} batches, {r['rounds']} alternating rounds; an epoch is the median "
         f"batch times the number of batches. A batch: gathering its events, forward, loss, backward, Adam. "
-        f"Weights after {r['epochs']} epochs. The loop's input is made dense, {r['dense_ms']:.1f} ms of its batch. "
-        f"One sparse update in ms: {parts}.",
+        f"Weights after {_epochs_of(r['epochs'])}. The loop's input is made dense, {r['dense_ms']:.1f} ms of its "
+        f"batch. One sparse update in ms: {parts}.",
         "",
     ]
 

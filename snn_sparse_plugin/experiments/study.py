@@ -16,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import __version__
 from ..bench.report import commit
+from ..config import check_device
 from ..data import SpikeData, check_files, load_spikes
 from ..doctor import installed
 from ..errors import ConfigError, InputError
-from .files import write_json
+from .files import only_one, write_json
 from .network import Network
 from .settings import Settings
 from .training import Training, Trial
@@ -33,7 +34,7 @@ class Study:
         settings: network and training.
         root: folder of the data's files.
         out: folder of logs, checkpoints, results and the report.
-        seeds: of weights and batches; each is trained sparse and dense.
+        seeds: of weights and batches, all different; each is trained sparse and dense.
         samples: training samples, 0 for all.
         title: the data's name in the report.
         sizes: N of the sweep over hidden size. ``thresholds``: B_th of that sweep. ``deep``: layers and N of the deep
@@ -60,10 +61,13 @@ class Study:
     def __post_init__(self) -> None:
         if not self.seeds or not self.sizes or not self.thresholds:
             raise ConfigError("seeds, sizes and thresholds need at least one entry.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"each seed is one network, got seeds {', '.join(map(str, self.seeds))}.")
+        if not all(threshold > 0 for threshold in self.thresholds):
+            raise ConfigError(f"thresholds must be > 0, got {', '.join(map(str, self.thresholds))}.")
         if min(self.rounds, self.sweep_epochs, *self.sizes, *self.deep) < 1 or self.samples < 0:
             raise ConfigError("rounds, sweep epochs and sizes must be at least 1, samples at least 0.")
-        if self.device != "cpu" and not (self.device.startswith("cuda") and torch.cuda.is_available()):
-            raise ConfigError(f"device {self.device!r} is not available here.")
+        check_device(self.device)
 
     def path(self, part: str) -> Path:
         """The file of a part's results."""
@@ -76,9 +80,9 @@ class Study:
             return None
         try:
             found = json.loads(path.read_text())
-        except ValueError as error:
+            return {key: found[key] for key in ("request", "conditions", "result")}
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} is not a part's results: {error}. Delete it.") from error
-        return found  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -178,7 +182,7 @@ def run_study(study: Study, parts: Sequence[str], console: Console) -> Path:
     A part whose ``NAME.json`` is there under the same conditions is not done again.
 
     Raises:
-        ConfigError: an unknown part, or a folder that holds another study.
+        ConfigError: an unknown part, or a folder that holds another study or in which another process works.
         InputError, MissingDependencyError: from reading the data.
     """
     from .parts import PARTS
@@ -190,17 +194,23 @@ def run_study(study: Study, parts: Sequence[str], console: Console) -> Path:
     if study.threads:
         torch.set_num_threads(study.threads)
     session = Session(study, console)
-    for part in (p for p in PARTS if p in parts):
-        wanted = json.loads(json.dumps(PARTS[part].request(study)))
-        before = study.results(part)
-        if before is not None and before["request"] == wanted:
-            console.print(f"{part}: done before, {study.path(part)}", highlight=False, soft_wrap=True)
-            continue
-        console.print(f"{part}: {PARTS[part].about}", highlight=False)
-        found = PARTS[part].run(session)
-        conditions = _conditions(session)
-        write_json(study.path(part), {"request": wanted, "conditions": conditions, "result": found})
-    return write_report(study, console)
+    with only_one(study.out):
+        for part in PARTS:
+            found = study.results(part)
+            if found is not None and found["conditions"]["settings"]["data"] != study.settings.data:
+                other = found["conditions"]["settings"]["data"]
+                raise ConfigError(f"{study.out} holds a study of {other}: give another --out.")
+        for part in (p for p in PARTS if p in parts):
+            wanted = json.loads(json.dumps(PARTS[part].request(study)))
+            before = study.results(part)
+            if before is not None and before["request"] == wanted:
+                console.print(f"{part}: done before, {study.path(part)}", highlight=False, soft_wrap=True)
+                continue
+            console.print(f"{part}: {PARTS[part].about}", highlight=False)
+            found = PARTS[part].run(session)
+            conditions = _conditions(session)
+            write_json(study.path(part), {"request": wanted, "conditions": conditions, "result": found})
+        return write_report(study, console)
 
 
 def _conditions(session: Session) -> dict[str, Any]:

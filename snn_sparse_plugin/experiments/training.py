@@ -68,6 +68,8 @@ class Training:
             self.optimizer.load_state_dict(found.optimizer)
             self.order.set_state(found.order)
             self.history = found.history
+            if epochs_done(folder) < self.epoch:  # killed after the checkpoint, before the logs
+                write_logs(folder, self.history)
 
     @property
     def path(self) -> Path:
@@ -150,7 +152,7 @@ class Training:
     def _save(self) -> None:
         state = self.net.state_dict(), self.optimizer.state_dict(), self.order.get_state()
         save(self.path, Checkpoint(self.about, *state, self.history))
-        # made from the checkpoint's history: a kill in between leaves them one epoch behind until the next
+        # made from the checkpoint's history: what a kill in between leaves behind is made up for when it is read
         write_logs(self.folder, self.history)
 
 

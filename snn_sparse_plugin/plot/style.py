@@ -73,4 +73,4 @@ def clean(axes: Axes, title: str) -> None:
 
 def whole_numbers(axes: Axes) -> None:
     """Ticks of the x axis at whole steps or epochs."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

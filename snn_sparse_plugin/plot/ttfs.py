@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.ttfs import MAX_WINDOW, SILENT
 from .style import DASHES, DENSE, INK, LAYERS, SPARSE, Figure, clean, new_figure, panels, saved, whole_numbers
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ def ttfs_spike_times(
 
     Args:
         times: spike times (B, …) uint8 by layer, as ``net.run(x, record=True).times``; 255 is silent.
-        window: steps of the axis; by default up to the latest spike.
+        window: steps of the axis, at most 255; by default up to the latest spike.
         path: a file name; its ending chooses the format.
 
     Raises:
-        InputError: nothing to draw, or not uint8.
+        InputError: nothing to draw, not uint8, or a window that one byte cannot count.
 
     Example:
         >>> figure = ttfs_spike_times({"input": torch.tensor([[0, 3, 255]], dtype=torch.uint8)})
@@ -36,13 +37,15 @@ def ttfs_spike_times(
     """
     if not times:
         raise InputError("there are no spike times to draw: run the network with record=True.")
+    if window is not None and not 1 <= window <= MAX_WINDOW:
+        raise InputError(f"a window has 1 to {MAX_WINDOW} steps, got {window}.")
     figure, axes_of = panels(times, 2.6, 2.4)
     for axes, (name, found) in zip(axes_of, times.items(), strict=True):
         if found.dtype != torch.uint8:
             raise InputError(f"{name}: spike times are uint8, got {found.dtype}.")
-        counts = torch.bincount(found.detach().flatten().long().cpu(), minlength=256)
-        share = counts[255].item() / max(1, found.numel())
-        fired = counts[:255].nonzero()
+        counts = torch.bincount(found.detach().flatten().long().cpu(), minlength=SILENT + 1)
+        share = counts[SILENT].item() / max(1, found.numel())
+        fired = counts[:SILENT].nonzero()
         steps = window or (int(fired.max()) + 1 if len(fired) else 1)
         clean(axes, f"{name}: {100 * share:.0f} % silent")
         axes.bar(range(steps), counts[:steps].numpy() / max(1, len(found)), width=0.9, color=SPARSE)
@@ -60,7 +63,7 @@ def ttfs_preactivations(model: Any, x: Tensor, path: str | PathLike[str] | None 
         path: a file name; its ending chooses the format.
 
     Raises:
-        InputError: no TTFS layer ran.
+        InputError: no TTFS layer ran, or one got values that are not finite.
     """
     from ..layers.ttfs import TTFS, TTFSEncoder
 
@@ -88,6 +91,9 @@ def ttfs_preactivations(model: Any, x: Tensor, path: str | PathLike[str] | None 
             module.training = True
     if not seen:
         raise InputError("no TTFS layer of the model ran: there are no pre-activations to draw.")
+    for name, (_, values) in seen.items():
+        if not bool(values.isfinite().all()):
+            raise InputError(f"{name}: the pre-activations have NaN or infinite values.")
     figure, axes_of = panels(seen, 2.8, 2.4)
     for axes, (name, (layer, values)) in zip(axes_of, seen.items(), strict=True):
         low, high = layer.x_m, layer.x_M
@@ -113,7 +119,7 @@ def ttfs_kernels(
         path: a file name; its ending chooses the format.
 
     Raises:
-        InputError: nothing was recorded.
+        InputError: nothing was recorded, or epochs name different layers.
 
     Example:
         >>> figure = ttfs_kernels([{"spike1": (10.0, 0.0)}, {"spike1": (9.5, 0.2)}])
@@ -121,6 +127,8 @@ def ttfs_kernels(
         ['tau', 't_d']
     """
     if not isinstance(history, Mapping):
+        if any(set(epoch) != set(history[0]) for epoch in history):
+            raise InputError("the epochs of the history name different layers: they are of one model.")
         history = {name: [epoch[name] for epoch in history] for name in (history[0] if history else ())}
     if not any(history.values()):
         raise InputError("the history is empty: append kernel_parameters(model) after each epoch.")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import on_grid, relative, spikes
 
-from snn_sparse_plugin import SpikeTrain, Surrogate
+from snn_sparse_plugin import NeuronParams, SpikeTrain, Surrogate
 from snn_sparse_plugin.experiments import settings_of
 from snn_sparse_plugin.experiments.gradients import compare, weight_gradients
 from snn_sparse_plugin.experiments.losses import loss
@@ -15,6 +15,7 @@ from snn_sparse_plugin.experiments.network import Network
 from snn_sparse_plugin.experiments.report import _gradient_table
 from snn_sparse_plugin.experiments.speed import LOOPS, profile_update, second_layer, time_epoch
 from snn_sparse_plugin.experiments.upstream import StepLoop
+from snn_sparse_plugin.ops.spiking_layer import spiking_layer
 
 
 def problem(data="digits", layers=2, seed=0, **changes):
@@ -136,6 +137,21 @@ def test_published_settings():
     assert (fashion.readout, shd.readout, shd.target, fashion.target) == ("max", "sum", 10.0, 1.0)
     assert {s.threshold for s in (fashion, nmnist, shd)} == {0.2}
     assert {s.min_active for s in (fashion, nmnist, shd)} == {0.0}
+
+
+@pytest.mark.parametrize(("share", "guarded"), [(0.005, False), (0.0005, True)])
+def test_layers_as_active_as_published_run_sparse_by_default(share, guarded, counted):
+    """0.77 to 1.7 % are published; the guard is for layers that a window silences."""
+    current = 1 + 0.2 * (2 * torch.rand(200, 20, 50) - 1) / share
+    current.requires_grad_()
+    net = NeuronParams(0.0)  # the membrane is the current
+    out = spiking_layer(
+        current, params=net, surrogate=Surrogate("fast_sigmoid", (100.0,)), backprop_threshold=0.2
+    )
+    assert out.active_fraction == pytest.approx(share, rel=0.25)
+    (grad,) = torch.autograd.grad(out.spikes.sum(), current)
+    assert (counted["guard", "spiking_layer"] == 1) is guarded
+    assert (int(grad.count_nonzero()) > 2 * share * grad.numel()) is guarded
 
 
 @pytest.mark.parametrize("provider", ["sparse", *LOOPS])

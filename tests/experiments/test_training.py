@@ -17,7 +17,7 @@ from snn_sparse_plugin.data import load_spikes
 from snn_sparse_plugin.errors import ConfigError, InputError
 from snn_sparse_plugin.experiments import Study, Training, Trial, run_study, settings_of
 from snn_sparse_plugin.experiments.checkpoint import load
-from snn_sparse_plugin.experiments.files import write_atomic, write_csv
+from snn_sparse_plugin.experiments.files import only_one, write_atomic, write_csv
 
 pytest.importorskip("sklearn")
 runner = CliRunner()
@@ -96,8 +96,14 @@ def test_training_goes_on_from_a_checkpoint(digits, tmp_path, sparse):
     for name, value in whole.net.state_dict().items():
         assert torch.equal(value, longer.net.state_dict()[name])
     assert whole.history[-1]["train_loss"] < whole.history[0]["train_loss"]
-    lines = [json.loads(line) for line in (tmp_path / "parts/epochs.jsonl").read_text().splitlines()]
+    log = tmp_path / "parts/epochs.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert lines == longer.history
+    log.write_text(
+        "".join(f"{line}\n" for line in log.read_text().splitlines()[:-1])
+    )  # killed before the log
+    training(3, "parts")
+    assert [json.loads(line) for line in log.read_text().splitlines()] == lines
     header, *rows = (tmp_path / "parts/epochs.csv").read_text().splitlines()
     assert "active_1" in header
     assert "rate_2" in header
@@ -179,15 +185,29 @@ def test_command_makes_every_table_and_figure_once(tmp_path):
     assert again.exit_code == 0, again.output
     assert again.output.count("done before") == len(parts)
     assert all(path.stat().st_mtime_ns == when for path, when in files.items())
+    mixed = runner.invoke(app, ["experiment", "s3gd", "--data", "shd", "--root", ".", "--out", str(tmp_path)])
+    assert mixed.exit_code == 2
+    assert "holds a study of digits" in mixed.output
     # more epochs: the part is done again, and each training goes on
     longer = [*SMALL, "--out", str(tmp_path), "--epochs", "3", "--seeds", "0,1", "--part", "train"]
     more = runner.invoke(app, longer)
     assert more.exit_code == 0, more.output
+    swept = json.loads((tmp_path / "threshold.json").read_text())["result"]
+    assert [t["weights_epochs"] for t in swept[1:]] == [2, 2]  # the dense network had gone on in part train
+    assert "network's as far as it was trained, 2 epochs." in report
+    # every part but the training looks at the first seed alone
+    conditions = [line for line in report.splitlines() if line.startswith("_digits: ")]
+    assert [("seeds 0, 1." in line, ", 2 epochs" in line) for line in conditions] == [(True, True)] + 6 * [
+        (False, False)
+    ]
+    assert all("seed 0." in line for line in conditions[1:])
+    assert "\n\n\n" not in report
     assert "epoch 3/3" in more.output
     assert "epoch 1/3" not in more.output
 
 
 def test_wrong_options(tmp_path):
+    (tmp_path / "file").write_text("")
     for options, words in (
         (["--part", "nothing"], "no part 'nothing'"),
         (["--seeds", "a"], "--seeds takes numbers"),
@@ -195,10 +215,27 @@ def test_wrong_options(tmp_path):
         (["--threshold", "-1"], "must be > 0"),
         (["--device", "cuda:99"], "not available"),
         (["--data", "shd"], "--root"),
+        (["--seeds", "1,2,1"], "each seed is one network"),
+        (["--thresholds", "0.2,0"], "thresholds must be > 0"),
+        (["--out", str(tmp_path / "file")], "cannot be written to"),
     ):
         result = runner.invoke(app, ["experiment", "s3gd", "--out", str(tmp_path), *options])
         assert result.exit_code == 2, result.output
         assert words in result.output
-    (tmp_path / "train.json").write_text("{")
-    with pytest.raises(InputError, match="not a part's results"):
-        run_study(Study(settings=small(), out=tmp_path), ["train"], None)
+    for content in ("{", "[]", '{"result": 1}'):
+        (tmp_path / "train.json").write_text(content)
+        with pytest.raises(InputError, match="not a part's results"):
+            run_study(Study(settings=small(), out=tmp_path), ["train"], None)
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path):
+    study = Study(settings=small(), out=tmp_path)
+    inside = "import sys, time; from pathlib import Path; from snn_sparse_plugin.experiments.files import only_one\n"
+    inside += "with only_one(Path(sys.argv[1])): print('inside', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", inside, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"inside\n"
+        with pytest.raises(ConfigError, match="another process works in"):
+            run_study(study, ["train"], None)
+        other.kill()
+    with only_one(tmp_path):  # a killed one leaves nothing behind
+        pass

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -146,8 +147,13 @@ def test_files_of_spike_times(tmp_path):
     torch.testing.assert_close(values @ net.stages[1].weight.t() + net.stages[1].bias, expected.output)
     with pytest.raises(InputError, match="no spiking layer '3'"):
         decode_times(net, "3", found["2"])
-    with pytest.raises(InputError, match="cannot be read"):
-        load_spike_times(tmp_path / "none.npz")
+    whole = (tmp_path / "times.npz").read_bytes()
+    for name, content in {"cut.npz": whole[:-200], "empty.npz": b"", "head.npz": b"PK\x03\x04"}.items():
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("none.npz", "cut.npz", "empty.npz", "head.npz", "array.npy"):
+        with pytest.raises(InputError, match="cannot be read"):
+            load_spike_times(tmp_path / name)
 
 
 def test_nir_says_what_it_cannot_express(tmp_path):
@@ -180,6 +186,10 @@ def test_bad_times_and_spikes():
         first_spike_times(torch.full((3, 2, 2), 0.5))
     with pytest.raises(InputError, match=r"at most 255 steps, got torch.float32 \(300, 1, 1\)"):
         first_spike_times(torch.zeros(300, 1, 1))
+    with pytest.raises(InputError, match="1 to 255 steps, got 300"):  # times above 255 do not fit a byte
+        times_from_norse(torch.full((1, 2, 3), 280.0), 300)
+    with pytest.raises(InputError, match=r"\(1, B, N…\), got torch.float32 \(2, 3\)"):
+        times_from_norse(torch.zeros(2, 3), 32)
     with pytest.raises(InputError, match="got list"):
         dense_spikes([[1]], 4)
     with pytest.raises(InputError, match=r"\(B, N…\), got torch.int64 \(2, 3\)"):
@@ -273,6 +283,12 @@ def test_pictures(tmp_path):
         plot.ttfs_spike_times({})
     with pytest.raises(InputError, match="no TTFS layer"):
         plot.ttfs_preactivations(nn.Linear(64, 2), x)
+    with pytest.raises(InputError, match="1 to 255 steps, got 300"):
+        plot.ttfs_spike_times(net.run(x, record=True).times, window=300)
+    with pytest.raises(InputError, match="0: the pre-activations have NaN"):
+        plot.ttfs_preactivations(nn.Sequential(TTFS()), torch.tensor([[0.5, math.nan]]))
+    with pytest.raises(InputError, match="different layers"):
+        plot.ttfs_kernels([{"a": (1.0, 0.0)}, {"b": (1.0, 0.0)}])
     with pytest.raises(InputError, match="history is empty"):
         plot.ttfs_kernels({})
     with pytest.raises(InputError, match="history is empty"):
@@ -302,6 +318,12 @@ def test_command_line(tmp_path):
     assert invoke("ttfs", "report", tmp_path / "none.pt").exit_code == 1
     assert invoke("ttfs", "report", tmp_path / "net.pt", "--spikes", 3).exit_code == 2
     assert isinstance(TTFSNetwork.load(tmp_path / "net.pt"), TTFSNetwork)
+
+
+def test_ablation_wants_a_device_that_is_here():
+    result = CliRunner().invoke(app, ["ttfs", "ablation", "--device", "cuda:99"])
+    assert result.exit_code == 2
+    assert "'cuda:99' is not available" in result.output
 
 
 def test_ablation_command():

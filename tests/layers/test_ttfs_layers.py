@@ -172,6 +172,21 @@ def test_compiled_training_step_equals_eager(backend):
         assert relative(a, b) < 1e-6
 
 
+def test_gradients_of_single_samples_by_torch_func():
+    model = nn.Sequential(TTFSEncoder(), nn.Linear(4, 8), TTFS(), nn.Linear(8, 2)).double()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x = torch.rand(5, 4, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for k, sample in enumerate(x):
+        expected = torch.autograd.grad(model(sample).square().sum(), list(model.parameters()))
+        for a, b in zip(each.values(), expected, strict=True):
+            assert relative(a[k], b) < 1e-12
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies(how):
     layer = TTFS(tau=7.0)
@@ -367,7 +382,9 @@ def test_to_ttfs_replaces_spiking_neurons(library):
 
         model = norse.SequentialState(nn.Linear(6, 5), norse.LIFCell(), nn.Linear(5, 3), norse.LICell())
         recurrent = norse.LIFRecurrentCell(6, 5)
+    ran = model(torch.rand(2, 6))  # snnTorch's neurons keep a state, and with it the graph
     found = to_ttfs(model, encode=False)
+    ran[0].sum().backward()
     layers = list(found.children())
     assert isinstance(layers[1], TTFS)
     assert isinstance(layers[3], nn.Identity)

@@ -353,9 +353,15 @@ def test_saved_and_loaded(tmp_path):
     assert again.verify(x).equal == 1.0
     with pytest.raises(InputError, match="there is no file"):
         TTFSNetwork.load(tmp_path / "none.pt")
-    torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match=r"not a network written by TTFSNetwork.save"):
-        TTFSNetwork.load(tmp_path / "other.pt")
+    data = torch.load(tmp_path / "net.pt", weights_only=True)
+    for other in (
+        {"a": 1},
+        data | {"stages": [{"name": "2"}]},
+        {k: v for k, v in data.items() if k != "encoder"},
+    ):
+        torch.save(other, tmp_path / "other.pt")
+        with pytest.raises(InputError, match=r"not a network written by TTFSNetwork.save"):
+            TTFSNetwork.load(tmp_path / "other.pt")
 
 
 class Residual(nn.Module):

@@ -209,6 +209,29 @@ def test_a_kernel_of_ones_own():
         assert relative(a, b) < 1e-12
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_transforms_of_torch_func(kernel):
+    """grad, jacrev and gradients of single samples are those of autograd."""
+    x, table, tau, t_d = problem(kernel, shape=(6, 20), dtype=torch.float64)
+    x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(6, 20, dtype=torch.float64)
+
+    def loss(x, tau, t_d, g):
+        return (ttfs(x, table, tau, t_d, kernel=kernel)[0] * g).sum()
+
+    expected = torch.autograd.grad(loss(x, tau, t_d, g), (x, tau, t_d))
+    plain = tuple(a.detach() for a in (x, tau, t_d))
+    for a, b in zip(torch.func.grad(loss, (0, 1, 2))(*plain, g), expected, strict=True):
+        assert b.norm() > 0
+        assert relative(a, b) < 1e-12
+    each = torch.func.vmap(torch.func.grad(loss, (1, 2)), (0, None, None, 0))(*plain, g)
+    for a, b in zip(each, expected[1:], strict=True):
+        assert a.shape == (6,)
+        assert relative(a.sum(), b) < 1e-12
+    jacobian = torch.func.jacrev(lambda x: ttfs(x, table, tau, t_d, kernel=kernel)[0])(plain[0][0])
+    assert relative(jacobian.diagonal() * g[0], expected[0][0]) < 1e-12
+
+
 def test_a_table_that_wants_a_gradient_gets_none():
     x, table, tau, t_d = problem(shape=(40,))
     leaf = table.clone().requires_grad_()

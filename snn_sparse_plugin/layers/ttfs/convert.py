@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...adapters import Neuron, loaded_adapters
 from ...dynamics import NeuronSpec
@@ -46,7 +46,7 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
           (3): Linear(in_features=8, out_features=2, bias=True)
         )
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model, _states(model))
     last = [m for m in model.modules() if not list(m.children())][-1]
     replaced: dict[int, nn.Module] = {}
 
@@ -97,6 +97,12 @@ def to_ttfs(model: nn.Module, *, encode: bool = True, **options: Any) -> nn.Modu
     encoder = TTFSEncoder(**{k: v for k, v in options.items() if k in ("window", "backend")})
     layers = list(model) if type(model) is nn.Sequential else [model]
     return nn.Sequential(encoder, *layers)
+
+
+def _states(model: nn.Module) -> dict[int, Any]:
+    """What deepcopy is to take for tensors of a graph, which it refuses: states that a run has left in neurons."""
+    held = (t for m in model.modules() for t in (*vars(m).values(), *m._buffers.values()))
+    return {id(t): t.detach() for t in held if isinstance(t, Tensor) and not t.is_leaf}
 
 
 def _spikes_alone(neuron: nn.Module) -> bool:

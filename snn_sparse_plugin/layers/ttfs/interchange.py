@@ -7,6 +7,8 @@ snnTorch and Norse keep spikes dense with time first, so one pair of functions s
 from __future__ import annotations
 
 import itertools
+import zipfile
+import zlib
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.coding import single_spikes
 from ...errors import InputError, MissingDependencyError, UnsupportedError
 from ...ops.ttfs import MAX_WINDOW, SILENT
 from ...ops.ttfs import reference as coding
@@ -31,11 +34,15 @@ def _described(x: Any) -> str:
 def _check_times(times: Tensor, window: int) -> None:
     if not isinstance(times, Tensor) or times.dtype != torch.uint8 or times.dim() < 2:
         raise InputError(f"spike times are uint8 (B, N…), got {_described(times)}.")
-    if not 1 <= window <= MAX_WINDOW:
-        raise InputError(f"a window has 1 to {MAX_WINDOW} steps, got {window}.")
+    _check_window(window)
     if bool(((times >= window) & (times != SILENT)).any()):
         late = int(times[times != SILENT].max())
         raise InputError(f"a spike at step {late} lies outside a window of {window} steps.")
+
+
+def _check_window(window: int) -> None:
+    if not 1 <= window <= MAX_WINDOW:
+        raise InputError(f"a window has 1 to {MAX_WINDOW} steps, got {window}.")
 
 
 def dense_spikes(times: Tensor, window: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,14 +95,7 @@ def to_spike_train(times: Tensor, window: int) -> SpikeTrain:
         SpikeTrain(T=3, B=1, N=(3,), events=2, density=22.2%, dtype=torch.float32, device=cpu)
     """
     _check_times(times, window)
-    flat = times.flatten(1).long()
-    sample, neuron = (flat != SILENT).nonzero(as_tuple=True)
-    row = sample * window + flat[sample, neuron]
-    order = torch.argsort(row, stable=True)
-    indptr = torch.zeros(times.shape[0] * window + 1, dtype=torch.int32, device=times.device)
-    indptr[1:] = torch.bincount(row, minlength=len(indptr) - 1).cumsum(0)
-    shape = (window, times.shape[0], *times.shape[1:])
-    return SpikeTrain(indptr, neuron[order].to(torch.int32), shape, check=False)
+    return single_spikes(times, window)  # what is silent, 255, lies behind every window
 
 
 def times_from_norse(decoded: Tensor, window: int, dt: float | None = None) -> Tensor:
@@ -103,8 +103,18 @@ def times_from_norse(decoded: Tensor, window: int, dt: float | None = None) -> T
 
     Args:
         decoded: step indices, or with ``dt`` times in seconds. What is infinite or outside the window is silent.
-        window: number of steps.
+        window: number of steps, at most 255.
+
+    Raises:
+        InputError: not a tensor (1, B, N…), or a window that one byte cannot count.
+
+    Example:
+        >>> times_from_norse(torch.tensor([[[2.0, torch.inf]]]), 4).tolist()
+        [[2, 255]]
     """
+    if not isinstance(decoded, Tensor) or decoded.dim() < 3 or len(decoded) != 1:
+        raise InputError(f"SpikesToTimesDecoder gives times (1, B, N…), got {_described(decoded)}.")
+    _check_window(window)
     steps = decoded[0].detach() if dt is None else (decoded[0].detach() / dt).round()
     fired = steps.isfinite() & (steps >= 0) & (steps < window)
     return torch.where(fired, steps, SILENT).to(torch.uint8)
@@ -128,16 +138,20 @@ def spike_view(x: Tensor, layer: TTFS) -> Tensor:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise InputError(f"spike_view takes floating pre-activations (B, N…), got {_described(x)}.")
-    return _SpikeView.apply(x, layer.table(x.dtype))
+    return _SpikeView.apply(x, layer.table(x.dtype))[0]
 
 
 class _SpikeView(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+    def forward(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         times = coding.encode(x, table)
-        ctx.save_for_backward(times)
-        ctx.window = table.shape[1]
-        return dense_spikes(times, ctx.window, x.dtype)
+        return dense_spikes(times, table.shape[1], x.dtype), times
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.window = inputs[1].shape[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -176,7 +190,7 @@ def load_spike_times(path: str | PathLike[str]) -> dict[str, Tensor]:
                 for k in data.files
                 if k.startswith("times/")
             }
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as spike times: {error}") from error
     if not found:
         raise InputError(f"{path} holds no spike times (arrays named times/…).")

@@ -281,15 +281,15 @@ class TTFSNetwork:
             data = torch.load(path, weights_only=True, map_location="cpu")
             if data["format"] != _FORMAT:
                 raise ValueError(data["format"])
+            stages = []
+            for entry in data["stages"]:
+                pools = {k: [Pool(**p) for p in entry[k]] for k in ("before", "after")}
+                stages.append(Stage(**(entry | pools)))
+            return cls(data["encoder"], stages, data["input_shape"], exact=data["exact"])
         except FileNotFoundError:
             raise InputError(f"there is no file {path}.") from None
         except Exception as error:  # torch's errors for foreign files are of many kinds, and long
             raise InputError(f"{path} is not a network written by TTFSNetwork.save.") from error
-        stages = []
-        for entry in data["stages"]:
-            pools = {k: [Pool(**p) for p in entry[k]] for k in ("before", "after")}
-            stages.append(Stage(**(entry | pools)))
-        return cls(data["encoder"], stages, data["input_shape"], exact=data["exact"])
 
 
 def _count(times: Tensor) -> Tensor:

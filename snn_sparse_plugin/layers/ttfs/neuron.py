@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from ...config import current_config
 from ...errors import ConfigError, InputError
-from ...ops.ttfs import MAX_WINDOW, ROUNDINGS, check_pre_activation, get_kernel, spike_table, ttfs
+from ...ops.ttfs import (
+    MAX_WINDOW,
+    ROUNDINGS,
+    check_pre_activation,
+    get_kernel,
+    spike_table,
+    ttfs,
+    under_torch_func,
+)
 
 _RANGE = 64.0  # e-foldings a kernel may fall within its window: e^-64 is far from float32's smallest number
 
@@ -177,7 +185,8 @@ class TTFSEncoder(TTFS):
     Args: as :class:`TTFS`; the kernel is not trained unless asked for.
 
     Raises:
-        InputError: intensities outside [0, 1] or NaN. On a GPU looked for under ``sparse_mode(check=True)`` only.
+        InputError: intensities outside [0, 1] or NaN. On a GPU looked for under ``sparse_mode(check=True)`` only, and
+            under ``torch.compile`` and ``torch.func`` not at all.
 
     Example:
         >>> TTFSEncoder(window=32)(torch.tensor([1.0, 0.5, 0.0]))
@@ -205,7 +214,7 @@ class TTFSEncoder(TTFS):
 
 def check_intensities(x: Tensor, always: bool = False) -> None:
     """Raise :class:`InputError` unless every intensity lies in [0, 1]."""
-    if torch.compiler.is_compiling() or not x.numel():
+    if torch.compiler.is_compiling() or under_torch_func() or not x.numel():
         return
     if not (always or x.device.type == "cpu" or current_config().check):
         return

@@ -228,6 +228,12 @@ def ttfs_loss(
 
     Raises:
         ConfigError: a negative weight.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), TTFSBatchNorm1d(3), TTFS(), nn.Linear(3, 2))
+        >>> loss = ttfs_loss(model(torch.rand(8, 4)), torch.zeros(8).long(), model, tr=1e-3, tb=0.01)
+        >>> loss.shape
+        torch.Size([])
     """
     if tr < 0 or tb < 0:
         raise ConfigError(f"regularisation weights are >= 0, got tr={tr}, tb={tb}.")

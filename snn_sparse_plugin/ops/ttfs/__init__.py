@@ -31,6 +31,7 @@ __all__ = [
     "register_kernel",
     "spike_table",
     "ttfs",
+    "under_torch_func",
 ]
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -61,7 +62,7 @@ def ttfs(
         table: thresholds and values (2, window), falling, of :func:`spike_table`; no gradient passes through it.
         tau, t_d: the kernel's parameters, 0-dimensional, in steps.
         kernel: the name of the kernel that the table was made from.
-        backend: ``""`` takes that of the active sparse mode.
+        backend: ``""`` takes that of the active sparse mode. Under ``torch.func`` the reference runs, in plain torch.
 
     Returns:
         xhat of x's shape and dtype, and the spike times, uint8 of x's shape: 0…window-1, or 255 for no spike.
@@ -86,23 +87,30 @@ def ttfs(
         out, times = ttfs(x.float(), table.float(), tau, t_d, kernel=kernel, backend=backend)
         return out.to(x.dtype), times
     table = table.detach().to(x.dtype)
-    if found.rate is None:
+    if found.rate is None or under_torch_func():
         return _Plain.apply(x, table, tau, t_d, found)
     return ttfs_op(x, table, tau, t_d, found.rate, backend)
 
 
+def under_torch_func() -> bool:
+    """Whether a transform of torch.func is at work: torch.library's autograd does not pass through one."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 class _Plain(torch.autograd.Function):
-    """Kernels that the fused op does not know."""
+    """The reference as it stands: for kernels that the fused op does not know, and under torch.func."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, table: Tensor, tau: Tensor, t_d: Tensor, kernel: Kernel
-    ) -> tuple[Tensor, Tensor]:
-        out, times = reference.forward(x, table)
-        ctx.save_for_backward(x, times, table, tau, t_d)
-        ctx.kernel = kernel
-        ctx.mark_non_differentiable(times)
-        return out, times
+    def forward(x: Tensor, table: Tensor, tau: Tensor, t_d: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        return reference.forward(x, table)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, table, tau, t_d, ctx.kernel = inputs
+        ctx.save_for_backward(x, output[1], table, tau, t_d)
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

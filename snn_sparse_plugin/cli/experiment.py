@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from .common import numbers, readable_errors
 
 app = typer.Typer(name="experiment", help="Published experiments, remade on real data.", no_args_is_help=True)
 
@@ -51,7 +52,9 @@ def s3gd(
     threshold: Annotated[float | None, typer.Option(help="B_th; published: 0.2.")] = None,
     guard: Annotated[
         bool,
-        typer.Option("--guard", help="This package's guard (min_active 0.01), which the publication lacks."),
+        typer.Option(
+            "--guard", help="This package's guard (default min_active), which the publication lacks."
+        ),
     ] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size B; published: 256.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
@@ -73,33 +76,32 @@ def s3gd(
     Trains the published network sparse and dense on the same seeds and measures activity, gradients, time and
     memory. Killed at any moment, the same command goes on where it was; finished parts are not done again.
     """
-    from .cli import _readable_errors
-
-    with _readable_errors(context):
-        from .experiments import Study, run_study, settings_of
+    with readable_errors(context):
+        from ..config import SparseConfig
+        from ..experiments import Study, run_study, settings_of
 
         changes: dict[str, Any] = {
             "epochs": epochs,
             "hidden": hidden,
             "layers": layers,
             "threshold": threshold,
-            "min_active": 0.01 if guard else None,
+            "min_active": SparseConfig().min_active if guard else None,
             "batch": batch,
             "learning_rate": learning_rate,
         }
-        numbers = _numbers(deep, "--deep", int)
-        if len(numbers) != 2:
+        depth = numbers(deep, "--deep", int)
+        if len(depth) != 2:
             raise ConfigError(f"--deep takes the number of layers and N, such as 5,300; got {deep!r}.")
         study = Study(
             settings=settings_of(data.value).changed(**changes),
             out=out,
             root=root,
-            seeds=_numbers(seeds, "--seeds", int),
+            seeds=numbers(seeds, "--seeds", int),
             samples=samples,
             title=title,
-            sizes=_numbers(sizes, "--sizes", int),
-            thresholds=_numbers(thresholds, "--thresholds", float),
-            deep=(numbers[0], numbers[1]),
+            sizes=numbers(sizes, "--sizes", int),
+            thresholds=numbers(thresholds, "--thresholds", float),
+            deep=(depth[0], depth[1]),
             sweep_epochs=sweep_epochs,
             rounds=rounds,
             budget=budget,
@@ -112,13 +114,6 @@ def s3gd(
 
 
 def _parts(text: str) -> list[str]:
-    from .experiments.parts import PARTS
+    from ..experiments.parts import PARTS
 
     return list(PARTS) if text == "all" else [name.strip() for name in text.split(",")]
-
-
-def _numbers(text: str, option: str, kind: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{option} takes numbers separated by commas, got {text!r}.") from error

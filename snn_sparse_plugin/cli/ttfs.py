@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from .common import JsonFlag, readable_errors
 
 app = typer.Typer(name="ttfs", help="Time-to-first-spike networks.", no_args_is_help=True)
 
@@ -38,12 +39,11 @@ Data = Annotated[DataName, typer.Option(help="Which images.")]
 Root = Annotated[Path | None, typer.Option(help="Folder of the image files.")]
 Samples = Annotated[int, typer.Option(min=0, help="Test images to use; 0 is all.")]
 Early = Annotated[int | None, typer.Option(min=1, help="Fire this many steps after the inputs do.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
 
 
 def _network_and_images(model: Path, data: DataName, root: Path | None, samples: int) -> tuple[Any, Any, Any]:
-    from .data import load_images
-    from .layers.ttfs import TTFSNetwork
+    from ..data import load_images
+    from ..layers.ttfs import TTFSNetwork
 
     net = TTFSNetwork.load(model)
     images = load_images(data.value, root)
@@ -69,10 +69,8 @@ def report(
     as_json: JsonFlag = False,
 ) -> None:
     """Count spikes, latency, operations and relative energy of a saved network on test images."""
-    from .cli import _readable_errors
-
-    with _readable_errors(context):
-        from .layers.ttfs.report import EnergyReference
+    with readable_errors(context):
+        from ..layers.ttfs.report import EnergyReference
 
         if (spikes is None) != (steps is None):
             raise ConfigError("an energy reference needs both --spikes and --steps.")
@@ -95,9 +93,7 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare every spike time of a saved network with the same weights run as activations."""
-    from .cli import _readable_errors
-
-    with _readable_errors(context):
+    with readable_errors(context):
         from rich.progress import Progress
 
         net, x, _ = _network_and_images(model, data, root, samples)
@@ -138,14 +134,14 @@ def ablation(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table for a document.")] = False,
 ) -> None:
     """Train ReLU, SM, +SR, +TR and +TB networks and print the ablation table."""
-    from .cli import _readable_errors
+    with readable_errors(context):
+        from ..config import check_device
+        from ..data import load_images
+        from ..layers.ttfs import ablation as suite
+        from ..layers.ttfs import networks
+        from ..layers.ttfs.recipes import TrainOptions
 
-    with _readable_errors(context):
-        from .data import load_images
-        from .layers.ttfs import ablation as suite
-        from .layers.ttfs import networks
-        from .layers.ttfs.recipes import TrainOptions
-
+        check_device(device)
         images = load_images(data.value, root)
         if samples:  # the accuracy is that of all test images
             images = replace(images, train_x=images.train_x[:samples], train_y=images.train_y[:samples])

@@ -1,0 +1,53 @@
+"""The command line: ``snn-sparse run | doctor | plugins | supported | demo | bench | ttfs | experiment``.
+
+Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the
+commands.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import experiment, measure, script, show, ttfs
+
+app = typer.Typer(
+    name="snn-sparse",
+    help="Sparse training of spiking networks in snnTorch and Norse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# what follows the script is its own
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)(script.run)
+for command in (show.doctor, show.plugins, show.supported, measure.demo, measure.bench):
+    app.command()(command)
+app.add_typer(ttfs.app)
+app.add_typer(experiment.app)
+
+
+def main() -> None:
+    """Entry point of the ``snn-sparse`` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    context.obj = {"debug": debug}
+    if version:
+        from .. import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit

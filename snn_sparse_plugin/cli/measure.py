@@ -1,0 +1,150 @@
+"""``snn-sparse demo | bench``."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import JsonFlag, check_writable, consoles, numbers, readable_errors
+
+
+class DataName(str, Enum):
+    """Choices of ``--data``."""
+
+    digits = "digits"
+    mnist = "mnist"
+    fashion_mnist = "fashion-mnist"
+
+
+class LibraryName(str, Enum):
+    """Choices of ``--library``."""
+
+    snntorch = "snntorch"
+    norse = "norse"
+
+
+class SweepName(str, Enum):
+    """Choices of ``--sweep``."""
+
+    density = "density"
+    size = "size"
+
+
+class ProtocolName(str, Enum):
+    """Choices of ``--protocol``."""
+
+    network = "network"
+    s3gd = "s3gd"
+
+
+def demo(
+    context: typer.Context,
+    data: Annotated[DataName, typer.Option(help="Which images.")] = DataName.digits,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the idx files of mnist or fashion-mnist.")
+    ] = None,
+    library: Annotated[LibraryName, typer.Option(help="Whose neurons.")] = LibraryName.snntorch,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 8,
+    samples: Annotated[int, typer.Option(min=0, help="Training images to use; 0 is all.")] = 6000,
+    steps: Annotated[int, typer.Option(min=10, help="Time steps T.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size B.")] = 64,
+    hidden: Annotated[int, typer.Option(min=1, help="Neurons in each of the two hidden layers.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a network on real images, sparse and dense, and compare accuracy, time and memory."""
+    with readable_errors(context):
+        from ..demo import DemoOptions, run_demo, show
+
+        check_writable(out)
+        console, emit = consoles(as_json)
+        options = DemoOptions(
+            data=data.value,
+            root=root,
+            library=library.value,
+            epochs=epochs,
+            samples=samples,
+            steps=steps,
+            batch=batch,
+            hidden=hidden,
+            seed=seed,
+            threads=threads,
+            out=out,
+        )
+        result = run_demo(options, console)
+        show(result, console)
+        if as_json:
+            emit(result.as_dict())
+
+
+def bench(
+    context: typer.Context,
+    protocol: Annotated[
+        ProtocolName, typer.Option(help="network: whole steps; s3gd: backward of layer 2 alone.")
+    ] = ProtocolName.network,
+    sweep: Annotated[
+        SweepName | None, typer.Option(help="Instead: one layer over input density or over size.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="Time steps T; repeat for several. Default: 100 and 500.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size B.")] = None,
+    density: Annotated[
+        float, typer.Option(min=1e-4, max=1.0, help="Input spikes per input and step.")
+    ] = 0.02,
+    providers: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: all but the opt-in ones.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Add torch.compile of snnTorch's loop: minutes to compile.")
+    ] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Add the slow reference backend.")] = False,
+    points: Annotated[
+        str | None, typer.Option(help="Points of the sweep, comma-separated: densities, or sizes N.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; medians are over them.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads for everyone.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    peak: Annotated[bool, typer.Option(help="Measure peak memory, each provider in its own process.")] = True,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="Write rows as JSON to FILE; - is stdout.")
+    ] = None,
+) -> None:
+    """Compare with snnTorch, Norse and SpikingJelly in one alternating run."""
+    with readable_errors(context):
+        from .. import bench as suite
+
+        to_stdout = out is not None and str(out) == "-"
+        if out is not None and not to_stdout:
+            check_writable(out)
+        console, emit = consoles(to_stdout)
+        options = suite.BenchOptions(
+            batch=batch,
+            density=density,
+            providers=tuple(p.strip() for p in providers.split(",")) if providers else None,
+            compiled=compiled,
+            reference=reference,
+            rounds=rounds,
+            threads=threads,
+            device=device,
+            peak=peak,
+        )
+        if sweep is not None:
+            rows = suite.run_sweep(
+                sweep.value, options, console, None if points is None else numbers(points, "--points", float)
+            )
+        elif protocol is ProtocolName.s3gd:
+            rows = suite.run_s3gd(options, console, steps[0] if steps else 500)
+        else:
+            rows = suite.run_network(options, console, tuple(steps or (100, 500)))
+        if to_stdout:
+            emit(rows)
+        elif out is not None:
+            out.write_text(json.dumps(rows, indent=2) + "\n")
+            console.print(f"{len(rows)} rows written to {out}")

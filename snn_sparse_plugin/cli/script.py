@@ -1,0 +1,53 @@
+"""``snn-sparse run``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, InputError
+from .common import readable_errors
+
+
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="A script, or with -m a module; its own arguments follow.")],
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    threshold: Annotated[
+        str, typer.Option(help="backprop_threshold: auto, exact, or a distance from the threshold.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
+    fuse: Annotated[bool, typer.Option(help="Run step loops as fused calls over all steps.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary at the end.")] = False,
+) -> None:
+    """Run an unmodified script in sparse mode, and say at the end what ran sparse."""
+    from ..session import run_script, sparse_session
+
+    session = None
+    try:
+        with ExitStack() as sparse:
+            with readable_errors(context):  # of the options alone: an error of the script keeps its traceback
+                if not module and not Path(script).is_file():
+                    raise InputError(f"there is no script {script!r}. For a module use -m.")
+                options: dict[str, Any] = {"backprop_threshold": _threshold(threshold), "backend": backend}
+                if not fuse:
+                    options["fuse_time"] = False
+                session = sparse.enter_context(sparse_session(**options))
+            run_script(script, context.args, module=module)
+    finally:
+        if session is not None and not quiet:
+            for line in session.lines():
+                print(line, file=sys.stderr)
+
+
+def _threshold(text: str) -> Any:
+    if text in ("auto", "exact"):
+        return "auto" if text == "auto" else None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--threshold takes auto, exact or a number, got {text!r}.") from error

@@ -1,0 +1,151 @@
+"""``snn-sparse doctor | plugins | supported``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import SparsePluginError
+from .common import JsonFlag, consoles, escaped, readable_errors
+
+_COLOURS = {
+    "ok": "green",
+    "loaded": "green",
+    "unavailable": "yellow",
+    "idle": "yellow",
+    "failed": "red",
+    "broken": "red",
+}
+
+
+def doctor(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Show versions, devices and backends, and check each backend against the reference."""
+    with readable_errors(context):
+        from ..doctor import diagnose
+
+        console, emit = consoles(as_json)
+        with console.status("running every backend against the reference"):
+            found = diagnose()
+        if as_json:
+            emit(found)
+        else:
+            _show_diagnosis(console, found)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
+    facts = Table.grid(padding=(0, 2))
+    for name, value in found["versions"].items():
+        facts.add_row(name, str(value))
+    for device in found["devices"]:
+        memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
+        facts.add_row(device["device"], device["name"] + memory)
+    threads = found["threads"]
+    facts.add_row("threads", f"{threads['torch']} of {threads['cores']} cores")
+    console.print(facts)
+
+    optional = Table(title="optional libraries", title_justify="left", box=None, pad_edge=False)
+    for column in ("library", "version", "tested", "for"):
+        optional.add_column(column)
+    for name, row in found["optional"].items():
+        version = row["version"] or "[yellow]not installed[/]"
+        tested = " to ".join(dict.fromkeys(row["tested"] or ()))
+        optional.add_row(name, f"[red]{version}[/]" if row["warning"] else version, tested, row["for"])
+    console.print(optional)
+    for row in found["optional"].values():
+        if row["warning"]:
+            console.print(f"[red]{escaped(row['warning'])}[/]")
+
+    table = Table(title="backends", title_justify="left", box=None, pad_edge=False)
+    for column in ("name", "state", "self-check", "reason"):
+        table.add_column(column, overflow="fold")
+    for row in found["backends"]:
+        checks = "; ".join(
+            f"{check['device']}: spikes equal, gradients within {check['gradient_error']:.1e}"
+            if check["state"] == "ok"
+            else f"{check['device']}: {check['reason']}"
+            for check in row["checks"]
+        )
+        table.add_row(row["name"], _state(row["state"]), escaped(checks), escaped(row["reason"]))
+    console.print(table)
+    console.print("[green]all checks passed[/]" if found["ok"] else "[red]a check failed[/]")
+
+
+def _state(state: str) -> str:
+    return f"[{_COLOURS.get(state, 'white')}]{state}[/]"
+
+
+def plugins(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """List every registered backend, adapter, learner and layer, with its state."""
+    with readable_errors(context):
+        rows = _plugin_rows()
+        console, emit = consoles(as_json)
+        if as_json:
+            emit(rows)
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in ("group", "name", "version", "distribution", "state", "reason"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            cells = [escaped(row[key]) for key in ("group", "name", "version", "distribution")]
+            table.add_row(*cells, _state(row["state"]), escaped(row["reason"]))
+        console.print(table)
+
+
+def _plugin_rows() -> list[dict[str, str]]:
+    from .. import registry
+
+    rows = []
+    for group in registry.GROUPS:
+        for plugin in registry.plugins(group).values():
+            row = {
+                "group": group,
+                "name": plugin.name,
+                "version": plugin.version,
+                "distribution": plugin.distribution,
+                "state": "loaded",
+                "reason": "",
+            }
+            try:
+                loaded = plugin.load()
+                if hasattr(loaded, "available"):
+                    usable, row["reason"] = loaded.available()
+                    row["state"] = "loaded" if usable else "unavailable"
+            except SparsePluginError as error:
+                row |= {"state": "broken", "reason": plugin.error or str(error)}
+            except Exception as error:  # a third-party plugin may fail in any way
+                row |= {"state": "broken", "reason": f"{type(error).__name__}: {error}"}
+            rows.append(row)
+    return rows
+
+
+def supported(
+    context: typer.Context,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/supported.md.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show every neuron class of the installed libraries: fused or not, with which options, and why."""
+    with readable_errors(context):
+        from importlib import import_module
+
+        from .. import registry, supported
+
+        for adapter in registry.load_all("adapters").values():
+            if adapter.available()[0]:
+                import_module(adapter.package)
+        table = supported.rows()
+        console, emit = consoles(as_json)
+        if as_json:
+            emit(supported.as_dicts(table))
+        elif as_markdown:
+            typer.echo(supported.markdown(table), nl=False)
+        else:
+            shown = Table("library", "neuron", "fused", "not fused with", "exactness")
+            for row in table:
+                unfused = "\n".join(f"{option}: {why}" for option, why in row.fallback.items()) or "none"
+                shown.add_row(row.library, row.neuron, row.fused, unfused, row.exactness)
+            console.print(shown)
