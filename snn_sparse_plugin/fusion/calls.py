@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .context import here, mode_to_record
 from .record import LONGEST, Entry, FunctionLane, Record, entry_of
-from .recorded import Recorded
+from .recorded import Recorded, Value
 
 
 def functions(names: str) -> set[Any]:
@@ -162,27 +162,24 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
-    """:func:`record_call` for the commonest call, without the search for what its arguments are."""
-    value = x._value
+    """:func:`record_call` for the commonest call, whose next ones :func:`next_linear` finds."""
+    made = record_call(LINEAR, (x, weight, bias), {})
+    if made is not None and all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)):
+        source, _, slot = x._value
+        # the lane keeps weight and bias, so that no others take their ids
+        source.linears[id(weight), id(bias), slot] = cast(FunctionLane, made._value[0])
+    return made
+
+
+def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recorded | None:
+    """The next call of a lane that is there already, of this value; None if there is none."""
     source, _, slot = value
-    record, key = source.record, (id(weight), id(bias), slot)
-    lane = source.linears.get(key)
-    if (
-        lane is None
-        or lane.columns[0][-1] is value  # the same step again
-        or record is not here.record
-        or lane.mode != mode_to_record()
-    ):
-        made = record_call(LINEAR, (x, weight, bias), {})
-        if made is None:
-            return None
-        lane = cast(FunctionLane, made._value[0])
-        if all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)):
-            source.linears[key] = lane  # which keeps them, so that no other takes their ids
-        return made
+    lane, record = source.linears.get((id(weight), id(bias), slot)), source.record
+    if lane is None or lane.mode != mode or record is not here.record:
+        return None
     record.lock.acquire()
     try:
-        if record.closed:
+        if record.closed or lane.columns[0][-1] is value:  # the same step again
             return None
         # weight and bias are those of the first call, at the version of that time
         lane.columns[0].append(value)

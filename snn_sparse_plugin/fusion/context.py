@@ -42,7 +42,7 @@ def mode_to_record() -> int | None:
         or _saving_hooks(True) is not None
     ):
         return None
-    return 2 if _inference() else int(_grad())
+    return 2 if _inference() else _grad()
 
 
 def grad_mode() -> int:

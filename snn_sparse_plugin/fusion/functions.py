@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import LINEAR, RECORDABLE, functions, record_call, record_linear
+from .calls import LINEAR, RECORDABLE, functions, next_linear, record_call, record_linear
 from .context import mode_to_record
 from .record import FunctionLane
 from .recorded import Recorded, Value
@@ -72,7 +72,10 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     if not kwargs and len(args) == 3 and type(args[0]) is Recorded:
-        found = record_linear(*args)
+        x, weight, bias = args
+        found = next_linear(x._value, weight, bias, mode_to_record())
+        if found is None:
+            found = record_linear(x, weight, bias)
         return NotImplemented if found is None else found
     return _recorded(func, args, kwargs)
 

@@ -110,6 +110,15 @@ class Lane:
             if len(column) < len(self.order):
                 column += column[-1:] * (len(self.order) - len(column))
 
+    def let_go(self) -> None:
+        """Of all tensors and other lanes; shape, dtype, device and place of origin stay known."""
+        for column in self.columns:
+            column.clear()
+        self.given.clear()
+        self.linears.clear()
+        self.newest = [None] * len(self.newest)
+        self.results = []
+
     def entries(self) -> list[Entry]:
         """The tensor arguments of all calls."""
         return [entry for column in self.columns for entry in column]
@@ -135,8 +144,18 @@ class NeuronLane(Lane):
     """Successive steps of one neuron, each from the state that the one before left."""
 
     __slots__ = (
-        *("adapter", "config", "description", "initial", "input_shape", "like", "module", "neuron", "slots"),
-        *("source", "upstream"),
+        *(
+            "adapter",
+            "config",
+            "description",
+            "forward",
+            "initial",
+            "input_shape",
+            "like",
+            "module",
+            "neuron",
+        ),
+        *("order_of_state", "slots", "source", "upstream"),
     )
 
     def __init__(
@@ -159,6 +178,8 @@ class NeuronLane(Lane):
         self.input_shape: torch.Size
         self.source: Lane | None = None  # whose values the last call took
         self.slots = {name: 0 if name == same else 1 + others.index(name) for name in names}
+        self.order_of_state = tuple(self.slots.values())
+        self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
         self.initial: dict[str, Entry | None] = {
             name: None if leaf is None else entry_of(leaf) for name, leaf in leaves.items()
         }
@@ -166,11 +187,17 @@ class NeuronLane(Lane):
 
     def left(self, leaves: Any) -> bool:
         """Whether the last call left this state, given in the order of ``slots``."""
-        newest = self.newest
-        for leaf, slot in zip(leaves, self.slots.values(), strict=False):
+        newest, slots = self.newest, self.order_of_state
+        if len(leaves) != len(slots):
+            return False
+        for leaf, slot in zip(leaves, slots):  # noqa: B905, whose keyword costs as much as the rest
             if type(leaf) is not Recorded or leaf._value is not newest[slot]:
                 return False
-        return len(leaves) == len(self.slots)
+        return True
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.initial, self.source = {}, None
 
     def entries(self) -> list[Entry]:
         return [*super().entries(), *(entry for entry in self.initial.values() if entry is not None)]
@@ -203,9 +230,12 @@ class Record:
         return any(lane.waiting() for lane in reversed(self.lanes))
 
     def close(self) -> None:
+        """Let go of everything: lanes refer to each other in circles, and would keep what they made until a search
+        for garbage.
+        """
         self.closed = True
         for lane in self.lanes:
-            lane.given.clear()
+            lane.let_go()
         self.lanes.clear()
         self.functions.clear()
         self.inputs.clear()
