@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import LINEAR, RECORDABLE, functions, next_linear, record_call, record_linear
+from .calls import LINEAR, RECORDABLE, functions, next_linear, record_call, record_linear, record_steps
 from .context import mode_to_record
 from .record import FunctionLane
 from .recorded import Recorded, Value
@@ -77,6 +77,15 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
         if found is None:
             found = record_linear(x, weight, bias)
         return NotImplemented if found is None else found
+    return _recorded(func, args, kwargs)
+
+
+def _stack(func: Any, args: Any, kwargs: Any) -> Any:
+    dim = args[1] if len(args) == 2 else kwargs.get("dim", 0)
+    if dim == 0 and len(args) + len(kwargs) <= 2 and args and type(args[0]) in (list, tuple):
+        found = record_steps(args[0]) if all(type(x) is Recorded for x in args[0]) else None
+        if found is not None:
+            return found
     return _recorded(func, args, kwargs)
 
 
@@ -191,6 +200,7 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     F.dropout2d: _dropout,
     F.batch_norm: _batch_norm,
     LINEAR: _linear,
+    torch.stack: _stack,
 }
 
 

@@ -55,18 +55,14 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     if record.calls > LONGEST:
         flush(record, "a long record")
         return None
-    adapter, module, x = lane.adapter, lane.module, args[0]
-    leaves = adapter.next_state(module, args)
+    leaves, x, column = lane.adapter.next_state(lane.module, args), args[0], lane.columns[0]
     if leaves is None or not lane.left(leaves):
         return None
     entry: Any
     if type(x) is Recorded:
         entry = x._value
-        source = entry[0]
-        if source is not lane.source:
-            if not _takes(lane, source):
-                return None
-            lane.source = source
+        if entry[0] is not column.source and not _takes(lane, entry[0]):
+            return None
     elif type(x) is Tensor and _takes(lane, x):
         entry = entry_of(x)
     else:
@@ -80,7 +76,7 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     try:
         if record.closed:
             return None
-        lane.columns[0].append(entry)
+        column.append(entry)
         lane.order.append(record.calls)
         record.calls += 1
         return _result(lane)
@@ -97,7 +93,9 @@ def _takes(lane: NeuronLane, x: Any) -> bool:
 def _result(lane: NeuronLane) -> Any:
     """What upstream's forward returns for the newest step."""
     out = lane.make(0)
-    new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
+    new = {}
+    for name, slot in lane.slots.items():
+        new[name] = lane.make(slot) if slot else out
     return lane.adapter.write_call(lane.module, out, new, lane.like)
 
 
