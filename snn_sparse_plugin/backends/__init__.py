@@ -92,6 +92,7 @@ class Saved(NamedTuple):
     v_checkpoints: Tensor | None = None  # (ceil(T / CHUNK), B, N)
     i_checkpoints: Tensor | None = None
     needs_current: bool = True  # False: the backward never reads the input current, so it is not kept
+    mem: Tensor | None = None  # (T, B, N), where it is small beside the input events: nothing is replayed
 
 
 class LayerResult(NamedTuple):
@@ -108,15 +109,16 @@ class OutputGrads(NamedTuple):
     """Gradients that arrive: at the active entries (in list order), or dense; None where nothing arrives."""
 
     active: Tensor | None
-    spikes: Tensor | None  # (T, B, N)
+    spikes: Tensor | None  # (T, B, N), as a ProductGrad only for a backend that takes_products
     mem: Tensor | None
     v: Tensor | None
     i: Tensor | None
 
 
 class InputGrads(NamedTuple):
-    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense: (T, B, N), or with
-    ``LayerCall.once`` the sum over the steps (1, B, N)."""
+    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense: (T, B, N), maybe as
+    a :class:`~snn_sparse_plugin.backends.product.ProductGrad`, or with ``LayerCall.once`` the sum over the steps
+    (1, B, N)."""
 
     input: Tensor | None = None
     weight: Tensor | None = None
@@ -155,6 +157,8 @@ class Backend:
     priority = 0
     equations = False
     """Whether it also runs neurons given by :class:`~snn_sparse_plugin.equations.Equations`."""
+    takes_products = False
+    """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run on this machine, and its version or the reason why not."""

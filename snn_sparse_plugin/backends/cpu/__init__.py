@@ -19,6 +19,7 @@ class CPUBackend(Backend):
     name = "cpu"
     priority = 50
     equations = True
+    takes_products = True
 
     def available(self) -> tuple[bool, str]:
         import numba

@@ -1,5 +1,9 @@
 """Backward kernel that replays, for neurons whose adjoint is linear (see linear.py): the replay of a chunk writes what
-enters the adjoint at each step straight into the block, which is then swept at once."""
+enters the adjoint at each step straight into the block, which is then swept at once.
+
+Where the membrane was kept there is nothing to replay. A gradient of the spikes that comes as a product of two small
+matrices is multiplied here, a chunk at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from ...backends import CHUNK
+from .bits import LANES
 from .jit import kernel
+from .lanes import fma, load, splat, store, zeros
 from .linear import is_linear, sweep
 from .outgoing import block_rows, deliver
-from .rows import MEM, SYN, Code, add_rows, advance, copy_row, load3, surrogate_row
+from .rows import MEM, SYN, THRESHOLD, Code, add_rows, advance, copy_row, load3, surrogate_row
 
 
 def replays_linear(code: Code, columns: int) -> bool:
@@ -23,7 +29,7 @@ def replays_linear(code: Code, columns: int) -> bool:
 
 @cache
 def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
-    """The backward that replays, for a linear adjoint; takes the arguments of ``backward_replay``."""
+    """The backward that replays, for a linear adjoint; arguments as of ``backward_replay`` where they share names."""
     synapse = code[1]
 
     @kernel()
@@ -40,19 +46,20 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         i_checkpoints,
         current,
         bias,
-        _,
+        mem,  # (T, B, N) or empty
         incoming,
         act_ptr,
         act_idx,
         arriving,
+        product,  # (T, B, K), (K, N padded): a gradient of spikes, not multiplied yet, or empty
         lam_state,
         ci_state,
         outgoing,
-        g_params,
         block,
     ):
         indptr, indices, values, weight = incoming[0], incoming[1], incoming[2], incoming[3]
         g_out, g_spikes, g_mem = arriving
+        g_above, above = product
         N, width, rows = lam_state.shape[1], block.shape[1], block.shape[0]
         dtype = lam_state.dtype
         zero = dtype.type(0)
@@ -67,25 +74,37 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
         decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
+        has_product, keeps_mem = above.shape[0] > 0, mem.shape[0] > 0
         from_events, still = indptr.shape[0] > 0, current.shape[0] == 1
+        threshold = params[THRESHOLD]
         for b in range(last - 1, first - 1, -1):
             flow[0, :N], flow[1, :N] = lam_state[b], ci_state[b]
             for chunk in range((T - 1) // CHUNK, -1, -1):
                 start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
-                load3(v, v_checkpoints, chunk, b)
-                if synapse:
-                    load3(i, i_checkpoints, chunk, b)
+                if not keeps_mem:
+                    load3(v, v_checkpoints, chunk, b)
+                    if synapse:
+                        load3(i, i_checkpoints, chunk, b)
+                if has_product:
+                    multiply(g_above, above, start, stop, b, block, b * T + start)
                 for t in range(start, stop):
                     r = b * T + t
                     k, at, sample = np.uint64(r % rows), np.uint64(t), np.uint64(b)
-                    if from_events:
-                        copy_row(x, bias)
-                        add_rows(x_row, 0, weight, indices, values, indptr[r], indptr[r + 1])
+                    if keeps_mem:
+                        for j in range(N):
+                            distance[j] = mem[at, sample, j] - threshold[j]
                     else:
-                        load3(x, current, 0 if still else t, b)
-                    advance(code, params, x, none, v, i, reset, distance)
+                        if from_events:
+                            copy_row(x, bias)
+                            add_rows(x_row, 0, weight, indices, values, indptr[r], indptr[r + 1])
+                        else:
+                            load3(x, current, 0 if still else t, b)
+                        advance(code, params, x, none, v, i, reset, distance)
                     surrogate_row(surrogate, first_param, second_param, window, distance, phi)
-                    if has_spikes:
+                    if has_product:
+                        for j in range(N):
+                            block[k, j] = phi[j] * block[k, j]
+                    elif has_spikes:
                         for j in range(N):
                             block[k, j] = phi[j] * g_spikes[at, sample, j]
                     else:
@@ -112,3 +131,27 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
             g_bias[0] += sums[1 if synapse else 0]
 
     return backward_replay_linear
+
+
+@kernel(forceinline=True)
+def multiply(nu, weight, start, stop, b, block, row):  # type: ignore[no-untyped-def]
+    """``block[(row + t - start) % rows] = nu[t, b] @ weight`` for the steps start..stop, four at a time."""
+    width, rows, last = np.uint64(block.shape[1]), block.shape[0], stop - 1
+    b = np.uint64(b)
+    for t in range(start, stop, 4):
+        # steps beyond the last are the last one again
+        p, q = np.uint64(t), np.uint64(min(t + 1, last))
+        r, s = np.uint64(min(t + 2, last)), np.uint64(min(t + 3, last))
+        j = np.uint64(0)
+        while j < width:
+            w, x, y, z = zeros(block), zeros(block), zeros(block), zeros(block)
+            for i in range(weight.shape[0]):
+                k = np.uint64(i)
+                of = load(weight, k, j)
+                w, x = fma(splat(nu[p, b, k]), of, w), fma(splat(nu[q, b, k]), of, x)
+                y, z = fma(splat(nu[r, b, k]), of, y), fma(splat(nu[s, b, k]), of, z)
+            store(block, np.uint64((row + np.int64(p) - start) % rows), j, w)
+            store(block, np.uint64((row + np.int64(q) - start) % rows), j, x)
+            store(block, np.uint64((row + np.int64(r) - start) % rows), j, y)
+            store(block, np.uint64((row + np.int64(s) - start) % rows), j, z)
+            j += np.uint64(LANES)

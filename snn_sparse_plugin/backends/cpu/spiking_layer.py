@@ -27,6 +27,7 @@ from ...dynamics import NeuronSpec
 from ...equations import Equations
 from ...errors import InputError
 from ...spikes import MAX_EVENTS, Active
+from ..product import LARGEST, ProductGrad
 from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
@@ -42,6 +43,10 @@ from .threads import parallel, split
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
 # gradient slower, than checkpoints, a replay and one dense product.
 LIST_BELOW = 0.125
+
+# With so many input events for each neuron-step the membrane (4 bytes each) is kept, small beside them, so that the
+# backward need not add their rows again.
+KEEP_MEM_ABOVE = 4
 
 
 def run_forward(call: LayerCall) -> LayerResult:
@@ -62,7 +67,8 @@ def run_forward(call: LayerCall) -> LayerResult:
     v_checkpoints = torch.empty(chunks, *v.shape, dtype=dtype)
     i_checkpoints = torch.empty(chunks if synapse else 0, B, N, dtype=dtype)
     spikes = torch.empty(T, B, N, dtype=dtype) if call.want_spikes and spec.spiking else None
-    mem = torch.empty(T, B, N, dtype=dtype) if call.want_mem else None
+    keep_mem = _keeps_mem(call)
+    mem = torch.empty(T, B, N, dtype=dtype) if call.want_mem or keep_mem else None
     out_ptr = np.zeros(B * T + 1 if want_events else 0, dtype=np.int32)
     act_ptr = np.zeros(B * T + 1 if want_list else 0, dtype=np.int32)
     inputs = _inputs(call, np_dtype)
@@ -107,6 +113,11 @@ def run_forward(call: LayerCall) -> LayerResult:
     saved = None
     if call.needs_grad:
         replays = u is None or call.params_grad or _needs_replay(spec)
+        kept_mem = None
+        if keep_mem and u is None:
+            assert mem is not None
+            # what the caller gets may be written to
+            kept_mem, replays = torch.from_numpy(mem.numpy().copy()) if call.want_mem else mem, False
         saved = Saved(
             threshold,
             active,
@@ -114,13 +125,13 @@ def run_forward(call: LayerCall) -> LayerResult:
             v_checkpoints if replays else None,
             i_checkpoints if replays and synapse else None,
             needs_current=replays,
+            mem=kept_mem,
         )
     events_out = None
     if want_events:
         events_out = (_join_ptr(out_ptr, ranges, parts, 0, T), _join(part[0] for part in parts))
-    return LayerResult(
-        spikes, events_out, mem, v, i if synapse else None, saved, fraction if window >= 0 else 1.0
-    )
+    given, fraction = mem if call.want_mem else None, fraction if window >= 0 else 1.0
+    return LayerResult(spikes, events_out, given, v, i if synapse else None, saved, fraction)
 
 
 def run_backward(
@@ -146,8 +157,9 @@ def run_backward(
             None, Active(torch.zeros(B * T + 1, dtype=torch.int32), empty), torch.empty(0, dtype=dtype)
         )
         use_list = True
-    # a list without input gradients is the one case that never looks at the weights
-    inputs = _inputs(call, np_dtype, rows=sparse_input or not use_list)
+    linear = not (use_list or want_params) and _replays_linear(call)
+    # without input gradients a list, or the membrane, never looks at the weights
+    inputs = _inputs(call, np_dtype, rows=sparse_input or not (use_list or saved.mem is not None))
     cv, ci = _copied(grads.v, call.v0.shape, np_dtype), _copied(grads.i, (B, N), np_dtype)
     dense_nu = need["input"] and not sparse_input
     nu = None
@@ -163,7 +175,13 @@ def run_backward(
     g_rec0 = _copied(None, (B, currents), np_dtype) if need["rec0"] and call.rec0 is not None else None
     out_ptr, out_idx = (none, none) if events is None else (_numpy(x) for x in events)
     act_ptr, act_idx = (none, none) if saved.active is None else (_numpy(x) for x in saved.active)
-    dense = [_array(grads.spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
+    g_spikes, product = grads.spikes, (np.empty((0, 0, 0), np_dtype), np.empty((0, 0), np_dtype))
+    if isinstance(g_spikes, ProductGrad):
+        if linear:
+            product, g_spikes = (_numpy(g_spikes.nu), _rows(g_spikes.weight, np_dtype)), None
+        else:
+            g_spikes = g_spikes.dense()
+    dense = [_array(g_spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
     arriving = (_array(grads.active, np_dtype, 1), *dense)
     states = [_numpy(cv), _numpy(ci)]
     g_input = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
@@ -173,7 +191,7 @@ def run_backward(
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
-    u = _array(saved.u if use_list else None, np_dtype, 1)
+    u, mem = _array(saved.u if use_list else None, np_dtype, 1), _array(saved.mem, np_dtype, 3)
 
     def run(first: int, last: int) -> list[np.ndarray]:
         def zeros(wanted: bool, *shape: int) -> np.ndarray:
@@ -204,20 +222,17 @@ def run_backward(
                 _array(saved.v_checkpoints, np_dtype, 3),
                 _array(saved.i_checkpoints, np_dtype, 3),
             )
-            _replay(call, np_dtype, want_params)(
-                *(first, last, T, window, surrogate, p, q, params, *checkpoints, current, bias),
-                *(
-                    tuple(recurrence),
-                    incoming,
-                    act_ptr,
-                    act_idx,
-                    arriving,
-                    *states,
-                    outgoing,
-                    g_params,
-                    block,
-                ),
-            )
+            start = (first, last, T, window, surrogate, p, q, params, *checkpoints, current, bias)
+            if linear:
+                backward_replay_linear_kernel(_code(call))(
+                    *(*start, mem, incoming, act_ptr, act_idx, arriving, product),
+                    *(*states, outgoing, block),
+                )
+            else:
+                _replay(call, np_dtype)(
+                    *(*start, tuple(recurrence), incoming, act_ptr, act_idx, arriving),
+                    *(*states, outgoing, g_params, block),
+                )
         return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
 
     parts = parallel([lambda r=r: run(*r) for r in split(B)])  # type: ignore[misc]
@@ -229,7 +244,7 @@ def run_backward(
     biases = [torch.from_numpy(x[0, :currents]) if x.size else None for x in (totals[1], totals[3])]
     grad_input = g_active
     if nu is not None:
-        grad_input = nu if train is None else nu @ call.weight  # type: ignore[operator]
+        grad_input = nu if train is None else _through(nu, call.weight)  # type: ignore[arg-type]
     return InputGrads(
         grad_input,
         weights[0],
@@ -264,12 +279,30 @@ def _forward(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
     return forward_kernel(_code(call), dtype)  # type: ignore[no-any-return]
 
 
-def _replay(call: LayerCall, dtype: np.dtype, want_params: bool) -> Callable[..., Any]:
+def _replay(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
     if isinstance(call.spec, Equations):
         return backward_of(call, _padded(call.N), dtype)
-    if not want_params and replays_linear(_code(call), _padded(call.N)):
-        return backward_replay_linear_kernel(_code(call))  # type: ignore[no-any-return]
     return backward_replay_kernel(_code(call))  # type: ignore[no-any-return]
+
+
+def _replays_linear(call: LayerCall) -> bool:
+    return isinstance(call.spec, NeuronSpec) and replays_linear(_code(call), _padded(call.N))
+
+
+def _keeps_mem(call: LayerCall) -> bool:
+    """Whether to keep the membrane after every step for a backward that then has nothing to replay."""
+    if not (call.needs_grad and call.save_active) or call.params_grad or call.train is None:
+        return False
+    if call.train.indices.numel() <= KEEP_MEM_ABOVE * call.T * call.B * call.N or not _replays_linear(call):
+        return False
+    assert isinstance(call.spec, NeuronSpec)
+    return call.spec.reset == "none" or call.spec.timing == "delayed"  # else it is no more what spiked
+
+
+def _through(nu: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a layer's dense input, ``nu @ weight``."""
+    factored = nu.shape[2] <= LARGEST and 2 * nu.shape[2] <= weight.shape[1]
+    return ProductGrad(nu, weight.detach()) if factored else nu @ weight
 
 
 def _code(call: LayerCall) -> Code:
@@ -314,6 +347,14 @@ def _transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     out = _aligned(m, _padded(n), dtype)
     out[:, n:] = 0
     _flip(_numpy(weight), out)
+    return out
+
+
+def _rows(weight: Tensor, dtype: np.dtype) -> np.ndarray:
+    """Rows of W in whole vectors."""
+    n, m = weight.shape
+    out = _aligned(n, _padded(m), dtype)
+    out[:, :m], out[:, m:] = _numpy(weight), 0
     return out
 
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import tally
 from ...backends import Backend, LayerCall, LayerResult, OutputGrads, Saved
+from ...backends.product import ProductGrad
 from ...spikes import Active, SpikeTrain
 
 _LEAVES = ("current", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
@@ -53,7 +54,7 @@ class _SpikingLayer(torch.autograd.Function):
         kept = list(inputs[1:])
         if not saved.needs_current:
             kept[0] = None
-        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints]
+        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
             kept += [train.indptr, train.indices, train.values, *(train.active or (None, None))]
@@ -75,14 +76,14 @@ class _SpikingLayer(torch.autograd.Function):
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = replace(ctx.call, **leaves)
         call.current = _of_all_steps(call.current, call.T)
-        u, v_checkpoints, i_checkpoints, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 7]
+        u, v_checkpoints, i_checkpoints, mem, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 8]
         if ctx.train_like is not None:
-            indptr, indices, values, in_ptr, in_idx = kept[n + 7 :]
+            indptr, indices, values, in_ptr, in_idx = kept[n + 8 :]
             shape, dtype = ctx.train_like
             active = None if in_ptr is None else Active(in_ptr, in_idx)
             call.train = SpikeTrain(indptr, indices, shape, values, dtype=dtype, active=active, check=False)
         active = None if act_ptr is None else Active(act_ptr, act_idx)
-        saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints)
+        saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem)
         carrier_grad, g_spikes, g_mem, g_v, g_i = grads
         g_active = None
         if carrier_grad is not None:
@@ -90,6 +91,8 @@ class _SpikingLayer(torch.autograd.Function):
                 g_active = carrier_grad.contiguous()
             else:
                 g_spikes = carrier_grad if g_spikes is None else g_spikes + carrier_grad
+        if isinstance(g_spikes, ProductGrad) and not ctx.backend.takes_products:
+            g_spikes = g_spikes.dense()
         needs = ctx.needs_input_grad[3:]  # carrier, current, weight, bias, ...
         needs = (needs[0] or needs[1], *needs[2:])
         events = None if ev_ptr is None else (ev_ptr, ev_idx)
