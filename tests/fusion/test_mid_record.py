@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -180,6 +181,27 @@ def test_a_subclass_with_its_own_forward_is_called() -> None:
             spk, mem = lif(step, mem)  # gives upstream's class the shorter way
             spk, other = mine(spk, other)
     assert len(seen) == 4
+
+
+def test_a_class_whose_steps_were_recorded_compiles_and_copies() -> None:
+    lif, x = snn.Leaky(0.875), torch.rand(4, 2, 3)
+
+    def run(lif: Any) -> Tensor:
+        mem, out = torch.zeros(2, 3), []
+        for step in x:
+            spk, mem = lif(step, mem)
+            out.append(spk + mem)
+        return torch.stack(out)
+
+    expected = run(lif)
+    with ssp.sparse_mode(backprop_threshold=None):
+        assert torch.equal(run(lif), expected)
+        twin = copy.deepcopy(lif)
+        assert torch.equal(run(twin), expected)
+        assert torch.equal(run(torch.compile(twin, backend="eager", fullgraph=True)), expected)
+    assert "__call__" in vars(snn.Leaky)
+    assert torch.equal(run(torch.compile(twin, backend="eager", fullgraph=True)), expected)
+    assert torch.equal(run(torch.jit.trace(twin, (x[0], x[0]))), expected)
 
 
 def test_a_record_that_ran_keeps_nothing() -> None:
