@@ -81,12 +81,13 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _stack(func: Any, args: Any, kwargs: Any) -> Any:
-    dim = args[1] if len(args) == 2 else kwargs.get("dim", 0)
-    if dim == 0 and len(args) + len(kwargs) <= 2 and args and type(args[0]) in (list, tuple):
-        found = record_steps(args[0]) if all(type(x) is Recorded for x in args[0]) else None
-        if found is not None:
-            return found
-    return _recorded(func, args, kwargs)
+    """Successive steps of one result are not looked at one by one; any other stack is a call like others."""
+    given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
+    steps, dim = given.pop("tensors", None), given.pop("dim", 0)
+    if given or dim != 0 or type(steps) not in (list, tuple) or any(type(x) is not Recorded for x in steps):
+        return NotImplemented
+    found = record_steps(steps)
+    return NotImplemented if found is None else found
 
 
 _EQ, _NE = functions("eq"), functions("ne")

@@ -254,7 +254,15 @@ def test_stacks_of_the_last_steps(n: int) -> None:
             mems.append(mem)
             spikes.append(spk)
         doubled = torch.stack(mems[-n:], dim=0) * 2
-        return torch.stack(mems[-n:]), torch.stack(spikes[-n:], 0), torch.stack(mems[-n:], 1), doubled
+        written = torch.zeros(n, 3, 4)
+        torch.stack(mems[-n:], out=written)
+        return (
+            torch.stack(mems[-n:]),
+            torch.stack(spikes[-n:], 0),
+            torch.stack(mems[-n:], 1),
+            doubled,
+            written,
+        )
 
     expected = run()
     with ssp.sparse_mode():
