@@ -62,10 +62,15 @@ def _announce(text: str, *, enter: bool) -> None:
         _in_force = "|".join(sorted(set(_entered)))
 
 
+@functools.lru_cache(maxsize=1024)
+def _mark_of(cls: type) -> Mark | None:
+    return getattr(cls, MARK, None)
+
+
 def config_of(module: nn.Module) -> SparseConfig | None:
     """The options under which this module runs now, or None if it is not sparse."""
-    # asked at every step: a module's own look-up of a name that it lacks takes microseconds
-    mark = module.__dict__.get(MARK) or getattr(type(module), MARK, None)
+    # asked at every step: looking up a name that a module or its class lacks takes longer than the rest
+    mark = module.__dict__.get(MARK) or _mark_of(type(module))  # type: ignore[arg-type]
     if mark is None:
         return active_config() if _in_force else None
     overrides = mark.overrides | (_explicit.get() or {})

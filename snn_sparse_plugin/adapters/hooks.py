@@ -40,16 +40,19 @@ def _patched(function: Any, name: str, folder: str) -> str | None:
     return f"its {name}() was patched by {function.__globals__.get('__name__', code.co_filename)}"
 
 
+_every = nn.modules.module
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs hooks, which a fused path would skip."""
-    every = nn.modules.module
+    held = module.__dict__  # asked at every call, and modules are slow to look names up
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or _every._global_forward_hooks
+        or _every._global_forward_pre_hooks
+        or _every._global_backward_hooks
+        or _every._global_backward_pre_hooks
     )

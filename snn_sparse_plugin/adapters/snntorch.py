@@ -175,15 +175,15 @@ class SnnTorchAdapter(Adapter):
         return x, leaves, None
 
     def next_state(self, module: Any, args: tuple[Any, ...]) -> Sequence[Any] | None:
-        names = _state_names(module.__class__)
-        if len(args) == 1:
-            buffers = module._buffers
-            return [buffers.get(name) for name in names]
-        return None if module.init_hidden or len(args) != 1 + len(names) else args[1:]
+        if len(args) > 1:
+            return None if module.__dict__["init_hidden"] else args[1:]
+        buffers = module._buffers
+        return [buffers.get(name) for name in _state_names(module.__class__)]
 
     def write_call(self, module: Any, out: Tensor, leaves: Mapping[str, Tensor], like: Any) -> Any:
-        module._buffers.update(leaves)
-        if module.init_hidden and not module.output:
+        attributes = module.__dict__  # asked at every step, and modules are slow to look names up
+        attributes["_buffers"].update(leaves)
+        if attributes["init_hidden"] and not attributes["output"]:
             return out
         if len(leaves) == 1:
             return out, leaves["mem"]

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .columns import Column, Entry
 from .context import here, mode_to_record
-from .record import LONGEST, Entry, FunctionLane, Record, entry_of
-from .recorded import Recorded
+from .record import LONGEST, FunctionLane, Record, StackLane, entry_of
+from .recorded import Recorded, Value
 
 
 def functions(names: str) -> set[Any]:
@@ -137,8 +138,9 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         now = [entry for entry in call.entries if len(entry) == 3]
         lane = record.functions.get(key)
         # the same function on the same step again stands in a lane of its own
-        while lane is not None and now and now == [c[-1] for c in lane.columns if len(c[-1]) == 3]:
-            key = (key, "again")
+        if lane is not None and now and now == [c[-1] for c in lane.columns if len(c[-1]) == 3]:
+            lane.repeats += 1
+            key = (key, lane.repeats)
             lane = record.functions.get(key)
         if lane is None:
             made = _result(tuple(call.shapes), func, form, named, call)
@@ -148,6 +150,7 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             lane.shape, lane.dtype, lane.device = *made, device
             record.functions[key] = lane
         lane.complete()
+        lane.repeats = 0
         for column, entry in zip(lane.columns, call.entries, strict=True):
             column.append(entry)
         if lane.view:
@@ -162,35 +165,54 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
-    """:func:`record_call` for the commonest call, without the search for what its arguments are."""
-    value = x._value
+    """:func:`record_call` for the commonest call, whose next ones :func:`next_linear` finds."""
+    made = record_call(LINEAR, (x, weight, bias), {})
+    if made is not None and all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)):
+        source, _, slot = x._value
+        # the lane keeps weight and bias, so that no others take their ids
+        source.linears[id(weight), id(bias), slot] = cast(FunctionLane, made._value[0])
+    return made
+
+
+def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recorded | None:
+    """The next call of a lane that is there already, of this value; None if there is none."""
     source, _, slot = value
-    record, key = source.record, (id(weight), id(bias), slot)
-    lane = source.linears.get(key)
-    if (
-        lane is None
-        or lane.columns[0][-1] is value  # the same step again
-        or record is not here.record
-        or lane.mode != mode_to_record()
-    ):
-        made = record_call(LINEAR, (x, weight, bias), {})
-        if made is None:
-            return None
-        lane = cast(FunctionLane, made._value[0])
-        if all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)):
-            source.linears[key] = lane  # which keeps them, so that no other takes their ids
-        return made
+    lane, record = source.linears.get((id(weight), id(bias), slot)), source.record
+    if lane is None or lane.mode != mode or record is not here.record:
+        return None
     record.lock.acquire()
     try:
-        if record.closed:
-            return None
         # weight and bias are those of the first call, at the version of that time
-        lane.columns[0].append(value)
+        if record.closed or not lane.columns[0].add(value):
+            return None
+        lane.repeats = 0
         lane.order.append(record.calls)
         record.calls += 1
         return lane.make(0)
     finally:
         record.lock.release()
+
+
+def record_steps(steps: list[Recorded] | tuple[Recorded, ...]) -> Recorded | None:
+    """``torch.stack`` of successive values of one result; None if they are something else."""
+    column = Column(x._value for x in steps)
+    first = column.range()
+    if first is None or mode_to_record() is None:
+        return None
+    source, record = first[0], first[0].record
+    if record is not here.record:
+        return None
+    with record.lock:
+        if record.closed:
+            return None
+        lane = StackLane(record, column)
+        lane.shape, lane.dtype, lane.device = (
+            torch.Size((len(steps), *source.shape)),
+            source.dtype,
+            source.device,
+        )
+        record.count(lane)
+        return lane.make(0)
 
 
 def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,7 @@ def mode_to_record() -> int | None:
         or _saving_hooks(True) is not None
     ):
         return None
-    return 2 if _inference() else int(_grad())
+    return 2 if _inference() else _grad()
 
 
 def grad_mode() -> int:
@@ -59,6 +59,11 @@ def in_mode(mode: int) -> AbstractContextManager[Any]:
 def _without_inference_mode(grad: bool) -> Iterator[None]:
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the precision of their factors."""
+    return torch.autocast(device.type, enabled=False) if _autocast() else nullcontext()
 
 
 class paused:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_, itemgetter
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,28 +24,27 @@ class Description:
     The buffers that hold a neuron's state are left out.
     """
 
-    __slots__ = ("empty", "holders", "tensors")
+    __slots__ = ("_held", "_kept", "_same", "tensors")
 
     def __init__(self, adapter: Adapter, module: nn.Module) -> None:
         hidden = adapter.hidden_names(module)
-        self.empty: list[dict[str, Any]] = []
-        self.holders: list[tuple[dict[str, Any], int, Callable[..., Any], Any]] = []
         self.tensors: list[tuple[str, Tensor, int]] = []
+        self._held: list[dict[str, Any]] = []
+        self._kept: list[Any] = []
+        form: list[tuple[int, tuple[str, ...]]] = []
         for owner in module.modules():
-            self._hold(vars(owner), _INNER)
-            for held in (owner._parameters, owner._buffers, owner._modules):
-                self._hold(held, hidden if owner is module else ())
-            for value in vars(owner).values():
+            attributes = vars(owner)
+            dicts: list[dict[str, Any]] = [attributes, owner._parameters, owner._buffers, owner._modules]
+            for held in dicts:
+                without = _INNER if held is attributes else hidden if owner is module else ()
+                names = tuple(name for name in held if name not in without)
+                form.append((len(held), names))
+                self._held.append(held)
+                self._kept += [held[name] for name in names]
+                self.tensors += [(n, held[n], version(held[n])) for n in names if isinstance(held[n], Tensor)]
+            for value in attributes.values():
                 self._note_tuple(value)
-
-    def _hold(self, held: dict[str, Any], without: Any) -> None:
-        names = [name for name in held if name not in without]
-        self.tensors += [(n, held[n], version(held[n])) for n in names if isinstance(held[n], Tensor)]
-        if names:
-            pick = itemgetter(names[0], *names)  # two at least, so that it gives a tuple
-            self.holders.append((held, len(held), pick, pick(held)))
-        elif not held:
-            self.empty.append(held)
+        self._same = _comparison(tuple(form))
 
     def _note_tuple(self, value: Any) -> None:
         """The tensors of Norse's parameters, which are nested named tuples."""
@@ -58,13 +57,31 @@ class Description:
     def holds(self) -> bool:
         """Whether the module still has these attributes and tensors."""
         try:
-            for held, count, pick, kept in self.holders:
-                if len(held) != count or not all(map(is_, pick(held), kept)):
-                    return False
+            return self._same(self._held, self._kept)
         except KeyError:
             return False
-        return not any(self.empty)
 
     def changed_in_place(self) -> str | None:
         """The name of a tensor whose numbers are others now."""
         return next((name for name, tensor, before in self.tensors if version(tensor) != before), None)
+
+
+@lru_cache(maxsize=1024)
+def _comparison(form: tuple[tuple[int, tuple[str, ...]], ...]) -> Callable[[Any, Any], bool]:
+    """Whether dicts have these numbers of entries, and the very objects of a list under these names.
+
+    It is asked at every call of a neuron, and so is written out: nothing in the library compares by identity in one
+    go, and == would take another tensor of the same numbers for the same one.
+    """
+    tests: list[str] = []
+    kept: list[str] = []
+    for i, (count, names) in enumerate(form):
+        tests.append(f"len(d{i}) == {count}" if count else f"not d{i}")
+        for name in names:
+            tests.append(f"d{i}[{name!r}] is k{len(kept)}")
+            kept.append(f"k{len(kept)}")
+    held = ", ".join(f"d{i}" for i in range(len(form)))
+    lines = ["def same(held, kept):", f"({held},) = held", f"({', '.join(kept)},) = kept" if kept else "pass"]
+    made: dict[str, Any] = {}
+    exec("\n    ".join([*lines, f"return {' and '.join(tests)}"]), made)
+    return made["same"]  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import tally
 from ..errors import FusionError
-from .context import here, in_mode, paused
+from .context import here, in_mode, paused, without_autocast
 from .lanes import run_lane, run_steps
 from .planner import Plan
 from .record import FunctionLane, Lane, NeuronLane, Record, check_versions, reasons
@@ -39,7 +39,8 @@ def flush(record: Record | None = None, reason: Any = "flush()", *, stepped: boo
             return
         reasons[reason if isinstance(reason, str) else getattr(reason, "__name__", str(reason))] += 1
         try:
-            with paused(), torch._C.DisableTorchFunctionSubclass():
+            # whoever wants the numbers may be in a mode that the steps were not in
+            with paused(), torch._C.DisableTorchFunction(), without_autocast(record.lanes[0].device):
                 _run(record, stepped)
         except BaseException as error:
             record.error = error

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import LINEAR, RECORDABLE, functions, record_call, record_linear
+from .calls import LINEAR, RECORDABLE, functions, next_linear, record_call, record_linear, record_steps
 from .context import mode_to_record
 from .record import FunctionLane
 from .recorded import Recorded, Value
@@ -72,9 +72,22 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     if not kwargs and len(args) == 3 and type(args[0]) is Recorded:
-        found = record_linear(*args)
+        x, weight, bias = args
+        found = next_linear(x._value, weight, bias, mode_to_record())
+        if found is None:
+            found = record_linear(x, weight, bias)
         return NotImplemented if found is None else found
     return _recorded(func, args, kwargs)
+
+
+def _stack(func: Any, args: Any, kwargs: Any) -> Any:
+    """Successive steps of one result are not looked at one by one; any other stack is a call like others."""
+    given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
+    steps, dim = given.pop("tensors", None), given.pop("dim", 0)
+    if given or dim != 0 or type(steps) not in (list, tuple) or any(type(x) is not Recorded for x in steps):
+        return NotImplemented
+    found = record_steps(steps)
+    return NotImplemented if found is None else found
 
 
 _EQ, _NE = functions("eq"), functions("ne")
@@ -188,6 +201,7 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     F.dropout2d: _dropout,
     F.batch_norm: _batch_norm,
     LINEAR: _linear,
+    torch.stack: _stack,
 }
 
 

@@ -14,11 +14,12 @@ from ..errors import FusionError
 from ..spikes import SpikeTrain
 from . import meter
 from .calls import BATCHED, LINEAR, filled
+from .columns import Column
 from .context import in_mode
 from .executor import FusedCall, Synapses
 from .planner import Plan, same
-from .record import Entry, FunctionLane, Lane, NeuronLane, backoff
-from .series import Series, constant_of, piece, source_of, stacked, train_of
+from .record import FunctionLane, Lane, NeuronLane, StackLane, backoff
+from .series import Series, constant_of, piece, stacked, train_of
 from .stepping import Flow, Layer
 
 SHORT = 2
@@ -48,10 +49,8 @@ def _run_function(lane: FunctionLane, plan: Plan) -> Series:
     n = len(lane)
     if lane.func is same:
         return _inputs(lane.columns[0])
-    if lane.func is torch.stack:
-        together = _stack_of_steps(lane, plan)
-        if together is not None:
-            return Series(1, pieces=[together])
+    if isinstance(lane, StackLane):
+        return Series(1, pieces=[_stack_of_steps(lane, plan)])
     if n == 1:
         return Series(1, pieces=[plan.call(lane, [piece(column[0]) for column in lane.columns], 0)])
     constants = [constant_of(column) for column in lane.columns]
@@ -62,7 +61,7 @@ def _run_function(lane: FunctionLane, plan: Plan) -> Series:
     return Series(n, dense=_over_time(lane, tensors, varying, n))
 
 
-def _inputs(column: list[Entry]) -> Series:
+def _inputs(column: Column) -> Series:
     """Plain inputs: the one that is there at every step, the tensor or the events that they are slices of."""
     n, constant = len(column), constant_of(column)
     if constant is not None:
@@ -105,23 +104,16 @@ def _batched_dims(lane: FunctionLane) -> int:
     return 3 + next((int(c) for c in name if c.isdigit()), 9)
 
 
-def _stack_of_steps(lane: FunctionLane, plan: Plan) -> Tensor | None:
-    """``torch.stack`` of successive values of one result: they stand together already."""
-    dim = lane.args[1] if len(lane.args) > 1 else lane.kwargs.get("dim", 0)
-    column = [column[0] for column in lane.columns]
-    if dim != 0 or len(lane) != 1:
-        return None
-    source = source_of(column)
-    if source is None:
-        return None
-    made, start, slot = source
+def _stack_of_steps(lane: StackLane, plan: Plan) -> Tensor:
+    """``torch.stack`` of successive values of one result: they stand together already, unless they were made singly."""
+    (made, start, slot), n = lane.steps[0], len(lane.steps)
     series = made.results[slot]
-    if made in plan.inside or series is None or series.pieces is not None or series.constant is not None:
-        return None
-    dense: Tensor = series.stacked(start, len(column))
+    if series.pieces is not None or series.constant is not None:
+        return torch.stack([series.step(call) for call in range(start, start + n)])
+    dense: Tensor = series.stacked(start, n)
     # another owner of this memory would see what is done to it in place
     alone = plan.readers[made, slot] == {lane} and (made, slot) not in plan.waiting
-    return dense if alone and start == 0 and len(column) == series.n else dense.clone()
+    return dense if alone and start == 0 and n == series.n else dense.clone()
 
 
 def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
@@ -130,7 +122,7 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
     if plan.wants_currents(lane):
         return False
     column, synapses, name = lane.columns[0], None, type(lane.module).__name__
-    source = source_of(column)
+    source = column.range()
     if source is not None and source[0] in plan.inside:
         linear, start = source[0], source[1]
         column = linear.columns[0][start : start + len(lane)]
@@ -192,9 +184,9 @@ def _one_step(lane: NeuronLane, synapses: Synapses | None, x: Tensor, state: Any
         lane.adapter.upstream_step(lane.upstream, lane.module, x, state, lane.like)
 
 
-def _flow(column: list[Entry]) -> tuple[Flow, bool]:
+def _flow(column: Column) -> tuple[Flow, bool]:
     """All steps of a column, or the one that it holds at every step and True."""
-    source = source_of(column)
+    source = column.range()
     lane, start = source[:2] if source is not None else (None, 0)
     if isinstance(lane, FunctionLane) and lane.func is same and len(column) < len(lane):
         # one of several loops in the record: what it read may be events or slices, the inputs of all loops are not
@@ -248,6 +240,9 @@ def _run_step(
     pieces: dict[Lane, list[list[Tensor]]],
 ) -> None:
     tensors = [plan.piece(column[call]) for column in lane.columns]
+    if isinstance(lane, StackLane):
+        pieces[lane][0].append(torch.stack([plan.piece(entry) for entry in lane.steps]))
+        return
     if isinstance(lane, FunctionLane):
         pieces[lane][0].append(plan.call(lane, tensors, call))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import tally
-from ..adapters import Adapter
+from ..adapters import Adapter, config_of
 from ..config import SparseConfig
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
 from .record import LONGEST, NeuronLane, Record, backoff, entry_of, open_record, resting
 from .recorded import Recorded
-from .sources import note_feeding
+from .sources import MODULE_CALL, is_listened_to, note_feeding
+
+_lock = threading.Lock()
 
 ASK_AGAIN = 64
 """Calls after which a neuron that could not be recorded, or was asked for step by step, is tried again."""
@@ -52,18 +55,14 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     if record.calls > LONGEST:
         flush(record, "a long record")
         return None
-    adapter, module, x = lane.adapter, lane.module, args[0]
-    leaves = adapter.next_state(module, args)
+    leaves, x, column = lane.adapter.next_state(lane.module, args), args[0], lane.columns[0]
     if leaves is None or not lane.left(leaves):
         return None
     entry: Any
     if type(x) is Recorded:
         entry = x._value
-        source = entry[0]
-        if source is not lane.source:
-            if not _takes(lane, source):
-                return None
-            lane.source = source
+        if entry[0] is not column.source and not _takes(lane, entry[0]):
+            return None
     elif type(x) is Tensor and _takes(lane, x):
         entry = entry_of(x)
     else:
@@ -77,7 +76,7 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     try:
         if record.closed:
             return None
-        lane.columns[0].append(entry)
+        column.append(entry)
         lane.order.append(record.calls)
         record.calls += 1
         return _result(lane)
@@ -94,7 +93,9 @@ def _takes(lane: NeuronLane, x: Any) -> bool:
 def _result(lane: NeuronLane) -> Any:
     """What upstream's forward returns for the newest step."""
     out = lane.make(0)
-    new = {name: lane.make(slot) if slot else out for name, slot in lane.slots.items()}
+    new = {}
+    for name, slot in lane.slots.items():
+        new[name] = lane.make(slot) if slot else out
     return lane.adapter.write_call(lane.module, out, new, lane.like)
 
 
@@ -176,8 +177,50 @@ def _open(
         record = open_record()
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
+    lane.forward = _hooked_forward(module)
     record.neurons[id(module)] = lane
     return lane
+
+
+# --- the way around Module.__call__ and the hook on forward, which take as long as recording ---
+
+
+def _hooked_forward(module: nn.Module) -> Any:
+    """The hook that stands for the module's forward, once its class has the shorter way to it; else None."""
+    cls = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    forward = vars(cls)["forward"]
+    if "forward" in vars(module) or not getattr(forward, "_snn_sparse_hook", False):
+        return None
+    with _lock:
+        if cls.__call__ is MODULE_CALL:
+            cls.__call__ = _call_of(cls)  # type: ignore[method-assign]
+    return forward
+
+
+def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
+        if args and type(args[-1]) is Recorded and not kwargs:
+            found = _called(self, args)
+            if found is not None:
+                return found
+        return super(cls, self).__call__(*args, **kwargs)
+
+    return __call__
+
+
+def _called(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """The next step of the module's lane; None if the call is anything else."""
+    record = here.record
+    lane = None if record is None else record.neurons.get(id(module))
+    if (
+        lane is None
+        or lane.forward is not type(module).forward
+        or lane.config is not config_of(module)
+        or is_listened_to(module)
+    ):
+        return None
+    return _advance(lane.record, lane, args)
 
 
 def _fits(leaf: Any, record: Record) -> bool:

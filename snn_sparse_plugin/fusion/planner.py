@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from .calls import LINEAR, filled
-from .record import Entry, FunctionLane, Lane, NeuronLane
+from .columns import Column, Entry
+from .record import FunctionLane, Lane, NeuronLane
 from .recorded import Recorded
-from .series import piece, source_of
+from .series import piece
 
 
 class Plan:
@@ -75,7 +76,7 @@ class Plan:
             and len(reader) > 1
             and reader.neuron.input_weight is None
             and not self.wants_currents(reader)
-            and source_of(reader.columns[0]) is not None
+            and reader.columns[0].range() is not None
             and reader.mode == lane.mode
             for reader in readers
         )
@@ -92,7 +93,7 @@ class Plan:
         return piece(entry)
 
     @staticmethod
-    def _varies(column: list[Entry]) -> bool:
+    def _varies(column: Column) -> bool:
         first = column[0]
         return len(first) == 3 or any(entry is not first and entry[0] is not first[0] for entry in column)
 

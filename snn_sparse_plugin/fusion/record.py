@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron
 from ..config import SparseConfig
 from ..errors import FusionError
+from .columns import Column, Entry
 from .context import grad_mode, here
 from .description import Description, version
 from .recorded import Recorded, Value
-
-Entry = tuple[Any, ...]
-"""One tensor argument of one call: a recorded value (lane, call, slot), or a tensor and its version at that time."""
 
 LONGEST = 100_000
 """Calls after which a record runs although nobody asked, so that its memory is bounded."""
@@ -52,7 +50,7 @@ _ALONE, _REUSES = _count_alone(), _counts_graphs()
 class Lane:
     """Calls of one function or neuron, in the order of its steps.
 
-    ``columns``: a list for each tensor argument, with an entry for each call. ``order``: the number of each call
+    ``columns``: one for each tensor argument, with an entry for each call. ``order``: the number of each call
     in the record. ``given``: for each result, the tensors that stand for it, in the order of their calls.
     """
 
@@ -63,7 +61,7 @@ class Lane:
 
     def __init__(self, record: Record, columns: int, slots: int) -> None:
         self.record, self.mode = record, grad_mode()
-        self.columns: list[list[Entry]] = [[] for _ in range(columns)]
+        self.columns = [Column() for _ in range(columns)]
         self.order: list[int] = []
         self.given: list[list[Recorded]] = [[] for _ in range(slots)]
         self.newest: list[Value | None] = [None] * slots
@@ -107,12 +105,20 @@ class Lane:
     def complete(self) -> None:
         """Fill the columns of arguments that were noted once for all calls."""
         for column in self.columns:
-            if len(column) < len(self.order):
-                column += column[-1:] * (len(self.order) - len(column))
+            column.fill(len(self.order))
+
+    def let_go(self) -> None:
+        """Of all tensors and other lanes; shape, dtype, device and place of origin stay known."""
+        for column in self.columns:
+            column.clear()
+        self.given.clear()
+        self.linears.clear()
+        self.newest = [None] * len(self.newest)
+        self.results = []
 
     def entries(self) -> list[Entry]:
-        """The tensor arguments of all calls."""
-        return [entry for column in self.columns for entry in column]
+        """The tensor arguments of all calls, of successive values the first."""
+        return [entry for column in self.columns for entry in column.read()]
 
     def values(self) -> list[Value]:
         """Those that are recorded values."""
@@ -120,23 +126,54 @@ class Lane:
 
 
 class FunctionLane(Lane):
-    """Calls of a stateless function, whose arguments but for tensors are the same at each call."""
+    """Calls of a stateless function, whose arguments but for tensors are the same at each call.
 
-    __slots__ = ("args", "func", "kwargs", "view")
+    ``repeats``: how often the newest call was made again since, each time in a lane of its own.
+    """
+
+    __slots__ = ("args", "func", "kwargs", "repeats", "view")
 
     def __init__(
         self, record: Record, func: Callable[..., Any], args: Any, kwargs: Any, columns: int, view: bool
     ) -> None:
         super().__init__(record, columns, 1)
         self.func, self.args, self.kwargs, self.view = func, args, kwargs, view
+        self.repeats = 0
+
+
+class StackLane(FunctionLane):
+    """``torch.stack`` of successive values of one result, which are one column: ``steps``."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self, record: Record, steps: Column) -> None:
+        super().__init__(record, torch.stack, (), {}, 0, view=False)
+        self.steps = steps
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.steps.clear()
+
+    def entries(self) -> list[Entry]:
+        return self.steps.read()
 
 
 class NeuronLane(Lane):
     """Successive steps of one neuron, each from the state that the one before left."""
 
     __slots__ = (
-        *("adapter", "config", "description", "initial", "input_shape", "like", "module", "neuron", "slots"),
-        *("source", "upstream"),
+        *(
+            "adapter",
+            "config",
+            "description",
+            "forward",
+            "initial",
+            "input_shape",
+            "like",
+            "module",
+            "neuron",
+        ),
+        *("order_of_state", "slots", "upstream"),
     )
 
     def __init__(
@@ -157,8 +194,9 @@ class NeuronLane(Lane):
         self.adapter, self.module, self.neuron, self.config = adapter, module, neuron, config
         self.upstream, self.like = upstream, like
         self.input_shape: torch.Size
-        self.source: Lane | None = None  # whose values the last call took
         self.slots = {name: 0 if name == same else 1 + others.index(name) for name in names}
+        self.order_of_state = tuple(self.slots.values())
+        self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
         self.initial: dict[str, Entry | None] = {
             name: None if leaf is None else entry_of(leaf) for name, leaf in leaves.items()
         }
@@ -166,11 +204,17 @@ class NeuronLane(Lane):
 
     def left(self, leaves: Any) -> bool:
         """Whether the last call left this state, given in the order of ``slots``."""
-        newest = self.newest
-        for leaf, slot in zip(leaves, self.slots.values(), strict=False):
+        newest, slots = self.newest, self.order_of_state
+        if len(leaves) != len(slots):
+            return False
+        for leaf, slot in zip(leaves, slots):  # noqa: B905, whose keyword costs as much as the rest
             if type(leaf) is not Recorded or leaf._value is not newest[slot]:
                 return False
-        return len(leaves) == len(self.slots)
+        return True
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.initial = {}
 
     def entries(self) -> list[Entry]:
         return [*super().entries(), *(entry for entry in self.initial.values() if entry is not None)]
@@ -203,9 +247,12 @@ class Record:
         return any(lane.waiting() for lane in reversed(self.lanes))
 
     def close(self) -> None:
+        """Let go of everything: lanes refer to each other in circles, and would keep what they made until a search
+        for garbage.
+        """
         self.closed = True
         for lane in self.lanes:
-            lane.given.clear()
+            lane.let_go()
         self.lanes.clear()
         self.functions.clear()
         self.inputs.clear()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spikes import SpikeTrain
-from .record import Entry
+from .columns import Column, Entry
 
 
 class Series:
@@ -39,6 +39,8 @@ class Series:
             return self.constant.expand(n, *self.constant.shape)
         if self.pieces is not None:
             return torch.stack(self.pieces[start : start + n])
+        if self.last is not None and self.dense is None and self.train is None:
+            return self.last.unsqueeze(0)
         self._densify()
         assert self.dense is not None
         self.given += 1
@@ -90,21 +92,14 @@ def piece(entry: Entry) -> Tensor:
     return lane.results[slot].step(call)
 
 
-def source_of(column: list[Entry]) -> Entry | None:
-    """The first entry of a column that is successive values of one result, else None."""
-    first = column[0]
-    if len(first) == 2:
-        return None
-    lane, start, slot = first
-    for offset, entry in enumerate(column):
-        if len(entry) == 2 or entry[0] is not lane or entry[2] != slot or entry[1] != start + offset:
-            return None
-    return first
-
-
-def constant_of(column: list[Entry]) -> Tensor | None:
+def constant_of(column: Column) -> Tensor | None:
     """The tensor that a column holds at every call, else None."""
     first = column[0]
+    if column.range() is not None:
+        series = first[0].results[first[2]]
+        if series is None or (series.constant is None and len(column) > 1):
+            return None
+        return series.step(first[1])  # type: ignore[no-any-return]
     if len(first) == 3:
         series = first[0].results[first[2]]
         same = all(len(e) == 3 and e[0] is first[0] and e[2] == first[2] for e in column)
@@ -129,9 +124,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def stacked(column: list[Entry]) -> Tensor:
+def stacked(column: Column) -> Tensor:
     """(n, ...): the tensors of a column; a view where they are slices of one tensor."""
-    source = source_of(column)
+    source = column.range()
     if source is not None:
         lane, start, slot = source
         return lane.results[slot].stacked(start, len(column))
@@ -139,9 +134,9 @@ def stacked(column: list[Entry]) -> Tensor:
     return torch.stack([piece(entry) for entry in column]) if view is None else view
 
 
-def train_of(column: list[Entry]) -> SpikeTrain | None:
+def train_of(column: Column) -> SpikeTrain | None:
     """The events of a column, where they are events."""
-    source = source_of(column)
+    source = column.range()
     if source is not None:
         series = source[0].results[source[2]]
         whole = source[1] == 0 and len(column) == series.n
@@ -156,7 +151,7 @@ def train_of(column: list[Entry]) -> SpikeTrain | None:
     return step[0]
 
 
-def _slices(column: list[Entry]) -> Tensor | None:
+def _slices(column: Column) -> Tensor | None:
     """The view that holds the column's tensors at equal distances in one tensor's memory."""
     if len(column) < 2 or any(len(entry) == 3 for entry in column):
         return None

@@ -17,14 +17,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters import has_hooks
 from ..config import active_config
-from .calls import record_linear
+from .calls import next_linear, record_linear
 from .context import here, mode_to_record, paused
 from .flush import flush, realize
 from .planner import same
 from .record import FunctionLane, entry_of, open_record, resting
 from .recorded import Recorded
 
-_MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+_Module, _Linear = nn.Module, nn.Linear
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _feeding: WeakSet[nn.Module] = WeakSet()
 _lock = threading.Lock()
@@ -65,7 +66,10 @@ def watched() -> Iterator[None]:
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
-            found = _called(cls, self, args[0])
+            if type(args[0]) is not Recorded:
+                found = _of_plain(cls, self, args[0])
+            else:
+                found = _linear(self, args[0]) if type(self) is _Linear else None
             if found is not None:
                 return found
         return super(cls, self).__call__(*args, **kwargs)
@@ -76,17 +80,15 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 _CALLS = {cls: _call_of(cls) for cls in _LAYERS}
 
 
-def _called(cls: Any, self: Any, x: Any) -> Any:
-    """The result of a layer with weights, as far as it is recorded here; None for the ``__call__`` above ``cls``."""
-    kind = type(x)
-    if kind is Recorded:
-        return _linear(self, x) if type(self) is nn.Linear else None
-    if kind is not Tensor or torch.compiler.is_compiling():
+def _of_plain(cls: Any, self: Any, x: Any) -> Any:
+    """The result of a layer on a plain tensor, as far as it is recorded; None for the ``__call__`` above ``cls``."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
         return None
     config = active_config()
     if config is None or not config.fuse_time:
         return None
-    if self not in _feeding:
+    record = here.record
+    if (record is None or id(self) not in record.inputs) and self not in _feeding:
         out = super(cls, self).__call__(x)
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
@@ -96,29 +98,43 @@ def _called(cls: Any, self: Any, x: Any) -> Any:
     mode = mode_to_record()
     if mode is None:
         return None
-    entered = _entering(self, x, mode)
-    found = _linear(self, entered) if type(self) is nn.Linear else None
-    return super(cls, self).__call__(entered) if found is None else found
+    lane, own = _entering(self, x, mode), _own_parameters(self) if type(self) is _Linear else None
+    found = None if own is None else next_linear((lane, len(lane) - 1, 0), *own, mode)
+    if found is None:
+        with lane.record.lock:
+            if lane.record.closed:
+                return None
+            entered = lane.make(0)
+        found = super(cls, self).__call__(entered) if own is None else record_linear(entered, *own)
+    return found
 
 
 def _linear(self: nn.Linear, x: Recorded) -> Any:
-    """What the layer's own ``__call__`` comes to, without its detours; None where somebody listens to it."""
-    # tracers of graphs put themselves into Module.__call__
-    plain = nn.Module.__call__ is _MODULE_CALL and nn.Module._call_impl is _CALL_IMPL
-    held = self._parameters
-    if (
-        plain
-        and "weight" in held
-        and "bias" in held
-        and "forward" not in self.__dict__
-        and not has_hooks(self)
-    ):
-        return record_linear(x, held["weight"], held["bias"])
+    """What the layer's own ``__call__`` comes to, without its detours; None where it is more than its forward."""
+    own = _own_parameters(self)
+    if own is None:
+        return None
+    weight, bias = own
+    found = next_linear(x._value, weight, bias, mode_to_record())
+    return record_linear(x, weight, bias) if found is None else found
+
+
+def _own_parameters(self: nn.Linear) -> tuple[Any, Any] | None:
+    """Weight and bias, where a call multiplies with them and does nothing else."""
+    held = self.__dict__
+    own = held["_parameters"]
+    if "weight" in own and "bias" in own and "forward" not in held and not is_listened_to(self):
+        return own["weight"], own["bias"]
     return None
 
 
-def _entering(module: nn.Module, x: Tensor, mode: int) -> Recorded:
-    """A plain input of a layer as a recorded value."""
+def is_listened_to(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward: hooks, or a tracer of graphs in Module.__call__."""
+    return _Module.__call__ is not MODULE_CALL or _Module._call_impl is not _CALL_IMPL or has_hooks(module)
+
+
+def _entering(module: nn.Module, x: Tensor, mode: int) -> FunctionLane:
+    """Put a plain input of a layer into its lane, which is returned."""
     record = open_record()
     with record.lock:
         lane = record.inputs.get(id(module))
@@ -128,7 +144,7 @@ def _entering(module: nn.Module, x: Tensor, mode: int) -> Recorded:
             lane.kwargs["module"] = module  # so that its id stays its own
         lane.columns[0].append(entry_of(x))
         record.count(lane)
-        return lane.make(0)
+        return lane
 
 
 def note_feeding(x: Tensor) -> None:

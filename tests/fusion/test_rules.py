@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin import tally
 from snn_sparse_plugin.errors import FusionError
+from snn_sparse_plugin.fusion.columns import Column
 from snn_sparse_plugin.fusion.context import here
 from snn_sparse_plugin.fusion.flush import flush
 from snn_sparse_plugin.fusion.record import backoff
 from snn_sparse_plugin.fusion.recorded import Recorded
+from snn_sparse_plugin.fusion.series import stacked
 
 snn = pytest.importorskip("snntorch")
 
@@ -321,9 +323,7 @@ def test_the_static_input_is_multiplied_once() -> None:
 
 
 def test_slices_and_stacks_are_not_copied(x: Tensor) -> None:
-    from snn_sparse_plugin.fusion.series import stacked
-
-    column: Any = [(step, step._version) for step in x]
+    column = Column((step, step._version) for step in x)
     assert stacked(column).data_ptr() == x.data_ptr()
     assert torch.equal(stacked(column[::-1]), x.flip(0))
 
