@@ -256,7 +256,9 @@ def _output(
         if last is not None:
             state["spikes"] = last
     else:
-        state = NeuronState(v.view(B, *features), None if i is None else i.view(B, *features), last)
+        if len(features) > 1:  # a view of the same shape would have to be copied to be owned
+            v, i = v.view(B, *features), None if i is None else i.view(B, *features)
+        state = NeuronState(v, i, last)
     return SpikingLayerOutput(
         spikes, None if mem is None else mem.view(*steps, *features), state, active_fraction
     )
