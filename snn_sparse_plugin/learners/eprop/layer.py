@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from .local import joined
+from .local import Part, joined
 from .record import Record
 from .rule import RULES, ChunkRule, TextbookRule
 from .scan import Steps
@@ -70,6 +70,7 @@ class WatchedLayer:
         neuron.guard = self.guard
         neuron.receive = lambda record, grad: self.learner.signals.receive(self, record, grad)
         neuron.known = lambda: self.learner.knows(self)
+        neuron.block_steps = self.learner.kernel_steps()
         self.neuron = neuron
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -149,9 +150,8 @@ class WatchedLayer:
             like = like.float()  # sums over steps are not made in half precision
         if self.rule is None:
             self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
-        parts = [(1, r.local) for r in records if r.local is not None]
-        if len(parts) < len(records):
-            assert self.neuron is not None
+        parts = [Part(1, r.local) for r in records if r.local is not None]
+        if self.neuron is not None:
             parts = self.neuron.derivatives(records)
         found = joined(parts, like)
         if self.is_readout:
@@ -161,6 +161,8 @@ class WatchedLayer:
         local = {(place[row], place[column]): v for (row, column), v in found.items()}
         steps = Steps(local, len(self.states), self._filtered(records, like), _direct(records, like))
         self.rule.process(steps, self.states, list(self._inputs(records, like)), carry)
+        if self.neuron is not None and self.neuron.kernel is not None:
+            self.neuron.kernel.release()
 
     def _filtered(self, records: list[Record], like: Tensor) -> Tensor:
         """The learning signals that come through the readout, (K, B, N)."""

@@ -292,6 +292,10 @@ class EProp:
 
     # --- what layers ask ---
 
+    def kernel_steps(self) -> int:
+        """How many steps of derivatives a kernel keeps in one block; 0: the textbook rule does without."""
+        return 0 if self.engine == "step" else min(self.chunk, 64)
+
     def knows(self, layer: WatchedLayer) -> bool:
         """Whether the first steps have shown how errors come to a layer: its later steps need no graph then."""
         if self.engine == "step":

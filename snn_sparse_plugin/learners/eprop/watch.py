@@ -8,9 +8,11 @@ their derivatives are found for a whole chunk (``local.py``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,12 +20,17 @@ from torch import Tensor, nn
 
 from ...adapters.active import config_of
 from ...errors import InputError, UnsupportedError
-from .local import Inputs, Plan, derivatives, replay
+from .local import Inputs, Part, Plan, derivatives, replay
 from .record import Record
 from .scan import Jacobian
 from .states import SnnTorchState, TupleState, mapped
+from .stepper import ByKernel, Stepper
 from .structure import Intercept, Layer
 from .taps import Call, Tap, anchor, leaf, sources, tracked
+
+log = logging.getLogger("snn_sparse_plugin")
+
+State = SnnTorchState | TupleState
 
 
 class Neuron:
@@ -39,6 +46,8 @@ class Neuron:
         self.library = layer.adapter.name if layer.adapter is not None else ""
         self.sequence = layer.adapter is not None and layer.adapter.takes_sequence(layer.module)
         self.plan: Plan | None = None
+        self.kernel: ByKernel | None = None
+        self.block_steps = 0  # of a block of derivatives that a kernel finds; 0: none does
         self.masks: dict[str, Tensor | None] = {}
         self._check(layer.module)
 
@@ -90,8 +99,12 @@ class Neuron:
         self, x: Tensor, outside: list[Call], t: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Record, Any, bool]:
         record = Record(None, [call.at(t) for call in outside], x, 0)
-        if self.plan is not None and self.later():
-            return self._without_graph(record, x, args, kwargs)
+        if self.plan is not None and config_of(self.layer.module) is None:
+            found = self._by_kernel(record, x, args, kwargs)
+            if found is not None:
+                return found
+            if self.known():
+                return self._without_graph(record, x, args, kwargs)
         with torch.enable_grad():
             current = x.detach().requires_grad_()
             # of linear layers inside the neuron: their current with its graph, and cut from it
@@ -108,10 +121,10 @@ class Neuron:
 
             feeds_itself = self.readout and not self.has_inner
             tapped = self._read(x, record) if feeds_itself else current
-            state = self._state(x, args, kwargs)
-            state = state.at(
+            given = self._state(x, args, kwargs)
+            state = given.at(
                 tapped.unsqueeze(0) if self.sequence else tapped,
-                [s.clone().requires_grad_() for s in state.leaves],
+                [s.clone().requires_grad_() for s in given.leaves],
             )
             with Intercept(linear):
                 out = state.call()
@@ -122,9 +135,75 @@ class Neuron:
         record.z, record.states = _flat(z, self.sequence).detach(), len(after)
         record.below = [graph for graph, _ in inner] or [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
-        if not self.readout:
+        if self.kernel is None and self.block_steps and self.plan is not None:
+            self._try_kernel(x.detach(), [cut.detach() for _, cut in inner], given, [record.z, *after])
+        if self.readout:
+            out = self._only_output(out, z)
+        else:
             out = self._tapped(out, z, record)
         state.detach()
+        return record, out, state.fresh
+
+    def _try_kernel(self, x: Tensor, inner: list[Tensor], state: State, made: list[Tensor]) -> None:
+        """Further steps run through a kernel if this one gives the same there."""
+        self.kernel = ByKernel(self.layer, self.readout, state.names, self.block_steps)
+        stepper = self.kernel.stepper_for(made[0])
+        if stepper is not None:
+            currents = inner if stepper.neuron.input_weight is not None else [x, *inner]
+            if len(currents) != 1 + stepper.neuron.recurrent or any(
+                s.shape != made[0].shape for s in state.leaves
+            ):
+                self.kernel.refuse("its currents or states are others than those of its equations")
+                return
+            rec = currents[1] if len(currents) > 1 else None
+            _, z, after, _ = stepper.step(currents[0], rec, state.leaves)
+            stepper.release()
+            same = zip([z, *after], [_flat(x, self.sequence) for x in made], strict=True)
+            if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in same):
+                self.kernel.refuse("its first step gave something else there")
+        if self.kernel.why_not:
+            log.debug("e-prop: %s takes derivatives by autograd: %s", self.layer.name, self.kernel.why_not)
+
+    def _by_kernel(
+        self, record: Record, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Record, Any, bool] | None:
+        """A further step of a neuron that a kernel knows; None where it does not."""
+        if self.kernel is None or self.kernel.neuron is None:
+            return None
+        state = self._state(x, args, kwargs)
+        stepper = self.kernel.stepper_for(state.leaves[-1])
+        if stepper is None:
+            return None
+        neuron, without_graph = stepper.neuron, not self.readout and self.known()
+
+        def product(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            call = self._inside(given, x, x, weight, bias)
+            record.calls.append(call)
+            if without_graph:
+                return torch.nn.functional.linear(call.pre, weight, bias).detach()
+            record.below.append(tracked(call, call.given))
+            return record.below[-1].detach()
+
+        current, rec = x.detach(), None
+        if neuron.input_weight is not None:
+            current = product(x, neuron.input_weight, neuron.input_bias)
+        elif self.problem is not None:
+            raise self.problem
+        else:
+            record.below.append(x)
+        if neuron.recurrent_weight is not None:
+            rec = product(state.leaves[stepper.spikes], neuron.recurrent_weight, neuron.recurrent_bias)
+        spikes, z, after, record.place = stepper.step(current, rec, state.leaves)
+        record.z, record.states = z, len(after)
+        record.below = [graph for graph in record.below if graph.requires_grad]
+        if self.sequence:  # of one step
+            spikes = spikes.unsqueeze(0)
+            z = spikes if not self.readout else z.unsqueeze(0)
+        out = state.returned(z if self.library != "snntorch" else spikes, after)
+        if self.readout:
+            record.at_output = True
+            return record, self._output(out, z, spikes, stepper, record), state.fresh
+        out = self._leaves(out, z, record) if without_graph else self._tapped(out, z, record)
         return record, out, state.fresh
 
     def _without_graph(
@@ -168,7 +247,7 @@ class Neuron:
             state.detach()
         return record, out, state.fresh
 
-    def _state(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SnnTorchState | TupleState:
+    def _state(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         run = SnnTorchState if self.library == "snntorch" else TupleState
         return run(self, x.unsqueeze(0) if self.sequence else x, args, kwargs)
 
@@ -185,34 +264,25 @@ class Neuron:
             given = given.detach()
         return Call(name, weight, bias, self.masks[name], given)
 
-    def later(self) -> bool:
-        """Whether derivatives can be found from what is kept of a step."""
-        return config_of(self.layer.module) is None and self.known()
-
-    def derivatives(self, records: list[Record]) -> list[tuple[int, Jacobian]]:
-        """Local derivatives of steps, in consecutive parts with the number of their steps."""
-        parts: list[tuple[int, Jacobian]] = []
-        waiting: list[Record] = []
-
-        def find() -> None:
-            if waiting:
-                steps = [r.inputs for r in waiting if r.inputs is not None]
+    def derivatives(self, records: list[Record]) -> list[Part]:
+        """Local derivatives of steps, in consecutive parts."""
+        parts: list[Part] = []
+        for how, group in groupby(records, _how):
+            steps = list(group)
+            if isinstance(how, tuple):
+                first = steps[0].place
+                assert first is not None
+                parts.append(first.part(len(steps)))
+            elif how == "later":
                 assert self.plan is not None
-                z = [r.z for r in waiting]
+                inputs = [r.inputs for r in steps if r.inputs is not None]
+                z = [r.z for r in steps]
                 name, module = self.layer.name, self.layer.module
-                parts.extend(replay(name, module, self.plan, steps, z, self.sequence))
-                waiting.clear()
-
-        for record in records:
-            if record.local is None:
-                waiting.append(record)
+                parts.extend(replay(name, module, self.plan, inputs, z, self.sequence))
             else:
-                find()
-                local: Jacobian = {
-                    k: v[None] if isinstance(v, Tensor) else v for k, v in record.local.items()
-                }
-                parts.append((1, local))
-        find()
+                for record in steps:
+                    local = (record.local or {}).items()
+                    parts.append(Part(1, {k: v[None] if isinstance(v, Tensor) else v for k, v in local}))
         return parts
 
     @cached_property
@@ -247,18 +317,50 @@ class Neuron:
         def receive(grad: Tensor) -> None:
             self.receive(record, _flat(grad, self.sequence))
 
+        record.spikes = leaf(z, receive)
+
         def replace(x: Tensor) -> Tensor:
             if x is z:
-                record.spikes = leaf(z, receive)
-                return record.spikes
+                return record.spikes  # type: ignore[return-value]
             return leaf(x, self._refuse) if x.is_floating_point() else x
+
+        return mapped(out, replace)
+
+    def _output(self, out: Any, z: Tensor, spikes: Tensor, stepper: Stepper, record: Record) -> Any:
+        """What a step of a readout returns, with leaves: a loss may use its output, and spikes that hang on it."""
+
+        def receive(grad: Tensor) -> None:
+            self.guard(record)
+            grad = _flat(grad, self.sequence)
+            record.direct = grad if record.direct is None else record.direct + grad
+
+        def through_spikes(grad: Tensor) -> None:
+            receive(grad * stepper.neuron.surrogate.grad(z - stepper.threshold))
+
+        def replace(x: Tensor) -> Tensor:
+            if x is z:
+                return leaf(x, receive)
+            return leaf(x, through_spikes if x is spikes else self._refuse)
+
+        return mapped(out, replace)
+
+    def _only_output(self, out: Any, z: Tensor) -> Any:
+        """What a step of a readout returns: of its states a loss may use the output alone."""
+        if self.library == "":
+            return out
+        first = out[0] if isinstance(out, tuple) else out
+
+        def replace(x: Tensor) -> Tensor:
+            if x is z or x is first or not x.requires_grad:
+                return x
+            return Tap.apply(x.detach(), anchor(x), self._refuse)
 
         return mapped(out, replace)
 
     def _refuse(self, grad: Tensor) -> None:
         raise UnsupportedError(
-            f"e-prop: the loss uses the state of hidden layer {self.layer.name}; it may use its spikes and the "
-            "readout. Use eprop.detached(model)."
+            f"e-prop: the loss uses the state of {'readout' if self.readout else 'hidden layer'} {self.layer.name}; it "
+            "may use hidden spikes and the readout's output. Use eprop.detached(model)."
         )
 
     def _tapped(self, out: Any, z: Tensor, record: Record) -> Any:
@@ -274,9 +376,7 @@ class Neuron:
 
         return mapped(out, replace)
 
-    def _local(
-        self, rows: list[Tensor], currents: list[Tensor], outer: Tensor, state: SnnTorchState | TupleState
-    ) -> Jacobian:
+    def _local(self, rows: list[Tensor], currents: list[Tensor], outer: Tensor, state: State) -> Jacobian:
         found = derivatives(rows, [*currents, *state.leaves])
         n = len(currents)
         used = [k for k in range(n) if any(column == k for _, column in found)]
@@ -305,6 +405,13 @@ class Neuron:
     guard: Callable[[Record], None]
     receive: Callable[[Record, Tensor], Tensor | None]
     known: Callable[[], bool]  # whether the way of errors from readout to hidden layers is
+
+
+def _how(record: Record) -> Any:
+    """How the derivatives of a step are found: at once, later, or in which block of a kernel's."""
+    if record.place is not None:
+        return id(record.place.stepper), id(record.place.block)
+    return "later" if record.local is None else "at once"
 
 
 def _of_a_library(module: nn.Module) -> bool:
