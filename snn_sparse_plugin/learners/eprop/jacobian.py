@@ -149,7 +149,8 @@ class _Builder:
                 live |= {x for x in (a, b) if isinstance(x, _Made)}
                 needed.append((kind, out, a, b))
         # surrogates look at the program's registers alone, so they come first
-        needed = sorted(needed[::-1], key=lambda op: op[0] != "phi")
+        needed.reverse()
+        needed.sort(key=lambda op: op[0] != "phi")
         constants = dict.fromkeys(x for _, _, a, b in needed for x in (a, b) if isinstance(x, float))
         start = self.program.registers
         place: dict[_Value, int] = {x: start + k for k, x in enumerate(constants)}

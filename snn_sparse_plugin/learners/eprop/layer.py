@@ -15,7 +15,7 @@ from .rule import RULES, ChunkRule, TextbookRule
 from .scan import Steps
 from .structure import Layer
 from .synapses import Synapses
-from .taps import Call, leaf, tracked
+from .taps import Call, leaf, received, tracked
 from .watch import Neuron
 
 if TYPE_CHECKING:
@@ -166,10 +166,11 @@ class WatchedLayer:
 
     def _filtered(self, records: list[Record], like: Tensor) -> Tensor:
         """The learning signals that come through the readout, (K, B, N)."""
-        out = like.new_zeros(len(records), *like.shape)
+        out: Tensor | None = None
         carried: dict[tuple[int, int], list[tuple[int, Tensor, Call]]] = {}
         for t, record in enumerate(records):
             if record.filtered is not None:
+                out = like.new_zeros(len(records), *like.shape) if out is None else out
                 out[t] += record.filtered
             for above, call in record.carried:
                 assert above.direct is not None
@@ -178,9 +179,15 @@ class WatchedLayer:
             call = group[0][2]
             errors = torch.stack([error for _, error, _ in group])
             weight = call.weight if call.feedback is None else call.feedback
-            back = errors.flatten(0, 1) @ weight.detach().to(errors.dtype)
-            out[[t for t, _, _ in group]] += back.view(len(group), *like.shape).to(out.dtype)
-        return out
+            back = (errors.flatten(0, 1) @ weight.detach().to(errors.dtype)).to(like.dtype)
+            back = back.view(len(group), *like.shape)
+            steps = [t for t, _, _ in group]
+            if out is None and steps == [*range(len(records))]:
+                out = back
+                continue
+            out = like.new_zeros(len(records), *like.shape) if out is None else out
+            out.index_add_(0, torch.tensor(steps, device=like.device), back)
+        return like.new_zeros(len(records), *like.shape) if out is None else out
 
     def _inputs(self, records: list[Record], like: Tensor) -> Iterator[tuple[Synapses, Tensor]]:
         """Weights and biases that learn, with what they received, (K, B, M); zeros in steps that did not use them."""
@@ -195,8 +202,11 @@ class WatchedLayer:
         for name in [n for n in weights if n in trained]:
             calls = weights[name]
             call = next(iter(calls.values()))
-            rest = torch.zeros_like(call.pre)
-            x = torch.stack([calls[t].pre if t in calls else rest for t in steps]).to(like.dtype)
+            x = received([calls[t] for t in steps if t in calls]).to(like.dtype)
+            if len(calls) < len(steps):
+                x = x.new_zeros(len(steps), *x.shape[1:]).index_copy_(
+                    0, torch.tensor([*calls]).to(x.device), x
+                )
             yield self._synapses(name, call.weight.shape, call.mask), x
         for name in [n for n in biases if n in trained]:
             used = like.new_tensor([float(t in biases[name]) for t in steps])

@@ -22,7 +22,7 @@ from ...adapters.active import config_of
 from ...errors import InputError, UnsupportedError
 from .local import Inputs, Part, Plan, derivatives, replay
 from .record import Record
-from .scan import Jacobian
+from .scan import Jacobian, on_cpu
 from .states import SnnTorchState, TupleState, mapped
 from .stepper import ByKernel, Stepper
 from .structure import Intercept, Layer
@@ -99,7 +99,7 @@ class Neuron:
         self, x: Tensor, outside: list[Call], t: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Record, Any, bool]:
         record = Record(None, [call.at(t) for call in outside], x, 0)
-        if self.plan is not None and config_of(self.layer.module) is None:
+        if self.plan is not None and self.later():
             found = self._by_kernel(record, x, args, kwargs)
             if found is not None:
                 return found
@@ -135,12 +135,9 @@ class Neuron:
         record.z, record.states = _flat(z, self.sequence).detach(), len(after)
         record.below = [graph for graph, _ in inner] or [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
-        if self.kernel is None and self.block_steps and self.plan is not None:
+        if self.kernel is None and self.block_steps and self.plan is not None and _plain(x):
             self._try_kernel(x.detach(), [cut.detach() for _, cut in inner], given, [record.z, *after])
-        if self.readout:
-            out = self._only_output(out, z)
-        else:
-            out = self._tapped(out, z, record)
+        out = self._only_output(out, z) if self.readout else self._tapped(out, z, record)
         state.detach()
         return record, out, state.fresh
 
@@ -168,11 +165,11 @@ class Neuron:
         self, record: Record, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Record, Any, bool] | None:
         """A further step of a neuron that a kernel knows; None where it does not."""
-        if self.kernel is None or self.kernel.neuron is None:
+        if self.kernel is None or self.kernel.neuron is None or not _plain(x):
             return None
         state = self._state(x, args, kwargs)
         stepper = self.kernel.stepper_for(state.leaves[-1])
-        if stepper is None:
+        if stepper is None or any(s.shape != stepper.shape for s in state.leaves):
             return None
         neuron, without_graph = stepper.neuron, not self.readout and self.known()
 
@@ -263,6 +260,10 @@ class Neuron:
         else:
             given = given.detach()
         return Call(name, weight, bias, self.masks[name], given)
+
+    def later(self) -> bool:
+        """Whether steps may leave autograd alone: the surrogate is the neuron's own, not one that is cut."""
+        return config_of(self.layer.module) is None
 
     def derivatives(self, records: list[Record]) -> list[Part]:
         """Local derivatives of steps, in consecutive parts."""
@@ -405,6 +406,11 @@ class Neuron:
     guard: Callable[[Record], None]
     receive: Callable[[Record, Tensor], Tensor | None]
     known: Callable[[], bool]  # whether the way of errors from readout to hidden layers is
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether a current has the dtype of the states that come of it."""
+    return on_cpu(x) and not torch.is_autocast_enabled("cpu")
 
 
 def _how(record: Record) -> Any:
