@@ -1,7 +1,5 @@
 """Local derivatives by kernels: every entry against autograd through the specification, for every neuron they take."""
 
-import itertools
-
 import norse.torch as norse
 import pytest
 import snntorch as snn
@@ -23,112 +21,18 @@ from eprop_cases import (
     silent_leaky,
     spike,
 )
+from eprop_step_cases import compare, family, name_of, states_of
 from torch import nn
 
-from snn_sparse_plugin import ConfigError, Surrogate, UnsupportedError
+from snn_sparse_plugin import Surrogate, UnsupportedError
 from snn_sparse_plugin.adapters import adapter_of
 from snn_sparse_plugin.adapters.base import Neuron
-from snn_sparse_plugin.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronParams, NeuronSpec
+from snn_sparse_plugin.dynamics import NeuronSpec
 from snn_sparse_plugin.equations import Equations
 from snn_sparse_plugin.learners import eprop
 from snn_sparse_plugin.learners.eprop.described import described, equations, parameters
 from snn_sparse_plugin.learners.eprop.states import floats
-from snn_sparse_plugin.learners.eprop.stepper import Stepper
-from snn_sparse_plugin.ops.spiking_layer import reference
-from snn_sparse_plugin.programs import step as equations_step
 from snn_sparse_plugin.surrogates import KINDS
-
-B, SIZE = 3, 19
-
-
-def family():
-    for update, synapse, reset, timing, scope, attached, spiking in itertools.product(
-        UPDATES, (False, True), RESETS, TIMINGS, SCOPES, (False, True), (False, True)
-    ):
-        try:
-            spec = NeuronSpec(update, synapse, reset, timing, scope, attached, spiking)
-        except ConfigError:
-            continue
-        if timing == "immediate" and scope == "sum":
-            continue  # which says something of the other two alone
-        yield spec
-
-
-def name_of(spec):
-    return "-".join(
-        str(x) for x in (spec.update, "syn" * spec.synapse, spec.reset, spec.timing, spec.scope, "att" * spec.attached,
-                         "" if spec.spiking else "readout") if x
-    )  # fmt: skip
-
-
-def params(spec, dtype, per_neuron):
-    def value(x):
-        return x + 0.1 * torch.rand(SIZE, dtype=dtype) if per_neuron else torch.tensor(x, dtype=dtype)
-
-    if isinstance(spec, NeuronSpec):
-        return NeuronParams(*(value(x) for x in (0.8, 0.6, 0.5, 0.1, -0.2)))
-    known = {"delta": 0.5, "refractory": 2.0, "v_th": 0.4, "rho_reset": 2.0}
-    return {name: value(known.get(name, 0.3)) for name in spec.program.params}
-
-
-def states_of(spec):
-    return spec.states if isinstance(spec, Equations) else ("v", "i") if spec.synapse else ("v",)
-
-
-def by_autograd(spec, values, surrogate, x, rec, states):
-    """What the specification makes of a step, and its derivatives by (row, column)."""
-    leaves = [x.clone().requires_grad_(), *(s.clone().requires_grad_() for s in states)]
-    if isinstance(spec, Equations):
-        packed = torch.stack([values[n].expand(SIZE) for n in spec.program.params])
-        names = dict(zip(spec.states, leaves[1:], strict=True))
-        _, s, after = equations_step(spec.program, names, leaves[0], rec, packed, surrogate)
-        rows = [s, *after.values()]
-    else:
-        packed = torch.stack([v.expand(SIZE) for v in values])
-        i = leaves[2] if spec.synapse else None
-        _, s, v, i = reference.step(spec, packed, leaves[0], rec, leaves[1], i, surrogate)
-        rows = [s, v] if i is None else [s, v, i]
-    found = {}
-    for r, row in enumerate(rows):
-        grads = (
-            torch.autograd.grad(row, leaves, torch.ones_like(row), allow_unused=True, retain_graph=True)
-            if row.requires_grad
-            else [None] * len(leaves)
-        )
-        for c, grad in enumerate(grads):
-            found[r, c] = torch.zeros_like(x) if grad is None else grad
-    return [row.detach() for row in rows], found
-
-
-def compare(spec, surrogate, dtype, recurrent=False, per_neuron=False, exact=True):
-    torch.manual_seed(0)
-    values = params(spec, dtype, per_neuron)
-    weight = torch.zeros(SIZE, SIZE, dtype=dtype) if recurrent else None
-    neuron = Neuron(spec, values, surrogate, recurrent_weight=weight)
-    names = states_of(spec)
-    states = [torch.randn(B, SIZE, dtype=dtype) for _ in names]
-    x, rec = torch.randn(2, B, SIZE, dtype=dtype).unbind(0)
-    states[0][0, :4] = torch.as_tensor(getattr(values, "threshold", 0.5), dtype=dtype).expand(SIZE)[
-        :4
-    ]  # ties
-    rec = rec if recurrent else None
-    rows, expected = by_autograd(spec, values, surrogate, x, rec, states)
-    readout = not spec.spiking
-    stepper = Stepper(neuron, names, readout, states[0], steps=2)
-    stepper.step(x + 1, rec, states)  # the derivatives of another step stand before
-    spikes, output, after, place = stepper.step(x, rec, states)
-    assert output is (after[0] if readout else spikes)
-    for own, row in zip([spikes, *after], rows, strict=True):
-        assert torch.equal(own, row) if exact else torch.allclose(own, row, rtol=1e-12, atol=1e-12)
-    local = place.part(1).local
-    bound = 1e-12 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
-    matters = {k for pair in local for k in pair}
-    for pair, grad in expected.items():
-        if pair[0] not in matters:  # a state that the output never comes to depend on
-            continue
-        found = torch.as_tensor(local.get(pair, 0.0), dtype=dtype).expand(1, B, SIZE)[0]
-        assert float((found - grad).abs().max()) <= bound * max(1.0, float(grad.abs().max())), pair
-    return matters
 
 
 @pytest.mark.parametrize("spec", list(family()), ids=name_of)

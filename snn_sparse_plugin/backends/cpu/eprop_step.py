@@ -1,21 +1,22 @@
 """One step of a neuron given by its equations, with the local derivatives that e-prop needs.
 
-``program.py`` runs the equations; what is computed after them is ``learners/eprop/jacobian.py``'s.
+``program.py`` runs the equations; what is computed after them is said by ``snn_sparse_plugin/jacobian.py``.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Sequence
 
+import numpy as np
+from torch import Tensor
+
+from ...jacobian import Derivatives
+from ...programs import OPS, Op, Program
+from ...surrogates import Surrogate
 from .bits import LANES
 from .jit import kernel
 from .program import execute
 from .rows import surrogate_row
-
-
-def padded(N: int) -> int:
-    """The width of a register for N neurons."""
-    return -(-N // LANES) * LANES
 
 
 @kernel()
@@ -67,3 +68,44 @@ def step(  # type: ignore[no-untyped-def]
             row = np.uint32(kept[v])
             for j in range(N):
                 local[np.uint32(v), at, sample, j] = regs[row, j]
+
+
+def runner(
+    program: Program,
+    derivatives: Derivatives,
+    results: Sequence[int],
+    kept: Sequence[int],
+    params: Tensor,
+    surrogate: Surrogate,
+) -> Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, int], None]:
+    """A function ``(x, rec, before, after, local, t)`` that runs one step of a neuron, see :func:`step`.
+
+    Args:
+        results: registers of the rows of ``after``: the output and the next states.
+        kept: registers of the rows of ``local``.
+        params: (P, N).
+    """
+    none = np.empty((0, 0), params.numpy().dtype)
+    regs = np.zeros((derivatives.registers, -(-params.shape[1] // LANES) * LANES), none.dtype)
+    first, count = program.first_param, len(params)
+    regs[first : first + count] = 1  # beyond column N: no NaN
+    regs[first : first + count, : params.shape[1]] = params.numpy()
+    for at, numbers in ((first + count, program.constants), (program.registers, derivatives.constants)):
+        for k, number in enumerate(numbers):
+            regs[at + k] = number
+    fixed = (
+        _encoded(program.ops), _encoded(derivatives.ops), np.array(derivatives.sites, np.int32).reshape(-1, 2),
+        np.array(results, np.int32), np.array(kept, np.int32), regs, surrogate.code, *surrogate.packed,
+    )  # fmt: skip
+
+    def run(x: Tensor, rec: Tensor | None, before: Tensor, after: Tensor, local: Tensor, t: int) -> None:
+        recurrent = none if rec is None else rec.contiguous().numpy()
+        step(*fixed, x.contiguous().numpy(), recurrent, before.numpy(), after.numpy(), local.numpy(), t)
+
+    return run
+
+
+def _encoded(ops: Sequence[Op]) -> np.ndarray:
+    # as ``execute`` takes them; where gradients pass does not matter to it
+    rows = [(OPS.index(op.kind), op.out, op.a, op.b, 0, 0) for op in ops]
+    return np.array(rows, np.int32).reshape(-1, 6)

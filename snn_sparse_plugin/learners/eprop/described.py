@@ -142,4 +142,4 @@ def per_neuron(value: Tensor | float, like: Tensor) -> Tensor:
     Raises:
         RuntimeError: it has another shape.
     """
-    return torch.as_tensor(value, dtype=like.dtype).detach().expand(like.shape[-1:])
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).detach().expand(like.shape[-1:])

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...adapters import Adapter
 from ...adapters.base import Neuron
 from ...fusion.description import Description
-from ...programs import OPS, Op
+from ...jacobian import derivatives_of, fixed_values
 from .described import described, equations, parameters, per_neuron
-from .jacobian import derivatives_of
 from .local import Part
-from .scan import Jacobian, on_cpu
+from .scan import Jacobian, on_cpu, on_triton
 from .structure import Layer
 
 
@@ -67,20 +65,8 @@ class Stepper:
         first = program.spikes if program.spikes is not None else program.results[0]
         output = program.results[program.states.index(eq.membrane)] if readout else first
         d = derivatives_of(program, output)
-        # numba is imported where something runs
-        self.kernels: Any = import_module("snn_sparse_plugin.backends.cpu.eprop_step")
-        width = self.kernels.padded(like.shape[-1])
-        kind = np.dtype("float32" if like.dtype == torch.float32 else "float64")
-        regs = np.zeros((d.registers, width), kind)
-        regs[program.first_param : program.first_param + len(program.params)] = 1  # beyond column N: no NaN
-        for k, name in enumerate(program.params):
-            regs[program.first_param + k, : like.shape[-1]] = per_neuron(values[name], like).numpy()
-        start = program.first_param + len(program.params)
-        for k, value in enumerate(program.constants):
-            regs[start + k] = value
-        for k, value in enumerate(d.constants):
-            regs[program.registers + k] = value
-        ops, more = _encoded(program.ops), _encoded(d.ops)
+        rows = [per_neuron(values[name], like) for name in program.params]
+        params = torch.stack(rows) if rows else like.new_empty(0, like.shape[-1])
         kept = sorted(set(d.varying.values()))
         # which of the module's states each state of the program is, and the places of entries with them
         self.leaf = [self._leaf(name) for name in program.states]
@@ -94,13 +80,14 @@ class Stepper:
         self.output = 1 + program.states.index(eq.membrane) if readout else 0
         self.varying = {(place[r], place[c]): kept.index(k) for (r, c), k in d.varying.items()}
         self.same: Jacobian = {(place[r], place[c]): v for (r, c), v in d.numbers.items()}
-        self._fix(regs.copy(), ops, more, {(place[r], place[c]): k for (r, c), k in d.fixed.items()})
-        sites = np.array(d.sites, np.int32).reshape(-1, 2)
-        results = np.array([first, *program.results], np.int32)
-        self.fixed_arguments = (
-            ops, more, sites, results, np.array(kept, np.int32), regs, neuron.surrogate.code, *neuron.surrogate.packed
-        )  # fmt: skip
-        self.none = np.empty((0, 0), kind)
+        for (r, c), row in fixed_values(program, d, params).items():
+            number = bool((row == row[0]).all())
+            self.same[place[r], place[c]] = float(row[0]) if number else row.expand(self.shape)
+        # numba and Triton are imported where they run
+        where = "triton_kernels" if on_triton(like) else "backends.cpu"
+        kernels: Any = import_module(f"snn_sparse_plugin.{where}.eprop_step")
+        self.run = kernels.runner(program, d, [first, *program.results], kept, params, neuron.surrogate)
+        self.entries = len(kept)
         self.block: Tensor | None = None
         self.filled = 0
 
@@ -113,15 +100,6 @@ class Stepper:
                 return self.names.index(known)
         raise RuntimeError(f"no state {name} among {self.names}")
 
-    def _fix(self, regs: np.ndarray, ops: Any, more: Any, fixed: dict[tuple[int, int], int]) -> None:
-        """The derivatives that depend on parameters alone: numbers where all neurons have the same."""
-        self.kernels.execute(ops, regs)
-        self.kernels.execute(more, regs)
-        B, N = self.shape
-        for pair, k in fixed.items():
-            row = torch.from_numpy(regs[k, :N].copy())
-            self.same[pair] = float(row[0]) if bool((row == row[0]).all()) else row.expand(B, N)
-
     def step(
         self, x: Tensor, rec: Tensor | None, leaves: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor], Place]:
@@ -132,31 +110,17 @@ class Stepper:
         before = torch.stack([leaves[k] for k in self.leaf])
         after = before.new_empty(1 + len(before), *self.shape)
         if self.block is None or self.filled == self.steps:
-            self.block = before.new_empty(len(self.fixed_arguments[4]), self.steps, *self.shape)
+            self.block = before.new_empty(self.entries, self.steps, *self.shape)
             self.filled = 0
         t = self.filled
         self.filled = t + 1
-        self.kernels.step(
-            *self.fixed_arguments,
-            x.contiguous().numpy(),
-            self.none if rec is None else rec.contiguous().numpy(),
-            before.numpy(),
-            after.numpy(),
-            self.block.numpy(),
-            t,
-        )
+        self.run(x, rec, before, after, self.block, t)
         made = after.unbind(0)
         return made[0], made[self.output], [made[k] for k in self.after], Place(self, self.block, t)
 
     def release(self) -> None:
         """The derivatives so far have been used; others may take their place."""
         self.filled = 0
-
-
-def _encoded(ops: Sequence[Op]) -> np.ndarray:
-    """Operations as :func:`~snn_sparse_plugin.backends.cpu.program.execute` takes them; it adjoins no gradient."""
-    rows = [(OPS.index(op.kind), op.out, op.a, op.b, 0, 0) for op in ops]
-    return np.array(rows, np.int32).reshape(-1, 6)
 
 
 class ByKernel:
@@ -184,7 +148,7 @@ class ByKernel:
         """What runs steps of states (B, N) like this one now; None where autograd has to."""
         if not self.description.holds() or self.description.changed_in_place():
             self._describe()
-        if self.neuron is None or not on_cpu(like):
+        if self.neuron is None or not (on_cpu(like) or on_triton(like)):
             return None
         if self.stepper is None or (self.stepper.shape, self.stepper.dtype) != (like.shape, like.dtype):
             try:

@@ -22,7 +22,7 @@ from ...adapters.active import config_of
 from ...errors import InputError, UnsupportedError
 from .local import Inputs, Part, Plan, derivatives, replay
 from .record import Record
-from .scan import Jacobian, on_cpu
+from .scan import Jacobian, on_cpu, on_triton
 from .states import SnnTorchState, TupleState, mapped
 from .stepper import ByKernel, Stepper
 from .structure import Intercept, Layer
@@ -410,7 +410,7 @@ class Neuron:
 
 def _plain(x: Tensor) -> bool:
     """Whether a current has the dtype of the states that come of it."""
-    return on_cpu(x) and not torch.is_autocast_enabled("cpu")
+    return (on_cpu(x) or on_triton(x)) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _how(record: Record) -> Any:

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-from ...programs import Op, Program
+import torch
+from torch import Tensor
+
+from .programs import BINARY, UNARY_TORCH, Op, Program
 
 
 class Derivatives(NamedTuple):
@@ -47,6 +50,19 @@ def derivatives_of(program: Program, output: int) -> Derivatives:
     # where the spikes are a state, what they were does not matter
     wanted -= {r for r, result in enumerate(rows) if r and result == output == program.spikes}
     return builder.finished({place: v for place, v in entries.items() if wanted.issuperset(place)})
+
+
+def fixed_values(program: Program, found: Derivatives, params: Tensor) -> dict[tuple[int, int], Tensor]:
+    """The entries that depend on parameters (P, N) alone, (N,) each."""
+    values = {program.first_param + k: row for k, row in enumerate(params)}
+    constants = [(program.first_param + len(params), program.constants), (program.registers, found.constants)]
+    for first, numbers in constants:
+        values |= {first + k: params.new_tensor(number) for k, number in enumerate(numbers)}
+    for kind, out, a, b in (*program.ops, *found.ops):
+        if a in values and b in values:
+            p, q = values[a], values[b]
+            values[out] = getattr(torch, kind)(p, q) if kind in BINARY else UNARY_TORCH[kind](p)
+    return {pair: values[k].expand(params.shape[1]) for pair, k in found.fixed.items()}
 
 
 def _reached(entries: Iterable[tuple[int, int]]) -> set[int]:
