@@ -256,7 +256,7 @@ def test_the_step_of_eprop_compiles(case, target):
     gpu, binary = TARGETS[target]
     compiled = compiled_step(case, gpu)
     assert len(compiled.asm[binary]) > 0
-    assert binary != "cubin" or "fma.rn" not in compiled.asm["ptx"]
+    assert binary != "cubin" or "fma.rn.f32" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
