@@ -98,6 +98,12 @@ class EProp:
             raise ConfigError(f"EProp(chunk={chunk!r}): a chunk has at least one step.")
         if trace_dtype is not None and not trace_dtype.is_floating_point:
             raise ConfigError(f"EProp(trace_dtype={trace_dtype}): must be a floating dtype.")
+        if not (kappa == "auto" or isinstance(kappa, int | float)):
+            raise ConfigError(f'EProp(kappa={kappa!r}): a decay per step, or "auto".')
+        if rate_reg is not None and not isinstance(rate_reg, FiringRate):
+            raise ConfigError(f"EProp(rate_reg={rate_reg!r}): a FiringRate, or None.")
+        if not 0 <= feedback_decay < 1:
+            raise ConfigError(f"EProp(feedback_decay={feedback_decay}): a share lost per update, in [0, 1).")
         if engine == "offline" and update != "sequence":
             raise ConfigError(
                 'EProp(engine="offline") knows gradients at the end only: use update="sequence".'

@@ -60,7 +60,6 @@ class Stepper:
         self.neuron, self.names, self.steps = neuron, tuple(names), steps
         eq = equations(neuron)
         program, values = eq.program, parameters(neuron)
-        self.states = program.states
         self.shape, self.dtype = like.shape, like.dtype
         first = program.spikes if program.spikes is not None else program.results[0]
         output = program.results[program.states.index(eq.membrane)] if readout else first
@@ -115,7 +114,9 @@ class Stepper:
         t = self.filled
         self.filled = t + 1
         self.run(x, rec, before, after, self.block, t)
-        made = after.unbind(0)
+        made = [
+            x.detach() for x in after.unbind(0)
+        ]  # snnTorch detaches its states in place, which a view refuses
         return made[0], made[self.output], [made[k] for k in self.after], Place(self, self.block, t)
 
     def release(self) -> None:
