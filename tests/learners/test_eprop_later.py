@@ -29,7 +29,11 @@ from snn_sparse_plugin.learners.eprop import scan, watch
 from snn_sparse_plugin.learners.eprop.rule import ChunkRule
 from snn_sparse_plugin.learners.eprop.synapses import Synapses
 
-AT_ONCE = [name for name in NETWORKS if name not in ("own-neuron", "recurrence-outside", "lsnn-two-layers")]
+# upstream runs the recurrence of these twice in a step, which only their equations say
+TWICE = ("rleaky-zero", "rsynaptic-zero")
+AT_ONCE = [
+    name for name in NETWORKS if name not in ("own-neuron", "recurrence-outside", "lsnn-two-layers", *TWICE)
+]
 
 
 def compare(found, expected, bound=1e-12):
@@ -61,7 +65,7 @@ def test_derivatives_of_many_steps_equal_those_of_each(name, monkeypatch):
         return before(*args)
 
     monkeypatch.setattr(watch, "replay", count)
-    monkeypatch.setattr(eprop.EProp, "kernel_steps", lambda self: 0)
+    monkeypatch.setattr(watch.Neuron, "_by_kernel", lambda *args: None)
     compare(learned(net, x, chunk=6), expected)
     assert sum(counted) >= len(x) - 1, "no derivative was found later: the test shows nothing"
 
@@ -162,7 +166,7 @@ def test_a_state_written_to_in_place_is_refused_where_steps_run_again(monkeypatc
     expected = written_to(net, x, chunk=1)
     net.zero_grad()
     compare(written_to(net, x, chunk=64), expected)  # a kernel has found the derivatives before
-    monkeypatch.setattr(eprop.EProp, "kernel_steps", lambda self: 0)
+    monkeypatch.setattr(watch.Neuron, "_by_kernel", lambda *args: None)
     with pytest.raises(UnsupportedError, match="written to in place"):
         written_to(net, x, chunk=64)
 

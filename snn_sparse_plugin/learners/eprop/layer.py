@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError
 from .local import Part, joined
 from .record import Record
+from .returned import Returned
 from .rule import RULES, ChunkRule, TextbookRule
 from .scan import Steps
 from .structure import Layer
@@ -66,11 +68,15 @@ class WatchedLayer:
     def attach(self) -> Callable[..., Any]:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
-        neuron = Neuron(self.layer, self.learner.names, self.is_readout)
-        neuron.guard = self.guard
-        neuron.receive = lambda record, grad: self.learner.signals.receive(self, record, grad)
-        neuron.known = lambda: self.learner.knows(self)
-        neuron.block_steps = self.learner.kernel_steps()
+        learner = self.learner
+        returned = Returned(
+            self.layer,
+            self.is_readout,
+            self.guard,
+            lambda record, grad: learner.signals.receive(self, record, grad),
+        )
+        known = partial(learner.knows, self)
+        neuron = Neuron(self.layer, learner.names, returned, known, min(learner.chunk, 64))
         self.neuron = neuron
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:

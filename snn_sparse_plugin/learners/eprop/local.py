@@ -95,7 +95,7 @@ def replay(
     """
     B, N = spikes[0].shape
     size = max(1, _ELEMENTS // (B * N))
-    with _unchanged(module), torch.enable_grad():
+    with unchanged(module), torch.enable_grad():
         for first in range(0, len(steps), size):
             part = steps[first : first + size]
             if any(step.changed() for step in part):
@@ -141,7 +141,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
+def unchanged(module: nn.Module) -> Iterator[None]:
     """The module's attributes and buffers as they were, after what it does to them in the block."""
     attributes, buffers = dict(vars(module)), dict(module._buffers)
     try:

@@ -31,8 +31,10 @@ class Record:
         default_factory=list
     )  # what the readout will send to these spikes
 
+    def jacobian(self) -> Jacobian:
+        """The derivatives, where they are known as soon as the step has run."""
+        return self.place.local() if self.place is not None else self.local or {}
+
     def gain(self) -> Tensor | float:
-        """The derivative of the output by the current, known as soon as the step has run."""
-        if self.place is not None:
-            return self.place.gain()
-        return 0.0 if self.local is None else self.local.get((0, 0), 0.0)
+        """That of the output by the current."""
+        return self.place.gain() if self.place is not None else self.jacobian().get((0, 0), 0.0)

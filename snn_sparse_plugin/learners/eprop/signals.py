@@ -93,8 +93,10 @@ class Signals:
             return None
         if record.local is None:
             assert self.learner.filter is not None
-            return float(self.learner.filter.b[self.learner.filter.out])
-        return record.gain()
+            scale: float | Tensor = float(self.learner.filter.b[self.learner.filter.out])
+        else:
+            scale = record.gain()
+        return None if isinstance(scale, float) and scale == 1 else scale
 
     def _carry_later(self) -> bool:
         """Leave the way from readout to spikes to the end of the chunk, where it is known: weights and nothing else."""

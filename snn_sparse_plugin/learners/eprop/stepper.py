@@ -36,6 +36,11 @@ class Place:
         local |= {pair: self.block[k, self.t : self.t + steps] for pair, k in stepper.varying.items()}
         return Part(steps, local, symbolic=True)
 
+    def local(self) -> Jacobian:
+        """Derivatives of this step alone, a copy: (B, N) or numbers."""
+        stepper = self.stepper
+        return stepper.same | {pair: self.block[k, self.t].clone() for pair, k in stepper.varying.items()}
+
     def gain(self) -> Tensor | float:
         """The derivative of this step's output by its current, (B, N)."""
         k = self.stepper.varying.get((0, 0))

@@ -16,17 +16,19 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.active import config_of
 from ...errors import InputError, UnsupportedError
-from .local import Inputs, Part, Plan, derivatives, replay
+from .local import Inputs, Part, Plan, derivatives, replay, unchanged
 from .record import Record
+from .returned import Returned, flat
 from .scan import Jacobian, on_cpu, on_triton
-from .states import SnnTorchState, TupleState, mapped
-from .stepper import ByKernel, Stepper
+from .states import SnnTorchState, TupleState
+from .stepper import ByKernel
 from .structure import Intercept, Layer
-from .taps import Call, Tap, anchor, leaf, sources, tracked
+from .taps import Call, sources, tracked
 
 log = logging.getLogger("snn_sparse_plugin")
 
@@ -37,17 +39,27 @@ class Neuron:
     """Runs the steps of one neuron module.
 
     Args:
-        readout: outputs keep their graph from the current on, instead of being tapped.
+        parameters: names of the model's.
+        returned: of a readout outputs keep their graph from the current on, instead of being tapped.
+        known: whether the way of errors from readout to hidden layers is, so that steps need no graph.
+        block_steps: of a block of derivatives that a kernel finds.
     """
 
-    def __init__(self, layer: Layer, parameters: dict[nn.Parameter, str], readout: bool = False) -> None:
-        self.layer, self.parameters, self.readout = layer, parameters, readout
+    def __init__(
+        self,
+        layer: Layer,
+        parameters: dict[nn.Parameter, str],
+        returned: Returned,
+        known: Callable[[], bool],
+        block_steps: int,
+    ) -> None:
+        self.layer, self.parameters, self.returned, self.known = layer, parameters, returned, known
+        self.readout, self.sequence = returned.readout, returned.sequence
         self.forward = layer.module.forward
         self.library = layer.adapter.name if layer.adapter is not None else ""
-        self.sequence = layer.adapter is not None and layer.adapter.takes_sequence(layer.module)
         self.plan: Plan | None = None
         self.kernel: ByKernel | None = None
-        self.block_steps = 0  # of a block of derivatives that a kernel finds; 0: none does
+        self.block_steps = block_steps
         self.masks: dict[str, Tensor | None] = {}
         self._check(layer.module)
 
@@ -56,6 +68,10 @@ class Neuron:
         if self.library == "norse" and not hasattr(module, "state_fallback") and kind != "LILinearCell":
             raise UnsupportedError(
                 f"e-prop: {name} is a {kind}, which it does not take; use eprop.detached(model)."
+            )
+        if getattr(module, "record_states", False):
+            raise UnsupportedError(
+                f"e-prop: {name} has record_states=True; it hands on the last state alone."
             )
         if self.library == "snntorch":
             if getattr(module, "inhibition", False):
@@ -99,11 +115,11 @@ class Neuron:
         self, x: Tensor, outside: list[Call], t: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Record, Any, bool]:
         record = Record(None, [call.at(t) for call in outside], x, 0)
-        if self.plan is not None and self.later():
+        if self.later():
             found = self._by_kernel(record, x, args, kwargs)
             if found is not None:
                 return found
-            if self.known():
+            if self.plan is not None and self.known():
                 return self._without_graph(record, x, args, kwargs)
         with torch.enable_grad():
             current = x.detach().requires_grad_()
@@ -116,11 +132,11 @@ class Neuron:
                 record.calls.append(call)
                 inner.append((graph, graph.detach().requires_grad_()))
                 if self.readout:
-                    inner[-1] = (graph, self._read(graph, record))
+                    inner[-1] = (graph, self.returned.current(graph, record))
                 return inner[-1][1]
 
             feeds_itself = self.readout and not self.has_inner
-            tapped = self._read(x, record) if feeds_itself else current
+            tapped = self.returned.current(x, record) if feeds_itself else current
             given = self._state(x, args, kwargs)
             state = given.at(
                 tapped.unsqueeze(0) if self.sequence else tapped,
@@ -132,43 +148,49 @@ class Neuron:
             leaves = [tapped] if feeds_itself else [*(cut for _, cut in inner), current]
             outer = tapped if feeds_itself else current
             record.local = self._local([z, *after], leaves, outer, state)
-        record.z, record.states = _flat(z, self.sequence).detach(), len(after)
+        record.z, record.states = flat(z, self.sequence).detach(), len(after)
         record.below = [graph for graph, _ in inner] or [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
-        if self.kernel is None and self.block_steps and self.plan is not None and _plain(x):
-            self._try_kernel(x.detach(), [cut.detach() for _, cut in inner], given, [record.z, *after])
-        out = self._only_output(out, z) if self.readout else self._tapped(out, z, record)
+        out = self.returned.only_output(out, z) if self.readout else self.returned.tapped(out, z, record)
         state.detach()
         return record, out, state.fresh
 
-    def _try_kernel(self, x: Tensor, inner: list[Tensor], state: State, made: list[Tensor]) -> None:
-        """Further steps run through a kernel if this one gives the same there."""
-        self.kernel = ByKernel(self.layer, self.readout, state.names, self.block_steps)
-        stepper = self.kernel.stepper_for(made[0])
-        if stepper is not None:
-            currents = inner if stepper.neuron.input_weight is not None else [x, *inner]
-            if len(currents) != 1 + stepper.neuron.recurrent or any(
-                s.shape != made[0].shape for s in state.leaves
-            ):
-                self.kernel.refuse("its currents or states are others than those of its equations")
-                return
-            rec = currents[1] if len(currents) > 1 else None
-            _, z, after, _ = stepper.step(currents[0], rec, state.leaves)
+    def _try_kernel(self, x: Tensor, state: State) -> ByKernel:
+        """A kernel for this neuron, if it makes the same of this step as the module."""
+        kernel = ByKernel(self.layer, self.readout, state.names, self.block_steps)
+        stepper = kernel.stepper_for(state.leaves[-1]) if state.leaves else None
+        if stepper is not None and all(s.shape == stepper.shape for s in state.leaves):
+            neuron, current, rec = stepper.neuron, x.detach(), None
+            with torch.no_grad(), unchanged(self.layer.module):
+                given = state.at(
+                    current.unsqueeze(0) if self.sequence else current, [s.clone() for s in state.leaves]
+                )
+                z, after = given.outputs(given.call())
+                if neuron.input_weight is not None:
+                    current = F.linear(current, neuron.input_weight, neuron.input_bias)
+                if neuron.recurrent_weight is not None:
+                    spikes = state.leaves[stepper.spikes]
+                    rec = F.linear(spikes, neuron.recurrent_weight, neuron.recurrent_bias)
+            _, output, states, _ = stepper.step(current, rec, state.leaves)
             stepper.release()
-            same = zip([z, *after], [_flat(x, self.sequence) for x in made], strict=True)
-            if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in same):
-                self.kernel.refuse("its first step gave something else there")
-        if self.kernel.why_not:
-            log.debug("e-prop: %s takes derivatives by autograd: %s", self.layer.name, self.kernel.why_not)
+            made = [flat(part, self.sequence) for part in (z, *after)]
+            for own, theirs in zip((output, *states), made, strict=True):
+                if own.dtype != theirs.dtype or not torch.equal(own, theirs):
+                    kernel.refuse("its first step gave something else there")
+        if kernel.why_not:
+            log.debug("e-prop: %s takes derivatives by autograd: %s", self.layer.name, kernel.why_not)
+        return kernel
 
     def _by_kernel(
         self, record: Record, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Record, Any, bool] | None:
-        """A further step of a neuron that a kernel knows; None where it does not."""
-        if self.kernel is None or self.kernel.neuron is None or not _plain(x):
+        """A step of a neuron that a kernel knows; None where it does not."""
+        if not _plain(x) or (self.kernel is not None and self.kernel.neuron is None):
             return None
         state = self._state(x, args, kwargs)
-        stepper = self.kernel.stepper_for(state.leaves[-1])
+        if self.kernel is None:
+            self.kernel = self._try_kernel(x, state)
+        stepper = self.kernel.stepper_for(state.leaves[-1]) if state.leaves else None
         if stepper is None or any(s.shape != stepper.shape for s in state.leaves):
             return None
         neuron, without_graph = stepper.neuron, not self.readout and self.known()
@@ -177,7 +199,7 @@ class Neuron:
             call = self._inside(given, x, x, weight, bias)
             record.calls.append(call)
             if without_graph:
-                return torch.nn.functional.linear(call.pre, weight, bias).detach()
+                return F.linear(call.pre, weight, bias).detach()
             record.below.append(tracked(call, call.given))
             return record.below[-1].detach()
 
@@ -199,8 +221,8 @@ class Neuron:
         out = state.returned(z if self.library != "snntorch" else spikes, after)
         if self.readout:
             record.at_output = True
-            return record, self._output(out, z, spikes, stepper, record), state.fresh
-        out = self._leaves(out, z, record) if without_graph else self._tapped(out, z, record)
+            return record, self.returned.output(out, z, spikes, stepper, record), state.fresh
+        out = self.returned.leaves(out, z, record) if without_graph else self.returned.tapped(out, z, record)
         return record, out, state.fresh
 
     def _without_graph(
@@ -212,17 +234,17 @@ class Neuron:
             raise self.problem  # it takes the current from outside
         inner: list[Tensor] = []
         feeds_itself = self.readout and not self.has_inner
-        current = self._leaf(x, record) if feeds_itself else x.detach()
+        current = self.returned.current_alone(x, record) if feeds_itself else x.detach()
 
         def linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             call = self._inside(given, x, current, weight, bias)
             record.calls.append(call)
             if not self.readout:
-                inner.append(torch.nn.functional.linear(call.pre, weight, bias))
+                inner.append(F.linear(call.pre, weight, bias))
                 return inner[-1]
             graph = tracked(call, call.given)
             record.below.append(graph)
-            inner.append(self._leaf(graph, record))
+            inner.append(self.returned.current_alone(graph, record))
             return inner[-1]
 
         # the mode costs microseconds for each of the neuron's operations
@@ -233,10 +255,10 @@ class Neuron:
             with watched:
                 out = state.call()
         z, after = state.outputs(out)
-        record.z, record.states = _flat(z, self.sequence).detach(), len(after)
+        record.z, record.states = flat(z, self.sequence).detach(), len(after)
         record.inputs = Inputs(current.detach(), [c.detach() for c in inner], state)
         if not self.readout:
-            out = self._leaves(out, z, record)
+            out = self.returned.leaves(out, z, record)
         elif feeds_itself:
             record.below = [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
@@ -294,89 +316,6 @@ class Neuron:
             isinstance(m, nn.Linear) for m in module.children()
         )
 
-    def _read(self, current: Tensor, record: Record) -> Tensor:
-        """The readout's current, cut from its graph: its gradient is kept, and sent down later by the feedback."""
-
-        def receive(grad: Tensor) -> None:
-            self.guard(record)
-            record.direct = grad if record.direct is None else record.direct + grad
-
-        return Tap.apply(current.detach(), anchor(current), receive)
-
-    def _leaf(self, current: Tensor, record: Record) -> Tensor:
-        """The same without a graph below."""
-
-        def receive(grad: Tensor) -> None:
-            self.guard(record)
-            record.direct = grad if record.direct is None else record.direct + grad
-
-        return leaf(current, receive)
-
-    def _leaves(self, out: Any, z: Tensor, record: Record) -> Any:
-        """What a step returns, with leaves in place of its tensors."""
-
-        def receive(grad: Tensor) -> None:
-            self.receive(record, _flat(grad, self.sequence))
-
-        record.spikes = leaf(z, receive)
-
-        def replace(x: Tensor) -> Tensor:
-            if x is z:
-                return record.spikes  # type: ignore[return-value]
-            return leaf(x, self._refuse) if x.is_floating_point() else x
-
-        return mapped(out, replace)
-
-    def _output(self, out: Any, z: Tensor, spikes: Tensor, stepper: Stepper, record: Record) -> Any:
-        """What a step of a readout returns, with leaves: a loss may use its output, and spikes that hang on it."""
-
-        def receive(grad: Tensor) -> None:
-            self.guard(record)
-            grad = _flat(grad, self.sequence)
-            record.direct = grad if record.direct is None else record.direct + grad
-
-        def through_spikes(grad: Tensor) -> None:
-            receive(grad * stepper.neuron.surrogate.grad(z - stepper.threshold))
-
-        def replace(x: Tensor) -> Tensor:
-            if x is z:
-                return leaf(x, receive)
-            return leaf(x, through_spikes if x is spikes else self._refuse)
-
-        return mapped(out, replace)
-
-    def _only_output(self, out: Any, z: Tensor) -> Any:
-        """What a step of a readout returns: of its states a loss may use the output alone."""
-        if self.library == "":
-            return out
-        first = out[0] if isinstance(out, tuple) else out
-
-        def replace(x: Tensor) -> Tensor:
-            if x is z or x is first or not x.requires_grad:
-                return x
-            return Tap.apply(x.detach(), anchor(x), self._refuse)
-
-        return mapped(out, replace)
-
-    def _refuse(self, grad: Tensor) -> None:
-        raise UnsupportedError(
-            f"e-prop: the loss uses the state of {'readout' if self.readout else 'hidden layer'} {self.layer.name}; it "
-            "may use hidden spikes and the readout's output. Use eprop.detached(model)."
-        )
-
-    def _tapped(self, out: Any, z: Tensor, record: Record) -> Any:
-        def receive(grad: Tensor) -> Tensor | None:
-            return self.receive(record, _flat(grad, self.sequence))
-
-        tapped = Tap.apply(z.detach(), anchor(z), receive, *record.below)
-
-        def replace(x: Tensor) -> Tensor:
-            if x is z:
-                return tapped
-            return Tap.apply(x.detach(), anchor(x), self._refuse) if x.is_floating_point() else x
-
-        return mapped(out, replace)
-
     def _local(self, rows: list[Tensor], currents: list[Tensor], outer: Tensor, state: State) -> Jacobian:
         found = derivatives(rows, [*currents, *state.leaves])
         n = len(currents)
@@ -397,15 +336,10 @@ class Neuron:
         for (row, column), g in found.items():
             if row - 1 in state.aliases or (column < n and column != first):
                 continue
-            local[row, 0 if column < n else column - n + 1] = _flat(g, self.sequence)
+            local[row, 0 if column < n else column - n + 1] = flat(g, self.sequence)
         if _of_a_library(self.layer.module):
             self.plan = Plan(first, n, frozenset(local), len(rows) - 1)
         return local
-
-    # set by the learner
-    guard: Callable[[Record], None]
-    receive: Callable[[Record, Tensor], Tensor | None]
-    known: Callable[[], bool]  # whether the way of errors from readout to hidden layers is
 
 
 def _plain(x: Tensor) -> bool:
@@ -428,10 +362,6 @@ def _of_a_library(module: nn.Module) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and bool(torch.equal(a.flatten(), b.flatten()))
-
-
-def _flat(x: Tensor, sequence: bool) -> Tensor:
-    return x[0] if sequence and x.dim() == 3 else x
 
 
 def _mask(module: nn.Module, weight: Tensor) -> Tensor | None:
