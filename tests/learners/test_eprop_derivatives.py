@@ -174,6 +174,22 @@ def test_a_neuron_that_is_changed_in_a_chunk_is_described_anew(what, monkeypatch
         assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name
 
 
+def test_an_attribute_that_changes_nothing_leaves_the_kernel_as_it_is():
+    net, x = build("rleaky"), inputs(T=8)
+    expected = oracle(net, x)
+    with eprop.EProp(net) as learner:
+
+        def step(loss):
+            net.hidden.last_loss = loss.detach()  # as a probe might
+            learner.step(loss)
+
+        loop(net, x, step)
+        assert len({id(r.place.block) for r in learner.hidden[0].pending}) == 1
+        learner.flush()
+    for name, grad in grads(net).items():
+        assert (grad - expected[name]).norm() <= 1e-12 * expected[name].norm(), name
+
+
 def test_batches_of_another_size_are_taken():
     net = build("rsynaptic")
     with eprop.EProp(net, chunk=5) as learner:

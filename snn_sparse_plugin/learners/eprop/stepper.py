@@ -64,13 +64,12 @@ class Stepper:
     def __init__(self, neuron: Neuron, names: Sequence[str], readout: bool, like: Tensor, steps: int) -> None:
         self.neuron, self.names, self.steps = neuron, tuple(names), steps
         eq = equations(neuron)
-        program, values = eq.program, parameters(neuron)
+        program = eq.program
         self.shape, self.dtype = like.shape, like.dtype
         first = program.spikes if program.spikes is not None else program.results[0]
         output = program.results[program.states.index(eq.membrane)] if readout else first
         d = derivatives_of(program, output)
-        rows = [per_neuron(values[name], like) for name in program.params]
-        params = torch.stack(rows) if rows else like.new_empty(0, like.shape[-1])
+        params = self.params = _packed(neuron, like)
         kept = sorted(set(d.varying.values()))
         # which of the module's states each state of the program is, and the places of entries with them
         self.leaf = [self._leaf(name) for name in program.states]
@@ -80,7 +79,7 @@ class Stepper:
         for k, result in enumerate(program.results):
             self.after[self.leaf[k]] = 0 if result == program.spikes else 1 + k
         self.spikes = next((k for k, name in enumerate(self.names) if name in ("spk", "z")), -1)
-        self.threshold = values.get("threshold", 0.0)
+        self.threshold = parameters(neuron).get("threshold", 0.0)
         self.output = 1 + program.states.index(eq.membrane) if readout else 0
         self.varying = {(place[r], place[c]): kept.index(k) for (r, c), k in d.varying.items()}
         self.same: Jacobian = {(place[r], place[c]): v for (r, c), v in d.numbers.items()}
@@ -124,9 +123,28 @@ class Stepper:
         ]  # snnTorch detaches its states in place, which a view refuses
         return made[0], made[self.output], [made[k] for k in self.after], Place(self, self.block, t)
 
+    def runs(self, neuron: Neuron) -> bool:
+        """Whether another description is of the same neuron."""
+        before = self.neuron
+        return (
+            (before.spec, before.surrogate) == (neuron.spec, neuron.surrogate)
+            and before.input_weight is neuron.input_weight
+            and before.input_bias is neuron.input_bias
+            and before.recurrent_weight is neuron.recurrent_weight
+            and before.recurrent_bias is neuron.recurrent_bias
+            and torch.equal(self.params, _packed(neuron, self.params))
+        )
+
     def release(self) -> None:
         """The derivatives so far have been used; others may take their place."""
         self.filled = 0
+
+
+def _packed(neuron: Neuron, like: Tensor) -> Tensor:
+    """The parameters in the order of the program's, (P, N)."""
+    values = parameters(neuron)
+    rows = [per_neuron(values[name], like) for name in equations(neuron).program.params]
+    return torch.stack(rows) if rows else like.new_empty(0, like.shape[-1])
 
 
 class ByKernel:
@@ -140,6 +158,7 @@ class ByKernel:
 
     def __init__(self, layer: Layer, readout: bool, names: Sequence[str], steps: int) -> None:
         self.layer, self.readout, self.names, self.steps = layer, readout, names, steps
+        self.stepper: Stepper | None = None
         self._describe()
 
     def _describe(self) -> None:
@@ -148,7 +167,8 @@ class ByKernel:
         self.why_not = found if isinstance(found, str) else ""
         self.neuron = None if isinstance(found, str) else found
         self.description = Description(adapter or Adapter(), module)
-        self.stepper: Stepper | None = None
+        if self.stepper is not None and (self.neuron is None or not self.stepper.runs(self.neuron)):
+            self.stepper = None
 
     def stepper_for(self, like: Tensor) -> Stepper | None:
         """What runs steps of states (B, N) like this one now; None where autograd has to."""
