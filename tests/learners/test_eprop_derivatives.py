@@ -174,6 +174,15 @@ def test_a_neuron_that_is_changed_in_a_chunk_is_described_anew(what, monkeypatch
         assert (found[name] - grad).norm() <= 1e-12 * grad.norm(), name
 
 
+@pytest.mark.parametrize("cell", [norse.LIFCell, norse.LSNNCell])
+def test_a_state_of_another_batch_never_reaches_the_kernel(cell):
+    net = norse.SequentialState(nn.Linear(M, N), cell(), nn.Linear(N, C), norse.LICell())
+    with eprop.EProp(net) as learner:
+        _, state = loop(net, inputs(T=3, B=4, dtype=torch.float32), learner.step)
+        with pytest.raises(RuntimeError, match="must match|samples"):
+            net(torch.ones(3, M), state)
+
+
 def test_an_attribute_that_changes_nothing_leaves_the_kernel_as_it_is():
     net, x = build("rleaky"), inputs(T=8)
     expected = oracle(net, x)

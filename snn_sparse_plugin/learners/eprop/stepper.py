@@ -123,6 +123,14 @@ class Stepper:
         ]  # snnTorch detaches its states in place, which a view refuses
         return made[0], made[self.output], [made[k] for k in self.after], Place(self, self.block, t)
 
+    def takes(self, x: Tensor, leaves: Sequence[Tensor]) -> bool:
+        """Whether the module's input and states are of the shape and dtype that the kernel walks over."""
+        weight = self.neuron.input_weight
+        features = self.shape[1] if weight is None else weight.shape[1]
+        return (x.shape, x.dtype) == ((self.shape[0], features), self.dtype) and all(
+            (s.shape, s.dtype) == (self.shape, self.dtype) for s in leaves
+        )
+
     def runs(self, neuron: Neuron) -> bool:
         """Whether another description is of the same neuron."""
         before = self.neuron

@@ -159,7 +159,7 @@ class Neuron:
         """A kernel for this neuron, if it makes the same of this step as the module."""
         kernel = ByKernel(self.layer, self.readout, state.names, self.block_steps)
         stepper = kernel.stepper_for(state.leaves[-1]) if state.leaves else None
-        if stepper is not None and all(s.shape == stepper.shape for s in state.leaves):
+        if stepper is not None and stepper.takes(x, state.leaves):
             neuron, current, rec = stepper.neuron, x.detach(), None
             with torch.no_grad(), unchanged(self.layer.module):
                 given = state.at(
@@ -191,7 +191,7 @@ class Neuron:
         if self.kernel is None:
             self.kernel = self._try_kernel(x, state)
         stepper = self.kernel.stepper_for(state.leaves[-1]) if state.leaves else None
-        if stepper is None or any(s.shape != stepper.shape for s in state.leaves):
+        if stepper is None or not stepper.takes(x, state.leaves):
             return None
         neuron, without_graph = stepper.neuron, not self.readout and self.known()
 
