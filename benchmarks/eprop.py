@@ -1,6 +1,7 @@
 """E-prop against backward through time: time per step, memory over T, and the gradient's error.
 
     python benchmarks/eprop.py --threads 2 --rounds 5 --steps 1000 --json results/eprop.json
+    python benchmarks/eprop.py --models --rounds 3 --json results/eprop_models.json
 
 256 neurons, half of them adaptive, recurrent, 700 inputs at 2 %, B = 32, cross entropy at every step. All providers
 run in one process in alternating rounds; memory is that of fresh processes. Use a quiet machine.
@@ -36,7 +37,10 @@ parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--density", type=float, default=0.02)
 parser.add_argument("--chunk", type=int, default=64)
 parser.add_argument(
-    "--models", action="store_true", help="instead: the step loop of unmodified snnTorch and Norse models"
+    "--models",
+    nargs="*",
+    metavar="NAME",
+    help="instead: the step loop of unmodified snnTorch and Norse models, these or all",
 )
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--threads", type=int, default=2)
@@ -197,6 +201,8 @@ def unmodified(args):
     labels = torch.randint(0, C, (args.batch,))
     cases = {}
     for name, make in models.items():
+        if args.models and name not in args.models:
+            continue
         torch.manual_seed(0)
         net = make()
         learner = eprop.EProp(net, chunk=args.chunk)
@@ -318,12 +324,17 @@ def main():
     if args.child:
         print(json.dumps(peak(args.child[0], int(args.child[1]), args)))
         return
-    if args.models:
-        show(timed(args, unmodified), f"step loops, T = {args.steps}, B = {args.batch}")
-        return
     result = {
-        "options": {k: v for k, v in vars(args).items() if k not in ("child", "json")},
+        "options": {k: v for k, v in vars(args).items() if k not in ("child", "json", "models", "memory")},
         "versions": {"torch": torch.__version__, "snn_sparse_plugin": snn_sparse_plugin.__version__},
+    }
+    if args.models is not None:
+        rows = timed(args, unmodified)
+        show(rows, f"step loops, T = {args.steps}, B = {args.batch}, {args.threads} threads")
+        if args.json:
+            write(args.json, result | {"time": kept(args.json, result, rows) + rows})
+        return
+    result |= {
         "time": timed(args),
         "memory": memory(args),
         "error": errors(args),
@@ -335,8 +346,24 @@ def main():
         show(result["memory"], "peak memory")
     show(result["error"], "gradient against detached backward")
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
+        write(args.json, result)
+
+
+def kept(path, result, rows):
+    """Rows of other models that a file holds, measured in the same way."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        before = json.load(file)
+    if any(before[key] != result[key] for key in ("options", "versions")):
+        return []
+    now = {row["provider"] for row in rows}
+    return [row for row in before["time"] if row["provider"] not in now]
+
+
+def write(path, result):
+    with open(path, "w") as file:
+        json.dump(result, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -15,4 +15,5 @@ bench=(python -m snn_sparse_plugin bench)
 python fusion.py --json results/fusion.json
 python ttfs.py --json results/ttfs.json
 python eprop.py --json results/eprop.json
+python eprop.py --models --rounds 3 --json results/eprop_models.json
 python peers.py --json results/peers.json

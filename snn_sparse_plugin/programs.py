@@ -98,7 +98,7 @@ def step(
         elif kind in BINARY:
             values.append(getattr(torch, kind)(p, q))
         else:
-            values.append(spike(p) if kind == "spike" else _UNARY_TORCH[kind](p))
+            values.append(spike(p) if kind == "spike" else UNARY_TORCH[kind](p))
 
     def full(k: int | None) -> Tensor | None:
         value = None if k is None else values[k]
@@ -108,7 +108,7 @@ def step(
     return full(program.site), full(program.spikes), new  # type: ignore[return-value]
 
 
-_UNARY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+UNARY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "neg": torch.neg,
     "exp": torch.exp,
     "log": torch.log,

@@ -13,10 +13,14 @@ from equation_cases import ADAPTIVE, CONDUCTANCE, DELTA, READOUT, SECOND_ORDER
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from snn_sparse_plugin.surrogates import KINDS
+from snn_sparse_plugin.dynamics import NeuronSpec
+from snn_sparse_plugin.jacobian import derivatives_of
+from snn_sparse_plugin.learners.eprop.described import traced
+from snn_sparse_plugin.surrogates import KINDS, Surrogate
 from snn_sparse_plugin.triton_kernels import (
     backward,
     eprop,
+    eprop_step,
     forward,
     neuron,
     packed,
@@ -214,6 +218,47 @@ def test_the_scan_of_eprop_compiles(states, targets, out, element, target):
     assert len(compiled.asm[binary]) > 0
 
 
+STEP_CASES = {
+    "leaky": (traced(NeuronSpec(), False), True, "fp32"),
+    "euler-recurrent": (traced(NeuronSpec("euler", True, "value", "immediate"), True), False, "fp32"),
+    "adaptive-double": (ADAPTIVE, True, "fp64"),
+    "readout": (READOUT, True, "fp32"),
+}
+
+
+def compiled_step(case, gpu):
+    equations, alone, element = STEP_CASES[case]
+    program = equations.program
+    output = program.results[0] if program.spikes is None else program.spikes
+    found = derivatives_of(program, output)
+    fixed = eprop_step.constants(
+        program,
+        found,
+        [output, *program.results],
+        sorted(set(found.varying.values())),
+        Surrogate("atan", (2.0,)),
+    )
+    fixed |= {"BLOCK_N": 128} | ({"rec_ptr": None} if alone else {})
+    kernel = eprop_step.eprop_step
+    signature = {
+        name: "constexpr" if name in fixed else f"*{element}" if name.endswith("_ptr") else "i32"
+        for name in kernel.arg_names
+    }
+    options = {"num_warps": 2, "enable_fp_fusion": False}
+    return triton.compile(ASTSource(kernel, signature, fixed), target=gpu, options=options)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", STEP_CASES)
+def test_the_step_of_eprop_compiles(case, target):
+    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
+        pytest.skip("Triton 3.2 bundles no assembler for this target")
+    gpu, binary = TARGETS[target]
+    compiled = compiled_step(case, gpu)
+    assert len(compiled.asm[binary]) > 0
+    assert binary != "cubin" or "fma.rn.f32" not in compiled.asm["ptx"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_surrogate_compiles(kind):
     constants = {"KIND": kind, "P0": 2.0, "P1": 0.5}
@@ -250,6 +295,7 @@ def test_the_list_of_kernels_is_complete():
         ttfs,
         ttfs_events,
         eprop,
+        eprop_step,
     ):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
     called = {
@@ -271,5 +317,6 @@ def test_the_list_of_kernels_is_complete():
         "passed_back",
         "execute_back",
     }
-    kernels = {**KERNELS, **PROGRAM_KERNELS, **TTFS_KERNELS, "eprop-scan": eprop.eprop_scan}
+    kernels = {**KERNELS, **PROGRAM_KERNELS, **TTFS_KERNELS}
+    kernels |= {"eprop-scan": eprop.eprop_scan, "eprop-step": eprop_step.eprop_step}
     assert found - called == {f.__name__ for f in kernels.values()}

@@ -10,6 +10,7 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA or ROCm device and no TRITON_INTERPRET", allow_module_level=True)
 
 from eprop_scan_cases import ScanTests
+from eprop_step_cases import StepTests
 from equation_cases import EquationTests
 from layer_cases import RECURRENT, LayerTests, compare
 from ttfs_cases import TtfsTests
@@ -59,6 +60,11 @@ class TestGpuTtfs(TtfsTests):
 
 @pytest.mark.gpu
 class TestGpuTtfsEvents(TtfsEventTests):
+    device = "cuda"
+
+
+@pytest.mark.gpu
+class TestGpuEPropStep(StepTests):
     device = "cuda"
 
 

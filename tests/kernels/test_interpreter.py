@@ -9,6 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
 from eprop_scan_cases import ScanTests
+from eprop_step_cases import StepTests
 from equation_cases import EquationTests
 from layer_cases import LayerTests
 from ttfs_cases import TtfsTests
@@ -38,4 +39,9 @@ class TestTtfsEvents(TtfsEventTests):
 
 @pytest.mark.triton_interpreter
 class TestEPropScan(ScanTests):
+    device = "cpu"
+
+
+@pytest.mark.triton_interpreter
+class TestEPropStep(StepTests):
     device = "cpu"

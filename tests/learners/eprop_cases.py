@@ -101,6 +101,13 @@ NETWORKS = {
     "rsynaptic": lambda: SnnNet(
         snn.RSynaptic(alpha=0.7, beta=0.9, linear_features=N, spike_grad=spike), silent_leaky()
     ),
+    "rleaky-zero": lambda: SnnNet(
+        snn.RLeaky(beta=0.9, linear_features=N, spike_grad=spike, reset_mechanism="zero"), silent_leaky()
+    ),
+    "rsynaptic-zero": lambda: SnnNet(
+        snn.RSynaptic(alpha=0.7, beta=0.9, linear_features=N, spike_grad=spike, reset_mechanism="zero"),
+        silent_leaky(),
+    ),
     "recurrence-outside": Mixed,
     "norse-lif": lambda: norse_net(nn.Linear(M, N), norse.LIFCell(p=LIF), nn.Linear(N, C)),
     "norse-lif-recurrent": lambda: norse_net(norse.LIFRecurrentCell(M, N, p=LIF), nn.Linear(N, C)),

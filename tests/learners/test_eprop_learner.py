@@ -23,6 +23,7 @@ from eprop_cases import (
     spike,
 )
 from helpers import relative
+from snntorch import utils
 from torch import nn
 from torch.nn.utils import prune
 
@@ -234,6 +235,24 @@ def test_hidden_states_of_snntorch_are_resumed():
         steps(other, learner, x[11:])
         learner.flush()
     compare(grads(other), expected, 1e-5)
+
+
+def test_snntorch_detaches_and_resets_hidden_states():
+    net = nn.Sequential(
+        nn.Linear(M, N), snn.Leaky(beta=0.9, init_hidden=True),
+        nn.Linear(N, C), snn.Leaky(beta=0.8, init_hidden=True, reset_mechanism="none", output=True),
+    )  # fmt: skip
+    x, found = inputs(dtype=torch.float32), []
+    for detach in (False, True):
+        net.zero_grad()
+        with eprop.EProp(net, chunk=6) as learner:
+            utils.reset(net)
+            for now in x:
+                learner.step(loss_of(net(now)[1]))
+                if detach:  # states are: nothing changes
+                    snn.Leaky.detach_hidden()
+        found.append(grads(net))
+    compare(*found, 1e-12)
 
 
 def test_flushing_in_the_middle_changes_nothing():
@@ -575,6 +594,9 @@ def test_steps_out_of_order_are_refused():
         ({"update": "never"}, "update"),
         ({"chunk": 0}, "chunk"),
         ({"kappa": 1.5}, "kappa"),
+        ({"kappa": "fast"}, "kappa"),
+        ({"rate_reg": 0.1}, "rate_reg"),
+        ({"feedback_decay": 2.0}, "feedback_decay"),
         ({"trace_dtype": torch.int32}, "trace_dtype"),
         ({"engine": "offline", "update": "chunk"}, "offline"),
     ],

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from .local import joined
+from .local import Part, joined
 from .record import Record
+from .returned import Returned
 from .rule import RULES, ChunkRule, TextbookRule
 from .scan import Steps
 from .structure import Layer
 from .synapses import Synapses
-from .taps import Call, leaf, tracked
+from .taps import Call, leaf, received, tracked
 from .watch import Neuron
 
 if TYPE_CHECKING:
@@ -66,10 +68,15 @@ class WatchedLayer:
     def attach(self) -> Callable[..., Any]:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
-        neuron = Neuron(self.layer, self.learner.names, self.is_readout)
-        neuron.guard = self.guard
-        neuron.receive = lambda record, grad: self.learner.signals.receive(self, record, grad)
-        neuron.known = lambda: self.learner.knows(self)
+        learner = self.learner
+        returned = Returned(
+            self.layer,
+            self.is_readout,
+            self.guard,
+            lambda record, grad: learner.signals.receive(self, record, grad),
+        )
+        known = partial(learner.knows, self)
+        neuron = Neuron(self.layer, learner.names, returned, known, min(learner.chunk, 64))
         self.neuron = neuron
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -149,9 +156,8 @@ class WatchedLayer:
             like = like.float()  # sums over steps are not made in half precision
         if self.rule is None:
             self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
-        parts = [(1, r.local) for r in records if r.local is not None]
-        if len(parts) < len(records):
-            assert self.neuron is not None
+        parts = [Part(1, r.local) for r in records if r.local is not None]
+        if self.neuron is not None:
             parts = self.neuron.derivatives(records)
         found = joined(parts, like)
         if self.is_readout:
@@ -161,13 +167,16 @@ class WatchedLayer:
         local = {(place[row], place[column]): v for (row, column), v in found.items()}
         steps = Steps(local, len(self.states), self._filtered(records, like), _direct(records, like))
         self.rule.process(steps, self.states, list(self._inputs(records, like)), carry)
+        if self.neuron is not None and self.neuron.kernel is not None:
+            self.neuron.kernel.release()
 
     def _filtered(self, records: list[Record], like: Tensor) -> Tensor:
         """The learning signals that come through the readout, (K, B, N)."""
-        out = like.new_zeros(len(records), *like.shape)
+        out: Tensor | None = None
         carried: dict[tuple[int, int], list[tuple[int, Tensor, Call]]] = {}
         for t, record in enumerate(records):
             if record.filtered is not None:
+                out = like.new_zeros(len(records), *like.shape) if out is None else out
                 out[t] += record.filtered
             for above, call in record.carried:
                 assert above.direct is not None
@@ -176,9 +185,15 @@ class WatchedLayer:
             call = group[0][2]
             errors = torch.stack([error for _, error, _ in group])
             weight = call.weight if call.feedback is None else call.feedback
-            back = errors.flatten(0, 1) @ weight.detach().to(errors.dtype)
-            out[[t for t, _, _ in group]] += back.view(len(group), *like.shape).to(out.dtype)
-        return out
+            back = (errors.flatten(0, 1) @ weight.detach().to(errors.dtype)).to(like.dtype)
+            back = back.view(len(group), *like.shape)
+            steps = [t for t, _, _ in group]
+            if out is None and steps == [*range(len(records))]:
+                out = back
+                continue
+            out = like.new_zeros(len(records), *like.shape) if out is None else out
+            out.index_add_(0, torch.tensor(steps, device=like.device), back)
+        return like.new_zeros(len(records), *like.shape) if out is None else out
 
     def _inputs(self, records: list[Record], like: Tensor) -> Iterator[tuple[Synapses, Tensor]]:
         """Weights and biases that learn, with what they received, (K, B, M); zeros in steps that did not use them."""
@@ -193,8 +208,11 @@ class WatchedLayer:
         for name in [n for n in weights if n in trained]:
             calls = weights[name]
             call = next(iter(calls.values()))
-            rest = torch.zeros_like(call.pre)
-            x = torch.stack([calls[t].pre if t in calls else rest for t in steps]).to(like.dtype)
+            x = received([calls[t] for t in steps if t in calls]).to(like.dtype)
+            if len(calls) < len(steps):
+                x = x.new_zeros(len(steps), *x.shape[1:]).index_copy_(
+                    0, torch.tensor([*calls]).to(x.device), x
+                )
             yield self._synapses(name, call.weight.shape, call.mask), x
         for name in [n for n in biases if n in trained]:
             used = like.new_tensor([float(t in biases[name]) for t in steps])

@@ -17,7 +17,7 @@ from .checks import check_call, check_shared, open_steps, unchanged
 from .compiled import Network
 from .feedback import Feedback
 from .layer import WatchedLayer
-from .options import ENGINES, UPDATES, FiringRate, check_option, infer_filter, one_pole, same_filter
+from .options import FiringRate, check_options, infer_filter, one_pole, same_filter
 from .record import Record
 from .scan import NO_MEMORY, Filter, Jacobian
 from .sequence import RunResult, run
@@ -92,16 +92,7 @@ class EProp:
         feedback_decay: float = 1e-3,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_option("engine", engine, ENGINES)
-        check_option("update", update, UPDATES)
-        if not isinstance(chunk, int) or chunk < 1:
-            raise ConfigError(f"EProp(chunk={chunk!r}): a chunk has at least one step.")
-        if trace_dtype is not None and not trace_dtype.is_floating_point:
-            raise ConfigError(f"EProp(trace_dtype={trace_dtype}): must be a floating dtype.")
-        if engine == "offline" and update != "sequence":
-            raise ConfigError(
-                'EProp(engine="offline") knows gradients at the end only: use update="sequence".'
-            )
+        check_options(engine, update, chunk, kappa, rate_reg, trace_dtype, feedback_decay)
         self.wrapper, self.model = model, distributed.inner(model)
         self.kappa, self.rate_reg, self.update = kappa, rate_reg, update
         self.engine = "chunk" if engine == "auto" else engine
@@ -317,7 +308,7 @@ class EProp:
         if layer is self.readout and self.kappa == "auto" and self._has_memory():
             for record in records:
                 if self.filter is None:
-                    self.filter = infer_filter(record.local or {}, record.states, layer.name)
+                    self.filter = infer_filter(record.jacobian(), record.states, layer.name)
         if layer is self.readout:
             for record in records:
                 for call in record.calls:

@@ -38,6 +38,14 @@ def derivatives(
     return found
 
 
+class Part(NamedTuple):
+    """Local derivatives of some consecutive steps, entries (steps, B, N) or numbers."""
+
+    steps: int
+    local: Jacobian
+    symbolic: bool = False  # whether every entry that is one number is given as one
+
+
 class Plan(NamedTuple):
     """What the first step has shown, and every further one repeats."""
 
@@ -75,8 +83,8 @@ def replay(
     steps: Sequence[Inputs],
     spikes: Sequence[Tensor],
     sequence: bool,
-) -> Iterator[tuple[int, Jacobian]]:
-    """Local derivatives of steps that have run: of some at a time their number, and entries (number, B, N).
+) -> Iterator[Part]:
+    """Local derivatives of steps that have run, of some at a time.
 
     Args:
         spikes: what the steps gave, (B, N) each.
@@ -87,7 +95,7 @@ def replay(
     """
     B, N = spikes[0].shape
     size = max(1, _ELEMENTS // (B * N))
-    with _unchanged(module), torch.enable_grad():
+    with unchanged(module), torch.enable_grad():
         for first in range(0, len(steps), size):
             part = steps[first : first + size]
             if any(step.changed() for step in part):
@@ -106,7 +114,7 @@ def replay(
             # columns are the current and then the states
             found = derivatives(rows, leaves, set(plan.pairs))
             shape = len(part), B, N
-            yield len(part), {place: g.reshape(shape) for place, g in found.items()}
+            yield Part(len(part), {place: g.reshape(shape) for place, g in found.items()})
 
 
 def _run(plan: Plan, part: Sequence[Inputs], sequence: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -133,7 +141,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
+def unchanged(module: nn.Module) -> Iterator[None]:
     """The module's attributes and buffers as they were, after what it does to them in the block."""
     attributes, buffers = dict(vars(module)), dict(module._buffers)
     try:
@@ -145,20 +153,22 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
         module._buffers.update(buffers)
 
 
-def joined(parts: Sequence[tuple[int, Jacobian]], like: Tensor) -> Jacobian:
+def joined(parts: Sequence[Part], like: Tensor) -> Jacobian:
     """The entries of consecutive parts, (K, B, N); numbers where one holds for all neurons, samples and steps."""
+    if len(parts) == 1 and parts[0].symbolic:
+        return parts[0].local
     whole: Jacobian = {}
-    for place in {place for _, local in parts for place in local}:
-        values = [local.get(place, 0.0) for _, local in parts]
+    for place in {place for part in parts for place in part.local}:
+        values = [part.local.get(place, 0.0) for part in parts]
         numbers = [_number(v) for v in values]
         if None not in numbers and len(set(numbers)) == 1:
             whole[place] = numbers[0]  # type: ignore[assignment]
             continue
-        out = like.new_empty(sum(count for count, _ in parts), *like.shape)
+        out = like.new_empty(sum(part.steps for part in parts), *like.shape)
         at = 0
-        for (count, _), value in zip(parts, values, strict=True):
-            out[at : at + count] = value
-            at += count
+        for part, value in zip(parts, values, strict=True):
+            out[at : at + part.steps] = value
+            at += part.steps
         whole[place] = out
     return whole
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...adapters.base import Neuron
 from ...equations import Equations
 from ...errors import ConfigError, InputError
 from ...ops.spiking_layer import spiking_layer
@@ -151,6 +152,22 @@ class LSNN(nn.Module):
             r = torch.where(z > 0, float(self.refractory), (r - 1).clamp(min=0))
         return z, LSNNState(z, v, a, r)
 
+    def neuron(self) -> Neuron:
+        """The layer by its equations, as the fused op takes it."""
+        return Neuron(
+            _EQUATIONS,
+            {
+                "alpha": self.alpha,
+                "rho": self.rho,
+                "v_th": self.v_th,
+                "beta": self.betas,
+                "refractory": float(self.refractory),
+            },
+            self.surrogate,
+            input_weight=self.input_weights,
+            recurrent_weight=self.recurrent_weights,
+        )
+
     def unroll(self, x: Tensor | SpikeTrain, state: LSNNState | None = None) -> tuple[Tensor, LSNNState]:
         """All steps of inputs (T, B, M) at once -> spikes (T, B, N) and the last state.
 
@@ -161,18 +178,13 @@ class LSNN(nn.Module):
             >>> z.shape
             torch.Size([9, 32, 256])
         """
+        neuron = self.neuron()
         out = spiking_layer(
             x,
             self.input_weights,
-            spec=_EQUATIONS,
-            params={
-                "alpha": self.alpha,
-                "rho": self.rho,
-                "v_th": self.v_th,
-                "beta": self.betas,
-                "refractory": float(self.refractory),
-            },
-            surrogate=self.surrogate,
+            spec=neuron.spec,
+            params=neuron.params,
+            surrogate=neuron.surrogate,
             recurrent_weight=self.recurrent_weights,
             state=None if state is None else {**state._asdict(), "spikes": state.z},
             backprop_threshold=None,

@@ -22,6 +22,26 @@ def check_option(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"EProp({name}={value!r}): one of {', '.join(map(repr, allowed))}.")
 
 
+def check_options(
+    engine: Any, update: Any, chunk: Any, kappa: Any, rate_reg: Any, trace_dtype: Any, feedback_decay: Any
+) -> None:
+    """Raise :class:`ConfigError` for an option of EProp that cannot be meant."""
+    check_option("engine", engine, ENGINES)
+    check_option("update", update, UPDATES)
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ConfigError(f"EProp(chunk={chunk!r}): a chunk has at least one step.")
+    if not (kappa == "auto" or isinstance(kappa, int | float)):
+        raise ConfigError(f'EProp(kappa={kappa!r}): a decay per step, or "auto".')
+    if rate_reg is not None and not isinstance(rate_reg, FiringRate):
+        raise ConfigError(f"EProp(rate_reg={rate_reg!r}): a FiringRate, or None.")
+    if trace_dtype is not None and not getattr(trace_dtype, "is_floating_point", False):
+        raise ConfigError(f"EProp(trace_dtype={trace_dtype}): must be a floating dtype.")
+    if not 0 <= feedback_decay < 1:
+        raise ConfigError(f"EProp(feedback_decay={feedback_decay}): a share lost per update, in [0, 1).")
+    if engine == "offline" and update != "sequence":
+        raise ConfigError('EProp(engine="offline") knows gradients at the end only: use update="sequence".')
+
+
 @dataclass(frozen=True)
 class FiringRate:
     """Regularisation of firing rates: every step adds ``c (fbar_t - f*)`` to what acts on a neuron's spikes.

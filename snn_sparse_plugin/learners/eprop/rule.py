@@ -11,6 +11,7 @@ and the gradient is the sum over t of L_t dr_t/dW (for the one r that is the out
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +24,7 @@ from .synapses import Synapses
 
 # a kernel sums over events up to this share of ones in the input, beyond it a matrix product is faster
 _DENSE = 0.5
+_IN_CACHE = 1 << 16  # traces that many samples may have at once
 
 
 class TextbookRule:
@@ -175,7 +177,8 @@ class ChunkRule:
 
         On a CPU sample by sample: one (N, M) at a time stays in cache, where (B, N, M) of anything new would not.
         """
-        size = x.shape[1] if x.is_cuda else 1
+        whole = x.is_cuda or x.shape[1] * synapses.shape[0] * synapses.shape[1] <= _IN_CACHE
+        size = x.shape[1] if whole else 1
         total = nu.new_zeros(synapses.stored)
         if carry:
             dtype = synapses.trace_dtype or nu.dtype
@@ -221,21 +224,28 @@ def _per_input(
     names = list(shared)
     if not names:
         return {}
-    D = torch.tensor([[shared[s].get(c, 0.0) for c in names] for s in names], dtype=x.dtype, device=x.device)
-    e = torch.tensor(
-        [shared[s].get(None, 0.0) for s in names],  # type: ignore[call-overload]
-        dtype=x.dtype,
-        device=x.device,
-    )
-    weights, power = [], e
-    for _ in range(len(x)):
-        weights.append(power)
-        power = D @ power
-    after = torch.einsum("ks,kbm->sbm", torch.stack(weights[::-1]), x)
+    K = len(x)
+    D, weights = _decay(tuple((s, tuple(shared[s].items())) for s in names), K, x.dtype)
+    after = (weights.to(x.device) @ x.reshape(K, -1)).view(-1, *x.shape[1:])
     if traces:
-        whole = torch.linalg.matrix_power(D, len(x))
+        whole = torch.linalg.matrix_power(D, K).to(x.device)
         after = after + torch.einsum("sc,cbm->sbm", whole, torch.stack([traces[c] for c in names]))
     return dict(zip(names, after.unbind(), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _decay(
+    shared: tuple[tuple[int, tuple[tuple[int | None, float], ...]], ...], K: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """D (S, S), and what is left after K steps of an input at each of them, (S, K)."""
+    rows = {s: dict(row) for s, row in shared}
+    D = torch.tensor([[rows[s].get(c, 0.0) for c in rows] for s in rows], dtype=dtype)
+    power = torch.tensor([rows[s].get(None, 0.0) for s in rows], dtype=dtype)
+    weights = []
+    for _ in range(K):
+        weights.append(power)
+        power = D @ power
+    return D, torch.stack(weights[::-1], 1)
 
 
 RULES: dict[str, type[ChunkRule] | type[TextbookRule]] = {

@@ -88,16 +88,15 @@ class Signals:
                 self._passing = False
 
     def _scale(self, record: Record) -> float | Tensor | None:
-        """What the readout's output is per unit of its current; None: one."""
+        """What the readout's output is per unit of that which its gradient belongs to; None: one."""
+        if record.at_output:
+            return None
         if record.local is None:
             assert self.learner.filter is not None
-            scale = float(self.learner.filter.b[self.learner.filter.out])
+            scale: float | Tensor = float(self.learner.filter.b[self.learner.filter.out])
         else:
-            found = record.local.get((0, 0), 0.0)
-            if isinstance(found, Tensor):
-                return found
-            scale = found
-        return None if scale == 1 else scale
+            scale = record.gain()
+        return None if isinstance(scale, float) and scale == 1 else scale
 
     def _carry_later(self) -> bool:
         """Leave the way from readout to spikes to the end of the chunk, where it is known: weights and nothing else."""
@@ -119,9 +118,7 @@ class Signals:
             record.direct = grad if record.direct is None else record.direct + grad
         elif not self._passing or layer.name in (self.indirect or ()):
             record.filtered = grad if record.filtered is None else record.filtered + grad
-        return (
-            grad * record.local[0, 0] if self._passing and record.local and (0, 0) in record.local else None
-        )
+        return grad * record.gain() if self._passing else None
 
     def _others(self) -> dict[str, tuple[int, int] | None]:
         """Parameters that no layer learns, with a mark that changes with their gradient."""

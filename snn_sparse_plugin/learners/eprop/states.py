@@ -64,6 +64,11 @@ class SnnTorchState:
             setattr(self.module, name, leaf)
         return self.neuron.forward(self.x)
 
+    def returned(self, z: Tensor, after: Sequence[Tensor]) -> Any:
+        """What the module's own forward would keep and return after such a step."""
+        adapter: Any = self.neuron.layer.adapter
+        return adapter.write_call(self.module, z, dict(zip(self.names, after, strict=True)), None)
+
     def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
         after = [getattr(self.module, n) for n in self.names]
         z = after[-1] if self.neuron.readout else out[0] if isinstance(out, tuple) else out
@@ -110,6 +115,16 @@ class TupleState:
         leaves = iter(self.leaves)
         state = mapped(self.tree, lambda x: next(leaves) if x.is_floating_point() else x)
         return self.neuron.forward(self.x, *state)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all leaves."""
+        return tuple(_named(self.tree, ""))
+
+    def returned(self, z: Tensor, after: Sequence[Tensor]) -> Any:
+        """What the module's own forward would return after such a step."""
+        new = iter(after)
+        return (z, *mapped(self.tree, lambda x: next(new) if x.is_floating_point() else x))
 
     def outputs(self, out: Any) -> tuple[Tensor, list[Tensor]]:
         if not isinstance(out, tuple):
@@ -160,6 +175,18 @@ def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, dict):
         return {key: mapped(x, change) for key, x in tree.items()}
     return tree
+
+
+def _named(tree: Any, name: str) -> list[str]:
+    """The names of the floating tensors of a state, in order: those of the fields they stand in."""
+    if isinstance(tree, Tensor):
+        return [name] if tree.is_floating_point() else []
+    if isinstance(tree, tuple | list):
+        names = getattr(tree, "_fields", None) or [name] * len(tree)
+        return [found for own, x in zip(names, tree, strict=True) for found in _named(x, own)]
+    if isinstance(tree, dict):
+        return [found for own, x in tree.items() for found in _named(x, own)]
+    return []
 
 
 def floats(tree: Any) -> list[Tensor]:

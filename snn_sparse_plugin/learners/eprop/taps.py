@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self.pre = self.given.detach()
+        self.version = 0 if self.pre.is_inference() else self.pre._version
 
     def at(self, t: int | None) -> Call:
         """The call of one step of a sequence."""
@@ -67,6 +68,34 @@ class Tap(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         passed = None if grads[0] is None else ctx.receive(grads[0])
         return None, None, None, *(passed,) * ctx.below
+
+
+def received(calls: Sequence[Call]) -> Tensor:
+    """What some calls of a layer received, (K, …); without a copy where these are the steps of one tensor.
+
+    Raises:
+        UnsupportedError: a tensor was written to between two of them.
+    """
+    seen: dict[int, int] = {}
+    for call in calls:
+        # the version alone says little: the tensor of which this is a part may have been written to elsewhere
+        if seen.setdefault(call.pre.data_ptr(), call.version) != call.version:
+            raise UnsupportedError(
+                f"e-prop: what {call.name} received was written to in place before its chunk was over; make a new "
+                "tensor for each step instead, or use a smaller chunk=."
+            )
+    parts = [call.pre for call in calls]
+    first, *others = parts
+    if others:
+        offset, step = first.storage_offset(), others[0].storage_offset() - first.storage_offset()
+        storage, shape, stride = first.untyped_storage().data_ptr(), first.shape, first.stride()
+        if step > 0 and all(
+            x.untyped_storage().data_ptr() == storage
+            and (x.storage_offset(), x.shape, x.stride()) == (offset + k * step, shape, stride)
+            for k, x in enumerate(parts)
+        ):
+            return first.as_strided((len(parts), *shape), (step, *stride))
+    return torch.stack(parts)
 
 
 _anchors: dict[tuple[torch.dtype, torch.device], Tensor] = {}

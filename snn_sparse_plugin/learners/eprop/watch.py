@@ -8,37 +8,58 @@ their derivatives are found for a whole chunk (``local.py``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.active import config_of
 from ...errors import InputError, UnsupportedError
-from .local import Inputs, Plan, derivatives, replay
+from .local import Inputs, Part, Plan, derivatives, replay, unchanged
 from .record import Record
-from .scan import Jacobian
-from .states import SnnTorchState, TupleState, mapped
+from .returned import Returned, flat
+from .scan import Jacobian, on_cpu, on_triton
+from .states import SnnTorchState, TupleState
+from .stepper import ByKernel
 from .structure import Intercept, Layer
-from .taps import Call, Tap, anchor, leaf, sources, tracked
+from .taps import Call, sources, tracked
+
+log = logging.getLogger("snn_sparse_plugin")
+
+State = SnnTorchState | TupleState
 
 
 class Neuron:
     """Runs the steps of one neuron module.
 
     Args:
-        readout: outputs keep their graph from the current on, instead of being tapped.
+        parameters: names of the model's.
+        returned: of a readout outputs keep their graph from the current on, instead of being tapped.
+        known: whether the way of errors from readout to hidden layers is, so that steps need no graph.
+        block_steps: of a block of derivatives that a kernel finds.
     """
 
-    def __init__(self, layer: Layer, parameters: dict[nn.Parameter, str], readout: bool = False) -> None:
-        self.layer, self.parameters, self.readout = layer, parameters, readout
+    def __init__(
+        self,
+        layer: Layer,
+        parameters: dict[nn.Parameter, str],
+        returned: Returned,
+        known: Callable[[], bool],
+        block_steps: int,
+    ) -> None:
+        self.layer, self.parameters, self.returned, self.known = layer, parameters, returned, known
+        self.readout, self.sequence = returned.readout, returned.sequence
         self.forward = layer.module.forward
         self.library = layer.adapter.name if layer.adapter is not None else ""
-        self.sequence = layer.adapter is not None and layer.adapter.takes_sequence(layer.module)
         self.plan: Plan | None = None
+        self.kernel: ByKernel | None = None
+        self.block_steps = block_steps
         self.masks: dict[str, Tensor | None] = {}
         self._check(layer.module)
 
@@ -47,6 +68,10 @@ class Neuron:
         if self.library == "norse" and not hasattr(module, "state_fallback") and kind != "LILinearCell":
             raise UnsupportedError(
                 f"e-prop: {name} is a {kind}, which it does not take; use eprop.detached(model)."
+            )
+        if getattr(module, "record_states", False):
+            raise UnsupportedError(
+                f"e-prop: {name} has record_states=True; it hands on the last state alone."
             )
         if self.library == "snntorch":
             if getattr(module, "inhibition", False):
@@ -90,8 +115,12 @@ class Neuron:
         self, x: Tensor, outside: list[Call], t: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Record, Any, bool]:
         record = Record(None, [call.at(t) for call in outside], x, 0)
-        if self.plan is not None and self.later():
-            return self._without_graph(record, x, args, kwargs)
+        if self.later():
+            found = self._by_kernel(record, x, args, kwargs)
+            if found is not None:
+                return found
+            if self.plan is not None and self.known():
+                return self._without_graph(record, x, args, kwargs)
         with torch.enable_grad():
             current = x.detach().requires_grad_()
             # of linear layers inside the neuron: their current with its graph, and cut from it
@@ -103,15 +132,15 @@ class Neuron:
                 record.calls.append(call)
                 inner.append((graph, graph.detach().requires_grad_()))
                 if self.readout:
-                    inner[-1] = (graph, self._read(graph, record))
+                    inner[-1] = (graph, self.returned.current(graph, record))
                 return inner[-1][1]
 
             feeds_itself = self.readout and not self.has_inner
-            tapped = self._read(x, record) if feeds_itself else current
-            state = self._state(x, args, kwargs)
-            state = state.at(
+            tapped = self.returned.current(x, record) if feeds_itself else current
+            given = self._state(x, args, kwargs)
+            state = given.at(
                 tapped.unsqueeze(0) if self.sequence else tapped,
-                [s.clone().requires_grad_() for s in state.leaves],
+                [s.clone().requires_grad_() for s in given.leaves],
             )
             with Intercept(linear):
                 out = state.call()
@@ -119,12 +148,81 @@ class Neuron:
             leaves = [tapped] if feeds_itself else [*(cut for _, cut in inner), current]
             outer = tapped if feeds_itself else current
             record.local = self._local([z, *after], leaves, outer, state)
-        record.z, record.states = _flat(z, self.sequence).detach(), len(after)
+        record.z, record.states = flat(z, self.sequence).detach(), len(after)
         record.below = [graph for graph, _ in inner] or [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
-        if not self.readout:
-            out = self._tapped(out, z, record)
+        out = self.returned.only_output(out, z) if self.readout else self.returned.tapped(out, z, record)
         state.detach()
+        return record, out, state.fresh
+
+    def _try_kernel(self, x: Tensor, state: State) -> ByKernel:
+        """A kernel for this neuron, if it makes the same of this step as the module."""
+        kernel = ByKernel(self.layer, self.readout, state.names, self.block_steps)
+        stepper = kernel.stepper_for(state.leaves[-1]) if state.leaves else None
+        if stepper is not None and stepper.takes(x, state.leaves):
+            neuron, current, rec = stepper.neuron, x.detach(), None
+            with torch.no_grad(), unchanged(self.layer.module):
+                given = state.at(
+                    current.unsqueeze(0) if self.sequence else current, [s.clone() for s in state.leaves]
+                )
+                z, after = given.outputs(given.call())
+                if neuron.input_weight is not None:
+                    current = F.linear(current, neuron.input_weight, neuron.input_bias)
+                if neuron.recurrent_weight is not None:
+                    spikes = state.leaves[stepper.spikes]
+                    rec = F.linear(spikes, neuron.recurrent_weight, neuron.recurrent_bias)
+            _, output, states, _ = stepper.step(current, rec, state.leaves)
+            stepper.release()
+            made = [flat(part, self.sequence) for part in (z, *after)]
+            for own, theirs in zip((output, *states), made, strict=True):
+                if own.dtype != theirs.dtype or not torch.equal(own, theirs):
+                    kernel.refuse("its first step gave something else there")
+        if kernel.why_not:
+            log.debug("e-prop: %s takes derivatives by autograd: %s", self.layer.name, kernel.why_not)
+        return kernel
+
+    def _by_kernel(
+        self, record: Record, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Record, Any, bool] | None:
+        """A step of a neuron that a kernel knows; None where it does not."""
+        if not _plain(x) or (self.kernel is not None and self.kernel.neuron is None):
+            return None
+        state = self._state(x, args, kwargs)
+        if self.kernel is None:
+            self.kernel = self._try_kernel(x, state)
+        stepper = self.kernel.stepper_for(state.leaves[-1]) if state.leaves else None
+        if stepper is None or not stepper.takes(x, state.leaves):
+            return None
+        neuron, without_graph = stepper.neuron, not self.readout and self.known()
+
+        def product(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            call = self._inside(given, x, x, weight, bias)
+            record.calls.append(call)
+            if without_graph:
+                return F.linear(call.pre, weight, bias).detach()
+            record.below.append(tracked(call, call.given))
+            return record.below[-1].detach()
+
+        current, rec = x.detach(), None
+        if neuron.input_weight is not None:
+            current = product(x, neuron.input_weight, neuron.input_bias)
+        elif self.problem is not None:
+            raise self.problem
+        else:
+            record.below.append(x)
+        if neuron.recurrent_weight is not None:
+            rec = product(state.leaves[stepper.spikes], neuron.recurrent_weight, neuron.recurrent_bias)
+        spikes, z, after, record.place = stepper.step(current, rec, state.leaves)
+        record.z, record.states = z, len(after)
+        record.below = [graph for graph in record.below if graph.requires_grad]
+        if self.sequence:  # of one step
+            spikes = spikes.unsqueeze(0)
+            z = spikes if not self.readout else z.unsqueeze(0)
+        out = state.returned(z if self.library != "snntorch" else spikes, after)
+        if self.readout:
+            record.at_output = True
+            return record, self.returned.output(out, z, spikes, stepper, record), state.fresh
+        out = self.returned.leaves(out, z, record) if without_graph else self.returned.tapped(out, z, record)
         return record, out, state.fresh
 
     def _without_graph(
@@ -136,17 +234,17 @@ class Neuron:
             raise self.problem  # it takes the current from outside
         inner: list[Tensor] = []
         feeds_itself = self.readout and not self.has_inner
-        current = self._leaf(x, record) if feeds_itself else x.detach()
+        current = self.returned.current_alone(x, record) if feeds_itself else x.detach()
 
         def linear(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             call = self._inside(given, x, current, weight, bias)
             record.calls.append(call)
             if not self.readout:
-                inner.append(torch.nn.functional.linear(call.pre, weight, bias))
+                inner.append(F.linear(call.pre, weight, bias))
                 return inner[-1]
             graph = tracked(call, call.given)
             record.below.append(graph)
-            inner.append(self._leaf(graph, record))
+            inner.append(self.returned.current_alone(graph, record))
             return inner[-1]
 
         # the mode costs microseconds for each of the neuron's operations
@@ -157,10 +255,10 @@ class Neuron:
             with watched:
                 out = state.call()
         z, after = state.outputs(out)
-        record.z, record.states = _flat(z, self.sequence).detach(), len(after)
+        record.z, record.states = flat(z, self.sequence).detach(), len(after)
         record.inputs = Inputs(current.detach(), [c.detach() for c in inner], state)
         if not self.readout:
-            out = self._leaves(out, z, record)
+            out = self.returned.leaves(out, z, record)
         elif feeds_itself:
             record.below = [x]
         record.below = [graph for graph in record.below if graph.requires_grad]
@@ -168,7 +266,7 @@ class Neuron:
             state.detach()
         return record, out, state.fresh
 
-    def _state(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SnnTorchState | TupleState:
+    def _state(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         run = SnnTorchState if self.library == "snntorch" else TupleState
         return run(self, x.unsqueeze(0) if self.sequence else x, args, kwargs)
 
@@ -186,33 +284,28 @@ class Neuron:
         return Call(name, weight, bias, self.masks[name], given)
 
     def later(self) -> bool:
-        """Whether derivatives can be found from what is kept of a step."""
-        return config_of(self.layer.module) is None and self.known()
+        """Whether steps may leave autograd alone: the surrogate is the neuron's own, not one that is cut."""
+        return config_of(self.layer.module) is None
 
-    def derivatives(self, records: list[Record]) -> list[tuple[int, Jacobian]]:
-        """Local derivatives of steps, in consecutive parts with the number of their steps."""
-        parts: list[tuple[int, Jacobian]] = []
-        waiting: list[Record] = []
-
-        def find() -> None:
-            if waiting:
-                steps = [r.inputs for r in waiting if r.inputs is not None]
+    def derivatives(self, records: list[Record]) -> list[Part]:
+        """Local derivatives of steps, in consecutive parts."""
+        parts: list[Part] = []
+        for how, group in groupby(records, _how):
+            steps = list(group)
+            if isinstance(how, tuple):
+                first = steps[0].place
+                assert first is not None
+                parts.append(first.part(len(steps)))
+            elif how == "later":
                 assert self.plan is not None
-                z = [r.z for r in waiting]
+                inputs = [r.inputs for r in steps if r.inputs is not None]
+                z = [r.z for r in steps]
                 name, module = self.layer.name, self.layer.module
-                parts.extend(replay(name, module, self.plan, steps, z, self.sequence))
-                waiting.clear()
-
-        for record in records:
-            if record.local is None:
-                waiting.append(record)
+                parts.extend(replay(name, module, self.plan, inputs, z, self.sequence))
             else:
-                find()
-                local: Jacobian = {
-                    k: v[None] if isinstance(v, Tensor) else v for k, v in record.local.items()
-                }
-                parts.append((1, local))
-        find()
+                for record in steps:
+                    local = (record.local or {}).items()
+                    parts.append(Part(1, {k: v[None] if isinstance(v, Tensor) else v for k, v in local}))
         return parts
 
     @cached_property
@@ -223,60 +316,7 @@ class Neuron:
             isinstance(m, nn.Linear) for m in module.children()
         )
 
-    def _read(self, current: Tensor, record: Record) -> Tensor:
-        """The readout's current, cut from its graph: its gradient is kept, and sent down later by the feedback."""
-
-        def receive(grad: Tensor) -> None:
-            self.guard(record)
-            record.direct = grad if record.direct is None else record.direct + grad
-
-        return Tap.apply(current.detach(), anchor(current), receive)
-
-    def _leaf(self, current: Tensor, record: Record) -> Tensor:
-        """The same without a graph below."""
-
-        def receive(grad: Tensor) -> None:
-            self.guard(record)
-            record.direct = grad if record.direct is None else record.direct + grad
-
-        return leaf(current, receive)
-
-    def _leaves(self, out: Any, z: Tensor, record: Record) -> Any:
-        """What a step returns, with leaves in place of its tensors."""
-
-        def receive(grad: Tensor) -> None:
-            self.receive(record, _flat(grad, self.sequence))
-
-        def replace(x: Tensor) -> Tensor:
-            if x is z:
-                record.spikes = leaf(z, receive)
-                return record.spikes
-            return leaf(x, self._refuse) if x.is_floating_point() else x
-
-        return mapped(out, replace)
-
-    def _refuse(self, grad: Tensor) -> None:
-        raise UnsupportedError(
-            f"e-prop: the loss uses the state of hidden layer {self.layer.name}; it may use its spikes and the "
-            "readout. Use eprop.detached(model)."
-        )
-
-    def _tapped(self, out: Any, z: Tensor, record: Record) -> Any:
-        def receive(grad: Tensor) -> Tensor | None:
-            return self.receive(record, _flat(grad, self.sequence))
-
-        tapped = Tap.apply(z.detach(), anchor(z), receive, *record.below)
-
-        def replace(x: Tensor) -> Tensor:
-            if x is z:
-                return tapped
-            return Tap.apply(x.detach(), anchor(x), self._refuse) if x.is_floating_point() else x
-
-        return mapped(out, replace)
-
-    def _local(
-        self, rows: list[Tensor], currents: list[Tensor], outer: Tensor, state: SnnTorchState | TupleState
-    ) -> Jacobian:
+    def _local(self, rows: list[Tensor], currents: list[Tensor], outer: Tensor, state: State) -> Jacobian:
         found = derivatives(rows, [*currents, *state.leaves])
         n = len(currents)
         used = [k for k in range(n) if any(column == k for _, column in found)]
@@ -296,15 +336,22 @@ class Neuron:
         for (row, column), g in found.items():
             if row - 1 in state.aliases or (column < n and column != first):
                 continue
-            local[row, 0 if column < n else column - n + 1] = _flat(g, self.sequence)
+            local[row, 0 if column < n else column - n + 1] = flat(g, self.sequence)
         if _of_a_library(self.layer.module):
             self.plan = Plan(first, n, frozenset(local), len(rows) - 1)
         return local
 
-    # set by the learner
-    guard: Callable[[Record], None]
-    receive: Callable[[Record, Tensor], Tensor | None]
-    known: Callable[[], bool]  # whether the way of errors from readout to hidden layers is
+
+def _plain(x: Tensor) -> bool:
+    """Whether a current has the dtype of the states that come of it."""
+    return (on_cpu(x) or on_triton(x)) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _how(record: Record) -> Any:
+    """How the derivatives of a step are found: at once, later, or in which block of a kernel's."""
+    if record.place is not None:
+        return id(record.place.stepper), id(record.place.block)
+    return "later" if record.local is None else "at once"
 
 
 def _of_a_library(module: nn.Module) -> bool:
@@ -315,10 +362,6 @@ def _of_a_library(module: nn.Module) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and bool(torch.equal(a.flatten(), b.flatten()))
-
-
-def _flat(x: Tensor, sequence: bool) -> Tensor:
-    return x[0] if sequence and x.dim() == 3 else x
 
 
 def _mask(module: nn.Module, weight: Tensor) -> Tensor | None:
