@@ -100,12 +100,20 @@ def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
 def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out."""
     N, k = out.shape[1], np.uint32(k)
-    if N == LANES and values.shape[0] == 0:  # a few neurons: their row stays in a register
-        column = np.uint64(0)
-        total = load(out, np.uint64(k), column)
-        for e in range(first, last):
-            total = add(total, load(x, np.uint64(indices[e]), column))
-        store(out, np.uint64(k), column, total)
+    if (
+        N == LANES and values.shape[0] == 0
+    ):  # a few neurons: their row stays in a register; the order is the same
+        row, zero, e = np.uint64(k), np.uint64(0), first
+        total = load(out, row, zero)
+        while e + 4 <= last:
+            p, q = load(x, np.uint64(indices[e]), zero), load(x, np.uint64(indices[e + 1]), zero)
+            r, s = load(x, np.uint64(indices[e + 2]), zero), load(x, np.uint64(indices[e + 3]), zero)
+            total = add(total, add(add(p, q), add(r, s)))
+            e += 4
+        while e < last:
+            total = add(total, load(x, np.uint64(indices[e]), zero))
+            e += 1
+        store(out, row, zero, total)
         return
     if values.shape[0] > 0:
         for e in range(first, last):
