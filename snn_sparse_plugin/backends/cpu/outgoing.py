@@ -36,8 +36,12 @@ def deliver(  # type: ignore[no-untyped-def]
     g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
     first = low % block.shape[0]
     if g_weight.shape[0] > 0:
-        rows = rows_of_entries(indptr, low, high, first)
-        add_rows_at(g_weight, indices, values, indptr[low], indptr[high], block, rows)
+        many = indptr[high] - indptr[low] > 8 * (high - low)
+        if many and g_weight.shape[1] == LANES and values.shape[0] == 0:
+            add_row_by_row(g_weight, indices, indptr, low, high, block, first)
+        else:
+            rows = rows_of_entries(indptr, low, high, first)
+            add_rows_at(g_weight, indices, values, indptr[low], indptr[high], block, rows)
     if g_bias.shape[0] > 0:
         add_all(g_bias, block, first, high - low)
     if g_active.shape[0] > 0:
@@ -107,6 +111,17 @@ def add_rows_at(out, indices, values, begin, end, block, rows):  # type: ignore[
             while j < width:
                 store(out, i, j, add(load(out, i, j), load(block, k, j)))
                 j += np.uint64(LANES)
+
+
+@_inlined
+def add_row_by_row(out, indices, ptr, low, high, block, first):  # type: ignore[no-untyped-def]
+    """:func:`add_rows_at` for ones and rows of one vector, which stays in a register for the many entries of a row."""
+    column = np.uint64(0)
+    for r in range(low, high):
+        x = load(block, np.uint64(first + r - low), column)
+        for e in range(ptr[r], ptr[r + 1]):
+            i = np.uint64(indices[np.uint64(e)])
+            store(out, i, column, add(load(out, i, column), x))
 
 
 @_inlined

@@ -164,8 +164,10 @@ def run_backward(
     dense_nu = need["input"] and not sparse_input
     nu = None
     if dense_nu:
-        alone = call.once or T == 1  # the kernels add to a single step, and write each of several
-        nu = torch.zeros(1, B, currents, dtype=dtype) if alone else torch.empty(T, B, currents, dtype=dtype)
+        alone = call.once or T == 1  # most kernels add to a single step, and write each of several
+        nu = torch.empty(1 if alone else T, B, currents, dtype=dtype)
+        if alone and not (linear and train is None):
+            nu.numpy().fill(0)
     g_active = None
     none = np.empty(0, dtype=np.int32)
     in_ptr, in_idx = none, none
