@@ -86,6 +86,24 @@ def test_nothing_is_multiplied_outside_the_wide_layer(
     gradients(twice, tensors)
 
 
+def test_a_weight_may_change_once_it_has_its_gradient(tensors: list[Tensor]) -> None:
+    """As with an optimizer step in a hook, which runs before the gradient of the layer below is made."""
+    loss, _ = network(tensors, "cpu", NeuronSpec())
+    expected = gradients(loss, tensors)
+    narrow = tensors[2]
+
+    def update(weight: Tensor) -> None:
+        with torch.no_grad():
+            weight.data.zero_()
+
+    handle = narrow.register_post_accumulate_grad_hook(update)
+    loss.backward()
+    handle.remove()
+    assert not narrow.any()
+    for tensor, grad in zip(tensors, expected, strict=True):
+        assert torch.equal(tensor.grad, grad)
+
+
 def test_what_is_kept_is_not_what_was_given(tensors: list[Tensor]) -> None:
     loss, (spikes, _) = network(tensors, "cpu", NeuronSpec(), mem=False)
     expected = gradients(loss, tensors)

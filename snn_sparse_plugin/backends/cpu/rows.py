@@ -100,9 +100,8 @@ def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
 def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out."""
     N, k = out.shape[1], np.uint32(k)
-    if (
-        N == LANES and values.shape[0] == 0
-    ):  # a few neurons: their row stays in a register; the order is the same
+    # few neurons: their row stays in a register; the order of the sum is that of longer rows
+    if N == LANES and values.shape[0] == 0:
         row, zero, e = np.uint64(k), np.uint64(0), first
         total = load(out, row, zero)
         while e + 4 <= last:

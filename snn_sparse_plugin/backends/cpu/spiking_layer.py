@@ -303,8 +303,10 @@ def _keeps_mem(call: LayerCall) -> bool:
 
 def _through(nu: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a layer's dense input, ``nu @ weight``."""
-    factored = nu.shape[2] <= LARGEST and 2 * nu.shape[2] <= weight.shape[1]
-    return ProductGrad(nu, weight.detach()) if factored else nu @ weight
+    if nu.shape[2] > LARGEST or 2 * nu.shape[2] > weight.shape[1]:
+        return nu @ weight
+    # of its own: a hook may update the weight as soon as it has its gradient, before the product is made
+    return ProductGrad(nu, torch.from_numpy(_numpy(weight).copy()))
 
 
 def _code(call: LayerCall) -> Code:
