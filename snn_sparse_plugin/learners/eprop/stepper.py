@@ -118,9 +118,8 @@ class Stepper:
         t = self.filled
         self.filled = t + 1
         self.run(x, rec, before, after, self.block, t)
-        made = [
-            x.detach() for x in after.unbind(0)
-        ]  # snnTorch detaches its states in place, which a view refuses
+        # snnTorch detaches its states in place, which a view refuses
+        made = [x.detach() for x in after.unbind(0)]
         return made[0], made[self.output], [made[k] for k in self.after], Place(self, self.block, t)
 
     def takes(self, x: Tensor, leaves: Sequence[Tensor]) -> bool:
