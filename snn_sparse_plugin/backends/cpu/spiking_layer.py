@@ -31,13 +31,14 @@ from ..product import LARGEST, ProductGrad
 from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
+from .impulses import backward_impulses
 from .linear import backward_linear_kernel, is_linear
 from .outgoing import block_rows
 from .program import forward_of
 from .program_backward import backward_of
 from .replay import backward_replay_kernel
 from .replay_linear import backward_replay_linear_kernel, replays_linear
-from .rows import Code, encode, transpose
+from .rows import MEM, Code, encode, transpose
 from .threads import parallel, split
 
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
@@ -158,10 +159,13 @@ def run_backward(
         )
         use_list = True
     linear = not (use_list or want_params) and _replays_linear(call)
-    # without input gradients a list, or the membrane, never looks at the weights
-    inputs = _inputs(call, np_dtype, rows=sparse_input or not (use_list or saved.mem is not None))
-    cv, ci = _copied(grads.v, call.v0.shape, np_dtype), _copied(grads.i, (B, N), np_dtype)
     dense_nu = need["input"] and not sparse_input
+    impulses = use_list and not dense_nu and grads.mem is None
+    impulses = impulses and _are_impulses(call) and _adds_less(call, saved)
+    # without input gradients a list, or the membrane, never looks at the weights
+    columns = not impulses and (sparse_input or not (use_list or saved.mem is not None))
+    inputs = _inputs(call, np_dtype, rows=columns)
+    cv, ci = _copied(grads.v, call.v0.shape, np_dtype), _copied(grads.i, (B, N), np_dtype)
     nu = None
     if dense_nu:
         alone = call.once or T == 1  # most kernels add to a single step, and write each of several
@@ -189,10 +193,13 @@ def run_backward(
     g_input = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
     params = _numpy(call.params)
     current, indptr, indices, values, weight, bias, *recurrence = inputs
+    if impulses:
+        weight = _rows(call.weight if need["input"] else None, np_dtype)
     incoming = (indptr, indices, values, weight, in_ptr, in_idx, out_ptr, out_idx)
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
+    calls["cpu", "backward:impulses"] += impulses
     u, mem = _array(saved.u if use_list else None, np_dtype, 1), _array(saved.mem, np_dtype, 3)
 
     def run(first: int, last: int) -> list[np.ndarray]:
@@ -210,8 +217,15 @@ def run_backward(
         g_rec_weight = rows(need["rec_weight"] and recurrent, N)
         g_rec_bias = rows(need["rec_bias"] and call.rec_bias is not None, 1)
         g_params = zeros(want_params, len(call.params), N)
-        block = rows(True, block_rows(_padded(currents)))
         outgoing = (g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
+        if impulses:
+            backward_impulses(
+                *(first, last, T, params[MEM, 0], incoming[:6], act_ptr, act_idx, u, surrogate, p, q),
+                *(arriving[:2], states[0], (rows(True, 1), _aligned(1, weight.shape[1], np_dtype))),
+                outgoing[:3],
+            )
+            return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
+        block = rows(True, block_rows(_padded(currents)))
         if use_list:
             code = _code(call)
             backward = backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code)
@@ -258,6 +272,26 @@ def run_backward(
         ci if need["i0"] and call.i0 is not None else None,
         torch.from_numpy(totals[4]) if totals[4].size else None,
     )
+
+
+def _are_impulses(call: LayerCall) -> bool:
+    """Whether the backward over a list may be that of ``impulses.py``."""
+    if not (isinstance(call.spec, NeuronSpec) and is_linear(_code(call))) or call.spec.synapse or not call.N:
+        return False
+    decays = _numpy(call.params)[MEM]
+    return bool((decays == decays[0]).all())
+
+
+def _adds_less(call: LayerCall, saved: Saved) -> bool:
+    """Whether rows of W to add for each active entry cost less than what is done otherwise: to multiply one for each
+    active entry of the input, and to sweep a row for each step."""
+    if call.train is None or call.train.active is None:
+        return True
+    assert saved.active is not None
+    assert call.weight is not None
+    n, m = call.weight.shape
+    added, multiplied = saved.active.indices.numel() * m, call.train.active.indices.numel() * n
+    return 1.5 * added <= multiplied + call.B * call.T * n
 
 
 def _needs_replay(spec: NeuronSpec | Equations) -> bool:
@@ -354,8 +388,10 @@ def _transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     return out
 
 
-def _rows(weight: Tensor, dtype: np.dtype) -> np.ndarray:
+def _rows(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     """Rows of W in whole vectors."""
+    if weight is None:
+        return np.empty((0, 0), dtype)
     n, m = weight.shape
     out = _aligned(n, _padded(m), dtype)
     out[:, :m], out[:, m:] = _numpy(weight), 0

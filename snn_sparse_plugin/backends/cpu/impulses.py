@@ -1,0 +1,183 @@
+"""Backward kernel over the active list where, moreover, one decay is shared by all neurons of a linear adjoint.
+
+What arrives at an active entry is an impulse x at neuron j, and what it does to the steps before is to decay:
+
+    nu_t = d^(h - t) m        W^T nu_t = d^(h - t) y        m_j += x / d^(h - t)        y += x / d^(h - t) W_j
+
+So no row of nu is ever swept or stored. m and y stay in the first-level cache and change by impulses alone; who reads
+them multiplies. The step h that they refer to moves on before the powers of d leave the range where they are exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .jit import kernel
+from .lanes import along, fma, load, mul, splat, store
+from .rows import surrogate_row
+
+SMALLEST = 1e-6  # power of the decay (or of its inverse) at which m and y are scaled anew
+
+READ = 8  # entries of the input's active list that are read at once
+
+
+@kernel()
+def backward_impulses(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    T,
+    decay,
+    incoming,
+    act_ptr,
+    act_idx,
+    act_x,
+    surrogate,
+    first_param,
+    second_param,
+    arriving,
+    flow,  # (B, N): what flows to the last step from the state after it; then from the first step to the state before
+    sums,  # (2, rows of whole vectors): m and y
+    outgoing,
+):
+    """Samples first..last. Rows of ``weight`` are W_j; the gradient's rows, ``g_weight``, are those of W^T."""
+    indptr, indices, values, weight, in_ptr, in_idx = incoming
+    g_out, g_spikes = arriving
+    g_weight, g_bias, g_active = outgoing
+    m, y = sums
+    dtype, N = flow.dtype, flow.shape[1]
+    reads = g_active.shape[0] > 0
+    scale, inverse, series = powers(decay, T, dtype)
+    span = scale.shape[0] - 1
+    floor = in_ptr[first * T] if reads else 0
+    for b in range(last - 1, first - 1, -1):
+        m[0, :] = 0
+        y[0, :] = 0
+        for neuron in range(N):
+            if flow[b, neuron] != 0:
+                x = flow[b, neuron]
+                m[0, neuron] = x
+                if g_bias.shape[0] > 0:
+                    g_bias[0, neuron] += x * series[T - 1]
+                if reads:
+                    add_row(y.shape[1], (y, np.uint64(0), splat(x), weight, np.uint64(neuron)))
+        begin = act_ptr[b * T]
+        size = act_ptr[b * T + T] - begin
+        arrived = np.empty(size, dtype)
+        surrogate_row(surrogate, first_param, second_param, -1.0, act_x[begin : begin + size], arrived)
+        arrive(arrived, b, T, begin, act_ptr, act_idx, g_out, g_spikes)
+        n = np.uint64(0)
+        for back in range(T):
+            t = np.uint64(T - 1 - back)
+            r = np.uint64(b * T) + t
+            if n == np.uint64(span):
+                shrink(m.shape[1], (m, splat(scale[n])))
+                shrink(y.shape[1], (y, splat(scale[n])))
+                n = np.uint64(0)
+            at, end = act_ptr[r] - begin, act_ptr[r + np.uint64(1)] - begin
+            while at < end:  # two at a time, to read y once; the second of an odd last is nothing
+                e, f = np.uint64(at), np.uint64(min(at + 1, end - 1))
+                i, j = np.uint64(act_idx[np.uint64(begin) + e]), np.uint64(act_idx[np.uint64(begin) + f])
+                p, q = arrived[e], arrived[f] * dtype.type(min(end - 1 - at, 1))
+                if g_bias.shape[0] > 0:
+                    g_bias[0, i] += p * series[t]
+                    g_bias[0, j] += q * series[t]
+                p, q = p * inverse[n], q * inverse[n]
+                m[0, i] += p
+                m[0, j] += q
+                if reads:
+                    add_rows(y.shape[1], (y, weight, i, splat(p), j, splat(q)))
+                at += 2
+            if reads:
+                read(y, in_idx, floor, in_ptr[r], in_ptr[r + np.uint64(1)], scale[n], g_active)
+            if g_weight.shape[0] > 0:
+                add_events(g_weight, indices, values, indptr[r], indptr[r + np.uint64(1)], m, scale[n])
+            n += np.uint64(1)
+        for neuron in range(N):
+            flow[b, neuron] = m[0, neuron] * scale[n]
+
+
+@kernel(forceinline=True)
+def powers(decay, T, dtype):  # type: ignore[no-untyped-def]
+    """d^n and d^-n for as long as both are exact, at most T; the sums of d^0 to d^t for each step t."""
+    span, power = 1, float(decay)
+    while span < T and SMALLEST <= abs(power) <= 1.0 / SMALLEST:
+        power *= decay
+        span += 1
+    scale, inverse, series = np.empty(span + 1, dtype), np.empty(span, dtype), np.empty(T, dtype)
+    power, total = 1.0, 0.0
+    for n in range(T):
+        if n < span:
+            scale[n], inverse[n] = power, 1.0 / power
+        total += power
+        series[n] = total
+        power *= decay
+        if n + 1 == span:
+            scale[span] = power
+    return scale, inverse, series
+
+
+@kernel(forceinline=True)
+def arrive(x, b, T, begin, act_ptr, act_idx, g_out, g_spikes):  # type: ignore[no-untyped-def]
+    """``x *= `` the gradient that arrives at each of the active entries of sample b."""
+    if g_spikes.shape[0] == 0:
+        for e in range(x.shape[0]):
+            x[e] *= g_out[np.uint64(begin + e)] if g_out.shape[0] > 0 else x.dtype.type(0)
+        return
+    for t in range(T):
+        for e in range(act_ptr[b * T + t], act_ptr[b * T + t + 1]):
+            g = g_spikes[t, b, act_idx[e]]
+            if g_out.shape[0] > 0:
+                g += g_out[e]
+            x[e - begin] *= g
+
+
+@along
+@kernel(forceinline=True)
+def add_rows(k, arguments):  # type: ignore[no-untyped-def]
+    """``y += p W_i + q W_j``"""
+    y, weight, i, p, j, q = arguments
+    store(y, 0, k, fma(q, load(weight, j, k), fma(p, load(weight, i, k), load(y, 0, k))))
+
+
+@along
+@kernel(forceinline=True)
+def shrink(k, arguments):  # type: ignore[no-untyped-def]
+    """``row *= factor``"""
+    row, factor = arguments
+    store(row, 0, k, mul(factor, load(row, 0, k)))
+
+
+@along
+@kernel(forceinline=True)
+def add_row(k, arguments):  # type: ignore[no-untyped-def]
+    """``out[i] += c rows[j]``"""
+    out, i, c, rows, j = arguments
+    store(out, i, k, fma(c, load(rows, j, k), load(out, i, k)))
+
+
+@kernel(forceinline=True)
+def add_events(out, indices, values, begin, end, m, factor):  # type: ignore[no-untyped-def]
+    """``out[indices[e]] += factor * values[e] * m`` for the entries begin..end; no values: ones."""
+    for e in range(begin, end):
+        c = factor
+        if values.shape[0] > 0:
+            c = factor * values[np.uint64(e)]
+        add_row(out.shape[1], (out, np.uint64(indices[np.uint64(e)]), splat(c), m, np.uint64(0)))
+
+
+@kernel(forceinline=True)
+def read(y, indices, floor, begin, end, factor, out):  # type: ignore[no-untyped-def]
+    """``out[e] = factor * y[indices[e]]`` for the entries begin..end, of rows that come in descending order.
+
+    Always READ at once: what is written below ``begin`` belongs to rows still to come, and no branch depends on how
+    many entries a row has, which costs more than the entries.
+    """
+    while end > begin:
+        if end - READ >= floor:
+            for k in range(READ):
+                e = np.uint64(end - 1 - k)
+                out[e] = factor * y[np.uint64(0), np.uint64(indices[e])]
+        else:
+            for k in range(begin, end):
+                out[np.uint64(k)] = factor * y[np.uint64(0), np.uint64(indices[np.uint64(k)])]
+        end -= READ
