@@ -18,8 +18,8 @@ import numpy as np
 from .bits import LANES
 from .jit import kernel
 from .lanes import add, fma, load, mul, store, zeros
-from .outgoing import deliver, rows_of_entries
-from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, surrogate_row
+from .outgoing import add_all, deliver, rows_of_entries
+from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, copy_row, surrogate_row
 
 
 def is_linear(code: Code) -> bool:
@@ -61,7 +61,8 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
         flow, decay = np.zeros((2, width), block.dtype), np.zeros((2, width), block.dtype)
         # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
         sums = np.zeros((2, width), block.dtype)
-        decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
+        copy_row(decay[0, :N], params[MEM])
+        copy_row(decay[1, :N], params[SYN])
         g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
         unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
         high = last * T
@@ -96,17 +97,19 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
                 b = (top - 1) // T
                 bottom = max(low, b * T)
                 if top == b * T + T:
-                    flow[0, :N], flow[1, :N] = lam_state[b], ci_state[b]
+                    copy_row(flow[0, :N], lam_state[b])
+                    copy_row(flow[1, :N], ci_state[b])
                 sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, 0)
                 if synapse:
                     sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, 1)
                 if bottom == b * T:
-                    lam_state[b], ci_state[b] = flow[0, :N], flow[1, :N]
+                    copy_row(lam_state[b], flow[0])
+                    copy_row(ci_state[b], flow[1])
                 top = bottom
             deliver(block, low, high, T, incoming, unbiased)
             high = low
         if g_bias.shape[0] > 0:
-            g_bias[0] += sums[1 if synapse else 0]
+            add_all(g_bias, sums, 1 if synapse else 0, 1)
 
     return backward_linear
 

@@ -18,7 +18,7 @@ from .bits import LANES
 from .jit import kernel
 from .lanes import fma, load, splat, store, zeros
 from .linear import is_linear, sweep
-from .outgoing import block_rows, deliver
+from .outgoing import add_all, block_rows, deliver
 from .rows import MEM, SYN, THRESHOLD, Code, add_rows, advance, copy_row, load3, surrogate_row
 
 
@@ -72,7 +72,8 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         sums = np.zeros((2, width), dtype)
         g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
         unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
-        decay[0, :N], decay[1, :N] = params[MEM], params[SYN]
+        copy_row(decay[0, :N], params[MEM])
+        copy_row(decay[1, :N], params[SYN])
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         has_product, keeps_mem = above.shape[0] > 0, mem.shape[0] > 0
         from_events, still = indptr.shape[0] > 0, current.shape[0] == 1
@@ -80,7 +81,8 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         # of one current for all steps the gradient is the sum of each sample, and nobody wants the rows of nu
         once, summed = g_current.shape[0] == 1 and not from_events, np.zeros((2, width), dtype)
         for b in range(last - 1, first - 1, -1):
-            flow[0, :N], flow[1, :N] = lam_state[b], ci_state[b]
+            copy_row(flow[0, :N], lam_state[b])
+            copy_row(flow[1, :N], ci_state[b])
             if once:
                 summed[:] = 0
             for chunk in range((T - 1) // CHUNK, -1, -1):
@@ -135,9 +137,10 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
             if once:
                 for j in range(N):
                     g_current[0, b, j] = summed[1 if synapse else 0, j]
-            lam_state[b], ci_state[b] = flow[0, :N], flow[1, :N]
+            copy_row(lam_state[b], flow[0])
+            copy_row(ci_state[b], flow[1])
         if g_bias.shape[0] > 0:
-            g_bias[0] += sums[1 if synapse else 0]
+            add_all(g_bias, sums, 1 if synapse else 0, 1)
 
     return backward_replay_linear
 
