@@ -60,7 +60,7 @@ def _row(adapter: Adapter, name: str, example: Example) -> Row:
         try:
             other = adapter.neuron(example.with_option(option))
         except Exception as error:  # upstream refuses the option
-            fallback[option] = f"{adapter.name} refuses it: {type(error).__name__}"
+            fallback[option] = f"{adapter.name} itself raises {type(error).__name__}"
             continue
         if isinstance(other, str):
             fallback[option] = other

@@ -146,6 +146,13 @@ def test_an_error_of_a_script_is_the_scripts(tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: backprop_threshold")
 
 
+@pytest.mark.parametrize(("arguments", "name"), [(["nothing.py"], "script"), (["-m", "no.such"], "module")])
+def test_a_script_that_does_not_exist(arguments: list[str], name: str) -> None:
+    result = runner.invoke(app, ["run", *arguments])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: there is no {name} {arguments[-1]!r}")
+
+
 def test_version_and_help() -> None:
     assert (
         runner.invoke(app, ["--version"]).stdout.strip() == registry.plugins("backends")["reference"].version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,8 @@ def run(
             with readable_errors(context):  # of the options alone: an error of the script keeps its traceback
                 if not module and not Path(script).is_file():
                     raise InputError(f"there is no script {script!r}. For a module use -m.")
+                if module and not _is_module(script):
+                    raise InputError(f"there is no module {script!r} that can be imported from here.")
                 options: dict[str, Any] = {"backprop_threshold": _threshold(threshold), "backend": backend}
                 if not fuse:
                     options["fuse_time"] = False
@@ -42,6 +45,17 @@ def run(
         if session is not None and not quiet:
             for line in session.lines():
                 print(line, file=sys.stderr)
+
+
+def _is_module(name: str) -> bool:
+    """Whether ``python -m name`` would find it; packages above it are imported."""
+    sys.path.insert(0, "")
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+    finally:
+        sys.path.remove("")
 
 
 def _threshold(text: str) -> Any:
