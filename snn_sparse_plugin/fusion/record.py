@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron
 from ..config import SparseConfig
 from ..errors import FusionError
-from .columns import Column, Entry
+from .columns import Column, Entry, Slices
 from .context import grad_mode, here
 from .description import Description, version
 from .recorded import Recorded, Value
@@ -158,6 +158,44 @@ class StackLane(FunctionLane):
         return self.steps.read()
 
 
+class InputLane(FunctionLane):
+    """Plain inputs of a layer. ``begun``: the search for events in them, where one has begun."""
+
+    __slots__ = ("begun",)
+
+    def __init__(self, record: Record, module: nn.Module) -> None:
+        super().__init__(record, same, (), {"module": module}, 1, view=True)  # so that its id stays its own
+        self.begun: Any = None
+
+    def take(self, x: Tensor) -> int:
+        """Note the next input: -> how many there are since they are anything but slices of one tensor, else 0."""
+        column = self.columns[0]
+        if type(column) is Slices:
+            if column.take(x):
+                if self.begun is not None:
+                    self.begun.announce(column.n)
+                return 0
+            self.stop()
+            self.columns[0] = column = Column(column)
+        column.append(entry_of(x))
+        return len(column.entries)
+
+    def stop(self) -> None:
+        """Nobody wants the events that are looked for."""
+        if self.begun is not None:
+            self.begun.drop()
+            self.begun = None
+
+    def let_go(self) -> None:
+        self.stop()
+        super().let_go()
+
+
+def same(x: Tensor) -> Tensor:
+    """The function of a lane of plain inputs."""
+    return x
+
+
 class NeuronLane(Lane):
     """Successive steps of one neuron, each from the state that the one before left."""
 
@@ -227,7 +265,7 @@ class Record:
         self.lock = threading.RLock()
         self.lanes: list[Lane] = []
         self.functions: dict[Any, FunctionLane] = {}
-        self.inputs: dict[int, FunctionLane] = {}  # the lane of a layer's plain inputs, by the layer's id
+        self.inputs: dict[int, InputLane] = {}  # the lane of a layer's plain inputs, by the layer's id
         self.neurons: dict[int, NeuronLane] = {}  # the newest lane of a module, by the module's id
         self.calls = 0
         self.viewed: set[Value] = set()

@@ -12,23 +12,20 @@ from array import array
 from typing import Any
 
 import numpy as np
-import torch
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .events import Found, room_for, scan_rows
+from .bits import LANES
+from .events import Found, scan_rows
 from .jit import kernel
 from .threads import aside
-
-SMALLEST = 1 << 14
-"""Numbers in a step below which waking a thread takes longer than the scan."""
 
 LARGEST = 1 << 22
 """Events after which the rest is left to the conversion itself, whose memory grows with what it finds."""
 
-_PATIENCE = 1 << 17
-"""How often to look for another step: about 0.1 ms."""
+_PATIENCE = 1 << 20
+"""How often to look for another step: for about half a millisecond."""
 
 _SOON = 1000
 """How often to look whether the step that is being scanned is done, before this thread sleeps."""
@@ -88,9 +85,10 @@ class Ahead:
     Args:
         x: (T, B, N...), contiguous float CPU memory, of which the first ``known`` steps are there; more are said by
             :meth:`announce`. T is the most that there can be.
+        densest: share of nonzeros above which the search ends, as nobody will want the events.
     """
 
-    def __init__(self, x: Tensor, known: int) -> None:
+    def __init__(self, x: Tensor, known: int, densest: float) -> None:
         B = x.shape[1]
         # keeps the memory, and torch resizes none that numpy looks at
         self._rows = x.detach().reshape(len(x) * B, -1).numpy()
@@ -100,9 +98,10 @@ class Ahead:
         self._claimed, self._ended = threading.Lock(), threading.Lock()
         self._ended.acquire()
         self._mine = known * B // 2
+        self._densest = densest
         self._found: list[Found] | None = None  # in the end
         aside(self._work)
-        out = np.empty(room_for(self._mine, self._rows.shape[1]), dtype=np.int32)
+        out = self._room(self._mine, densest)
         at, n, binary = scan_rows(self._rows, 0, self._mine, self._counts, out, 0)
         self._first = Found(0, at, out[:n], binary)
         if at < self._mine:
@@ -131,11 +130,15 @@ class Ahead:
         if not self._claimed.acquire(blocking=False):
             return
         try:
-            self._out = np.empty(min(room_for(*self._rows.shape), LARGEST), dtype=np.int32)
+            self._out = self._room(len(self._rows), self._densest)
             words = np.frombuffer(self._words, dtype=np.int64)
             _follow(self._rows, self._mine, self._B, self._counts, self._out, words)
         finally:
             self._ended.release()
+
+    def _room(self, rows: int, densest: float) -> np.ndarray:
+        M = self._rows.shape[1]
+        return np.empty(min(int(densest * rows * M) + M + LANES, LARGEST), dtype=np.int32)
 
     def _followed(self) -> list[Found]:
         """What the other thread found."""
@@ -150,4 +153,6 @@ class Ahead:
             self._ended.acquire()
         last, n = self._words[_DONE], self._words[_EVENTS]
         # nothing where it failed
-        return [Found(self._mine, last, self._out[:n], self._words[_BINARY] == 1)] if last > self._mine else []
+        return (
+            [Found(self._mine, last, self._out[:n], self._words[_BINARY] == 1)] if last > self._mine else []
+        )

@@ -70,14 +70,9 @@ class Found(NamedTuple):
     binary: bool
 
 
-def room_for(rows: int, M: int) -> int:
-    """How many events to expect at first; a kernel that finds no more room for a row asks for it."""
-    return rows * M // 16 + M + LANES
-
-
 def _scan(x: np.ndarray, first: int, last: int, counts: np.ndarray) -> Found:
     M = x.shape[1]
-    out = np.empty(room_for(last - first, M), dtype=np.int32)
+    out = np.empty((last - first) * M // 16 + M + LANES, dtype=np.int32)
     at, n, binary = scan_rows(x, first, last, counts, out, 0)
     while at < last:
         grown = np.empty(2 * out.size + M + LANES, dtype=np.int32)

@@ -21,7 +21,7 @@ def events_or_product(
         return None, F.linear(x, weight, bias)
     if is_still(x):
         return None, F.linear(x[0], weight, bias).expand(x.shape[0], -1, -1)
-    if looks_dense(x):
+    if _looks_dense(x):
         return None, F.linear(x, weight, bias)
     return SpikeTrain.from_dense(x), None
 
@@ -31,7 +31,7 @@ def is_still(x: Tensor) -> bool:
     return x.shape[0] > 1 and x.stride(0) == 0 and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def looks_dense(x: Tensor) -> bool:
+def _looks_dense(x: Tensor) -> bool:
     """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
     rows = x.flatten(0, 1)
     # few enough values for torch to count them on this thread
