@@ -167,18 +167,31 @@ class InputLane(FunctionLane):
         super().__init__(record, same, (), {"module": module}, 1, view=True)  # so that its id stays its own
         self.begun: Any = None
 
-    def take(self, x: Tensor) -> int:
-        """Note the next input: -> how many there are since they are anything but slices of one tensor, else 0."""
+    def follow(self, x: Tensor) -> bool:
+        """Note an input that is the next slice of the tensor that all were slices of: whether it is."""
+        record, column = self.record, self.columns[0]
+        if type(column) is not Slices:
+            return False
+        record.lock.acquire()
+        try:
+            if record.closed or not column.take(x):
+                return False
+            if self.begun is not None:
+                self.begun.announce(column.n)
+            self.order.append(record.calls)
+            record.calls += 1
+            return True
+        finally:
+            record.lock.release()
+
+    def take(self, x: Tensor) -> None:
+        """Note the next input, whatever it is."""
         column = self.columns[0]
         if type(column) is Slices:
-            if column.take(x):
-                if self.begun is not None:
-                    self.begun.announce(column.n)
-                return 0
             self.stop()
             self.columns[0] = column = Column(column)
         column.append(entry_of(x))
-        return len(column.entries)
+        self.record.count(self)
 
     def stop(self) -> None:
         """Nobody wants the events that are looked for."""
@@ -211,7 +224,7 @@ class NeuronLane(Lane):
             "module",
             "neuron",
         ),
-        *("order_of_state", "slots", "upstream"),
+        *("named_slots", "order_of_state", "slots", "unmarked", "upstream"),
     )
 
     def __init__(
@@ -233,8 +246,9 @@ class NeuronLane(Lane):
         self.upstream, self.like = upstream, like
         self.input_shape: torch.Size
         self.slots = {name: 0 if name == same else 1 + others.index(name) for name in names}
-        self.order_of_state = tuple(self.slots.values())
+        self.named_slots, self.order_of_state = tuple(self.slots.items()), tuple(self.slots.values())
         self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
+        self.unmarked = False  # whether the active config is all that holds for the module
         self.initial: dict[str, Entry | None] = {
             name: None if leaf is None else entry_of(leaf) for name, leaf in leaves.items()
         }
@@ -245,6 +259,8 @@ class NeuronLane(Lane):
         newest, slots = self.newest, self.order_of_state
         if len(leaves) != len(slots):
             return False
+        if len(slots) == 1:  # as most, at every step
+            return type(leaves[0]) is Recorded and leaves[0]._value is newest[slots[0]]
         for leaf, slot in zip(leaves, slots):  # noqa: B905, whose keyword costs as much as the rest
             if type(leaf) is not Recorded or leaf._value is not newest[slot]:
                 return False

@@ -97,13 +97,14 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     if lane is None and resting(self):
         return None
     mode = mode_to_record()
-    if mode is None or x.layout is not torch.strided or x.dtype is not torch.float32:
+    if mode is None:
         return None
-    lane, own = (
-        _entering(lane, self, x, mode, config),
-        _own_parameters(self) if type(self) is _Linear else None,
-    )
-    found = None if own is None else next_linear((lane, len(lane) - 1, 0), *own, mode)
+    if lane is None or lane.mode != mode or not lane.follow(x):
+        if x.layout is not torch.strided or x.dtype is not torch.float32:
+            return None
+        lane = _entering(lane, self, x, mode, config)
+    own = _own_parameters(self) if type(self) is _Linear else None
+    found = None if own is None else next_linear((lane, len(lane.order) - 1, 0), *own, mode)
     if found is None:
         with lane.record.lock:
             if lane.record.closed:
@@ -152,9 +153,9 @@ def _entering(
         ):
             lane = record.inputs[id(module)] = InputLane(record, module)
             lane.shape, lane.dtype, lane.device = x.shape, x.dtype, x.device
-        if lane.take(x) == ENOUGH:
+        lane.take(x)
+        if len(lane.order) == ENOUGH:
             begin(lane, config)
-        record.count(lane)
         return lane
 
 
