@@ -193,13 +193,17 @@ def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recor
         record.lock.release()
 
 
-def record_steps(steps: list[Recorded] | tuple[Recorded, ...]) -> Recorded | None:
+def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
     """``torch.stack`` of successive values of one result; None if they are something else."""
-    column = Column(x._value for x in steps)
-    first = column.range()
-    if first is None or mode_to_record() is None:
+    if not steps or type(steps[0]) is not Recorded:
         return None
-    source, record = first[0], first[0].record
+    source, start, slot = steps[0]._value
+    for call, x in enumerate(steps, start):
+        if type(x) is not Recorded or x._value != (source, call, slot):
+            return None
+    if mode_to_record() is None:
+        return None
+    record, column = source.record, Column.of_range(source, start, start + len(steps), slot)
     if record is not here.record:
         return None
     with record.lock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -30,6 +29,13 @@ class Column:
         self.start = self.stop = self.slot = 0
         for entry in entries:
             self.append(entry)
+
+    @classmethod
+    def of_range(cls, source: Lane, start: int, stop: int, slot: int) -> Column:
+        """Successive values of one result."""
+        column = cls()
+        column.source, column.start, column.stop, column.slot = source, start, stop, slot
+        return column
 
     def append(self, entry: Entry) -> None:
         if self.source is not None:
@@ -88,7 +94,9 @@ class Column:
         calls = range(self.start, self.stop)[at]
         if isinstance(calls, int):
             return self.source, calls, self.slot
-        return Column((self.source, call, self.slot) for call in calls)
+        if calls.step != 1 or not calls:
+            return Column((self.source, call, self.slot) for call in calls)
+        return Column.of_range(self.source, calls.start, calls.stop, self.slot)
 
 
 class Slices(Column):
@@ -144,9 +152,9 @@ class Slices(Column):
 
     def whole(self, n: int | None = None) -> Tensor:
         """(n, ...): a view of the slices, or of the first ``n`` that would follow each other."""
-        with torch.no_grad():
-            start, shape = self.first.storage_offset(), (self.n if n is None else n, *self.shape)
-            return self.base.as_strided(shape, (self.distance, *self.strides), start)
+        start, shape = self.first.storage_offset(), (self.n if n is None else n, *self.shape)
+        base = self.base.detach() if self.base.requires_grad else self.base
+        return base.as_strided(shape, (self.distance, *self.strides), start)
 
     def capacity(self) -> int:
         """How many slices there could be in the tensor's memory."""

@@ -52,6 +52,8 @@ def grad_mode() -> int:
 
 def in_mode(mode: int) -> AbstractContextManager[Any]:
     """What :func:`grad_mode` said, again in force."""
+    if mode == grad_mode():
+        return nullcontext()
     return torch.inference_mode() if mode == 2 else _without_inference_mode(bool(mode))
 
 

@@ -45,6 +45,33 @@ def _counts_graphs() -> bool:
 
 
 _ALONE, _REUSES = _count_alone(), _counts_graphs()
+_NOWHERE: Any = None
+
+
+_spare: dict[Any, list[Recorded]] = {}
+"""Tensors of records that ran which nobody has, by shape, dtype and device: making one takes longer than a step."""
+_SPARE_KINDS, _SPARE_EACH = 64, 1024
+
+
+def _spare_of(*kind: Any) -> list[Recorded]:
+    if len(_spare) >= _SPARE_KINDS:
+        _spare.clear()
+    return _spare.setdefault(kind, [])
+
+
+def _put_by(given: list[list[Recorded]], spare: list[Recorded]) -> None:
+    for tensors in given:
+        for x in tensors:
+            if len(spare) >= _SPARE_EACH:
+                return
+            if (
+                _references(x) == _ALONE
+                and type(x) is Recorded
+                and len(x.__dict__) == 1
+                and not getweakrefcount(x)
+            ):
+                x._value = _NOWHERE
+                spare.append(x)
 
 
 class Lane:
@@ -56,7 +83,7 @@ class Lane:
 
     __slots__ = (
         *("columns", "device", "dtype", "given", "linears", "mode", "newest", "order", "record", "results"),
-        *("shape", "where"),
+        *("shape", "spare", "where"),
     )
 
     def __init__(self, record: Record, columns: int, slots: int) -> None:
@@ -71,6 +98,7 @@ class Lane:
         self.shape: torch.Size
         self.dtype: torch.dtype
         self.device: torch.device
+        self.spare: list[Recorded] | None = None
         self.where = _users_line()
         record.lanes.append(self)
 
@@ -88,7 +116,10 @@ class Lane:
                 given[-2], given[-1] = given[-1], made
                 made._value = value
                 return made
-        made = _make(Recorded, self.shape, dtype=self.dtype, device=self.device)
+        spare = self.spare
+        if spare is None:
+            spare = self.spare = _spare_of(self.shape, self.dtype, self.device)
+        made = spare.pop() if spare else _make(Recorded, self.shape, dtype=self.dtype, device=self.device)
         made._value = value
         given.append(made)
         return made
@@ -111,6 +142,8 @@ class Lane:
         """Of all tensors and other lanes; shape, dtype, device and place of origin stay known."""
         for column in self.columns:
             column.clear()
+        if self.spare is not None and _REUSES:
+            _put_by(self.given, self.spare)
         self.given.clear()
         self.linears.clear()
         self.newest = [None] * len(self.newest)
