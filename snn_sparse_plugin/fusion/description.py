@@ -32,7 +32,7 @@ class Description:
         all_held: list[dict[str, Any]] = []
         kept: list[Any] = []
         form: list[tuple[int, tuple[str, ...]]] = []
-        for owner in module.modules():
+        for owner in module.modules() if module._modules else (module,):
             attributes = vars(owner)
             dicts: list[dict[str, Any]] = [attributes, owner._parameters, owner._buffers, owner._modules]
             for held in dicts:
@@ -43,17 +43,19 @@ class Description:
                 kept += [held[name] for name in names]
                 self.tensors += [(n, held[n], version(held[n])) for n in names if isinstance(held[n], Tensor)]
             for value in attributes.values():
-                self._note_tuple(value)
+                if isinstance(value, tuple):
+                    self._note_tuple(value)
         self.holds = _comparison(tuple(form))(all_held, kept)
         """Whether the module still has these attributes and tensors."""
 
     def _note_tuple(self, value: Any) -> None:
         """The tensors of Norse's parameters, which are nested named tuples."""
-        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        if hasattr(value, "_asdict"):
             for name, item in value._asdict().items():
                 if isinstance(item, Tensor):
                     self.tensors.append((name, item, version(item)))
-                self._note_tuple(item)
+                elif isinstance(item, tuple):
+                    self._note_tuple(item)
 
     def changed_in_place(self) -> str | None:
         """The name of a tensor whose numbers are others now."""
