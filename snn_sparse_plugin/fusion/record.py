@@ -49,7 +49,7 @@ _NOWHERE: Any = None
 
 
 _spare: dict[Any, list[Recorded]] = {}
-"""Tensors of records that ran which nobody has, by shape, dtype and device: making one takes longer than a step."""
+"""Tensors of records that ran which nobody has, by shape, dtype, device and mode: making one takes longer."""
 _SPARE_KINDS, _SPARE_EACH = 64, 1024
 
 
@@ -118,7 +118,7 @@ class Lane:
                 return made
         spare = self.spare
         if spare is None:
-            spare = self.spare = _spare_of(self.shape, self.dtype, self.device)
+            spare = self.spare = _spare_of(self.shape, self.dtype, self.device, self.mode)
         made = spare.pop() if spare else _make(Recorded, self.shape, dtype=self.dtype, device=self.device)
         made._value = value
         given.append(made)
