@@ -233,7 +233,7 @@ class SnnTorchAdapter(Adapter):
 _METHODS = ("forward", "fire", "mem_reset", "_base_state_function")
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _fused_class(kind: type) -> type | None:
     """The class of a fused family that this is or inherits from."""
     snn = Classes()

@@ -11,11 +11,15 @@ import torch
 
 if TYPE_CHECKING:
     from .record import Record
+    from .recorded import Recorded
 
 
 class _Here(threading.local):
     record: Record | None = None
     paused: int = 0
+
+    def __init__(self) -> None:
+        self.spare: dict[Any, list[Recorded]] = {}
 
 
 here = _Here()

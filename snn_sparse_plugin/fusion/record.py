@@ -48,15 +48,16 @@ _ALONE, _REUSES = _count_alone(), _counts_graphs()
 _NOWHERE: Any = None
 
 
-_spare: dict[Any, list[Recorded]] = {}
-"""Tensors of records that ran which nobody has, by shape, dtype, device and mode: making one takes longer."""
-_SPARE_KINDS, _SPARE_EACH = 64, 1024
+# Recorded tensors of records that ran which nobody has: making one takes longer than recording a call. A thread keeps
+# so many, of so many shapes, dtypes, devices and modes.
+_SPARE_EACH, _SPARE_KINDS = 512, 16
 
 
 def _spare_of(*kind: Any) -> list[Recorded]:
-    if len(_spare) >= _SPARE_KINDS:
-        _spare.clear()
-    return _spare.setdefault(kind, [])
+    spare = here.spare
+    if kind not in spare and len(spare) >= _SPARE_KINDS:
+        spare.clear()
+    return spare.setdefault(kind, [])
 
 
 def _put_by(given: list[list[Recorded]], spare: list[Recorded]) -> None:

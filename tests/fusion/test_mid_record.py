@@ -230,6 +230,37 @@ def test_a_record_that_ran_keeps_nothing() -> None:
             gc.enable()
 
 
+def test_tensors_that_nobody_has_are_used_again_and_no_others() -> None:
+    lif, x = snn.Leaky(0.875), torch.rand(6, 3, 4)
+    here.spare.clear()
+
+    def run() -> list[Tensor]:
+        mem, out = torch.zeros(3, 4), []
+        for step in x:
+            spk, mem = lif(step, mem)
+            out.append(spk)
+        return out
+
+    with ssp.sparse_mode():
+        out = run()
+        kept, named = out[1], out[2]
+        named.note = "mine"  # type: ignore[attr-defined]
+        total = torch.stack(out)
+        del out, named
+        before = kept.sum().item()
+        spare = [x for tensors in here.spare.values() for x in tensors]
+        assert spare
+        assert all(type(x) is Recorded and x._value is None and vars(x) == {"_value": None} for x in spare)
+        assert id(kept) not in {id(x) for x in spare}
+        again = run()
+        assert {id(x) for x in spare} & {id(x) for x in again}
+        assert torch.equal(torch.stack(again), total)
+    assert kept.sum().item() == before
+    assert type(kept) is Tensor
+    with torch.no_grad(), ssp.sparse_mode():
+        assert not {id(x) for x in spare} & {id(x) for x in run()}
+
+
 def test_the_same_step_again_and_again() -> None:
     fc, lif = nn.Linear(4, 4), snn.Leaky(0.875)
     with ssp.sparse_mode():
