@@ -176,15 +176,17 @@ def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
 
 def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recorded | None:
     """The next call of a lane that is there already, of this value; None if there is none."""
-    source, _, slot = value
+    source, call, slot = value
     lane, record = source.linears.get((id(weight), id(bias), slot)), source.record
     if lane is None or lane.mode != mode or record is not here.record:
         return None
     record.lock.acquire()
     try:
+        column = lane.columns[0]
         # weight and bias are those of the first call, at the version of that time
-        if record.closed or not lane.columns[0].add(value):
+        if record.closed or source is not column.source or call != column.stop or slot != column.slot:
             return None
+        column.stop = call + 1
         lane.repeats = 0
         lane.order.append(record.calls)
         record.calls += 1

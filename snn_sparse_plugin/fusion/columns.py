@@ -51,14 +51,6 @@ class Column:
             return
         self.entries.append(entry)
 
-    def add(self, value: Value) -> bool:
-        """Append the value if it is the next one of the range: whether it is."""
-        source, call, slot = value
-        if source is not self.source or call != self.stop or slot != self.slot:
-            return False
-        self.stop = call + 1
-        return True
-
     def fill(self, n: int) -> None:
         """Repeat the last entry, noted once for all calls, up to ``n``."""
         if len(self) < n:

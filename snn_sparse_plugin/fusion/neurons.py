@@ -94,7 +94,9 @@ def _takes(lane: NeuronLane, x: Any) -> bool:
 def _result(lane: NeuronLane) -> Any:
     """What upstream's forward returns for the newest step."""
     out = lane.make(0)
-    new = {name: lane.make(slot) if slot else out for name, slot in lane.named_slots}
+    new = {}
+    for name, slot in lane.named_slots:
+        new[name] = lane.make(slot) if slot else out
     return lane.adapter.write_call(lane.module, out, new, lane.like)
 
 

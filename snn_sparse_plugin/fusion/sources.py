@@ -119,9 +119,8 @@ def _linear(self: nn.Linear, x: Recorded) -> Any:
     own = _own_parameters(self)
     if own is None:
         return None
-    weight, bias = own
-    found = next_linear(x._value, weight, bias, mode_to_record())
-    return record_linear(x, weight, bias) if found is None else found
+    found = next_linear(x._value, *own, mode_to_record())
+    return record_linear(x, *own) if found is None else found
 
 
 def _own_parameters(self: nn.Linear) -> tuple[Any, Any] | None:

@@ -314,9 +314,13 @@ def test_columns() -> None:
     assert (len(column), column[-1], list(column)) == (3, (lane, 4, 0), values(2, 3, 4))
     assert column[1:].range() == (lane, 3, 0)
     assert column.read() == values(2)
-    assert column.add((lane, 5, 0))  # type: ignore[arg-type]
+    column.append((lane, 5, 0))
+    assert column.range() == (lane, 2, 0)
     for entry in (*values(5), *values(6, of=other), *values(6, slot=1)):
-        assert not column.add(entry)
+        changed = column[:]
+        changed.append(entry)
+        assert changed.range() is None
+        assert list(changed) == [*values(2, 3, 4, 5), entry]
     column.append((lane, 4, 0))
     assert column.range() is None
     assert list(column) == column.read() == values(2, 3, 4, 5, 4)
