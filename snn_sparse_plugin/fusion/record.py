@@ -227,6 +227,11 @@ class InputLane(FunctionLane):
         column.append(entry_of(x))
         self.record.count(self)
 
+    def finish(self) -> None:
+        """All inputs are there."""
+        if self.begun is not None:
+            self.begun.finish(len(self.order))
+
     def stop(self) -> None:
         """Nobody wants the events that are looked for."""
         if self.begun is not None:

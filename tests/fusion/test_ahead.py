@@ -45,9 +45,10 @@ def same(found: Any, expected: Any) -> bool:
 # --- the search itself ---
 
 
+@pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("announced", [9, T])
 @pytest.mark.parametrize("kind", ["spikes", "graded", "silent", "one dense sample"])
-def test_the_events_are_those_of_the_conversion(kind: str, announced: int) -> None:
+def test_the_events_are_those_of_the_conversion(kind: str, announced: int, finished: bool) -> None:
     x = spikes(T, B, M) if kind != "silent" else torch.zeros(T, B, M)
     if kind == "graded":
         x *= torch.rand(T, B, M)
@@ -56,6 +57,8 @@ def test_the_events_are_those_of_the_conversion(kind: str, announced: int) -> No
     begun = Ahead(x, 8, DENSE)
     for t in range(8, announced + 1):
         begun.announce(t)
+    if finished:
+        begun.finish(announced)
     expected = events_from_dense(x)
     assert same(events_from_dense(x, begun), expected)
     assert same(events_from_dense(x, begun), expected)  # another reader of the same input
@@ -71,6 +74,23 @@ def test_what_was_announced_is_found_by_the_other_thread() -> None:
     assert [(p.first, p.last) for p in parts[:1]] == [(0, 4 * B)]
     assert len(parts) == 2
     assert (counts[: parts[-1].last] == (x.reshape(T * B, M)[: parts[-1].last] != 0).sum(1).numpy()).all()
+
+
+@pytest.mark.parametrize("steps", [T, 11])
+def test_all_steps_are_put_in_order(steps: int) -> None:
+    x = spikes(T, B, M)
+    begun = Ahead(x, 8, DENSE)
+    _wait(lambda: begun._claimed.locked())
+    begun.announce(steps - 1)
+    begun.finish(steps)
+    found = begun.ordered(x[:steps].reshape(-1, M).numpy(), steps)
+    if found is None:  # the other thread came too late
+        assert begun._parts is not None
+        assert begun._parts[-1].last < steps * B
+        return
+    assert same([torch.from_numpy(a) for a in found[:2]], events_from_dense(x[:steps])[:2])
+    assert found[2]
+    assert begun.ordered(x.reshape(-1, M).numpy(), T) is None or steps == T
 
 
 def _wait(until: Callable[[], bool]) -> None:
@@ -256,7 +276,7 @@ def test_a_loop_gives_what_it_gives_without(name: str, net: Net, begun: list[Ahe
 def test_the_result_is_used(net: Net, begun: list[Ahead]) -> None:
     with ssp.sparse_mode():
         net(spikes(T, B, M)).sum().item()
-    assert begun[0]._found is not None
+    assert begun[0]._parts is not None
 
 
 def test_a_change_in_place_is_an_error_and_ends_the_search(net: Net, begun: list[Ahead]) -> None:
@@ -266,8 +286,8 @@ def test_a_change_in_place_is_an_error_and_ends_the_search(net: Net, begun: list
         x[T - 1, 0, 0] = 3
         with pytest.raises(FusionError, match="changed in place"):
             out.sum().item()
-    assert begun[0]._words[ahead._STOP] == 1
-    assert begun[0]._found is None
+    assert begun[0]._words[ahead._STOP] == -1
+    assert begun[0]._parts is None
 
 
 def test_a_change_before_enough_steps_is_an_error_too(net: Net, begun: list[Ahead]) -> None:
@@ -289,8 +309,8 @@ def test_a_dropped_record_ends_the_search(net: Net, begun: list[Ahead]) -> None:
         del out
         net.lif.reset_mem()
         record = here.record
-    assert begun[0]._words[ahead._STOP] == 1
-    assert begun[0]._found is None
+    assert begun[0]._words[ahead._STOP] == -1
+    assert begun[0]._parts is None
     assert record is not None
     assert record.closed
 

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .bits import LANES
-from .events import Found, scan_rows
+from .events import Found, place_rows, scan_rows
 from .jit import kernel
 from .threads import aside
 
@@ -27,10 +27,13 @@ LARGEST = 1 << 22
 _PATIENCE = 1 << 20
 """How often to look for another step: for about half a millisecond."""
 
-_SOON = 1000
-"""How often to look whether the step that is being scanned is done, before this thread sleeps."""
+_SOON = 4000
+"""How often to look whether the other thread is done, before this one sleeps."""
 
-_ANNOUNCED, _STOP, _DONE, _EVENTS, _BINARY = range(5)
+_FEW = 4
+"""Steps that are left in the end which the other thread looks at by itself; more are shared."""
+
+_ANNOUNCED, _STOP, _DONE, _FIRST, _EVENTS, _BINARY, _ORDERED = range(7)
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, args: Any) -> Any:
@@ -60,22 +63,37 @@ def _write(typingctx: Any, words: Any, at: Any, value: Any) -> Any:
 
 
 @kernel()
-def _follow(x, first, B, counts, out, words):  # type: ignore[no-untyped-def]
-    """Scan rows from ``first`` on as far as they are announced, a step of ``B`` rows at a time, until told to stop."""
-    r, n, binary, idle = first, 0, True, 0
-    while idle < _PATIENCE and _read(words, _STOP) == 0:
-        if r >= _read(words, _ANNOUNCED):
+def _follow(x, mine, B, counts, first, columns, indptr, indices, words):  # type: ignore[no-untyped-def]
+    """Scan rows from ``mine`` on as far as they are announced, a step of ``B`` rows at a time, until told to stop.
+
+    Where that is because all steps have come, their events and the ``first`` ones are put in order.
+    """
+    r, n, binary, idle, stop, full = mine, 0, True, 0, 0, False
+    while idle < _PATIENCE and not full:
+        stop = _read(words, _STOP)
+        waiting = _read(words, _ANNOUNCED) - r
+        if stop < 0 or (stop > 0 and (waiting == 0 or waiting > _FEW * B)):
+            break
+        if waiting == 0:
             idle += 1
             continue
         idle = 0
-        at, n, ones = scan_rows(x, r, r + B, counts, out, n)
+        at, n, ones = scan_rows(x, r, r + B, counts, columns, n)
         binary &= ones
-        stuck = at < r + B
+        full = at < r + B
         r = at
-        if stuck:
-            break
     words[_EVENTS] = n
     words[_BINARY] = 1 if binary else 0
+    if stop > 0 and r == stop * B and words[_FIRST] + n <= indices.shape[0]:
+        k = 0
+        for b in range(B):
+            for t in range(stop):
+                indptr[b * stop + t] = k
+                k += counts[t * B + b]
+        indptr[r] = k
+        place_rows(0, mine, stop, B, first, 0, indptr, indices)
+        place_rows(mine, r, stop, B, columns, 0, indptr, indices)
+        words[_ORDERED] = stop
     _write(words, _DONE, r)
 
 
@@ -94,16 +112,17 @@ class Ahead:
         self._rows = x.detach().reshape(len(x) * B, -1).numpy()
         self._B, self._process = B, os.getpid()
         self._counts = np.empty(len(self._rows), dtype=np.int64)
-        self._words = array("q", [known * B, 0, 0, 0, 0])
+        self._words = array("q", [known * B, *[0] * 6])
         self._claimed, self._ended = threading.Lock(), threading.Lock()
         self._ended.acquire()
         self._mine = known * B // 2
         self._densest = densest
-        self._found: list[Found] | None = None  # in the end
+        self._parts: list[Found] | None = None  # in the end
+        out = self._out = self._room(self._mine)
         aside(self._work)
-        out = self._room(self._mine, densest)
         at, n, binary = scan_rows(self._rows, 0, self._mine, self._counts, out, 0)
         self._first = Found(0, at, out[:n], binary)
+        self._words[_FIRST] = n
         if at < self._mine:
             self.drop()
 
@@ -111,34 +130,56 @@ class Ahead:
         """So many steps are there now."""
         self._words[_ANNOUNCED] = steps * self._B
 
+    def finish(self, steps: int) -> None:
+        """So many steps are all: their events will be wanted."""
+        if not self._words[_STOP]:
+            self.announce(steps)
+            self._words[_STOP] = steps
+
     def drop(self) -> None:
         """No more steps are wanted."""
-        self._words[_STOP] = 1
+        self._words[_STOP] = -1
 
     def end(self, rows: np.ndarray, counts: np.ndarray) -> list[Found]:
-        self.drop()
-        if self._found is None:
-            self._found = [self._first, *self._followed()]
-        last, known = self._found[-1].last, self._rows
+        found, last = self._found(rows), 0
+        if found:
+            last = found[-1].last
+            counts[:last] = self._counts[:last]
+        return found
+
+    def ordered(self, rows: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        found = self._found(rows)
+        if not found or self._words[_ORDERED] != T or found[-1].last != len(rows):
+            return None
+        total = self._words[_FIRST] + self._words[_EVENTS]
+        return self._indptr[: len(rows) + 1], self._indices[:total], all(part.binary for part in found)
+
+    def _found(self, rows: np.ndarray) -> list[Found]:
+        if not self._words[_STOP]:
+            self.drop()
+        if self._parts is None:
+            self._parts = [self._first, *self._followed()]
+        known, last = self._rows, self._parts[-1].last
         same = rows.ctypes.data == known.ctypes.data and rows.shape[1:] == known.shape[1:]
-        if not same or rows.dtype != known.dtype or last > len(rows):
-            return []
-        counts[:last] = self._counts[:last]
-        return list(self._found)
+        return list(self._parts) if same and rows.dtype == known.dtype and last <= len(rows) else []
 
     def _work(self) -> None:
         if not self._claimed.acquire(blocking=False):
             return
         try:
-            self._out = self._room(len(self._rows), self._densest)
-            words = np.frombuffer(self._words, dtype=np.int64)
-            _follow(self._rows, self._mine, self._B, self._counts, self._out, words)
+            rows = self._rows
+            self._columns, self._indices = self._room(len(rows)), self._room(len(rows))
+            self._indptr = np.empty(len(rows) + 1, dtype=np.int32)
+            _follow(
+                *(rows, self._mine, self._B, self._counts, self._out, self._columns),
+                *(self._indptr, self._indices, np.frombuffer(self._words, dtype=np.int64)),
+            )
         finally:
             self._ended.release()
 
-    def _room(self, rows: int, densest: float) -> np.ndarray:
+    def _room(self, rows: int) -> np.ndarray:
         M = self._rows.shape[1]
-        return np.empty(min(int(densest * rows * M) + M + LANES, LARGEST), dtype=np.int32)
+        return np.empty(min(int(self._densest * rows * M) + M + LANES, LARGEST), dtype=np.int32)
 
     def _followed(self) -> list[Found]:
         """What the other thread found."""
@@ -154,5 +195,7 @@ class Ahead:
         last, n = self._words[_DONE], self._words[_EVENTS]
         # nothing where it failed
         return (
-            [Found(self._mine, last, self._out[:n], self._words[_BINARY] == 1)] if last > self._mine else []
+            [Found(self._mine, last, self._columns[:n], self._words[_BINARY] == 1)]
+            if last > self._mine
+            else []
         )

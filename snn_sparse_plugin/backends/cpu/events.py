@@ -44,7 +44,7 @@ def scan_rows(x, first, last, counts, out, n):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _place(first, last, T, B, found, n, indptr, indices):  # type: ignore[no-untyped-def]
+def place_rows(first, last, T, B, found, n, indptr, indices):  # type: ignore[no-untyped-def]
     """Copy events found in memory order (t, b), those of row ``first`` from ``n`` on, to row order (b, t)."""
     for r in range(first, last):
         target = (r % B) * T + r // B
@@ -90,6 +90,18 @@ def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Te
     """
     T, B = x.shape[:2]
     rows = x.reshape(T * B, -1).contiguous().numpy()
+    ordered = None if begun is None else begun.ordered(rows, T)
+    indptr, indices, binary = _search(rows, T, B, begun) if ordered is None else ordered
+    graded = None
+    if not binary:
+        values = np.empty(indices.size, dtype=rows.dtype)
+        parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in split(T * B)])
+        graded = torch.from_numpy(values)
+    return torch.from_numpy(indptr), torch.from_numpy(indices), graded
+
+
+def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.ndarray, np.ndarray, bool]:
+    """indptr and indices, and whether all values are 1."""
     counts = np.zeros(T * B, dtype=np.int64)
     parts = [] if begun is None else begun.end(rows, counts)
     at = parts[-1].last if parts else 0
@@ -108,16 +120,10 @@ def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Te
             start, stop = max(first, part.first), min(last, part.last)
             if start < stop:
                 before = int(counts[part.first : start].sum())
-                _place(start, stop, T, B, part.columns, before, indptr, indices)
+                place_rows(start, stop, T, B, part.columns, before, indptr, indices)
 
-    ranges = split(T * B)
-    parallel([lambda r=r: place(*r) for r in ranges])
-    graded = None
-    if not all(part.binary for part in parts):
-        values = np.empty(total, dtype=rows.dtype)
-        parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in ranges])
-        graded = torch.from_numpy(values)
-    return torch.from_numpy(indptr), torch.from_numpy(indices), graded
+    parallel([lambda r=r: place(*r) for r in split(T * B)])
+    return indptr, indices, all(part.binary for part in parts)
 
 
 class Begun(Protocol):
@@ -127,4 +133,8 @@ class Begun(Protocol):
         """End it: -> what it found in the first of these rows, in order and without gaps, if it was they that it
         looked at. Puts the number of events of each of them into ``counts``.
         """
+        ...
+
+    def ordered(self, rows: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        """indptr, indices and whether all values are 1, if it has put the events of all these rows in order."""
         ...
