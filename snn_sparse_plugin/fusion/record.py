@@ -202,16 +202,22 @@ class InputLane(FunctionLane):
         self.begun: Any = None
 
     def follow(self, x: Tensor) -> bool:
-        """Note an input that is the next slice of the tensor that all were slices of: whether it is."""
+        """Note an input that is the one before again, or the next slice of the tensor of all: whether it is one."""
         record, column = self.record, self.columns[0]
-        if type(column) is not Slices:
-            return False
         record.lock.acquire()
         try:
-            if record.closed or not column.take(x):
+            if record.closed:
                 return False
-            if self.begun is not None:
-                self.begun.announce(column.n)
+            if type(column) is Slices:
+                if not column.take(x):
+                    return False
+                if self.begun is not None:
+                    self.begun.announce(column.n)
+            else:
+                before, its_version = last = column.entries[-1]
+                if before is not x or version(x) != its_version or x.shape != self.shape:
+                    return False
+                column.entries.append(last)
             self.order.append(record.calls)
             record.calls += 1
             return True
