@@ -50,7 +50,7 @@ _NOWHERE: Any = None
 
 # Recorded tensors of records that ran which nobody has: making one takes longer than recording a call. A thread keeps
 # so many, of so many shapes, dtypes, devices and modes.
-_SPARE_EACH, _SPARE_KINDS = 512, 16
+_SPARE_EACH, _SPARE_KINDS = 256, 64
 
 
 def _spare_of(*kind: Any) -> list[Recorded]:
