@@ -19,60 +19,10 @@ from .columns import Column, Entry, Slices
 from .context import grad_mode, here
 from .description import Description, version
 from .recorded import Recorded, Value
+from .spare import ALONE, REUSES, held, make, put_by, references, spare_of
 
 LONGEST = 100_000
 """Calls after which a record runs although nobody asked, so that its memory is bounded."""
-
-_make = Tensor._make_wrapper_subclass
-_references = sys.getrefcount
-
-
-def _held(given: list[Any]) -> list[Any]:
-    """Those of the objects in a list of lanes that somebody else refers to as well."""
-    return [x for x in given if _references(x) > _ALONE]
-
-
-def _count_alone() -> int:
-    return next(_references(x) for x in [object()])
-
-
-def _counts_graphs() -> bool:
-    """Whether references that C++ holds show among Python's (torch 2.10 and newer)."""
-    x = torch.ones(1)
-    before = _references(x)
-    kept = torch.ones(1, requires_grad=True) * x
-    return kept.requires_grad and _references(x) > before
-
-
-_ALONE, _REUSES = _count_alone(), _counts_graphs()
-_NOWHERE: Any = None
-
-
-# Recorded tensors of records that ran which nobody has: making one takes longer than recording a call. A thread keeps
-# so many, of so many shapes, dtypes, devices and modes.
-_SPARE_EACH, _SPARE_KINDS = 256, 64
-
-
-def _spare_of(*kind: Any) -> list[Recorded]:
-    spare = here.spare
-    if kind not in spare and len(spare) >= _SPARE_KINDS:
-        spare.clear()
-    return spare.setdefault(kind, [])
-
-
-def _put_by(given: list[list[Recorded]], spare: list[Recorded]) -> None:
-    for tensors in given:
-        for x in tensors:
-            if len(spare) >= _SPARE_EACH:
-                return
-            if (
-                _references(x) == _ALONE
-                and type(x) is Recorded
-                and len(x.__dict__) == 1
-                and not getweakrefcount(x)
-            ):
-                x._value = _NOWHERE
-                spare.append(x)
 
 
 class Lane:
@@ -111,16 +61,16 @@ class Lane:
         self.newest[slot] = value = (self, len(self.order) - 1, slot)
         given = self.given[slot]
         # the tensor of the step before the last, if the loop has let go of it: making one takes longer than the rest
-        if _REUSES and len(given) > 1:
+        if REUSES and len(given) > 1:
             made = given[-2]
-            if _references(made) == _ALONE and len(made.__dict__) == 1 and not getweakrefcount(made):
+            if references(made) == ALONE and len(made.__dict__) == 1 and not getweakrefcount(made):
                 given[-2], given[-1] = given[-1], made
                 made._value = value
                 return made
         spare = self.spare
         if spare is None:
-            spare = self.spare = _spare_of(self.shape, self.dtype, self.device, self.mode)
-        made = spare.pop() if spare else _make(Recorded, self.shape, dtype=self.dtype, device=self.device)
+            spare = self.spare = spare_of(self.shape, self.dtype, self.device, self.mode)
+        made = spare.pop() if spare else make(Recorded, self.shape, dtype=self.dtype, device=self.device)
         made._value = value
         given.append(made)
         return made
@@ -130,7 +80,7 @@ class Lane:
         return [
             (self, slot, x._value[1], x)
             for slot, given in enumerate(self.given)
-            for x in _held(given)
+            for x in held(given)
             if type(x) is Recorded
         ]
 
@@ -143,8 +93,8 @@ class Lane:
         """Of all tensors and other lanes; shape, dtype, device and place of origin stay known."""
         for column in self.columns:
             column.clear()
-        if self.spare is not None and _REUSES:
-            _put_by(self.given, self.spare)
+        if self.spare is not None and REUSES:
+            put_by(self.given, self.spare)
         self.given.clear()
         self.linears.clear()
         self.newest = [None] * len(self.newest)
