@@ -203,7 +203,9 @@ class SpikeTrain:
         if x.numel() > 0 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
             from .backends.cpu.events import events_from_dense  # the parallel one-pass conversion
 
-            indptr, indices, values = events_from_dense(x.detach())
+            # a step loop may have had them looked for while it was recorded
+            begun = getattr(x, "_snn_begun", None)
+            indptr, indices, values = events_from_dense(x.detach(), begun)
         else:
             indptr, indices, values = _events_from_dense(x.detach())
         if values is not None:

@@ -7,7 +7,7 @@ import-swap faces), or the active sparse mode of this thread.
 
 from __future__ import annotations
 
-from .active import MARK, Mark, config_of, entered, spike, spike_in_graph
+from .active import MARK, Mark, config_of, entered, is_unmarked, spike, spike_in_graph
 from .base import Adapter, Example, Neuron, runner
 from .counting import record_of, running
 from .hooks import has_hooks, hook, patched
@@ -26,6 +26,7 @@ __all__ = [
     "hook",
     "install_adapters",
     "installed_version",
+    "is_unmarked",
     "loaded_adapters",
     "outside_tested",
     "patched",

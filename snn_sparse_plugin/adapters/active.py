@@ -78,6 +78,11 @@ def config_of(module: nn.Module) -> SparseConfig | None:
     return config.updated(**overrides) if overrides else config
 
 
+def is_unmarked(module: nn.Module) -> bool:
+    """Whether the active options are all that :func:`config_of` looks at, as long as the module gets no mark."""
+    return not (module.__dict__.get(MARK) or _mark_of(type(module)))  # type: ignore[arg-type]
+
+
 def spike(
     x: Tensor,
     function: Callable[[Tensor], Tensor],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -61,18 +61,17 @@ class SnnTorchAdapter(Adapter):
 
     def neuron(self, module: Any) -> Neuron | str:
         snn = Classes()
-        family = (*builders(), snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
-        cls = next((c for c in family if isinstance(module, c)), None)
+        cls = _fused_class(type(module))  # type: ignore[arg-type]
         if cls is None:
             kind = type(module).__name__
             return WHY_NOT.get(kind, f"{kind} is in no fused family")
-        for method in ("forward", "fire", "mem_reset", "_base_state_function"):
-            changed = getattr(type(module), method, None) is not getattr(cls, method, None)
-            if method in vars(module) or changed:
-                return f"it overrides {method}()"
-            foreign = patched(cls, method, import_module("snntorch"))
-            if foreign is not None:
-                return foreign
+        own = next((method for method in _METHODS if method in vars(module)), None)
+        if own is not None:
+            return f"it overrides {own}()"
+        methods = [getattr(c, method, None) for c in (type(module), cls) for method in _METHODS]
+        changed = _changed(cls, *methods)
+        if changed is not None:
+            return changed
         steps = cls is not snn.DeltaLeaky  # whose forward ignores both options
         if steps and getattr(module, "state_quant", False):
             return "state_quant is a Python function on the membrane of every step"
@@ -229,6 +228,29 @@ class SnnTorchAdapter(Adapter):
         if module.output:
             return "returns (spk, mem): output=True is for the last layer only"
         return None
+
+
+_METHODS = ("forward", "fire", "mem_reset", "_base_state_function")
+
+
+@lru_cache(maxsize=1024)
+def _fused_class(kind: type) -> type | None:
+    """The class of a fused family that this is or inherits from."""
+    snn = Classes()
+    family = (*builders(), snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
+    return next((cls for cls in family if issubclass(kind, cls)), None)
+
+
+@lru_cache(maxsize=1024)
+def _changed(cls: type, *methods: Any) -> str | None:
+    """Why a class whose methods are the first of these does not do what ``cls``, with the others, does upstream."""
+    for method, its, upstream in zip(_METHODS, methods, methods[len(_METHODS) :], strict=False):
+        if its is not upstream:
+            return f"it overrides {method}()"
+        foreign = patched(cls, method, import_module("snntorch"))
+        if foreign is not None:
+            return foreign
+    return None
 
 
 Output = Callable[[Tensor, Any], Tensor]

@@ -176,15 +176,17 @@ def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
 
 def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recorded | None:
     """The next call of a lane that is there already, of this value; None if there is none."""
-    source, _, slot = value
+    source, call, slot = value
     lane, record = source.linears.get((id(weight), id(bias), slot)), source.record
     if lane is None or lane.mode != mode or record is not here.record:
         return None
     record.lock.acquire()
     try:
+        column = lane.columns[0]
         # weight and bias are those of the first call, at the version of that time
-        if record.closed or not lane.columns[0].add(value):
+        if record.closed or source is not column.source or call != column.stop or slot != column.slot:
             return None
+        column.stop = call + 1
         lane.repeats = 0
         lane.order.append(record.calls)
         record.calls += 1
@@ -193,13 +195,17 @@ def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recor
         record.lock.release()
 
 
-def record_steps(steps: list[Recorded] | tuple[Recorded, ...]) -> Recorded | None:
+def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
     """``torch.stack`` of successive values of one result; None if they are something else."""
-    column = Column(x._value for x in steps)
-    first = column.range()
-    if first is None or mode_to_record() is None:
+    if not steps or type(steps[0]) is not Recorded:
         return None
-    source, record = first[0], first[0].record
+    source, start, slot = steps[0]._value
+    for call, x in enumerate(steps, start):
+        if type(x) is not Recorded or x._value != (source, call, slot):
+            return None
+    if mode_to_record() is None:
+        return None
+    record, column = source.record, Column.of_range(source, start, start + len(steps), slot)
     if record is not here.record:
         return None
     with record.lock:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from .record import Lane
     from .recorded import Value
@@ -28,6 +30,13 @@ class Column:
         for entry in entries:
             self.append(entry)
 
+    @classmethod
+    def of_range(cls, source: Lane, start: int, stop: int, slot: int) -> Column:
+        """Successive values of one result."""
+        column = cls()
+        column.source, column.start, column.stop, column.slot = source, start, stop, slot
+        return column
+
     def append(self, entry: Entry) -> None:
         if self.source is not None:
             if len(entry) == 3:
@@ -41,14 +50,6 @@ class Column:
             self.stop = self.start + 1
             return
         self.entries.append(entry)
-
-    def add(self, value: Value) -> bool:
-        """Append the value if it is the next one of the range: whether it is."""
-        source, call, slot = value
-        if source is not self.source or call != self.stop or slot != self.slot:
-            return False
-        self.stop = call + 1
-        return True
 
     def fill(self, n: int) -> None:
         """Repeat the last entry, noted once for all calls, up to ``n``."""
@@ -85,4 +86,98 @@ class Column:
         calls = range(self.start, self.stop)[at]
         if isinstance(calls, int):
             return self.source, calls, self.slot
-        return Column((self.source, call, self.slot) for call in calls)
+        if calls.step != 1 or not calls:
+            return Column((self.source, call, self.slot) for call in calls)
+        return Column.of_range(self.source, calls.start, calls.stop, self.slot)
+
+
+class Slices(Column):
+    """Successive slices of one tensor at equal distances in its memory, which want no gradient.
+
+    They are noted by the first and their number: no slice is kept, and a few reads tell whether another one is next.
+    """
+
+    __slots__ = ("base", "distance", "dtype", "first", "n", "next", "shape", "strides", "version")
+
+    def __init__(self, first: Tensor, base: Tensor, distance: int, n: int) -> None:
+        super().__init__()
+        self.first, self.base, self.distance, self.n = first, base, distance, n
+        self.shape, self.strides, self.dtype = first.shape, first.stride(), first.dtype
+        self.next, self.version = first.storage_offset() + n * distance, base._version
+
+    @classmethod
+    def of(cls, column: Column) -> Slices | None:
+        """A column's tensors, if that is what they are."""
+        if isinstance(column, Slices):
+            return column
+        if len(column) < 2 or any(len(entry) == 3 for entry in column):
+            return None
+        first, base = column[0][0], column[0][0]._base
+        if base is None or base.is_inference() or first.requires_grad:
+            return None
+        distance = column[1][0].storage_offset() - first.storage_offset()
+        found = cls(first, base, distance, 1)
+        versions = {version for _, version in column.entries}
+        if (
+            distance <= 0
+            or versions != {found.version}
+            or not all(found.take(x) for x, _ in column.entries[1:])
+        ):
+            return None
+        return found
+
+    def take(self, x: Tensor) -> bool:
+        """Append a tensor if it is the next slice: whether it is."""
+        if (
+            x._base is not self.base
+            or x.storage_offset() != self.next
+            or x.shape != self.shape
+            or x.stride() != self.strides
+            or x.dtype is not self.dtype
+            or x.requires_grad
+            or x._version != self.version
+        ):
+            return False
+        self.n += 1
+        self.next += self.distance
+        return True
+
+    def whole(self, n: int | None = None) -> Tensor:
+        """(n, ...): a view of the slices, or of the first ``n`` that would follow each other."""
+        start, shape = self.first.storage_offset(), (self.n if n is None else n, *self.shape)
+        base = self.base.detach() if self.base.requires_grad else self.base
+        return base.as_strided(shape, (self.distance, *self.strides), start)
+
+    def capacity(self) -> int:
+        """How many slices there could be in the tensor's memory."""
+        size = self.base.untyped_storage().nbytes() // self.base.element_size()
+        last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        return max(self.n, (size - self.first.storage_offset() - last - 1) // self.distance + 1)
+
+    def contiguous(self) -> bool:
+        """Whether they and all between them are one stretch of memory."""
+        return self.distance == self.shape.numel() and self.first.is_contiguous()
+
+    def append(self, entry: Entry) -> None:
+        raise TypeError("slices are taken, anything else goes into a Column of them")
+
+    def clear(self) -> None:
+        del self.first, self.base
+
+    def read(self) -> list[Entry]:
+        return [(self.first, self.version)]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter([(x, self.version) for x in self.whole().unbind(0)])
+
+    @overload
+    def __getitem__(self, at: int) -> Entry: ...
+    @overload
+    def __getitem__(self, at: slice) -> Column: ...
+    def __getitem__(self, at: int | slice) -> Entry | Column:
+        if isinstance(at, slice):
+            return Column((x, self.version) for x in self.whole()[at].unbind(0))
+        return self.first if at == 0 else self.whole()[at], self.version

@@ -11,11 +11,15 @@ import torch
 
 if TYPE_CHECKING:
     from .record import Record
+    from .recorded import Recorded
 
 
 class _Here(threading.local):
     record: Record | None = None
     paused: int = 0
+
+    def __init__(self) -> None:
+        self.spare: dict[Any, list[Recorded]] = {}
 
 
 here = _Here()
@@ -52,6 +56,8 @@ def grad_mode() -> int:
 
 def in_mode(mode: int) -> AbstractContextManager[Any]:
     """What :func:`grad_mode` said, again in force."""
+    if mode == grad_mode():
+        return nullcontext()
     return torch.inference_mode() if mode == 2 else _without_inference_mode(bool(mode))
 
 

@@ -24,42 +24,38 @@ class Description:
     The buffers that hold a neuron's state are left out.
     """
 
-    __slots__ = ("_held", "_kept", "_same", "tensors")
+    __slots__ = ("holds", "tensors")
 
     def __init__(self, adapter: Adapter, module: nn.Module) -> None:
         hidden = adapter.hidden_names(module)
         self.tensors: list[tuple[str, Tensor, int]] = []
-        self._held: list[dict[str, Any]] = []
-        self._kept: list[Any] = []
+        all_held: list[dict[str, Any]] = []
+        kept: list[Any] = []
         form: list[tuple[int, tuple[str, ...]]] = []
-        for owner in module.modules():
+        for owner in module.modules() if module._modules else (module,):
             attributes = vars(owner)
             dicts: list[dict[str, Any]] = [attributes, owner._parameters, owner._buffers, owner._modules]
             for held in dicts:
                 without = _INNER if held is attributes else hidden if owner is module else ()
                 names = tuple(name for name in held if name not in without)
                 form.append((len(held), names))
-                self._held.append(held)
-                self._kept += [held[name] for name in names]
+                all_held.append(held)
+                kept += [held[name] for name in names]
                 self.tensors += [(n, held[n], version(held[n])) for n in names if isinstance(held[n], Tensor)]
             for value in attributes.values():
-                self._note_tuple(value)
-        self._same = _comparison(tuple(form))
+                if isinstance(value, tuple):
+                    self._note_tuple(value)
+        self.holds = _comparison(tuple(form))(all_held, kept)
+        """Whether the module still has these attributes and tensors."""
 
     def _note_tuple(self, value: Any) -> None:
         """The tensors of Norse's parameters, which are nested named tuples."""
-        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        if hasattr(value, "_asdict"):
             for name, item in value._asdict().items():
                 if isinstance(item, Tensor):
                     self.tensors.append((name, item, version(item)))
-                self._note_tuple(item)
-
-    def holds(self) -> bool:
-        """Whether the module still has these attributes and tensors."""
-        try:
-            return self._same(self._held, self._kept)
-        except KeyError:
-            return False
+                elif isinstance(item, tuple):
+                    self._note_tuple(item)
 
     def changed_in_place(self) -> str | None:
         """The name of a tensor whose numbers are others now."""
@@ -67,8 +63,8 @@ class Description:
 
 
 @lru_cache(maxsize=1024)
-def _comparison(form: tuple[tuple[int, tuple[str, ...]], ...]) -> Callable[[Any, Any], bool]:
-    """Whether dicts have these numbers of entries, and the very objects of a list under these names.
+def _comparison(form: tuple[tuple[int, tuple[str, ...]], ...]) -> Callable[[Any, Any], Callable[[], bool]]:
+    """Of dicts and a list of objects: whether they have these numbers of entries, and the very objects by these names.
 
     It is asked at every call of a neuron, and so is written out: nothing in the library compares by identity in one
     go, and == would take another tensor of the same numbers for the same one.
@@ -81,7 +77,17 @@ def _comparison(form: tuple[tuple[int, tuple[str, ...]], ...]) -> Callable[[Any,
             tests.append(f"d{i}[{name!r}] is k{len(kept)}")
             kept.append(f"k{len(kept)}")
     held = ", ".join(f"d{i}" for i in range(len(form)))
-    lines = ["def same(held, kept):", f"({held},) = held", f"({', '.join(kept)},) = kept" if kept else "pass"]
+    source = f"""
+def of(held, kept):
+    ({held},) = held
+    {f"({', '.join(kept)},) = kept" if kept else "pass"}
+    def holds():
+        try:
+            return {" and ".join(tests)}
+        except KeyError:
+            return False
+    return holds
+"""
     made: dict[str, Any] = {}
-    exec("\n    ".join([*lines, f"return {' and '.join(tests)}"]), made)
-    return made["same"]  # type: ignore[no-any-return]
+    exec(source, made)
+    return made["of"]  # type: ignore[no-any-return]

@@ -257,7 +257,7 @@ def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | Non
 
 def _per_neuron(params: list[Any], features: tuple[int, ...]) -> bool:
     # upstream also takes a parameter per sample, and has its own words for one that fits nothing
-    shapes = [p.shape for p in params if isinstance(p, Tensor)]
+    shapes = [p.shape for p in params if isinstance(p, Tensor) and p.dim()]
     return all(
         len(shape) <= len(features)
         and all(n in (1, N) for n, N in zip(reversed(shape), reversed(features), strict=False))
@@ -268,7 +268,8 @@ def _per_neuron(params: list[Any], features: tuple[int, ...]) -> bool:
 def _same_dtype(template: Tensor, tensors: list[Any]) -> bool:
     # a state or parameter of higher precision would promote upstream's membrane
     present = [t for t in tensors if isinstance(t, Tensor)]
-    return all(torch.result_type(template, t) == template.dtype for t in present)
+    dtype = template.dtype
+    return all(t.dtype is dtype or torch.result_type(template, t) == dtype for t in present)
 
 
 def _widens(state: list[Any], shape: tuple[int, ...]) -> bool:

@@ -88,6 +88,8 @@ def _run(record: Record, stepped: bool) -> None:
     watched = [lane for lane in record.lanes if isinstance(lane, NeuronLane)] if seen else []
     if not waiting and not watched:
         return
+    for entered in record.inputs.values():
+        entered.finish()
     plan = Plan(waiting, watched, stepped)
     check_versions(plan.sources)
     for lane in plan.sources:

@@ -84,7 +84,7 @@ def _stack(func: Any, args: Any, kwargs: Any) -> Any:
     """Successive steps of one result are not looked at one by one; any other stack is a call like others."""
     given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
     steps, dim = given.pop("tensors", None), given.pop("dim", 0)
-    if given or dim != 0 or type(steps) not in (list, tuple) or any(type(x) is not Recorded for x in steps):
+    if given or dim != 0 or type(steps) not in (list, tuple):
         return NotImplemented
     found = record_steps(steps)
     return NotImplemented if found is None else found

@@ -17,8 +17,8 @@ from .calls import BATCHED, LINEAR, filled
 from .columns import Column
 from .context import in_mode
 from .executor import FusedCall, Synapses
-from .planner import Plan, same
-from .record import FunctionLane, Lane, NeuronLane, StackLane, backoff
+from .planner import Plan
+from .record import FunctionLane, InputLane, Lane, NeuronLane, StackLane, backoff
 from .series import Series, constant_of, piece, stacked, train_of
 from .stepping import Flow, Layer
 
@@ -40,15 +40,15 @@ def run_lane(lane: Lane, plan: Plan) -> None:
         else:
             note_length(lane.module, len(lane))
     elif isinstance(lane, FunctionLane):
-        if lane.func is same:
+        if isinstance(lane, InputLane):
             note_length(lane.kwargs["module"], len(lane))
         lane.results[0] = _run_function(lane, plan)
 
 
 def _run_function(lane: FunctionLane, plan: Plan) -> Series:
     n = len(lane)
-    if lane.func is same:
-        return _inputs(lane.columns[0])
+    if isinstance(lane, InputLane):
+        return _inputs(lane)
     if isinstance(lane, StackLane):
         return Series(1, pieces=[_stack_of_steps(lane, plan)])
     if n == 1:
@@ -61,13 +61,19 @@ def _run_function(lane: FunctionLane, plan: Plan) -> Series:
     return Series(n, dense=_over_time(lane, tensors, varying, n))
 
 
-def _inputs(column: Column) -> Series:
+def _inputs(lane: InputLane) -> Series:
     """Plain inputs: the one that is there at every step, the tensor or the events that they are slices of."""
+    column = lane.columns[0]
     n, constant = len(column), constant_of(column)
     if constant is not None:
         return Series(n, constant=constant)
     train = train_of(column)
-    return Series(n, dense=stacked(column)) if train is None else Series(n, train=train)
+    if train is not None:
+        return Series(n, train=train)
+    dense = stacked(column)
+    if lane.begun is not None:
+        dense._snn_begun = lane.begun  # type: ignore[attr-defined]  # for SpikeTrain.from_dense
+    return Series(n, dense=dense)
 
 
 def _over_time(lane: FunctionLane, tensors: list[Tensor], varying: list[bool], n: int) -> Tensor:
@@ -188,7 +194,7 @@ def _flow(column: Column) -> tuple[Flow, bool]:
     """All steps of a column, or the one that it holds at every step and True."""
     source = column.range()
     lane, start = source[:2] if source is not None else (None, 0)
-    if isinstance(lane, FunctionLane) and lane.func is same and len(column) < len(lane):
+    if isinstance(lane, InputLane) and len(column) < len(lane):
         # one of several loops in the record: what it read may be events or slices, the inputs of all loops are not
         column = lane.columns[0][start : start + len(column)]
     constant = constant_of(column)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import tally
-from ..adapters import Adapter, config_of
-from ..config import SparseConfig
+from ..adapters import Adapter, config_of, is_unmarked
+from ..config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
@@ -52,7 +52,8 @@ def step(
 
 def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     """The next step of a lane, where the state is the one that its last step left; else None."""
-    if record.calls > LONGEST:
+    calls = record.calls
+    if calls > LONGEST:
         flush(record, "a long record")
         return None
     leaves, x, column = lane.adapter.next_state(lane.module, args), args[0], lane.columns[0]
@@ -69,16 +70,16 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
         return None
     if lane.mode != mode_to_record() or not lane.description.holds():
         return None
-    steps = lane.config.max_steps
-    if steps is not None and len(lane.order) >= steps:
+    order, steps = lane.order, lane.config.max_steps
+    if steps is not None and len(order) >= steps:
         return None
     record.lock.acquire()
     try:
         if record.closed:
             return None
         column.append(entry)
-        lane.order.append(record.calls)
-        record.calls += 1
+        order.append(calls)
+        record.calls = calls + 1
         return _result(lane)
     finally:
         record.lock.release()
@@ -94,7 +95,7 @@ def _result(lane: NeuronLane) -> Any:
     """What upstream's forward returns for the newest step."""
     out = lane.make(0)
     new = {}
-    for name, slot in lane.slots.items():
+    for name, slot in lane.named_slots:
         new[name] = lane.make(slot) if slot else out
     return lane.adapter.write_call(lane.module, out, new, lane.like)
 
@@ -177,7 +178,7 @@ def _open(
         record = open_record()
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
-    lane.forward = _hooked_forward(module)
+    lane.forward, lane.unmarked = _hooked_forward(module), is_unmarked(module)
     record.neurons[id(module)] = lane
     return lane
 
@@ -201,26 +202,21 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
         if args and type(args[-1]) is Recorded and not kwargs:
-            found = _called(self, args)
-            if found is not None:
-                return found
+            record = here.record
+            lane = None if record is None else record.neurons.get(id(self))
+            if (
+                record is not None
+                and lane is not None
+                and lane.forward is type(self).forward
+                and lane.config is (active_config() if lane.unmarked else config_of(self))
+                and not is_listened_to(self)
+            ):
+                found = _advance(record, lane, args)
+                if found is not None:
+                    return found
         return super(cls, self).__call__(*args, **kwargs)
 
     return __call__
-
-
-def _called(module: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The next step of the module's lane; None if the call is anything else."""
-    record = here.record
-    lane = None if record is None else record.neurons.get(id(module))
-    if (
-        lane is None
-        or lane.forward is not type(module).forward
-        or lane.config is not config_of(module)
-        or is_listened_to(module)
-    ):
-        return None
-    return _advance(lane.record, lane, args)
 
 
 def _fits(leaf: Any, record: Record) -> bool:

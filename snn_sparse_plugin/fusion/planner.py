@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .calls import LINEAR, filled
 from .columns import Column, Entry
-from .record import FunctionLane, Lane, NeuronLane
+from .record import FunctionLane, Lane, NeuronLane, same
 from .recorded import Recorded
 from .series import piece
 
@@ -145,11 +145,6 @@ class Plan:
         out: Tensor = lane.func(*filled(lane.args, given), **kwargs)
         # what a function returns as it is may be in somebody's hands
         return out.view_as(out) if any(out is x for x in given) else out
-
-
-def same(x: Tensor) -> Tensor:
-    """The function of a lane of plain inputs."""
-    return x
 
 
 def _components(sources: dict[Lane, set[Lane]]) -> Iterator[list[Lane]]:

@@ -15,36 +15,14 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron
 from ..config import SparseConfig
 from ..errors import FusionError
-from .columns import Column, Entry
+from .columns import Column, Entry, Slices
 from .context import grad_mode, here
 from .description import Description, version
 from .recorded import Recorded, Value
+from .spare import ALONE, REUSES, held, make, put_by, references, spare_of
 
 LONGEST = 100_000
 """Calls after which a record runs although nobody asked, so that its memory is bounded."""
-
-_make = Tensor._make_wrapper_subclass
-_references = sys.getrefcount
-
-
-def _held(given: list[Any]) -> list[Any]:
-    """Those of the objects in a list of lanes that somebody else refers to as well."""
-    return [x for x in given if _references(x) > _ALONE]
-
-
-def _count_alone() -> int:
-    return next(_references(x) for x in [object()])
-
-
-def _counts_graphs() -> bool:
-    """Whether references that C++ holds show among Python's (torch 2.10 and newer)."""
-    x = torch.ones(1)
-    before = _references(x)
-    kept = torch.ones(1, requires_grad=True) * x
-    return kept.requires_grad and _references(x) > before
-
-
-_ALONE, _REUSES = _count_alone(), _counts_graphs()
 
 
 class Lane:
@@ -56,7 +34,7 @@ class Lane:
 
     __slots__ = (
         *("columns", "device", "dtype", "given", "linears", "mode", "newest", "order", "record", "results"),
-        *("shape", "where"),
+        *("shape", "spare", "where"),
     )
 
     def __init__(self, record: Record, columns: int, slots: int) -> None:
@@ -71,6 +49,7 @@ class Lane:
         self.shape: torch.Size
         self.dtype: torch.dtype
         self.device: torch.device
+        self.spare: list[Recorded] | None = None
         self.where = _users_line()
         record.lanes.append(self)
 
@@ -82,13 +61,16 @@ class Lane:
         self.newest[slot] = value = (self, len(self.order) - 1, slot)
         given = self.given[slot]
         # the tensor of the step before the last, if the loop has let go of it: making one takes longer than the rest
-        if _REUSES and len(given) > 1:
+        if REUSES and len(given) > 1:
             made = given[-2]
-            if _references(made) == _ALONE and len(made.__dict__) == 1 and not getweakrefcount(made):
+            if references(made) == ALONE and len(made.__dict__) == 1 and not getweakrefcount(made):
                 given[-2], given[-1] = given[-1], made
                 made._value = value
                 return made
-        made = _make(Recorded, self.shape, dtype=self.dtype, device=self.device)
+        spare = self.spare
+        if spare is None:
+            spare = self.spare = spare_of(self.shape, self.dtype, self.device, self.mode)
+        made = spare.pop() if spare else make(Recorded, self.shape, dtype=self.dtype, device=self.device)
         made._value = value
         given.append(made)
         return made
@@ -98,7 +80,7 @@ class Lane:
         return [
             (self, slot, x._value[1], x)
             for slot, given in enumerate(self.given)
-            for x in _held(given)
+            for x in held(given)
             if type(x) is Recorded
         ]
 
@@ -111,6 +93,8 @@ class Lane:
         """Of all tensors and other lanes; shape, dtype, device and place of origin stay known."""
         for column in self.columns:
             column.clear()
+        if self.spare is not None and REUSES:
+            put_by(self.given, self.spare)
         self.given.clear()
         self.linears.clear()
         self.newest = [None] * len(self.newest)
@@ -158,6 +142,68 @@ class StackLane(FunctionLane):
         return self.steps.read()
 
 
+class InputLane(FunctionLane):
+    """Plain inputs of a layer. ``begun``: the search for events in them, where one has begun."""
+
+    __slots__ = ("begun",)
+
+    def __init__(self, record: Record, module: nn.Module) -> None:
+        super().__init__(record, same, (), {"module": module}, 1, view=True)  # so that its id stays its own
+        self.begun: Any = None
+
+    def follow(self, x: Tensor) -> bool:
+        """Note an input that is the one before again, or the next slice of the tensor of all: whether it is one."""
+        record, column = self.record, self.columns[0]
+        record.lock.acquire()
+        try:
+            if record.closed:
+                return False
+            if type(column) is Slices:
+                if not column.take(x):
+                    return False
+                if self.begun is not None:
+                    self.begun.announce(column.n)
+            else:
+                before, its_version = last = column.entries[-1]
+                if before is not x or version(x) != its_version or x.shape != self.shape:
+                    return False
+                column.entries.append(last)
+            self.order.append(record.calls)
+            record.calls += 1
+            return True
+        finally:
+            record.lock.release()
+
+    def take(self, x: Tensor) -> None:
+        """Note the next input, whatever it is."""
+        column = self.columns[0]
+        if type(column) is Slices:
+            self.stop()
+            self.columns[0] = column = Column(column)
+        column.append(entry_of(x))
+        self.record.count(self)
+
+    def finish(self) -> None:
+        """All inputs are there."""
+        if self.begun is not None:
+            self.begun.finish(len(self.order))
+
+    def stop(self) -> None:
+        """Nobody wants the events that are looked for."""
+        if self.begun is not None:
+            self.begun.drop()
+            self.begun = None
+
+    def let_go(self) -> None:
+        self.stop()
+        super().let_go()
+
+
+def same(x: Tensor) -> Tensor:
+    """The function of a lane of plain inputs."""
+    return x
+
+
 class NeuronLane(Lane):
     """Successive steps of one neuron, each from the state that the one before left."""
 
@@ -173,7 +219,7 @@ class NeuronLane(Lane):
             "module",
             "neuron",
         ),
-        *("order_of_state", "slots", "upstream"),
+        *("named_slots", "order_of_state", "slots", "unmarked", "upstream"),
     )
 
     def __init__(
@@ -195,8 +241,9 @@ class NeuronLane(Lane):
         self.upstream, self.like = upstream, like
         self.input_shape: torch.Size
         self.slots = {name: 0 if name == same else 1 + others.index(name) for name in names}
-        self.order_of_state = tuple(self.slots.values())
+        self.named_slots, self.order_of_state = tuple(self.slots.items()), tuple(self.slots.values())
         self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
+        self.unmarked = False  # whether the active config is all that holds for the module
         self.initial: dict[str, Entry | None] = {
             name: None if leaf is None else entry_of(leaf) for name, leaf in leaves.items()
         }
@@ -207,6 +254,8 @@ class NeuronLane(Lane):
         newest, slots = self.newest, self.order_of_state
         if len(leaves) != len(slots):
             return False
+        if len(slots) == 1:  # as most, at every step
+            return type(leaves[0]) is Recorded and leaves[0]._value is newest[slots[0]]
         for leaf, slot in zip(leaves, slots):  # noqa: B905, whose keyword costs as much as the rest
             if type(leaf) is not Recorded or leaf._value is not newest[slot]:
                 return False
@@ -227,7 +276,7 @@ class Record:
         self.lock = threading.RLock()
         self.lanes: list[Lane] = []
         self.functions: dict[Any, FunctionLane] = {}
-        self.inputs: dict[int, FunctionLane] = {}  # the lane of a layer's plain inputs, by the layer's id
+        self.inputs: dict[int, InputLane] = {}  # the lane of a layer's plain inputs, by the layer's id
         self.neurons: dict[int, NeuronLane] = {}  # the newest lane of a module, by the module's id
         self.calls = 0
         self.viewed: set[Value] = set()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spikes import SpikeTrain
-from .columns import Column, Entry
+from .columns import Column, Entry, Slices
 
 
 class Series:
@@ -94,6 +94,8 @@ def piece(entry: Entry) -> Tensor:
 
 def constant_of(column: Column) -> Tensor | None:
     """The tensor that a column holds at every call, else None."""
+    if isinstance(column, Slices):
+        return None
     first = column[0]
     if column.range() is not None:
         series = first[0].results[first[2]]
@@ -130,8 +132,8 @@ def stacked(column: Column) -> Tensor:
     if source is not None:
         lane, start, slot = source
         return lane.results[slot].stacked(start, len(column))
-    view = _slices(column)
-    return torch.stack([piece(entry) for entry in column]) if view is None else view
+    slices = Slices.of(column)
+    return torch.stack([piece(entry) for entry in column]) if slices is None else slices.whole()
 
 
 def train_of(column: Column) -> SpikeTrain | None:
@@ -149,22 +151,3 @@ def train_of(column: Column) -> SpikeTrain | None:
         if found is None or found[0] is not step[0] or found[1] != t:
             return None
     return step[0]
-
-
-def _slices(column: Column) -> Tensor | None:
-    """The view that holds the column's tensors at equal distances in one tensor's memory."""
-    if len(column) < 2 or any(len(entry) == 3 for entry in column):
-        return None
-    tensors: list[Tensor] = [entry[0] for entry in column]
-    first, base = tensors[0], tensors[0]._base
-    if base is None or any(x._base is not base or x.requires_grad for x in tensors):
-        return None
-    shape, strides, offset = first.shape, first.stride(), first.storage_offset()
-    distance = tensors[1].storage_offset() - offset
-    if distance <= 0 or any(
-        x.shape != shape or x.stride() != strides or x.storage_offset() != offset + t * distance
-        for t, x in enumerate(tensors)
-    ):
-        return None
-    with torch.no_grad():
-        return base.as_strided((len(column), *shape), (distance, *strides), offset)

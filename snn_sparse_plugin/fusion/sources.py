@@ -16,12 +16,12 @@ from torch.autograd import Function
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters import has_hooks
-from ..config import active_config
+from ..config import SparseConfig, active_config
+from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record, paused
 from .flush import flush, realize
-from .planner import same
-from .record import FunctionLane, entry_of, open_record, resting
+from .record import InputLane, open_record, resting
 from .recorded import Recorded
 
 MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
@@ -88,18 +88,23 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     if config is None or not config.fuse_time:
         return None
     record = here.record
-    if (record is None or id(self) not in record.inputs) and self not in _feeding:
+    lane = None if record is None else record.inputs.get(id(self))
+    if lane is None and self not in _feeding:
         out = super(cls, self).__call__(x)
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
         return out
-    if x.layout is not torch.strided or x.dtype is not torch.float32 or resting(self):
+    if lane is None and resting(self):
         return None
     mode = mode_to_record()
     if mode is None:
         return None
-    lane, own = _entering(self, x, mode), _own_parameters(self) if type(self) is _Linear else None
-    found = None if own is None else next_linear((lane, len(lane) - 1, 0), *own, mode)
+    if lane is None or lane.mode != mode or not lane.follow(x):
+        if x.layout is not torch.strided or x.dtype is not torch.float32:
+            return None
+        lane = _entering(lane, self, x, mode, config)
+    own = _own_parameters(self) if type(self) is _Linear else None
+    found = None if own is None else next_linear((lane, len(lane.order) - 1, 0), *own, mode)
     if found is None:
         with lane.record.lock:
             if lane.record.closed:
@@ -114,9 +119,8 @@ def _linear(self: nn.Linear, x: Recorded) -> Any:
     own = _own_parameters(self)
     if own is None:
         return None
-    weight, bias = own
-    found = next_linear(x._value, weight, bias, mode_to_record())
-    return record_linear(x, weight, bias) if found is None else found
+    found = next_linear(x._value, *own, mode_to_record())
+    return record_linear(x, *own) if found is None else found
 
 
 def _own_parameters(self: nn.Linear) -> tuple[Any, Any] | None:
@@ -133,17 +137,24 @@ def is_listened_to(module: nn.Module) -> bool:
     return _Module.__call__ is not MODULE_CALL or _Module._call_impl is not _CALL_IMPL or has_hooks(module)
 
 
-def _entering(module: nn.Module, x: Tensor, mode: int) -> FunctionLane:
+def _entering(
+    lane: InputLane | None, module: nn.Module, x: Tensor, mode: int, config: SparseConfig
+) -> InputLane:
     """Put a plain input of a layer into its lane, which is returned."""
     record = open_record()
     with record.lock:
-        lane = record.inputs.get(id(module))
-        if lane is None or lane.mode != mode or lane.shape != x.shape or lane.device != x.device:
-            lane = record.inputs[id(module)] = FunctionLane(record, same, (), {}, 1, view=True)
+        if (
+            lane is None
+            or lane.record is not record
+            or lane.mode != mode
+            or lane.shape != x.shape
+            or lane.device != x.device
+        ):
+            lane = record.inputs[id(module)] = InputLane(record, module)
             lane.shape, lane.dtype, lane.device = x.shape, x.dtype, x.device
-            lane.kwargs["module"] = module  # so that its id stays its own
-        lane.columns[0].append(entry_of(x))
-        record.count(lane)
+        lane.take(x)
+        if len(lane.order) == ENOUGH:
+            begin(lane, config)
         return lane
 
 

@@ -230,6 +230,37 @@ def test_a_record_that_ran_keeps_nothing() -> None:
             gc.enable()
 
 
+def test_tensors_that_nobody_has_are_used_again_and_no_others() -> None:
+    lif, x = snn.Leaky(0.875), torch.rand(6, 3, 4)
+    here.spare.clear()
+
+    def run() -> list[Tensor]:
+        mem, out = torch.zeros(3, 4), []
+        for step in x:
+            spk, mem = lif(step, mem)
+            out.append(spk)
+        return out
+
+    with ssp.sparse_mode():
+        out = run()
+        kept, named = out[1], out[2]
+        named.note = "mine"  # type: ignore[attr-defined]
+        total = torch.stack(out)
+        del out, named
+        before = kept.sum().item()
+        spare = [x for tensors in here.spare.values() for x in tensors]
+        assert spare
+        assert all(type(x) is Recorded and x._value is None and vars(x) == {"_value": None} for x in spare)
+        assert id(kept) not in {id(x) for x in spare}
+        again = run()
+        assert {id(x) for x in spare} & {id(x) for x in again}
+        assert torch.equal(torch.stack(again), total)
+    assert kept.sum().item() == before
+    assert type(kept) is Tensor
+    with torch.no_grad(), ssp.sparse_mode():
+        assert not {id(x) for x in spare} & {id(x) for x in run()}
+
+
 def test_the_same_step_again_and_again() -> None:
     fc, lif = nn.Linear(4, 4), snn.Leaky(0.875)
     with ssp.sparse_mode():
@@ -283,9 +314,13 @@ def test_columns() -> None:
     assert (len(column), column[-1], list(column)) == (3, (lane, 4, 0), values(2, 3, 4))
     assert column[1:].range() == (lane, 3, 0)
     assert column.read() == values(2)
-    assert column.add((lane, 5, 0))  # type: ignore[arg-type]
+    column.append((lane, 5, 0))
+    assert column.range() == (lane, 2, 0)
     for entry in (*values(5), *values(6, of=other), *values(6, slot=1)):
-        assert not column.add(entry)
+        changed = column[:]
+        changed.append(entry)
+        assert changed.range() is None
+        assert list(changed) == [*values(2, 3, 4, 5), entry]
     column.append((lane, 4, 0))
     assert column.range() is None
     assert list(column) == column.read() == values(2, 3, 4, 5, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from .threads import parallel, split
 
 
 @kernel()
-def _scan(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-def]
+def scan_rows(x, first, last, counts, out, n):  # type: ignore[no-untyped-def]
     """Append the nonzero columns of rows first..last (in memory order) to ``out``; stop where it is full.
 
     Also returns whether every value seen is 1: checked here, while the row is in cache.
@@ -37,14 +39,13 @@ def _scan(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-def]
                 binary &= row[column] == 1
                 out[n] = column
                 n += 1
-        counts[(r % B) * T + r // B + 1] = n - start
+        counts[r] = n - start
     return last, n, binary
 
 
 @kernel()
-def _place(first, last, T, B, found, indptr, indices):  # type: ignore[no-untyped-def]
-    """Copy events found in memory order (t, b) to row order (b, t)."""
-    n = 0
+def place_rows(first, last, T, B, found, n, indptr, indices):  # type: ignore[no-untyped-def]
+    """Copy events found in memory order (t, b), those of row ``first`` from ``n`` on, to row order (b, t)."""
     for r in range(first, last):
         target = (r % B) * T + r // B
         for k in range(indptr[target], indptr[target + 1]):
@@ -60,40 +61,80 @@ def _values(x, first, last, T, B, indptr, indices, values):  # type: ignore[no-u
             values[k] = x[r, indices[k]]
 
 
-def events_from_dense(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """indptr, indices (int32) and values (None where all are 1) of a dense CPU tensor (T, B, N...)."""
+class Found(NamedTuple):
+    """Events of rows ``first`` to ``last`` in memory order: their columns, and whether all values are 1."""
+
+    first: int
+    last: int
+    columns: np.ndarray
+    binary: bool
+
+
+def _scan(x: np.ndarray, first: int, last: int, counts: np.ndarray) -> Found:
+    M = x.shape[1]
+    out = np.empty((last - first) * M // 16 + M + LANES, dtype=np.int32)
+    at, n, binary = scan_rows(x, first, last, counts, out, 0)
+    while at < last:
+        grown = np.empty(2 * out.size + M + LANES, dtype=np.int32)
+        grown[:n] = out[:n]
+        out = grown
+        at, n, more = scan_rows(x, at, last, counts, out, n)
+        binary &= more
+    return Found(first, last, out[:n], binary)
+
+
+def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """indptr, indices (int32) and values (None where all are 1) of a dense CPU tensor (T, B, N...).
+
+    ``begun``: what has been found in its first rows already.
+    """
     T, B = x.shape[:2]
     rows = x.reshape(T * B, -1).contiguous().numpy()
-    counts = np.zeros(T * B + 1, dtype=np.int64)
-    M = rows.shape[1]
-
-    def scan(first: int, last: int) -> tuple[np.ndarray, bool]:
-        out = np.empty((last - first) * M // 16 + M + LANES, dtype=np.int32)
-        at, n, binary = _scan(rows, first, last, T, B, counts, out, 0)
-        while at < last:
-            grown = np.empty(2 * out.size + M + LANES, dtype=np.int32)
-            grown[:n] = out[:n]
-            out = grown
-            at, n, more = _scan(rows, at, last, T, B, counts, out, n)
-            binary &= more
-        return out[:n], binary
-
-    ranges = split(T * B)
-    found = parallel([lambda r=r: scan(*r) for r in ranges])
-    total = sum(part.size for part, _ in found)
-    if total > MAX_EVENTS:
-        raise InputError(f"input has {total} events, at most {MAX_EVENTS} fit; split the batch.")
-    indptr = np.cumsum(counts).astype(np.int32)
-    indices = np.empty(total, dtype=np.int32)
-    parallel(
-        [
-            lambda r=r, part=part: _place(*r, T, B, part, indptr, indices)
-            for r, (part, _) in zip(ranges, found, strict=True)
-        ]
-    )
+    ordered = None if begun is None else begun.ordered(rows, T)
+    indptr, indices, binary = _search(rows, T, B, begun) if ordered is None else ordered
     graded = None
-    if not all(binary for _, binary in found):
-        values = np.empty(total, dtype=rows.dtype)
-        parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in ranges])
+    if not binary:
+        values = np.empty(indices.size, dtype=rows.dtype)
+        parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in split(T * B)])
         graded = torch.from_numpy(values)
     return torch.from_numpy(indptr), torch.from_numpy(indices), graded
+
+
+def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.ndarray, np.ndarray, bool]:
+    """indptr and indices, and whether all values are 1."""
+    counts = np.zeros(T * B, dtype=np.int64)
+    parts = [] if begun is None else begun.end(rows, counts)
+    at = parts[-1].last if parts else 0
+    if at < T * B:
+        rest = split(T * B - at)
+        parts += parallel([lambda r=r: _scan(rows, at + r[0], at + r[1], counts) for r in rest])
+    total = sum(part.columns.size for part in parts)
+    if total > MAX_EVENTS:
+        raise InputError(f"input has {total} events, at most {MAX_EVENTS} fit; split the batch.")
+    indptr = np.zeros(T * B + 1, dtype=np.int32)
+    np.cumsum(counts.reshape(T, B).T, out=indptr[1:])
+    indices = np.empty(total, dtype=np.int32)
+
+    def place(first: int, last: int) -> None:
+        for part in parts:
+            start, stop = max(first, part.first), min(last, part.last)
+            if start < stop:
+                before = int(counts[part.first : start].sum())
+                place_rows(start, stop, T, B, part.columns, before, indptr, indices)
+
+    parallel([lambda r=r: place(*r) for r in split(T * B)])
+    return indptr, indices, all(part.binary for part in parts)
+
+
+class Begun(Protocol):
+    """A search for events that began before the tensor was complete."""
+
+    def end(self, rows: np.ndarray, counts: np.ndarray) -> list[Found]:
+        """End it: -> what it found in the first of these rows, in order and without gaps, if it was they that it
+        looked at. Puts the number of events of each of them into ``counts``.
+        """
+        ...
+
+    def ordered(self, rows: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        """indptr, indices and whether all values are 1, if it has put the events of all these rows in order."""
+        ...

@@ -17,6 +17,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -68,10 +69,7 @@ def parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
             if next(ended) == len(tasks):
                 done.release()
 
-    end_spinning = _openmp_pause()
-    if end_spinning is not None and not _forked:
-        end_spinning(_PAUSE_SOFT)
-    _ensure_workers(len(tasks) - 1)
+    _prepare(len(tasks) - 1)
     for _ in range(len(tasks) - 1):
         _jobs.put(work)
     work()
@@ -79,6 +77,24 @@ def parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
     if errors:
         raise errors[0]
     return results
+
+
+def aside(task: Callable[[], None]) -> None:
+    """Hand a task to another thread and go on; whether it began, ended or failed is for the task to tell."""
+
+    def work() -> None:
+        with suppress(Exception):
+            task()
+
+    _prepare(1)
+    _jobs.put(work)
+
+
+def _prepare(workers: int) -> None:
+    end_spinning = _openmp_pause()
+    if end_spinning is not None and not _forked:
+        end_spinning(_PAUSE_SOFT)
+    _ensure_workers(workers)
 
 
 _PAUSE_SOFT = 1  # omp_pause_soft: threads end, settings stay; the next parallel operation starts them again

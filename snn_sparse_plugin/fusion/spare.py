@@ -1,0 +1,67 @@
+"""Which recorded tensors nobody has any more, and that they stand for later steps: making one takes longer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from weakref import getweakrefcount
+
+import torch
+from torch import Tensor
+
+from .context import here
+from .recorded import Recorded
+
+make = Tensor._make_wrapper_subclass
+references = sys.getrefcount
+
+
+def held(given: list[Any]) -> list[Any]:
+    """Those of the objects in a list of lanes that somebody else refers to as well."""
+    return [x for x in given if references(x) > ALONE]
+
+
+def _count_alone() -> int:
+    return next(references(x) for x in [object()])
+
+
+def _counts_graphs() -> bool:
+    """Whether references that C++ holds show among Python's (torch 2.10 and newer)."""
+    x = torch.ones(1)
+    before = references(x)
+    kept = torch.ones(1, requires_grad=True) * x
+    return kept.requires_grad and references(x) > before
+
+
+ALONE, REUSES = _count_alone(), _counts_graphs()
+"""References to an object that only a list holds, as a loop over it counts them; whether tensors are used again."""
+_NOWHERE: Any = None
+
+
+# Recorded tensors of records that ran which nobody has: making one takes longer than recording a call. A thread keeps
+# so many, of so many shapes, dtypes, devices and modes.
+_SPARE_EACH, _SPARE_KINDS = 256, 64
+
+
+def spare_of(*kind: Any) -> list[Recorded]:
+    """The spare tensors of this thread of this shape, dtype, device and mode."""
+    spare = here.spare
+    if kind not in spare and len(spare) >= _SPARE_KINDS:
+        spare.clear()
+    return spare.setdefault(kind, [])
+
+
+def put_by(given: list[list[Recorded]], spare: list[Recorded]) -> None:
+    """Keep those of a lane's tensors that nobody has."""
+    for tensors in given:
+        for x in tensors:
+            if len(spare) >= _SPARE_EACH:
+                return
+            if (
+                references(x) == ALONE
+                and type(x) is Recorded
+                and len(x.__dict__) == 1
+                and not getweakrefcount(x)
+            ):
+                x._value = _NOWHERE
+                spare.append(x)
