@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,18 @@ def _follow(x, mine, B, counts, first, columns, indptr, indices, words):  # type
     _write(words, _DONE, r)
 
 
+@cache
+def _compile(dtype: np.dtype) -> None:
+    """Compile the kernel by a call that ends at once, on the calling thread: the other one would do it while this one
+    may be compiling kernels that share parts with it."""
+    integers = np.zeros(1, dtype=np.int32)
+    words = np.frombuffer(array("q", [0, -1, *[0] * 5]), dtype=np.int64)
+    _follow(
+        *(np.zeros((1, 1), dtype), 0, 1, np.zeros(1, dtype=np.int64)),
+        *(integers, integers, integers, integers, words),
+    )
+
+
 class Ahead:
     """Looks for the events of successive slices of a tensor.
 
@@ -119,6 +132,7 @@ class Ahead:
         self._densest = densest
         self._parts: list[Found] | None = None  # in the end
         out = self._out = self._room(self._mine)
+        _compile(self._rows.dtype)
         aside(self._work)
         at, n, binary = scan_rows(self._rows, 0, self._mine, self._counts, out, 0)
         self._first = Found(0, at, out[:n], binary)
