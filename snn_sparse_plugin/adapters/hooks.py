@@ -41,18 +41,20 @@ def _patched(function: Any, name: str, folder: str) -> str | None:
 
 
 _every = nn.modules.module
+_forward, _before = _every._global_forward_hooks, _every._global_forward_pre_hooks
+_backward, _before_backward = _every._global_backward_hooks, _every._global_backward_pre_hooks
 
 
-def has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> Any:
     """Whether calling the module runs hooks, which a fused path would skip."""
     held = module.__dict__  # asked at every call, and modules are slow to look names up
-    return bool(
+    return (
         held["_forward_hooks"]
         or held["_forward_pre_hooks"]
         or held["_backward_hooks"]
         or held["_backward_pre_hooks"]
-        or _every._global_forward_hooks
-        or _every._global_forward_pre_hooks
-        or _every._global_backward_hooks
-        or _every._global_backward_pre_hooks
+        or _forward
+        or _before
+        or _backward
+        or _before_backward
     )

@@ -60,9 +60,13 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     if leaves is None or not lane.left(leaves):
         return None
     entry: Any
+    follows = False  # whether it is the next of successive values, as at most steps
     if type(x) is Recorded:
         entry = x._value
-        if entry[0] is not column.source and not _takes(lane, entry[0]):
+        source, call, slot = entry
+        if source is column.source:
+            follows = call == column.stop and slot == column.slot
+        elif not _takes(lane, source):
             return None
     elif type(x) is Tensor and _takes(lane, x):
         entry = entry_of(x)
@@ -77,7 +81,10 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     try:
         if record.closed:
             return None
-        column.append(entry)
+        if follows:
+            column.stop += 1
+        else:
+            column.append(entry)
         order.append(calls)
         record.calls = calls + 1
         return _result(lane)
