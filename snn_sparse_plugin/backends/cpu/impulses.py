@@ -36,7 +36,7 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     second_param,
     arriving,
     flow,  # (B, N): what flows to the last step from the state after it; then from the first step to the state before
-    sums,  # (2, rows of whole vectors): m and y
+    sums,  # m and y, each one row of whole vectors
     outgoing,
 ):
     """Samples first..last. Rows of ``weight`` are W_j; the gradient's rows, ``g_weight``, are those of W^T."""

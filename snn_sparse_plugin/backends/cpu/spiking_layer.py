@@ -199,7 +199,8 @@ def run_backward(
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
-    calls["cpu", "backward:impulses"] += impulses
+    if impulses:
+        calls["cpu", "backward:impulses"] += 1
     u, mem = _array(saved.u if use_list else None, np_dtype, 1), _array(saved.mem, np_dtype, 3)
 
     def run(first: int, last: int) -> list[np.ndarray]:
