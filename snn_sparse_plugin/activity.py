@@ -128,9 +128,6 @@ def record_activity(model: nn.Module) -> Iterator[ActivityLog]:
             f"record_activity: {type(model).__name__} has no spiking neurons of a supported library."
         )
     flush(reason="record_activity()")
-    token = tally.watchers.set((*(tally.watchers.get() or ()), log._see))
-    try:
+    with tally.watchers.block(log._see):
         yield log
         flush(reason="record_activity()")
-    finally:
-        tally.watchers.reset(token)

@@ -6,13 +6,13 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .scopes import Scoped
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _updated(config: SparseConfig, overrides: tuple[tuple[str, type, Any], ...])
     return replace(config, **{name: value for name, _, value in overrides})
 
 
-_active: ContextVar[SparseConfig | None] = ContextVar("snn_sparse_plugin.config", default=None)
+_active: Scoped[SparseConfig | None] = Scoped("snn_sparse_plugin.config")
 
 
 def active_config() -> SparseConfig | None:
@@ -126,11 +126,8 @@ def _defaults(_: str | None) -> SparseConfig:
 @contextmanager
 def use_config(config: SparseConfig | None) -> Iterator[SparseConfig | None]:
     """Make ``config`` the active one inside the block; the previous one comes back on any exit."""
-    token = _active.set(config)
-    try:
+    with _active.block(config):
         yield config
-    finally:
-        _active.reset(token)
 
 
 def check_device(name: str) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import ref
+
+from .scopes import Scoped
 
 WAYS = {
     "fused": "calls of the fused op, each over all steps",
@@ -126,15 +127,13 @@ def current() -> Record:
 Watcher = Callable[[Record, Any, Any, int], None]
 """Is told of a call: whose it is, its spikes, its active share (a number or a mask), and its number of steps."""
 
-watchers: ContextVar[tuple[Watcher, ...] | None] = ContextVar("snn_sparse_plugin.watchers", default=None)
+watchers: Scoped[Watcher] = Scoped("snn_sparse_plugin.watchers")
 
 
 def show(spikes: Any, active: Any, steps: int = 1) -> None:
     """Tell the watchers, if there are any, of a call of the current module; measuring it is left to them."""
-    found = watchers.get()
-    if found is not None:
-        for watcher in found:
-            watcher(current(), spikes, active, steps)
+    for watcher in watchers.all():
+        watcher(current(), spikes, active, steps)
 
 
 settle: list[Callable[[], None]] = []

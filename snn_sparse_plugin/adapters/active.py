@@ -6,7 +6,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import tally
 from ..config import SparseConfig, active_config, current_config, use_config
+from ..scopes import Scoped
 from ..surrogates import Surrogate, blocked_spike, masked_spike
 
 MARK = "_snn_sparse"
@@ -34,7 +34,7 @@ class Mark:
         install_adapters()
 
 
-_explicit: ContextVar[dict[str, Any] | None] = ContextVar("snn_sparse_plugin.explicit", default=None)
+_explicit: Scoped[dict[str, Any] | None] = Scoped("snn_sparse_plugin.explicit")
 _lock = threading.Lock()
 _entered: list[str] = []
 # What is in force in any thread, as one string: compiled graphs can guard on it, not on a ContextVar.
@@ -45,14 +45,12 @@ _in_force = ""
 def entered(config: SparseConfig, explicit: dict[str, Any] | None = None) -> Iterator[SparseConfig]:
     """Make ``config`` the active one here; ``explicit`` options also win over a module's own mark."""
     text = repr((config, explicit))
-    token = _explicit.set(explicit or _explicit.get())
     _announce(text, enter=True)
     try:
-        with use_config(config):
+        with _explicit.block(explicit or _explicit.get()), use_config(config):
             yield config
     finally:
         _announce(text, enter=False)
-        _explicit.reset(token)
 
 
 def _announce(text: str, *, enter: bool) -> None:

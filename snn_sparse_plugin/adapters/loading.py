@@ -34,7 +34,7 @@ _refused: list[Adapter] = []
 
 def _install(adapter: Adapter) -> None:
     # before an adapter keeps upstream's functions: those have to see numbers
-    import_module("snn_sparse_plugin.fusion.sources").install()
+    import_module("snn_sparse_plugin.fusion.boundaries").install()
     outside = outside_tested(adapter)
     try:
         adapter.install()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .columns import Column, Entry
 from .context import here, mode_to_record
-from .record import LONGEST, FunctionLane, Record, StackLane, entry_of
+from .record import LONGEST, FunctionLane, Record, StackLane
 from .recorded import Recorded, Value
 
 
@@ -73,9 +73,10 @@ def filled(form: Any, tensors: list[Any]) -> Any:
 class _Call:
     """The arguments of a call: ``entries`` of the tensors, ``key``, what tells lanes apart, and their ``shapes``."""
 
-    __slots__ = ("entries", "key", "shapes")
+    __slots__ = ("entries", "key", "record", "shapes")
 
-    def __init__(self, func: Any) -> None:
+    def __init__(self, func: Any, record: Record) -> None:
+        self.record = record
         self.entries: list[Entry] = []
         self.key: list[Any] = [func]
         self.shapes: list[Any] = [func]
@@ -91,7 +92,7 @@ class _Call:
                 raise TypeError
             leaf = item.requires_grad and item.is_leaf
             name = id(item) if leaf else (item.shape, item.dtype, item.requires_grad)
-            return self._tensor(entry_of(item), name, item.shape, item.dtype)
+            return self._tensor(self.record.entry(item), name, item.shape, item.dtype)
         if kind is tuple or kind is list or kind is torch.Size:
             self._constant(kind, len(item))
             form = [self.scan(part) for part in item]
@@ -119,7 +120,9 @@ class _Call:
 
 def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
     """Put a call into its lane: -> what stands for the result, or None where the call cannot wait."""
-    call = _Call(func)
+    if here.record is None:
+        return None
+    call = _Call(func, here.record)
     try:
         form = call.scan(args)
         named = {}

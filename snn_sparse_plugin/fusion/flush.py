@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,19 +17,21 @@ from .record import FunctionLane, Lane, NeuronLane, Record, check_versions, reas
 from .recorded import Recorded
 
 
-def flush(record: Record | None = None, reason: Any = "flush()", *, stepped: bool = False) -> None:
+def flush(
+    record: Record | None = None, reason: Any = "flush()", *, stepped: bool = False, apart: bool = False
+) -> None:
     """Run what this thread has recorded; the recorded tensors become ordinary ones.
 
     Seldom needed: whatever wants numbers does it. ``stepped``: by upstream's own steps, one after the other, so that
-    every value has the place in the graph that it has in the step loop.
+    every value has the place in the graph that it has in the step loop. ``apart``: C++ code may be holding the tensors.
 
     Raises:
         FusionError: a tensor that a recorded step reads was changed in place in the meantime.
     """
     record = here.record if record is None else record
-    if record is None or record.closed:
+    if record is None:
         return
-    with record.lock:
+    with record.lock:  # another thread may be running it: its numbers are there when the lock is free
         if record.closed:
             return
         record.closed = True
@@ -41,7 +43,7 @@ def flush(record: Record | None = None, reason: Any = "flush()", *, stepped: boo
         try:
             # whoever wants the numbers may be in a mode that the steps were not in
             with paused(), torch._C.DisableTorchFunction(), without_autocast(record.lanes[0].device):
-                _run(record, stepped)
+                _run(record, stepped, apart)
         except BaseException as error:
             record.error = error
             raise
@@ -57,12 +59,12 @@ _get: Any = Tensor  # its attributes as descriptors
 _GRAPH = {Tensor.register_hook, Tensor.retain_grad, _get.grad_fn.__get__, torch.autograd.grad}
 
 
-def realize(items: Any, reason: Any) -> None:
+def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
     """Run the records of all recorded tensors within ``items``."""
     for x in _recorded_in(items):
         if type(x) is Recorded:
             record = x._value[0].record
-            flush(record, reason, stepped=reason in _GRAPH)
+            run(record, reason, stepped=reason in _GRAPH)
             if type(x) is Recorded:
                 raise FusionError(
                     f"the step recorded at {x._value[0].where} was never computed, as running the record failed: "
@@ -81,7 +83,7 @@ def _recorded_in(items: Any) -> Iterator[Recorded]:
             yield from _recorded_in(item)
 
 
-def _run(record: Record, stepped: bool) -> None:
+def _run(record: Record, stepped: bool, apart: bool) -> None:
     waiting = record.waiting()
     # who watches the neurons wants to see steps that nobody uses
     seen = tally.watchers.get() is not None
@@ -92,6 +94,7 @@ def _run(record: Record, stepped: bool) -> None:
         entered.finish()
     plan = Plan(waiting, watched, stepped)
     check_versions(plan.sources)
+    record.plain.check()
     for lane in plan.sources:
         lane.complete()
     for group in plan.groups:
@@ -107,7 +110,7 @@ def _run(record: Record, stepped: bool) -> None:
             raise
     real = _values(waiting, plan)
     for (_, _, _, found), tensor in zip(waiting, real, strict=True):
-        found.become(tensor)
+        found.become(tensor, apart)
 
 
 def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[Tensor]:

@@ -15,7 +15,7 @@ from ..config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
-from .record import LONGEST, NeuronLane, Record, backoff, entry_of, open_record, resting
+from .record import LONGEST, NeuronLane, Record, backoff, open_record, resting
 from .recorded import Recorded
 from .sources import MODULE_CALL, is_listened_to, note_feeding
 
@@ -69,7 +69,7 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
         elif not _takes(lane, source):
             return None
     elif type(x) is Tensor and _takes(lane, x):
-        entry = entry_of(x)
+        entry = record.plain.entry(x)
     else:
         return None
     if lane.mode != mode_to_record() or not lane.description.holds():
@@ -152,7 +152,7 @@ def _record(
             lane = _open(record, adapter, module, upstream, config, leaves, like, shape, device)
             if lane is None:
                 return None
-        lane.columns[0].append(entry_of(x))
+        lane.columns[0].append(record.entry(x))
         lane.record.count(lane)
         return _result(lane)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron
 from ..config import SparseConfig
 from ..errors import FusionError
+from .aliases import Plain
 from .columns import Column, Entry, Slices
 from .context import grad_mode, here
 from .description import Description, version
@@ -180,7 +181,7 @@ class InputLane(FunctionLane):
         if type(column) is Slices:
             self.stop()
             self.columns[0] = column = Column(column)
-        column.append(entry_of(x))
+        column.append(self.record.plain.entry(x))
         self.record.count(self)
 
     def finish(self) -> None:
@@ -245,9 +246,11 @@ class NeuronLane(Lane):
         self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
         self.unmarked = False  # whether the active config is all that holds for the module
         self.initial: dict[str, Entry | None] = {
-            name: None if leaf is None else entry_of(leaf) for name, leaf in leaves.items()
+            name: None if leaf is None else record.entry(leaf) for name, leaf in leaves.items()
         }
         self.description = Description(adapter, module)
+        for _, tensor, _ in self.description.tensors:
+            record.plain.guard(tensor)
 
     def left(self, leaves: Any) -> bool:
         """Whether the last call left this state, given in the order of ``slots``."""
@@ -280,12 +283,17 @@ class Record:
         self.neurons: dict[int, NeuronLane] = {}  # the newest lane of a module, by the module's id
         self.calls = 0
         self.viewed: set[Value] = set()
+        self.plain = Plain()
         self.closed = False
         self.error: BaseException | None = None
 
     def count(self, lane: Lane) -> None:
         lane.order.append(self.calls)
         self.calls += 1
+
+    def entry(self, x: Any) -> Entry:
+        """What is noted for a tensor argument of a call."""
+        return x._value if type(x) is Recorded else self.plain.entry(x)
 
     def waiting(self) -> list[tuple[Lane, int, int, Recorded]]:
         """Everything in the user's hands that waits for this record: lane, slot, call and tensor."""
@@ -306,6 +314,7 @@ class Record:
         self.functions.clear()
         self.inputs.clear()
         self.neurons.clear()
+        self.plain.clear()
 
 
 def check_versions(lanes: Any) -> None:
@@ -352,10 +361,6 @@ def open_record() -> Record:
     if record is None or record.closed:
         record = here.record = Record()
     return record
-
-
-def entry_of(x: Any) -> Entry:
-    return x._value if type(x) is Recorded else (x, version(x))
 
 
 def _users_line() -> str:

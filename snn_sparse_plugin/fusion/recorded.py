@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import FusionError
-
 if TYPE_CHECKING:
     from .record import Lane
 
 Value = tuple["Lane", int, int]
 """Where a value is made: the lane, the number of the call in it, and which of the call's results."""
 
+SET_DATA = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
+_swap = torch._C._swap_tensor_impl  # type: ignore[attr-defined]
+
 
 @cache
-def _called() -> Callable[..., Any]:
-    """What answers calls on recorded steps; it stands above this module."""
+def _answers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What answers calls on recorded steps, in Python and in C++; it stands above this module."""
     from .functions import called
+    from .native import dispatched
 
-    return called
+    return called, dispatched
 
 
 class Recorded(Tensor):
@@ -35,24 +37,25 @@ class Recorded(Tensor):
 
     _value: Value
 
-    def become(self, real: Tensor) -> None:
-        """Put the computed tensor into this object, wherever it is referred to."""
-        with torch._C.DisableTorchFunctionSubclass():
-            users = self._use_count()  # type: ignore[attr-defined]
-        if users > 1:
-            raise FusionError(
-                "a recorded step reached code that takes tensors without torch's function protocol, so that it cannot "
-                "be filled in any more. Call .clone() on it before, or switch time fusion off (SNN_SPARSE_FUSE=0)."
-            )
-        try:
-            torch._C._swap_tensor_impl(self, real)  # type: ignore[attr-defined]
-        except (
-            RuntimeError
-        ):  # a profiler that notes shapes refers to what functions took, but not to a new view
-            with torch.enable_grad():
-                torch._C._swap_tensor_impl(self, real.view_as(real))  # type: ignore[attr-defined]
-        del self._value
-        self.__class__ = Tensor  # type: ignore[assignment]
+    def become(self, real: Tensor, apart: bool = False) -> None:
+        """Put the computed tensor into this object, wherever it is referred to.
+
+        ``apart``: C++ code may be looking at it right now, so that it has to stay where it is.
+        """
+        if not apart and swapped(self, real):
+            return
+        mode = torch.inference_mode if real.is_inference() else torch.enable_grad
+        with torch._C.DisableTorchFunctionSubclass(), mode():
+            own = real.clone()
+            del self._value
+            self.__class__ = Filled  # type: ignore[assignment]
+            filled: Any = self
+            filled.own, filled.at = own, -1
+            SET_DATA(filled, own.detach())
+            if own.requires_grad:
+                filled.copy_(own)  # the same numbers, for the place in the graph
+            if not own.is_inference():
+                filled.at = filled._version
 
     @classmethod
     def __torch_function__(
@@ -62,13 +65,74 @@ class Recorded(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return _called()(func, args, kwargs or {})
+        return _answers()[0](func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise FusionError(
-            f"{func} was called on a recorded step without torch's function protocol. Call .clone() on the tensor "
-            f"before it gets there, or switch time fusion off (SNN_SPARSE_FUSE=0)."
-        )
+        return _answers()[1](func, args, kwargs or {})
+
+
+class Filled(Tensor):
+    """A recorded step that was computed while C++ code held it, and so could not be exchanged for its result.
+
+    It has the numbers and the place in the graph of its result, and becomes an ordinary tensor the next time that Python
+    sees it after C++ has let go. ``own``: a tensor on the same memory, which it is made from and which Python gets in
+    its place. ``at``: its version then.
+    """
+
+    own: Tensor
+    at: int
+
+    def plain(self) -> Tensor:
+        """An ordinary tensor in its place: itself if nobody in C++ holds it any more."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.at >= 0 and self._version != self.at:
+                return self.alias()  # C++ code has written to it
+        own = self.own
+        del self.own
+        if swapped(self, own):
+            del self.at
+            return self
+        self.own = own
+        return own
+
+    def alias(self) -> Tensor:
+        """An ordinary tensor on its memory, below autograd or at its place in the graph."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.view_as(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from .native import on_plain
+
+        return on_plain(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _answers()[1](func, args, kwargs or {})
+
+
+def swapped(x: Tensor, real: Tensor) -> bool:
+    """Make ``x`` the tensor ``real``, its class included: whether it could be done, as nobody in C++ holds ``x``."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if x._use_count() > 1:  # type: ignore[attr-defined]
+            return False
+        try:
+            _swap(x, real)
+        except (
+            RuntimeError
+        ):  # a profiler that notes shapes refers to what functions took, but not to a new view
+            try:
+                with torch.enable_grad():
+                    _swap(x, real.view_as(real))
+            except RuntimeError:
+                return False
+    x.__dict__.pop("_value", None)
+    x.__class__ = Tensor
+    return True

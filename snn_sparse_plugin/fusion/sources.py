@@ -6,21 +6,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..adapters import has_hooks
 from ..config import SparseConfig, active_config
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
-from .context import here, mode_to_record, paused
-from .flush import flush, realize
+from .context import here, mode_to_record
 from .record import InputLane, open_record, resting
 from .recorded import Recorded
 
@@ -173,36 +169,3 @@ def note_feeding(x: Tensor) -> None:
         if out() is x or (node is not None and any(node is other for other in seen)):
             _feeding.add(module)
     _recent.calls.clear()
-
-
-# --- where nothing may wait ---
-
-
-def install() -> None:
-    """Once: autograd functions take numbers, and optimizers change them."""
-    with _lock:
-        current = Function.__dict__["apply"].__func__
-        if getattr(current, "_snn_sparse_hook", False):
-            return
-        apply = wraps(current)(_on_numbers(current))
-        apply._snn_sparse_hook = True  # type: ignore[attr-defined]
-        Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-        register_optimizer_step_pre_hook(_before_step)
-
-
-def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    # C++ takes the arguments apart before any function protocol is asked, and outputs of a custom forward that are
-    # not there yet could not become part of the graph
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return upstream(cls, *args, **kwargs)
-        if here.record is not None:
-            realize((args, kwargs), cls.__name__)
-        with paused():
-            return upstream(cls, *args, **kwargs)
-
-    return apply
-
-
-def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    flush(reason="optimizer.step()")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 from weakref import getweakrefcount
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from .context import here
 from .recorded import Recorded
 
-make = Tensor._make_wrapper_subclass
+# C++ that asks for the device is about to take the numbers: it has to ask here
+make = partial(Tensor._make_wrapper_subclass, dispatch_device=True)
 references = sys.getrefcount
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from .bits import LANES
 from .events import Found, place_rows, scan_rows
 from .jit import kernel
+from .memory import pinned
 from .threads import aside
 
 LARGEST = 1 << 22
@@ -121,8 +122,7 @@ class Ahead:
 
     def __init__(self, x: Tensor, known: int, densest: float) -> None:
         B = x.shape[1]
-        # keeps the memory, and torch resizes none that numpy looks at
-        self._rows = x.detach().reshape(len(x) * B, -1).numpy()
+        self._rows = pinned(x.detach().reshape(len(x) * B, -1))
         self._B, self._process = B, os.getpid()
         self._counts = np.empty(len(self._rows), dtype=np.int64)
         self._words = array("q", [known * B, *[0] * 6])

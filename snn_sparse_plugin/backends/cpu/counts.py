@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .jit import kernel
+from .memory import array
 from .threads import parallel, split
 
 
@@ -40,6 +41,6 @@ def count_events(
 def pick_counts(indptr: Tensor, indices: Tensor, grad: Tensor, T: int) -> Tensor:
     """The entry of ``grad`` (B, N) that belongs to each entry of a CSR pattern over rows ``b * T + t``."""
     out = torch.empty(indices.numel(), dtype=grad.dtype)
-    arrays: list[np.ndarray] = [x.numpy() for x in (indptr, indices, grad.contiguous(), out)]
+    arrays = [array(x) for x in (indptr, indices, grad, out)]
     parallel([lambda r=r: _pick(*r, T, *arrays) for r in split(len(grad))])  # type: ignore[misc]
     return out

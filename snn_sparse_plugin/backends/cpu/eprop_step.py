@@ -15,6 +15,7 @@ from ...programs import OPS, Op, Program
 from ...surrogates import Surrogate
 from .bits import LANES
 from .jit import kernel
+from .memory import array
 from .program import execute
 from .rows import surrogate_row
 
@@ -100,7 +101,7 @@ def runner(
 
     def run(x: Tensor, rec: Tensor | None, before: Tensor, after: Tensor, local: Tensor, t: int) -> None:
         recurrent = none if rec is None else rec.contiguous().numpy()
-        step(*fixed, x.contiguous().numpy(), recurrent, before.numpy(), after.numpy(), local.numpy(), t)
+        step(*fixed, array(x), recurrent, before.numpy(), after.numpy(), local.numpy(), t)
 
     return run
 

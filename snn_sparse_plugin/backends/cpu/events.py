@@ -12,6 +12,7 @@ from ...errors import InputError
 from ...spikes import MAX_EVENTS
 from .bits import LANES, append_columns, nonzero16, ones16
 from .jit import kernel
+from .memory import array
 from .threads import parallel, split
 
 
@@ -89,7 +90,7 @@ def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Te
     ``begun``: what has been found in its first rows already.
     """
     T, B = x.shape[:2]
-    rows = x.reshape(T * B, -1).contiguous().numpy()
+    rows = array(x.detach().reshape(T * B, -1))
     ordered = None if begun is None else begun.ordered(rows, T)
     indptr, indices, binary = _search(rows, T, B, begun) if ordered is None else ordered
     graded = None

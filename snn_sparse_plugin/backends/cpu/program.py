@@ -18,6 +18,7 @@ from ...equations import Equations
 from ...programs import OPS, Program
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
+from .memory import array
 from .rows import add_rows
 
 ADD, SUB, MUL, DIV, NEG, EXP, LOG, RELU, ABS, SPIKE, ABOVE, DETACH, COPY = range(len(OPS))
@@ -49,7 +50,7 @@ def registers(call: LayerCall, width: int, dtype: np.dtype) -> np.ndarray:
     regs = np.zeros((program.registers, width), dtype)
     first, count = program.first_param, len(program.params)
     regs[first : first + count] = 1
-    regs[first : first + count, : call.N] = call.params.detach().numpy()
+    regs[first : first + count, : call.N] = array(call.params)
     for k, value in enumerate(program.constants):
         regs[first + count + k] = value
     return regs

@@ -33,6 +33,7 @@ from .bits import LANES
 from .forward import forward_kernel
 from .impulses import backward_impulses
 from .linear import backward_linear_kernel, is_linear
+from .memory import array
 from .outgoing import block_rows
 from .program import forward_of
 from .program_backward import backward_of
@@ -74,8 +75,8 @@ def run_forward(call: LayerCall) -> LayerResult:
     act_ptr = np.zeros(B * T + 1 if want_list else 0, dtype=np.int32)
     inputs = _inputs(call, np_dtype)
     window = -1.0 if call.threshold is None or not call.needs_grad or not spec.spiking else call.threshold
-    params = _numpy(call.params)
-    states = [_numpy(x) for x in (v, i, v_checkpoints, i_checkpoints)]
+    params = array(call.params)
+    states = [array(x) for x in (v, i, v_checkpoints, i_checkpoints)]
     records = [_array(spikes, np_dtype, 3), _array(mem, np_dtype, 3)]
 
     def run(first: int, last: int) -> list[Any]:
@@ -176,22 +177,22 @@ def run_backward(
     none = np.empty(0, dtype=np.int32)
     in_ptr, in_idx = none, none
     if need["input"] and sparse_input:
-        in_ptr, in_idx = (_numpy(x) for x in train.active)  # type: ignore[union-attr]
+        in_ptr, in_idx = (array(x) for x in train.active)  # type: ignore[union-attr]
         g_active = torch.empty(in_idx.size, dtype=dtype)
     g_rec0 = _copied(None, (B, currents), np_dtype) if need["rec0"] and call.rec0 is not None else None
-    out_ptr, out_idx = (none, none) if events is None else (_numpy(x) for x in events)
-    act_ptr, act_idx = (none, none) if saved.active is None else (_numpy(x) for x in saved.active)
+    out_ptr, out_idx = (none, none) if events is None else (array(x) for x in events)
+    act_ptr, act_idx = (none, none) if saved.active is None else (array(x) for x in saved.active)
     g_spikes, product = grads.spikes, (np.empty((0, 0, 0), np_dtype), np.empty((0, 0), np_dtype))
     if isinstance(g_spikes, ProductGrad):
         if linear:
-            product, g_spikes = (_numpy(g_spikes.nu), _rows(g_spikes.weight, np_dtype)), None
+            product, g_spikes = (array(g_spikes.nu), _rows(g_spikes.weight, np_dtype)), None
         else:
             g_spikes = g_spikes.dense()
     dense = [_array(g_spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
     arriving = (_array(grads.active, np_dtype, 1), *dense)
-    states = [_numpy(cv), _numpy(ci)]
+    states = [array(cv), array(ci)]
     g_input = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
-    params = _numpy(call.params)
+    params = array(call.params)
     current, indptr, indices, values, weight, bias, *recurrence = inputs
     if impulses:
         weight = _rows(call.weight if need["input"] else None, np_dtype)
@@ -231,7 +232,7 @@ def run_backward(
             code = _code(call)
             backward = backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code)
             backward(
-                *(first, last, T, params, _numpy(call.v0), recurrence[0], incoming, act_ptr, act_idx, u),
+                *(first, last, T, params, array(call.v0), recurrence[0], incoming, act_ptr, act_idx, u),
                 *(surrogate, p, q, block, arriving, *states, outgoing),
             )
         else:
@@ -279,7 +280,7 @@ def _are_impulses(call: LayerCall) -> bool:
     """Whether the backward over a list may be that of ``impulses.py``."""
     if not (isinstance(call.spec, NeuronSpec) and is_linear(_code(call))) or call.spec.synapse or not call.N:
         return False
-    decays = _numpy(call.params)[MEM]
+    decays = array(call.params)[MEM]
     return bool((decays == decays[0]).all())
 
 
@@ -341,7 +342,7 @@ def _through(nu: Tensor, weight: Tensor) -> Tensor:
     if nu.shape[2] > LARGEST or 2 * nu.shape[2] > weight.shape[1]:
         return nu @ weight
     # of its own: a hook may update the weight as soon as it has its gradient, before the product is made
-    return ProductGrad(nu, torch.from_numpy(_numpy(weight).copy()))
+    return ProductGrad(nu, torch.from_numpy(array(weight).copy()))
 
 
 def _code(call: LayerCall) -> Code:
@@ -358,7 +359,7 @@ def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.nda
     indptr = indices = np.empty(0, dtype=np.int32)
     values = np.empty(0, dtype)
     if call.train is not None:
-        indptr, indices = _numpy(call.train.indptr), _numpy(call.train.indices)
+        indptr, indices = array(call.train.indptr), array(call.train.indices)
         values = _array(call.train.values, dtype, 1)
     zeros = np.zeros(call.currents, dtype)
     return (
@@ -367,9 +368,9 @@ def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.nda
         indices,
         values,
         _transposed(call.weight if rows else None, dtype),
-        zeros if call.bias is None else _numpy(call.bias),
+        zeros if call.bias is None else array(call.bias),
         _transposed(call.rec_weight, dtype),
-        zeros if call.rec_bias is None else _numpy(call.rec_bias),
+        zeros if call.rec_bias is None else array(call.rec_bias),
         _array(call.rec0, dtype, 2),
     )
 
@@ -385,7 +386,7 @@ def _transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     n, m = weight.shape
     out = _aligned(m, _padded(n), dtype)
     out[:, n:] = 0
-    _flip(_numpy(weight), out)
+    _flip(array(weight), out)
     return out
 
 
@@ -395,13 +396,13 @@ def _rows(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
         return np.empty((0, 0), dtype)
     n, m = weight.shape
     out = _aligned(n, _padded(m), dtype)
-    out[:, :m], out[:, m:] = _numpy(weight), 0
+    out[:, :m], out[:, m:] = array(weight), 0
     return out
 
 
 def _copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     """A copy of ``x`` that a kernel may change, or zeros."""
-    return torch.from_numpy(np.zeros(shape, dtype) if x is None else np.array(_numpy(x)))
+    return torch.from_numpy(np.zeros(shape, dtype) if x is None else np.array(array(x)))
 
 
 def _padded(n: int) -> int:
@@ -427,12 +428,8 @@ def _sum(parts: tuple[np.ndarray, ...]) -> np.ndarray:
     return total
 
 
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().numpy()
-
-
 def _array(x: Tensor | None, dtype: np.dtype, dim: int) -> np.ndarray:
-    return np.empty((0,) * dim, dtype) if x is None else _numpy(x)
+    return np.empty((0,) * dim, dtype) if x is None else array(x)
 
 
 def _join(parts: Any) -> Tensor:

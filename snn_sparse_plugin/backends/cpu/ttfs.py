@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...backends import TtfsBackward
 from .jit import kernel
+from .memory import array
 from .pages import advise_huge_pages
 from .threads import parallel, split
 
@@ -133,7 +134,7 @@ def _backward_exact(grad, x, times, begin, end, values, largest, linear, tau, t_
 
 def _flat(x: Tensor) -> np.ndarray:
     """The storage of a dense tensor, in memory order."""
-    return x.detach().as_strided((x.numel(),), (1,)).numpy()
+    return array(x.detach().as_strided((x.numel(),), (1,)))
 
 
 def _ranges(n: int) -> list[tuple[int, int]]:
@@ -146,7 +147,7 @@ def forward(x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
         return
     advise_huge_pages(out)
     advise_huge_pages(times)
-    rows = table.numpy()
+    rows = array(table)
     shift, window = SHIFT[rows.dtype.name], rows.shape[1]
     steps, first, compares = buckets(np.ascontiguousarray(rows[0]), shift)
     above = np.concatenate([[np.nan], rows[0]]).astype(rows.dtype)  # no step before 0, not even at infinity
@@ -175,7 +176,7 @@ def backward(call: TtfsBackward) -> tuple[float, float]:
     if not x.numel():
         return 0.0, 0.0
     advise_huge_pages(out)
-    rows = table.numpy()
+    rows = array(table)
     values = np.zeros(256, rows.dtype)
     values[: rows.shape[1]] = rows[1]
     largest, linear = values[0], rate == 0

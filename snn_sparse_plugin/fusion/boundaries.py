@@ -1,0 +1,138 @@
+"""Where recorded steps may wait no longer: what takes numbers, or changes them, without torch's function protocol."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .aliases import note_alias
+from .context import here, paused
+from .flush import flush, realize
+from .recorded import Filled, Recorded
+
+_installed = False
+_lock = threading.Lock()
+
+
+def install() -> None:
+    """Once for the process. Where nothing is recorded, each of these does what torch's own does."""
+    global _installed
+    with _lock:
+        if _installed:
+            return
+        _installed = True
+        Function.apply = classmethod(_on_numbers(Function.__dict__["apply"].__func__))  # type: ignore[assignment, method-assign]
+        for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+            script.__call__ = _on_real(script.__call__)  # type: ignore[method-assign]
+        Tensor.as_subclass = _on_real(Tensor.as_subclass)  # type: ignore[assignment, method-assign]
+        for name in ("_to_dlpack", "_to_dlpack_versioned"):
+            if hasattr(torch._C, name):
+                _replace(name, _giving_away(getattr(torch._C, name)), torch._C, torch, torch.utils.dlpack)
+        _replace("_swap_tensor_impl", _before(flush, torch._C._swap_tensor_impl), torch._C)  # type: ignore[attr-defined]
+        for method in ("numpy", "set_"):
+            setattr(Tensor, method, _giving_away(getattr(Tensor, method)))
+        Tensor.data = _data  # type: ignore[assignment, misc]
+        register_optimizer_step_pre_hook(lambda *_: flush(reason="optimizer.step()"))
+
+
+def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    # C++ takes the arguments apart before any function protocol is asked, and outputs of a custom forward that are
+    # not there yet could not become part of the graph
+    @wraps(upstream)
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return upstream(cls, *args, **kwargs)
+        if here.record is not None:
+            realize((args, kwargs), cls.__name__)
+        with paused():
+            return upstream(cls, *args, **kwargs)
+
+    return apply
+
+
+def _on_real(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of C++, on steps that have been computed."""
+
+    @wraps(upstream)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if here.record is not None and not torch.compiler.is_compiling():
+            realize((args, kwargs), upstream.__name__)
+        return upstream(*args, **kwargs)
+
+    return call
+
+
+def _giving_away(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that lets others write to the memory of its tensors: nothing that reads it may wait."""
+
+    @wraps(upstream)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            realize((args, kwargs), upstream.__name__)
+            for x in args:
+                if _is_ordinary(x):
+                    leave(x, upstream.__name__)
+                    note_alias(x)
+        return upstream(*args, **kwargs)
+
+    return call
+
+
+def _before(first: Callable[[], Any], upstream: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(upstream)
+    def call(*args: Any) -> Any:
+        first()
+        return upstream(*args)
+
+    return call
+
+
+def _replace(name: str, ours: Callable[..., Any], *homes: Any) -> None:
+    """A function of C++ under all its names."""
+    upstream = getattr(homes[0], name)
+    for home in homes:
+        for known, value in list(vars(home).items()):
+            if value is upstream:
+                setattr(home, known, ours)
+
+
+def _is_ordinary(x: Any) -> bool:
+    return (type(x) is Tensor or type(x) is nn.Parameter) and x.layout is torch.strided
+
+
+def leave(x: Tensor, reason: Any) -> None:
+    """Run the record of this thread if it reads memory of this tensor."""
+    record = here.record
+    if record is not None and record.plain.reads(x):
+        flush(record, reason)
+
+
+_upstream_data: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
+
+
+def _get_data(x: Tensor) -> Any:
+    if torch.compiler.is_compiling() or not _is_ordinary(x):
+        return _upstream_data.__get__(x)
+    leave(x, ".data")
+    alias = _upstream_data.__get__(x)
+    note_alias(x, alias)
+    return alias
+
+
+def _set_data(x: Tensor, value: Any) -> None:
+    if not torch.compiler.is_compiling():
+        flush(reason=".data")
+        realize((x, value), ".data")
+        if type(value) is Filled:
+            value = value.plain()
+    _upstream_data.__set__(x, value)
+
+
+_data = property(_get_data, _set_data, doc=_upstream_data.__doc__)
