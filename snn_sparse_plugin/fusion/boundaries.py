@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .aliases import note_alias
 from .context import here, paused
 from .flush import flush, realize
-from .recorded import Filled, Recorded
+from .recorded import Filled
 
 _installed = False
 _lock = threading.Lock()
