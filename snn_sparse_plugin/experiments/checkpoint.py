@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
-from .files import write_atomic
+from ..files import write_atomic
 from .settings import Settings
 
 _FREE = ("epochs",)  # what may differ when a training goes on: it can be made longer

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ..plot.style import DENSE, INK, LAYERS, SPARSE, clean, new_figure, whole_numbers
-from .files import write_atomic
 from .study import Study
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..bench.report import human_bytes
 from ..errors import MissingDependencyError
-from .files import write_csv, write_text
+from .files import write_csv
 from .study import Study
 
 # active neuron-steps of both hidden layers in percent, N = 200, mean over training [Perez-Nieves & Goodman 2021]
