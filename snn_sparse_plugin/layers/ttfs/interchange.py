@@ -7,8 +7,6 @@ snnTorch and Norse keep spikes dense with time first, so one pair of functions s
 from __future__ import annotations
 
 import itertools
-import zipfile
-import zlib
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +16,11 @@ from torch import Tensor
 
 from ...data.coding import single_spikes
 from ...errors import InputError, MissingDependencyError, UnsupportedError
+from ...files import reading, write_atomic
 from ...ops.ttfs import MAX_WINDOW, SILENT
 from ...ops.ttfs import reference as coding
 from ...spikes import SpikeTrain, as_spike_train, is_sparse_input
+from ...unpack import arrays
 
 if TYPE_CHECKING:
     from .network import TTFSNetwork
@@ -171,10 +171,13 @@ def save_spike_times(net: TTFSNetwork, x: Tensor, path: str | PathLike[str], **o
     """
     run = net.run(x, record=True, **options)
     tables = {"input": net.encoder} | {s.name: s.table for s in net.stages if s.table is not None}
-    arrays = {"output": run.output}
+    tensors = {"output": run.output}
     for name, times in run.times.items():
-        arrays |= {f"times/{name}": times, f"values/{name}": tables[name][1]}
-    np.savez_compressed(path, **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]
+        tensors |= {f"times/{name}": times, f"values/{name}": tables[name][1]}
+    found = {k: v.cpu().numpy() for k, v in tensors.items()}
+    # as numpy: .npz is added where it is missing
+    place = path if str(path).endswith(".npz") else f"{path}.npz"
+    write_atomic(place, lambda file: np.savez_compressed(file, **found))  # type: ignore[arg-type]
 
 
 def load_spike_times(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -183,18 +186,16 @@ def load_spike_times(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, or another content.
     """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            found = {
-                k.removeprefix("times/"): torch.from_numpy(data[k])
-                for k in data.files
-                if k.startswith("times/")
-            }
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as spike times: {error}") from error
+    with reading(path, "a file of spike times"):
+        found = {k.removeprefix("times/"): v for k, v in arrays(path).items() if k.startswith("times/")}
     if not found:
         raise InputError(f"{path} holds no spike times (arrays named times/…).")
-    return found
+    for name, times in found.items():
+        if times.dtype != np.uint8 or times.ndim < 2:
+            raise InputError(f"{path}: times/{name} is {times.dtype} {times.shape}, expected uint8 (B, …).")
+    if len({len(times) for times in found.values()}) > 1:
+        raise InputError(f"{path}: its layers are of batches of {sorted({len(t) for t in found.values()})} samples.")
+    return {name: torch.from_numpy(times.copy()) for name, times in found.items()}
 
 
 def decode_times(net: TTFSNetwork, layer: str, times: Tensor) -> Tensor:
