@@ -79,10 +79,10 @@ def reading(path: str | PathLike[str], what: str, advice: str = "") -> Iterator[
 
     Example:
         >>> with reading("a.json", "a table", "Delete it."):
-        ...     int("x")
+        ...     raise ValueError("no rows")
         Traceback (most recent call last):
         ...
-        snn_sparse_plugin.errors.InputError: a.json is not a table, or it is damaged and cannot be read: invalid literal for int() with base 10: 'x'. Delete it.
+        snn_sparse_plugin.errors.InputError: a.json is not a table, or it is damaged and cannot be read: no rows. Delete it.
     """
     try:
         yield

@@ -13,7 +13,9 @@ from typing import IO, Any
 import numpy as np
 
 _FREE = 1 << 28  # bytes that any file may unpack to
-_RATIO = 64  # and so many times its own size: recordings and images pack two to ten times, tables of zeros more
+_RATIO = (
+    64  # and so many times its own size: recordings and images pack two to ten times, tables of zeros more
+)
 
 
 def bound(packed: int) -> int:
@@ -24,7 +26,9 @@ def bound(packed: int) -> int:
 def check_bound(unpacked: int, packed: int) -> None:
     """Raise ValueError where ``packed`` bytes unpack to more than data does."""
     if unpacked > bound(packed):
-        raise ValueError(f"{packed} bytes would unpack to {unpacked} or more, expected {bound(packed)} at most")
+        raise ValueError(
+            f"{packed} bytes would unpack to {unpacked} or more, expected {bound(packed)} at most"
+        )
 
 
 def read_bounded(file: IO[bytes], packed: int, at_most: int | None = None) -> bytes:
@@ -77,7 +81,9 @@ def array(data: bytes) -> np.ndarray:
     return flat.reshape(shape, order="F" if by_columns else "C")
 
 
-def arrays(path: str | PathLike[str], wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
+def arrays(
+    path: str | PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, np.ndarray]:
     """The wanted arrays of an ``.npz`` file by name, read-only.
 
     Raises ValueError, or what zipfile raises for a damaged archive.

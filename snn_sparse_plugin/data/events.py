@@ -45,7 +45,9 @@ def microseconds(times: np.ndarray, unit: int, what: str) -> np.ndarray:
         array([ 500, 2000])
     """
     if times.ndim != 1 or times.dtype.kind not in "iuf":
-        raise InputError(f"{what} has times of {times.dtype} {times.shape}, expected one number for each event.")
+        raise InputError(
+            f"{what} has times of {times.dtype} {times.shape}, expected one number for each event."
+        )
     if not len(times):
         return times.astype(np.int64)
     low, high = times.min(), times.max()

@@ -137,7 +137,9 @@ def _cifar(name: str, root: Path) -> ImageData:
         kind = getattr(datasets, name.upper())
         try:
             parts = [kind(str(root), train=train) for train in (True, False)]
-        except Exception as error:  # pickles, which torchvision opens where their checksums are the official ones
+        except (
+            Exception
+        ) as error:  # pickles, which torchvision opens where their checksums are the official ones
             raise InputError(
                 f"no {name} files in {root}, neither {file.name} nor torchvision's: {error}"
             ) from error

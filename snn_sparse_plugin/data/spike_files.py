@@ -139,7 +139,9 @@ def _recordings(
         # a slice where it can be one: h5py picks single rows slowly
         which = slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else part
         with reading(path, "in the layout of SHD"):
-            times, units = ([np.asarray(row) for row in file[f"spikes/{key}"][which]] for key in ("times", "units"))
+            times, units = (
+                [np.asarray(row) for row in file[f"spikes/{key}"][which]] for key in ("times", "units")
+            )
         yield times, [_checked(path, *each, channels) for each in zip(part, times, units, strict=True)]
 
 
@@ -154,7 +156,9 @@ def _checked(path: Path, k: int, time: np.ndarray, unit: np.ndarray, channels: i
     if not float(time.min()) >= 0:  # also NaN
         raise InputError(f"{path}: recording {k} has a spike at {time.min()} s, expected times from 0 on.")
     if not float(time.max()) < _LATEST:
-        raise InputError(f"{path}: recording {k} has a spike at {time.max()} s, later than 64 bits of µs can count.")
+        raise InputError(
+            f"{path}: recording {k} has a spike at {time.max()} s, later than 64 bits of µs can count."
+        )
     if unit.dtype.kind in "iuf" and not (unit.min() >= 0 and unit.max() < channels):
         wrong = unit.max() if not unit.max() < channels else unit.min()
         raise InputError(f"{path} has unit {wrong}, expected {channels} channels.")
@@ -190,7 +194,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
 
 
-def _unpack(path: Path, packed: IO[bytes], plain: IO[bytes]) -> None:
+def _unpack(path: Path, packed: Any, plain: IO[bytes]) -> None:
     size, done = path.stat().st_size, 0
     while block := packed.read(1 << 20):
         done += len(block)

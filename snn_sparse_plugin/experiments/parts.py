@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_atomic
 from . import gradients, speed
 from .settings import Settings
 from .study import Session, Study

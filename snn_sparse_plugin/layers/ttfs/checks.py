@@ -85,7 +85,8 @@ def check_arriving(times: Any, values: Any) -> None:
         raise InputError(f"spike times are uint8 (B, N…), got {what}.")
     if values.dim() != 1 or not 1 <= len(values) <= MAX_WINDOW or values.device != times.device:
         raise InputError(
-            f"spikes have values by step, (1…{MAX_WINDOW},) on {times.device}, got {tuple(values.shape)} on {values.device}."
+            f"spikes have values by step, (1…{MAX_WINDOW},) on {times.device}, got {tuple(values.shape)} on "
+            f"{values.device}."
         )
 
 
@@ -117,7 +118,9 @@ def _tensor(what: str, tensor: Any, like: Tensor) -> None:
 
 def _table(what: str, table: Any, like: Tensor | None = None) -> None:
     if not isinstance(table, Tensor) or not table.is_floating_point() or table.is_meta:
-        raise InputError(f"{what} holds thresholds and values, floating (2, window), got {type(table).__name__}.")
+        raise InputError(
+            f"{what} holds thresholds and values, floating (2, window), got {type(table).__name__}."
+        )
     _tensor(what, table, table if like is None else like)
     if table.dim() != 2 or len(table) != 2 or not 1 <= table.shape[1] <= MAX_WINDOW:
         raise InputError(f"{what} is {tuple(table.shape)}, expected (2, window), 1…{MAX_WINDOW} steps.")
@@ -148,10 +151,13 @@ def _pools(name: str, pools: Any) -> list[Pool]:
             fits = tuple(pool.stride) == tuple(pool.kernel) and tuple(pool.padding) == (0, 0)
             fits = fits and tuple(pool.dilation) == (1, 1) and not pool.ceil
         else:
-            fits = pool.kind == "max" and all(2 * p <= k for p, k in zip(pool.padding, pool.kernel, strict=True))
+            fits = pool.kind == "max" and all(
+                2 * p <= k for p, k in zip(pool.padding, pool.kernel, strict=True)
+            )
         if not fits or not isinstance(pool.ceil, bool):
             raise InputError(
-                f"{name}: a pooling is max, padded by half its kernel at most, or avg of windows side by side, got {pool}."
+                f"{name}: a pooling is max, padded by half its kernel at most, or avg of windows side by side; "
+                f"got {pool}."
             )
     return pools
 
@@ -169,9 +175,13 @@ def _windows(
 ) -> int:
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     if room < 0:
-        raise InputError(f"{name}: a window of {kernel} (dilation {dilation}) does not fit into {size} neurons.")
+        raise InputError(
+            f"{name}: a window of {kernel} (dilation {dilation}) does not fit into {size} neurons."
+        )
     count = (room + (stride - 1 if ceil else 0)) // stride + 1
-    return count - 1 if ceil and (count - 1) * stride >= size + padding else count  # as torch: none begins behind the end
+    return (
+        count - 1 if ceil and (count - 1) * stride >= size + padding else count
+    )  # as torch: none begins behind the end
 
 
 def _convolved(name: str, stage: Stage, arriving: tuple[int, ...]) -> tuple[int, ...]:

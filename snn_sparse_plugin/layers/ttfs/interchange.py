@@ -31,7 +31,7 @@ def _described(x: Any) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _check_times(times: Tensor, window: int) -> None:
+def _check_times(times: Any, window: int) -> None:
     if not isinstance(times, Tensor) or times.dtype != torch.uint8 or times.dim() < 2:
         raise InputError(f"spike times are uint8 (B, N…), got {_described(times)}.")
     _check_window(window)
@@ -187,22 +187,36 @@ def load_spike_times(path: str | PathLike[str]) -> dict[str, Tensor]:
         InputError: no such file, or another content.
     """
     with reading(path, "a file of spike times"):
-        found = {k.removeprefix("times/"): v for k, v in arrays(path).items() if k.startswith("times/")}
+        stored = arrays(path)
+    found = {k.removeprefix("times/"): v for k, v in stored.items() if k.startswith("times/")}
     if not found:
         raise InputError(f"{path} holds no spike times (arrays named times/…).")
+    if len({v.shape[:1] for v in found.values()}) > 1:
+        raise InputError(f"{path}: its layers are of batches of different sizes.")
+    layers: dict[str, Any] = {}
     for name, times in found.items():
-        if times.dtype != np.uint8 or times.ndim < 2:
-            raise InputError(f"{path}: times/{name} is {times.dtype} {times.shape}, expected uint8 (B, …).")
-    if len({len(times) for times in found.values()}) > 1:
-        raise InputError(f"{path}: its layers are of batches of {sorted({len(t) for t in found.values()})} samples.")
-    return {name: torch.from_numpy(times.copy()) for name, times in found.items()}
+        values = stored.get(f"values/{name}")
+        window = MAX_WINDOW if values is None else values.size
+        # copied, since what is read from a file is read-only
+        layers[name] = torch.from_numpy(times.copy()) if times.dtype == np.uint8 else None
+        try:
+            _check_times(layers[name], window)
+        except InputError as error:
+            what = f"times/{name} is {times.dtype} {times.shape}: {error}"
+            raise InputError(f"{path} is not a file of spike times, or it is damaged: {what}") from error
+    return layers
 
 
 def decode_times(net: TTFSNetwork, layer: str, times: Tensor) -> Tensor:
-    """What the spikes of a layer (``"input"`` or its name) are worth, of the shape of ``times``."""
+    """What the spikes of a layer (``"input"`` or its name) are worth, of the shape of ``times``.
+
+    Raises:
+        InputError: there is no such layer, or times that lie outside its window.
+    """
     tables = {"input": net.encoder} | {s.name: s.table for s in net.stages if s.table is not None}
     if layer not in tables:
         raise InputError(f"there is no spiking layer {layer!r}; there are {', '.join(tables)}.")
+    _check_times(times, tables[layer].shape[1])
     return coding.decode(times, tables[layer])
 
 
