@@ -78,11 +78,11 @@ def reading(path: str | PathLike[str], what: str, advice: str = "") -> Iterator[
     """Whatever a parser raises in the block about a file that is not ``what`` becomes one line that names it.
 
     Example:
-        >>> with reading("a.json", "a table", "Delete it."):
+        >>> with reading("a", "b", "Fetch it."):
         ...     raise ValueError("no rows")
         Traceback (most recent call last):
         ...
-        snn_sparse_plugin.errors.InputError: a.json is not a table, or it is damaged and cannot be read: no rows. Delete it.
+        snn_sparse_plugin.errors.InputError: a is not b, or it is damaged and cannot be read: no rows. Fetch it.
     """
     try:
         yield
