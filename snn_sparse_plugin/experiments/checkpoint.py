@@ -56,6 +56,9 @@ def load(path: Path) -> Checkpoint:
         for name, kind in _KINDS.items():
             if not isinstance(found[name], kind):
                 raise ValueError(f"{name} is {type(found[name]).__name__}, expected {kind.__name__}")
+        for name, value in found["about"].items():
+            if not isinstance(name, str) or not isinstance(value, str | int | float | None):
+                raise ValueError(f"it is of a training with {name} = {type(value).__name__}")
         return Checkpoint(**found)
 
 
@@ -117,6 +120,8 @@ _LISTS, _TABLES = ("active", "rate", "loss_by_update"), ("active_by_update",)
 
 def _check_history(history: list[Any]) -> None:
     for k, row in enumerate(history, start=1):
+        if set(row) != {*_NUMBERS, *_LISTS, *_TABLES}:
+            raise ValueError(f"its history of epoch {k} has other entries")
         cells = [row[name] for name in _NUMBERS] + [x for name in _LISTS for x in row[name]]
         cells += [x for name in _TABLES for line in row[name] for x in line]
         if row["epoch"] != k or not all(type(x) in (int, float) for x in cells):
@@ -129,7 +134,7 @@ def check_same(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> Non
         was, now = checkpoint.about.get(name), about.get(name)
         if name not in _FREE and was != now:
             raise ConfigError(
-                f"{path} is of a training with {name} = {was}, this one has {now}: "
+                f"{path} is of a training with {name} = {was!r}, this one has {now!r}: "
                 f"give another --out, or delete the folder."
             )
 

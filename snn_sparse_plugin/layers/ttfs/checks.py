@@ -31,13 +31,13 @@ def check_network(encoder: Any, stages: Any, input_shape: Any) -> None:
     if not isinstance(stages, list) or not stages or not all(isinstance(s, Stage) for s in stages):
         raise InputError("a spiking network has a list of one stage or more.")
     names = [stage.name for stage in stages]
-    if len({"input", *names}) <= len(names) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"layers have names of their own, other than 'input', got {names}.")
+    if not all(isinstance(name, str) for name in names) or len({"input", *names}) <= len(names):
+        raise InputError(f"layers have names of their own, other than 'input', got {_shown(names)}.")
     arriving = tuple(input_shape)
     for stage in stages:
         arriving = check_stage(stage, arriving, encoder)
         if stage.table is None and stage is not stages[-1]:
-            raise InputError(f"{stage.name} has no thresholds, and only the last layer is read as membrane.")
+            raise InputError(f"layer {_shown(stage.name)} has no thresholds, and only the last layer is read as membrane.")
 
 
 def check_stage(stage: Stage, arriving: Sequence[int], like: Tensor) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def check_stage(stage: Stage, arriving: Sequence[int], like: Tensor) -> tuple[in
     Raises:
         InputError: what does not fit, and in which layer.
     """
-    name = f"layer {stage.name}"
+    name = f"layer {_shown(stage.name)}"
     _sizes(f"{name}: in_shape", stage.in_shape)
     _sizes(f"{name}: out_shape", stage.out_shape)
     for what in ("stride", "dilation", "padding"):
@@ -95,7 +95,7 @@ def check_values(encoder: Tensor, stages: Sequence[Stage]) -> None:
     tensors = [("the encoder", encoder)]
     for stage in stages:
         parts = (("weight", stage.weight), ("bias", stage.bias), ("table", stage.table))
-        tensors += [(f"layer {stage.name}: {what}", tensor) for what, tensor in parts if tensor is not None]
+        tensors += [(f"layer {_shown(stage.name)}: {what}", tensor) for what, tensor in parts if tensor is not None]
     for what, tensor in tensors:
         # a view of a few numbers can have any shape
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -105,6 +105,11 @@ def check_values(encoder: Tensor, stages: Sequence[Stage]) -> None:
     for what, table in tensors:
         if what.endswith(("encoder", "table")) and not bool((table > 0).all() and (table.diff() <= 0).all()):
             raise InputError(f"{what}: thresholds and values fall from step to step, and stay above 0.")
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in one short line; a file may hold anything."""
+    return type(value).__name__ if isinstance(value, Tensor) else " ".join(repr(value)[:80].split())
 
 
 def _tensor(what: str, tensor: Any, like: Tensor) -> None:
@@ -129,7 +134,7 @@ def _table(what: str, table: Any, like: Tensor | None = None) -> None:
 def _sizes(what: str, shape: Any) -> None:
     fits = isinstance(shape, (tuple, list)) and all(_whole(n, 1) for n in shape) and len(shape)
     if not fits or math.prod(shape) > _MOST:
-        raise InputError(f"{what} is a shape of 1 to {_MOST} neurons, got {shape!r}.")
+        raise InputError(f"{what} is a shape of 1 to {_MOST} neurons, got {_shown(shape)}.")
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -138,12 +143,12 @@ def _whole(value: Any, least: int) -> bool:
 
 def _pair(what: str, pair: Any, least: int) -> None:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(_whole(n, least) for n in pair):
-        raise InputError(f"{what} is a pair of whole numbers from {least} on, got {pair!r}.")
+        raise InputError(f"{what} is a pair of whole numbers from {least} on, got {_shown(pair)}.")
 
 
 def _pools(name: str, pools: Any) -> list[Pool]:
     if not isinstance(pools, list) or not all(isinstance(p, Pool) for p in pools):
-        raise InputError(f"{name}: poolings are a list of Pool, got {pools!r}.")
+        raise InputError(f"{name}: poolings are a list of Pool, got {_shown(pools)}.")
     for pool in pools:
         for what in ("kernel", "stride", "dilation", "padding"):
             _pair(f"{name}: {what} of a pooling", getattr(pool, what), 0 if what == "padding" else 1)
@@ -157,7 +162,7 @@ def _pools(name: str, pools: Any) -> list[Pool]:
         if not fits or not isinstance(pool.ceil, bool):
             raise InputError(
                 f"{name}: a pooling is max, padded by half its kernel at most, or avg of windows side by side; "
-                f"got {pool}."
+                f"got {_shown(pool)}."
             )
     return pools
 
@@ -187,7 +192,7 @@ def _windows(
 def _convolved(name: str, stage: Stage, arriving: tuple[int, ...]) -> tuple[int, ...]:
     out, per_group, *kernel = stage.weight.shape
     if not _whole(stage.groups, 1) or out % stage.groups:
-        raise InputError(f"{name}: groups is {stage.groups!r}, expected a divisor of its {out} channels.")
+        raise InputError(f"{name}: groups is {_shown(stage.groups)}, expected a divisor of its {out} channels.")
     if len(arriving) != 3 or arriving[0] != per_group * stage.groups or not stage.weight.numel():
         raise InputError(
             f"{name}: weight {tuple(stage.weight.shape)} in {stage.groups} groups takes (channels, rows, columns) of "
