@@ -6,14 +6,11 @@ import errno
 import io
 import os
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
-
-import torch
 
 from .errors import FileError, InputError, SparsePluginError
 
@@ -102,17 +99,3 @@ def reason(error: BaseException) -> str:
     lines = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
     text = lines[0].strip().rstrip(".:") if lines else ""
     return f"{text[:200]}" if text else type(error).__name__
-
-
-def load_plain(path: str | PathLike[str], what: str, advice: str = "") -> Any:
-    """Tensors and plain data that ``torch.save`` wrote, on the CPU; no code in the file is run.
-
-    Raises:
-        InputError: there is no such file, or it is something else.
-    """
-    with reading(path, what, advice):
-        with zipfile.ZipFile(path) as archive:
-            packed = [member.filename for member in archive.infolist() if member.compress_type]
-        if packed:  # torch never compresses, so what is in a file is never larger than the file
-            raise ValueError(f"{packed[0]} in it is compressed")
-        return torch.load(path, map_location="cpu", weights_only=True)

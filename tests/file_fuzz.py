@@ -145,7 +145,10 @@ def damaged_arrays(path: Path, draw: Draw) -> None:
     with np.load(path) as file:
         tensors: Any = {name: torch.from_numpy(file[name]) for name in file.files}
     damaged = damaged_tree(tensors, draw)
-    kept = {str(k): v.numpy() if isinstance(v, torch.Tensor) else np.array(v, dtype=None) for k, v in damaged.items()}
+    kept = {
+        str(k): v.numpy() if isinstance(v, torch.Tensor) else np.array(v, dtype=None)
+        for k, v in damaged.items()
+    }
     np.savez(path, **kept)  # type: ignore[arg-type]
 
 
@@ -173,7 +176,13 @@ def network(kind: str) -> Any:
     torch.manual_seed(0)
     encoder = TTFSEncoder(window=16)
     dense = [encoder, nn.Linear(12, 9), TTFS(window=16), TTFSReadout(9, 5)]
-    image = [encoder, nn.MaxPool2d(2), nn.Conv2d(2, 4, 3, 2, 1, groups=2), TTFS(window=12), nn.MaxPool2d(2, 1)]
+    image = [
+        encoder,
+        nn.MaxPool2d(2),
+        nn.Conv2d(2, 4, 3, 2, 1, groups=2),
+        TTFS(window=12),
+        nn.MaxPool2d(2, 1),
+    ]
     image += [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3), TTFS(window=9), TTFSReadout(3, 2)]
     x = torch.rand(1, 12) if kind == "dense" else torch.rand(1, 2, 14, 13)
     return to_snn(nn.Sequential(*(dense if kind == "dense" else image)).eval(), x)
@@ -242,7 +251,9 @@ def damage_gesture(folder: Path, draw: Draw) -> None:
         damaged_file(path, draw)
         return
     changed = damaged_tensor(torch.from_numpy(np.load(path)), draw)
-    np.save(path, changed.numpy() if isinstance(changed, torch.Tensor) else np.array(changed), allow_pickle=True)
+    np.save(
+        path, changed.numpy() if isinstance(changed, torch.Tensor) else np.array(changed), allow_pickle=True
+    )
 
 
 def write_spikes(folder: Path) -> None:
@@ -274,7 +285,9 @@ def damage_spikes(folder: Path, draw: Draw) -> None:
         del file[name]
         if kind == "replace":
             shape = draw((), (0,), (6,), (7,), (6, 2), (2**40,))
-            dtype = draw("f4", "i8", "u1", "?", "S3", h5py.vlen_dtype(np.dtype("f8")), h5py.string_dtype(), "c8")
+            dtype = draw(
+                "f4", "i8", "u1", "?", "S3", h5py.vlen_dtype(np.dtype("f8")), h5py.string_dtype(), "c8"
+            )
             file.create_dataset(name, shape, dtype, chunks=(1024,) if shape == (2**40,) else None)
 
 
@@ -383,7 +396,11 @@ def damage_results(folder: Path, draw: Draw) -> None:
 
 
 def write_results(folder: Path) -> None:
-    row = {"request": {"seeds": [0]}, "conditions": {"settings": {"data": "digits"}, "title": "d"}, "result": [1]}
+    row = {
+        "request": {"seeds": [0]},
+        "conditions": {"settings": {"data": "digits"}, "title": "d"},
+        "result": [1],
+    }
     (folder / "train.json").write_text(json.dumps(row))
 
 
@@ -408,20 +425,28 @@ READERS = {
         lambda f: run_network(f / "net.pt"),
     ),
     "spike-times": Reader(
-        write_times, lambda f, draw: damaged_arrays(f / "times.npz", draw), lambda f: read_times(f / "times.npz")
+        write_times,
+        lambda f, draw: damaged_arrays(f / "times.npz", draw),
+        lambda f: read_times(f / "times.npz"),
     ),
     "idx": Reader(
-        lambda f: write_images(f, False), lambda f, draw: damaged_file(any_of(f, "*ubyte", draw), draw), read_images
+        lambda f: write_images(f, False),
+        lambda f, draw: damaged_file(any_of(f, "*ubyte", draw), draw),
+        read_images,
     ),
     "idx-gz": Reader(
-        lambda f: write_images(f, True), lambda f, draw: damaged_file(any_of(f, "*.gz", draw), draw), read_images
+        lambda f: write_images(f, True),
+        lambda f, draw: damaged_file(any_of(f, "*.gz", draw), draw),
+        read_images,
     ),
     "cifar": Reader(
         write_cifar,
         lambda f, draw: damaged_arrays(f / "cifar10.npz", draw),
         lambda f: sane(load_images("cifar10", f).train_x),
     ),
-    "gesture": Reader(write_gestures, damage_gesture, lambda f: check_set(load_spikes("dvs-gesture", f, steps=5))),
+    "gesture": Reader(
+        write_gestures, damage_gesture, lambda f: check_set(load_spikes("dvs-gesture", f, steps=5))
+    ),
     "n-mnist": Reader(write_nmnist, damage_nmnist, lambda f: check_set(load_spikes("n-mnist", f, steps=5))),
     "hdf5": Reader(write_spikes, damage_spikes, read_spikes),
     "hdf5-packed": Reader(write_spikes, damage_packed_spikes, read_spikes),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..files import load_plain, reading, write_atomic
+from ..files import reading, write_atomic
+from ..plain import load_plain
 from .settings import Settings
 
 _FREE = ("epochs",)  # what may differ when a training goes on: it can be made longer

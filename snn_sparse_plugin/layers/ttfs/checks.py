@@ -37,7 +37,9 @@ def check_network(encoder: Any, stages: Any, input_shape: Any) -> None:
     for stage in stages:
         arriving = check_stage(stage, arriving, encoder)
         if stage.table is None and stage is not stages[-1]:
-            raise InputError(f"layer {_shown(stage.name)} has no thresholds, and only the last layer is read as membrane.")
+            raise InputError(
+                f"layer {_shown(stage.name)} has no thresholds, and only the last layer is read as membrane."
+            )
 
 
 def check_stage(stage: Stage, arriving: Sequence[int], like: Tensor) -> tuple[int, ...]:
@@ -70,6 +72,8 @@ def check_stage(stage: Stage, arriving: Sequence[int], like: Tensor) -> tuple[in
             raise InputError(f"{name}: bias is {tuple(stage.bias.shape)}, expected ({len(stage.weight)},).")
     if stage.table is not None:
         _table(f"{name}: table", stage.table, like)
+    if not isinstance(stage.flatten_after, bool):
+        raise InputError(f"{name}: flatten_after is True or False, got {_shown(stage.flatten_after)}.")
     passed = expected
     for pool in _pools(name, stage.after):
         if pool.kind != "max":
@@ -95,7 +99,9 @@ def check_values(encoder: Tensor, stages: Sequence[Stage]) -> None:
     tensors = [("the encoder", encoder)]
     for stage in stages:
         parts = (("weight", stage.weight), ("bias", stage.bias), ("table", stage.table))
-        tensors += [(f"layer {_shown(stage.name)}: {what}", tensor) for what, tensor in parts if tensor is not None]
+        tensors += [
+            (f"layer {_shown(stage.name)}: {what}", tensor) for what, tensor in parts if tensor is not None
+        ]
     for what, tensor in tensors:
         # a view of a few numbers can have any shape
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -192,7 +198,9 @@ def _windows(
 def _convolved(name: str, stage: Stage, arriving: tuple[int, ...]) -> tuple[int, ...]:
     out, per_group, *kernel = stage.weight.shape
     if not _whole(stage.groups, 1) or out % stage.groups:
-        raise InputError(f"{name}: groups is {_shown(stage.groups)}, expected a divisor of its {out} channels.")
+        raise InputError(
+            f"{name}: groups is {_shown(stage.groups)}, expected a divisor of its {out} channels."
+        )
     if len(arriving) != 3 or arriving[0] != per_group * stage.groups or not stage.weight.numel():
         raise InputError(
             f"{name}: weight {tuple(stage.weight.shape)} in {stage.groups} groups takes (channels, rows, columns) of "

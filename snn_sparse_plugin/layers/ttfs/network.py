@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, InputError
-from ...files import load_plain, reading, write_atomic
+from ...files import reading, write_atomic
 from ...ops.ttfs import SILENT, ttfs
 from ...ops.ttfs import reference as coding
+from ...plain import load_plain
 from .checks import check_network, check_values
 from .events import simulate
 from .neuron import check_intensities
