@@ -70,8 +70,8 @@ def array(data: bytes) -> np.ndarray:
         raise ValueError(f"its header is damaged: {error}") from error
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not loaded")
-    if any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"it declares the shape {shape}")
+    if any(n < 0 for n in shape) or not dtype.itemsize:
+        raise ValueError(f"it declares {dtype} {shape}")
     expected, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
     if expected != there:
         raise ValueError(f"it declares {dtype} {shape}, {expected} bytes, and holds {there}")

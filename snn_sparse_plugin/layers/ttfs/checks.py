@@ -133,8 +133,8 @@ def _table(what: str, table: Any, like: Tensor | None = None) -> None:
             f"{what} holds thresholds and values, floating (2, window), got {type(table).__name__}."
         )
     _tensor(what, table, table if like is None else like)
-    if table.dim() != 2 or len(table) != 2 or not 1 <= table.shape[1] <= MAX_WINDOW:
-        raise InputError(f"{what} is {tuple(table.shape)}, expected (2, window), 1…{MAX_WINDOW} steps.")
+    if table.dim() != 2 or len(table) != 2 or not 2 <= table.shape[1] <= MAX_WINDOW:
+        raise InputError(f"{what} is {tuple(table.shape)}, expected (2, window), 2…{MAX_WINDOW} steps.")
 
 
 def _sizes(what: str, shape: Any) -> None:
@@ -185,14 +185,14 @@ def _windows(
     name: str, size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool = False
 ) -> int:
     room = size + 2 * padding - dilation * (kernel - 1) - 1
-    if room < 0:
+    count = (room + (stride - 1 if ceil else 0)) // stride + 1
+    if ceil and (count - 1) * stride >= size + padding:  # as torch: no window begins behind the end
+        count -= 1
+    if count < 1:
         raise InputError(
             f"{name}: a window of {kernel} (dilation {dilation}) does not fit into {size} neurons."
         )
-    count = (room + (stride - 1 if ceil else 0)) // stride + 1
-    return (
-        count - 1 if ceil and (count - 1) * stride >= size + padding else count
-    )  # as torch: none begins behind the end
+    return count
 
 
 def _convolved(name: str, stage: Stage, arriving: tuple[int, ...]) -> tuple[int, ...]:
