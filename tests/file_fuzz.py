@@ -1,4 +1,4 @@
-"""Files that are damaged by chance, read in a process of their own: ``python file_fuzz.py READER FIRST COUNT``.
+"""Files that are damaged by chance, read in a process of their own: ``python file_fuzz.py FIRST COUNT READER…``.
 
 A reader gives sane tensors or raises an error of this package; anything else ends the process with the seed of the
 case, and a crash ends it with a signal.
@@ -8,7 +8,6 @@ import copy
 import gzip
 import json
 import math
-import os
 import sys
 import tempfile
 import warnings
@@ -481,9 +480,9 @@ def main(name: str, first: int, count: int) -> None:
                 lines = str(error).splitlines()
                 if len(lines) != 1 or not any(str(p) in lines[0] for p in (folder, "the state")):
                     raise AssertionError(f"one line that names the file, got {error}") from error
-    print(f"{accepted} of {count} were accepted")
-    os._exit(0)
+    print(f"{name}: {accepted} of {count} were accepted")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    for reader in sys.argv[3:]:
+        main(reader, int(sys.argv[1]), int(sys.argv[2]))

@@ -234,7 +234,8 @@ def _step(t: np.ndarray, dt: float, T: int) -> np.ndarray:
     length = dt * 1e6
     if 1 <= length < 2**53 and abs(length - round(length)) < 1e-6:
         return np.minimum(t // round(length), T)
-    return np.minimum(t / length, T).astype(np.int64)
+    with np.errstate(over="ignore"):  # what is infinite is late too
+        return np.minimum(t / length, T).astype(np.int64)
 
 
 def _tracked(items: Sequence[Any], what: str) -> Iterable[Any]:

@@ -20,6 +20,7 @@ from ..files import reading
 from ..spikes import SpikeTrain
 from .dataset import EventStore, SpikeDataset, check_dt
 from .events import whole
+from .heaps import check_heaps
 from .official import FOLDERS
 
 CHANNELS = 700
@@ -169,7 +170,8 @@ def _add(store: EventStore, times: list[np.ndarray], units: list[np.ndarray], dt
     sample = np.repeat(np.arange(len(times)), [len(time) for time in times])
     seconds = np.concatenate(times).astype(np.float32)
     with np.errstate(over="ignore"):  # what is infinite is late too
-        step = np.minimum(seconds / np.float32(dt), np.float32(store.T)).astype(np.int64)
+        length = max(np.float32(dt), np.finfo(np.float32).tiny)
+        step = np.minimum(seconds / length, np.float32(store.T)).astype(np.int64)
     store.add(sample, step, np.concatenate(units), len(times))
 
 
@@ -181,6 +183,8 @@ def _opened(path: Path) -> Iterator[Any]:
     except ImportError as error:
         raise MissingDependencyError("h5py is not installed: pip install snn-sparse-plugin[data]") from error
     if path.suffix not in (".gz", ".zip"):
+        with reading(path, "an HDF5 file"), path.open("rb") as plain:
+            check_heaps(plain)
         with _hdf5(h5py, path, path) as file:
             yield file
         return
@@ -190,6 +194,7 @@ def _opened(path: Path) -> Iterator[Any]:
             gzip.open(path) if path.suffix == ".gz" else _only_member(path) as packed,
         ):
             _unpack(path, packed, plain)
+            check_heaps(plain)
         with _hdf5(h5py, plain, path) as file:
             yield file
 
