@@ -96,6 +96,15 @@ def reading(path: str | PathLike[str], what: str, advice: str = "") -> Iterator[
 
 def reason(error: BaseException) -> str:
     """The first line of an error, or its class where it says nothing."""
-    lines = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
-    text = lines[0].strip().rstrip(".:") if lines else ""
-    return f"{text[:200]}" if text else type(error).__name__
+    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
+    return printable(said[0].strip().rstrip(".:")[:200]) if said else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Foreign text, such as a name in an archive, without what would break a line or steer a terminal.
+
+    Example:
+        >>> printable("a\\nb")
+        'a?b'
+    """
+    return "".join(c if c.isprintable() else "?" for c in text)

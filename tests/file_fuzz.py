@@ -86,7 +86,7 @@ def damaged_tensor(x: torch.Tensor, draw: Draw) -> Any:
         return draw(x.reshape(-1), x.unsqueeze(0), x.unsqueeze(-1), x.flip(0) if x.dim() else x)
     if kind == "empty":
         return x.new_zeros(0)
-    if kind == "expand":
+    if kind == "expand" and x.numel():
         return x.reshape(-1)[:1].expand(draw(5, 100_000))
     return draw(*ODD)
 
@@ -388,10 +388,14 @@ def write_times(folder: Path) -> None:
 
 def damage_results(folder: Path, draw: Draw) -> None:
     path = folder / "train.json"
-    if draw(True, False):
-        damaged_file(path, draw)
+    try:
+        text = json.dumps(damaged_tree(json.loads(path.read_text()), draw), default=str)
+    except (ValueError, TypeError):  # a tree that holds itself, or keys that JSON has not
+        text = ""
+    if text and draw(True, False):
+        path.write_text(text)
     else:
-        path.write_text(json.dumps(damaged_tree(json.loads(path.read_text()), draw), default=str))
+        damaged_file(path, draw)
 
 
 def write_results(folder: Path) -> None:

@@ -57,7 +57,13 @@ def test_a_time_that_no_step_has_is_refused(tmp_path, time):
 
 @pytest.mark.parametrize(
     ("time", "dtype"),
-    [(2**63 // 1000 + 1, np.int64), (2**62, np.int64), (2**63, np.uint64), (-1, np.int32), (np.inf, np.float16)],
+    [
+        (2**63 // 1000 + 1, np.int64),
+        (2**62, np.int64),
+        (2**63, np.uint64),
+        (-1, np.int32),
+        (np.inf, np.float16),
+    ],
 )
 def test_a_time_is_not_wrapped_when_it_is_scaled(tmp_path, time, dtype):
     with refused("user1/0.npy", "has an event at"):
@@ -87,7 +93,18 @@ def test_late_events_are_left_out_and_fractions_of_a_millisecond_count(tmp_path)
         np.array([[1, 2, 1, None]]),
         np.array(3.0),
     ],
-    ids=["three columns", "flat", "rank", "complex", "text", "bool", "dates", "fields", "objects", "a number"],
+    ids=[
+        "three columns",
+        "flat",
+        "rank",
+        "complex",
+        "text",
+        "bool",
+        "dates",
+        "fields",
+        "objects",
+        "a number",
+    ],
 )
 def test_a_recording_that_is_no_table_of_numbers(tmp_path, array):
     with refused("user1/0.npy", "is not a recording"):
@@ -95,7 +112,8 @@ def test_a_recording_that_is_no_table_of_numbers(tmp_path, array):
 
 
 @pytest.mark.parametrize(
-    "row", [(128, 0, 0), (-1, 0, 0), (0, 2**40, 0), (0, 0, 2), (0, 0, -1), (0.5, 0, 0), (0, np.nan, 0), (0, 0, 0.5)]
+    "row",
+    [(128, 0, 0), (-1, 0, 0), (0, 2**40, 0), (0, 0, 2), (0, 0, -1), (0.5, 0, 0), (0, np.nan, 0), (0, 0, 0.5)],
 )
 def test_a_pixel_outside_the_sensor_or_between_two(tmp_path, row):
     with refused("user1/0.npy", "has (x|y|polarity)"):
@@ -294,7 +312,9 @@ def test_a_folder_for_unpacking_without_room_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
-@pytest.mark.parametrize("shape", [(2**31 - 1, 2**31 - 1, 2**31 - 1), (7, 40_000, 40_000), (2**31 - 1, 4, 4), (-1, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(2**31 - 1, 2**31 - 1, 2**31 - 1), (7, 40_000, 40_000), (2**31 - 1, 4, 4), (-1, 4, 4)]
+)
 def test_an_image_file_that_declares_more_than_it_holds(tmp_path, shape, packed):
     write_set(tmp_path, zipped=packed)
     data = struct.pack(">4i", IMAGES, *shape) + bytes(112)

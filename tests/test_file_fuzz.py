@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from file_fuzz import READERS
 
-QUICK = ("network-dense", "network-image", "spike-times", "idx-gz", "gesture", "n-mnist", "checkpoint", "results")
+QUICK = (
+    "network-dense",
+    "network-image",
+    "spike-times",
+    "idx-gz",
+    "gesture",
+    "n-mnist",
+    "checkpoint",
+    "results",
+)
 
 
 def run(readers: tuple[str, ...], first: int, count: int, timeout: float) -> None:

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from .. import unpack
 from ..errors import InputError
-from ..files import reading
+from ..files import printable, reading
 from .dataset import EventStore, SpikeDataset, check_dt
 from .events import microseconds, whole
 from .official import FOLDERS
@@ -174,23 +174,24 @@ def _label(camera: Camera, source: Source, name: str) -> int:
         label = -1
     if not 0 <= label < camera.classes:
         raise InputError(
-            f"{source.path}: the path of {name} does not name a class 0 to {camera.classes - 1} of {camera.name}."
+            f"{source.path}: the path of {printable(name)} does not name a class 0 to {camera.classes - 1} of {camera.name}."
         )
     return label
 
 
 def _decoded(camera: Camera, source: Source, name: str) -> Events:
+    who = f"{source.path}: {printable(name)}"
     try:
-        with reading(f"{source.path}: {name}", f"a recording of {camera.name}"):
+        with reading(who, f"a recording of {camera.name}"):
             return camera.decode(source.read(name))
     except InputError as error:
-        if str(source.path) in str(error):
+        if who in str(error):
             raise
-        raise InputError(f"{source.path}: {name}: {error}") from error
+        raise InputError(f"{who}: {error}") from error
 
 
 def _encode(
-    recordings: Iterable[tuple[Any, Events]],
+    recordings: Iterable[tuple[str, Events]],
     size: tuple[int, int, int],
     T: int,
     dt: float,
@@ -212,7 +213,7 @@ def _encode(
 
     held = 0
     for name, (t, x, y, p) in recordings:
-        who = f"{where}: {name}"
+        who = f"{where}: {printable(name)}"
         if not len(t) == len(x) == len(y) == len(p):
             raise InputError(f"{who} has {len(t)} times, {len(x)} x, {len(y)} y and {len(p)} polarities.")
         x, y = whole(x, width, f"{who} has x"), whole(y, height, f"{who} has y")

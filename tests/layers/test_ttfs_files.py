@@ -27,7 +27,14 @@ def dense():
 
 def image():
     layers = [TTFSEncoder(window=16), nn.MaxPool2d(2), nn.Conv2d(2, 4, 3, 2, 1, groups=2), TTFS(window=12)]
-    layers += [nn.MaxPool2d(2, 1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3), TTFS(window=9), TTFSReadout(3, 2)]
+    layers += [
+        nn.MaxPool2d(2, 1),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+        TTFS(window=9),
+        TTFSReadout(3, 2),
+    ]
     return to_snn(nn.Sequential(*layers).eval(), torch.rand(1, 2, 14, 13))
 
 
@@ -35,7 +42,14 @@ NETWORKS = {"dense": dense, "image": image}
 
 
 def pool(**changes):
-    whole = {"kind": "max", "kernel": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "ceil": False}
+    whole = {
+        "kind": "max",
+        "kernel": (2, 2),
+        "stride": (2, 2),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+        "ceil": False,
+    }
     return whole | changes
 
 
@@ -243,7 +257,9 @@ def test_shapes_behind_every_max_pooling_are_torchs(size, simulator):
                         if not torch.isfinite(pooled).all():  # a window in the padding alone
                             continue
                         features = pooled.numel() // 2
-                        body = nn.Sequential(TTFSEncoder(window=8), pooling, nn.Flatten(), nn.Linear(features, 2))
+                        body = nn.Sequential(
+                            TTFSEncoder(window=8), pooling, nn.Flatten(), nn.Linear(features, 2)
+                        )
                         net = to_snn(body.eval(), x)
                         torch.testing.assert_close(net.run(x, simulator=simulator).output, body(x))
 
@@ -277,7 +293,10 @@ def test_a_full_disk_leaves_the_old_network(tmp_path, monkeypatch, saved):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", no_room)
-    for write in (lambda: image().save(path), lambda: save_spike_times(dense(), torch.rand(2, 12), tmp_path / "t.npz")):
+    for write in (
+        lambda: image().save(path),
+        lambda: save_spike_times(dense(), torch.rand(2, 12), tmp_path / "t.npz"),
+    ):
         with pytest.raises(FileError, match="No space left"):
             write()
     assert path.read_bytes() == saved["dense"].read_bytes()
