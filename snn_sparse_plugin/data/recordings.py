@@ -174,7 +174,8 @@ def _label(camera: Camera, source: Source, name: str) -> int:
         label = -1
     if not 0 <= label < camera.classes:
         raise InputError(
-            f"{source.path}: the path of {printable(name)} does not name a class 0 to {camera.classes - 1} of {camera.name}."
+            f"{source.path}: the path of {printable(name)} does not name a class 0 to {camera.classes - 1} of "
+            f"{camera.name}."
         )
     return label
 

@@ -26,17 +26,23 @@ def check_network(encoder: Any, stages: Any, input_shape: Any) -> None:
     Raises:
         InputError: what does not fit, by layer.
     """
-    _table("the encoder", encoder)
+    check_order(encoder, stages)
     _sizes("the network's input", input_shape)
+    arriving = tuple(input_shape)
+    for stage in stages:
+        arriving = check_stage(stage, arriving, encoder)
+
+
+def check_order(encoder: Any, stages: Any) -> None:
+    """Raise :class:`InputError` unless there are layers with names of their own, and only the last one is a readout."""
+    _table("the encoder", encoder)
     if not isinstance(stages, list) or not stages or not all(isinstance(s, Stage) for s in stages):
         raise InputError("a spiking network has a list of one stage or more.")
     names = [stage.name for stage in stages]
     if not all(isinstance(name, str) for name in names) or len({"input", *names}) <= len(names):
         raise InputError(f"layers have names of their own, other than 'input', got {_shown(names)}.")
-    arriving = tuple(input_shape)
-    for stage in stages:
-        arriving = check_stage(stage, arriving, encoder)
-        if stage.table is None and stage is not stages[-1]:
+    for stage in stages[:-1]:
+        if stage.table is None:
             raise InputError(
                 f"layer {_shown(stage.name)} has no thresholds, and only the last layer is read as membrane."
             )

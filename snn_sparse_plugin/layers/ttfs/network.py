@@ -15,7 +15,7 @@ from ...files import reading, write_atomic
 from ...ops.ttfs import SILENT, ttfs
 from ...ops.ttfs import reference as coding
 from ...plain import load_plain
-from .checks import check_network, check_values
+from .checks import check_network, check_order, check_stage, check_values
 from .events import simulate
 from .neuron import check_intensities
 from .stages import Pool, Stage, integrate
@@ -159,7 +159,7 @@ class TTFSNetwork:
             InputError: a batch of another shape, NaN, or intensities outside [0, 1]; layers that do not fit together.
             ConfigError: an unknown simulator, or early firing outside its range.
         """
-        check_network(self.encoder, self.stages, self.input_shape)
+        check_order(self.encoder, self.stages)
         simulator = simulator or "event"
         if simulator not in SIMULATORS:
             raise ConfigError(f"simulators are {', '.join(SIMULATORS)}; got {simulator!r}.")
@@ -184,6 +184,7 @@ class TTFSNetwork:
                 u, fired, spikes, synops = simulate(stage, arriving, values, first_fire)
                 run.synops[stage.name] = synops
             else:
+                check_stage(stage, arriving.shape[1:], values)
                 u, fired = integrate(stage, arriving, values, first_fire)
                 spikes = _count(fired) if fired is not None else torch.zeros(len(u), dtype=torch.int64)
             if record:
