@@ -303,9 +303,15 @@ def test_a_folder_for_unpacking_without_room_is_named(tmp_path, monkeypatch):
         def write(self, data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
-    with pytest.raises(FileError, match=r"shd_train.h5.gz cannot be unpacked into .*No space left.*TMPDIR"):
-        load_spikes("shd", tmp_path)
+    def refuses():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for temporary in (Full, refuses):
+        monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
+        with pytest.raises(
+            FileError, match=r"shd_train.h5.gz cannot be unpacked into .*No space left.*TMPDIR"
+        ):
+            load_spikes("shd", tmp_path)
 
 
 # --- images ---

@@ -188,7 +188,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with _hdf5(h5py, path, path) as file:
             yield file
         return
-    with tempfile.TemporaryFile() as plain:
+    with _temporary(path) as plain:
         with (
             reading(path, f"a complete {path.suffix} file", "Fetch it again."),
             gzip.open(path) if path.suffix == ".gz" else _only_member(path) as packed,
@@ -208,10 +208,22 @@ def _unpack(path: Path, packed: Any, plain: IO[bytes]) -> None:
             plain.write(block)
             plain.flush()
         except OSError as error:
-            raise FileError(
-                f"{path} cannot be unpacked into {tempfile.gettempdir()} ({error.strerror or error}): make room there, "
-                "name another folder in TMPDIR, or unpack the file yourself."
-            ) from error
+            raise _no_room(path, error) from error
+
+
+def _temporary(path: Path) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise _no_room(path, error) from error
+
+
+def _no_room(path: Path, error: OSError) -> FileError:
+    where = tempfile.tempdir or "a folder for temporary files"
+    return FileError(
+        f"{path} cannot be unpacked into {where} ({error.strerror or error}): make room there, name another folder in "
+        "TMPDIR, or unpack the file yourself."
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from snn_sparse_plugin import InputError
+from snn_sparse_plugin import InputError, UnsupportedError
 from snn_sparse_plugin.config import SparseConfig, use_config
 from snn_sparse_plugin.errors import FileError
 from snn_sparse_plugin.layers.ttfs import TTFS, TTFSEncoder, TTFSNetwork, TTFSReadout, to_snn
@@ -126,6 +126,9 @@ IMAGE = {
     "another stride": first(stride=(1, 2)),
     "a negative padding": first(padding=(-1, 1)),
     "a huge padding": first(padding=(2**62, 1)),
+    "an image that is nearly all padding": first(
+        stride=(1, 1), padding=(20_000, 20_000), out_shape=(4, 40_005, 40_004)
+    ),
     "another padding": first(padding=(0, 1)),
     "a dilation beyond the image": first(dilation=(9, 1)),
     "a dilation of fractions": first(dilation=(1.5, 1)),
@@ -281,6 +284,13 @@ def test_images_without_a_channel_are_pooled_as_torch_pools_them(pooling, simula
     model = nn.Sequential(*layers, nn.Linear(nn.Sequential(*layers)(x).shape[1], 2)).eval()
     net = to_snn(model, x)
     torch.testing.assert_close(net.run(x, simulator=simulator).output, model(x))
+
+
+def test_numbers_that_no_grid_holds_are_named():
+    net = dense().to(torch.float64)
+    net.encoder = torch.logspace(0, -308, 16, dtype=torch.float64).expand(2, -1).clone()
+    with pytest.raises(UnsupportedError, match="2: its sums are too large, or its values too small"):
+        net.on_grid()
 
 
 # --- written whole ---

@@ -40,6 +40,10 @@ def replaced(where, change):
 
 CHANGES = {
     "no filter": lambda s: s.pop("filter"),
+    "a filter of another shape": lambda s: s.update(filter=s["filter"]._replace(A=torch.ones(3, 3))),
+    "a filter without such a component": lambda s: s.update(filter=s["filter"]._replace(out=7)),
+    "a filter that is a tuple": lambda s: s.update(filter=tuple(s["filter"])),
+    "signals to other layers": lambda s: s.update(indirect={"other"}),
     "one entry more": lambda s: s.update(more=1),
     "steps that are text": lambda s: s.update(steps_seen="13"),
     "negative steps": lambda s: s.update(steps_seen=-1),

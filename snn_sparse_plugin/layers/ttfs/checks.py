@@ -17,6 +17,7 @@ from ...errors import InputError
 from ...ops.ttfs import MAX_WINDOW
 from .stages import Pair, Pool, Stage
 
+_FAR = 64  # padding that is always taken; more makes neurons that no spike reaches, in any number
 _MOST = 2**31 - 1  # neurons of a layer and steps in its memory: what int32 counts
 
 
@@ -213,7 +214,12 @@ def _convolved(name: str, stage: Stage, arriving: tuple[int, ...]) -> tuple[int,
             f"{per_group * stage.groups} channels, got {arriving}."
         )
     pairs: tuple[Pair, ...] = (tuple(kernel), stage.stride, stage.padding, stage.dilation)  # type: ignore[assignment]
-    axes = zip(arriving[1:], *pairs, strict=True)
+    axes = list(zip(arriving[1:], *pairs, strict=True))
+    for size, taps, _, padding, dilation in axes:
+        if padding > max(_FAR, size + dilation * (taps - 1)):
+            raise InputError(
+                f"{name}: a padding of {padding} is wider than its {size} neurons and the kernel together."
+            )
     return (out, *(_windows(name, *axis) for axis in axes))
 
 

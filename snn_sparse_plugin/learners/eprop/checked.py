@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...files import reading
+from .scan import Filter
 
 if TYPE_CHECKING:
     from .learner import EProp
@@ -32,6 +33,10 @@ def check_state(learner: EProp, state: Any) -> None:
         _counts("steps_seen", state["steps_seen"])
         if batch is not None:
             _counts("batch", batch)
+        _filter(state["filter"])
+        indirect = state["indirect"]
+        if indirect is not None and not set(indirect) <= set(state["layers"]):
+            raise ValueError(f"signals come to {', '.join(map(str, indirect))} indirectly")
         for part in ("matrices", "followed"):
             for name, matrix in state["feedback"][part].items():
                 _tensor(f"feedback of {name}", matrix, shapes[name])
@@ -46,6 +51,17 @@ def check_state(learner: EProp, state: Any) -> None:
         for part in state["compiled"]:
             for name, value in part.items():
                 _tensor(name, value)
+
+
+def _filter(found: Any) -> None:
+    if found is None:
+        return
+    if not isinstance(found, Filter):
+        raise ValueError(f"filter is {type(found).__name__}")
+    _tensor("filter", found.b)
+    _tensor("filter", found.A, (found.b.numel(), found.b.numel()))
+    if found.b.dim() != 1 or not isinstance(found.out, int) or not 0 <= found.out < max(1, len(found.b)):
+        raise ValueError(f"filter has no component {found.out}")
 
 
 def _layer(name: str, layer: Any, shapes: dict[str, tuple[int, ...]], batch: int | None) -> None:
