@@ -40,7 +40,8 @@ class SpikeFile:
 
     Raises:
         ConfigError: there is no such file.
-        InputError: it has another layout, or it is truncated.
+        InputError: it has another layout, it is truncated, or a time, unit or label is impossible.
+        FileError: there is no room to unpack it.
         MissingDependencyError: h5py is not installed.
     """
 

@@ -168,6 +168,9 @@ def save_spike_times(net: TTFSNetwork, x: Tensor, path: str | PathLike[str], **o
 
     For each layer ``times/<layer>`` (B, …) uint8, 255 for silent, and ``values/<layer>``, what a spike of each step
     is worth; also ``output`` (B, classes). Options are those of :meth:`TTFSNetwork.run`.
+
+    Raises:
+        FileError: the file cannot be written; an older one is as it was.
     """
     run = net.run(x, record=True, **options)
     tables = {"input": net.encoder} | {s.name: s.table for s in net.stages if s.table is not None}
