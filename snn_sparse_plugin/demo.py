@@ -96,6 +96,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         MissingDependencyError: the library, scikit-learn or matplotlib is not installed.
     """
     from .plot import demo_figure
+    from .plot.style import saved
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -143,7 +144,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     sample = coded(data.test_x[:1])
     raster = _raster([sample, *(train for train, _ in _layers(sparse_net, sample))])
     result = DemoResult(options, trained, compared, activity, raster, int(data.test_y[0]))
-    demo_figure(result).savefig(options.out, dpi=150)
+    saved(demo_figure(result), options.out)
     return result
 
 

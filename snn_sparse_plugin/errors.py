@@ -23,3 +23,7 @@ class MissingDependencyError(SparsePluginError, ImportError):
 
 class FusionError(SparsePluginError):
     """Recorded steps that cannot run any more as the step loop would have run them."""
+
+
+class FileError(SparsePluginError, OSError):
+    """A file that cannot be written: no room, no permission."""

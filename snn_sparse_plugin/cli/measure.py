@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..files import write_text
 from .common import JsonFlag, check_writable, consoles, numbers, readable_errors
 
 
@@ -146,5 +147,5 @@ def bench(
         if to_stdout:
             emit(rows)
         elif out is not None:
-            out.write_text(json.dumps(rows, indent=2) + "\n")
+            write_text(out, json.dumps(rows, indent=2) + "\n")
             console.print(f"{len(rows)} rows written to {out}")

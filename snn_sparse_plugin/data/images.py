@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import zipfile
-import zlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import unpack
 from ..errors import ConfigError, InputError, MissingDependencyError
+from ..files import reading
 from .official import FOLDERS
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
@@ -119,11 +121,11 @@ def _digits() -> ImageData:
 def _cifar(name: str, root: Path) -> ImageData:
     classes, file = int(name.removeprefix("cifar")), root / f"{name}.npz"
     if file.is_file():
-        try:
-            with np.load(file, allow_pickle=False) as data:
-                arrays = [data[key] for key in ("train_x", "train_y", "test_x", "test_y")]
-        except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise InputError(f"{file} does not hold train_x, train_y, test_x and test_y: {error}") from error
+        names = ("train_x", "train_y", "test_x", "test_y")
+        missing = "It does not hold train_x, train_y, test_x and test_y as they are: make it again."
+        with reading(file, "an .npz file", missing):
+            found = unpack.arrays(file, names.__contains__)
+            arrays = [found[key] for key in names]
     else:
         try:
             from torchvision import datasets
@@ -135,7 +137,9 @@ def _cifar(name: str, root: Path) -> ImageData:
         kind = getattr(datasets, name.upper())
         try:
             parts = [kind(str(root), train=train) for train in (True, False)]
-        except RuntimeError as error:
+        except (
+            Exception
+        ) as error:  # pickles, which torchvision opens where their checksums are the official ones
             raise InputError(
                 f"no {name} files in {root}, neither {file.name} nor torchvision's: {error}"
             ) from error
@@ -191,24 +195,31 @@ def _read_idx(folder: Path, stem: str, magic: int) -> np.ndarray:
     path = next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
     if path is None:
         raise InputError(f"{folder / stem}[.gz] is missing.")
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path} is not a complete gzip file ({error}); fetch it again.") from error
+    with (
+        reading(path, "a complete gzip file" if path.suffix == ".gz" else "an idx file", "Fetch it again."),
+        gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file,
+    ):
+        return _idx(path, file, magic)
+
+
+def _idx(path: Path, file: Any, magic: int) -> np.ndarray:
+    packed = path.stat().st_size
     dims = magic & 0xFF
-    header = np.frombuffer(data[: 4 * (dims + 1)], dtype=">i4") if len(data) >= 4 * (dims + 1) else None
+    head = file.read(4 * (dims + 1))
+    header = np.frombuffer(head, dtype=">i4") if len(head) == 4 * (dims + 1) else None
     if header is None or header[0] != magic or (header[1:] < 0).any():
         raise InputError(
             f"{path} is not an idx file of {'images' if magic == _IMAGES else 'labels'}: it starts with "
-            f"0x{data[:4].hex() or '(nothing)'}, expected 0x{magic:08x}."
+            f"0x{head[:4].hex() or '(nothing)'}, expected 0x{magic:08x}."
         )
     shape = tuple(int(n) for n in header[1:])
-    body, expected = len(data) - header.nbytes, int(np.prod(shape, dtype=np.int64))
-    if body != expected:
+    expected = math.prod(shape)
+    unpack.check_bound(expected, packed)
+    body = unpack.read_bounded(file, packed, expected + 1)
+    if len(body) != expected:
+        found = f"more than {expected}" if len(body) > expected else f"{len(body)}"
         raise InputError(
-            f"{path} holds {body} bytes of data, its header promises {expected}, shape {shape}; "
+            f"{path} holds {found} bytes of data, its header promises {expected}, shape {shape}; "
             f"fetch it again."
         )
-    return np.frombuffer(data, dtype=np.uint8, offset=header.nbytes).reshape(shape)
+    return np.frombuffer(body, dtype=np.uint8).reshape(shape)

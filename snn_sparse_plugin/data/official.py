@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import InputError, MissingDependencyError
+from ..files import reading, reason
 
 # MD5 by lower-case file name, as torchvision.datasets (images) and tonic.datasets (recordings) give them
 CHECKSUMS: dict[str, dict[str, str]] = {
@@ -70,7 +71,7 @@ def check_files(name: str, root: str | Path) -> dict[Path, bool]:
 
 def _md5(path: Path) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
+    with reading(path, "a file that can be compared"), path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -102,5 +103,5 @@ def download_set(name: str, root: str | Path) -> None:
         else:
             for train in (True, False):
                 kind(str(root), train=train)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{library} could not fetch {name} into {root}: {error}") from error
+    except Exception as error:  # of the network, the disk, or what was fetched
+        raise InputError(f"{library} could not fetch {name} into {root}: {reason(error)}.") from error

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,15 +13,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from .. import unpack
 from ..errors import InputError
+from ..files import printable, reading
 from .dataset import EventStore, SpikeDataset, check_dt
+from .events import microseconds, whole
 from .official import FOLDERS
 
 _CHUNK = 4_000_000  # events that are sorted together
 
 
 class Events(NamedTuple):
-    """Events of one recording: time in µs, pixel and polarity (0 or 1), integers (events,)."""
+    """Events of one recording: time in µs, pixel and polarity (0 or 1), (events,); as they are stored, not checked."""
 
     t: np.ndarray
     x: np.ndarray
@@ -49,7 +50,7 @@ class Camera:
         suffix: of a recording's file.
         places: per part, names of the folder or zip file.
         label: class of a recording, from its path.
-        decode: its events; raises ValueError for a file that is none.
+        decode: its events; raises ValueError or InputError for a file that is none.
     """
 
     name: str
@@ -87,11 +88,11 @@ def decode_nmnist(data: bytes) -> Events:
 
 def decode_npy(data: bytes) -> Events:
     """Tonic's form of DVS Gesture: an array (events, 4) of x, y, polarity and time in ms."""
-    events = np.load(io.BytesIO(data), allow_pickle=False)
-    if events.ndim != 2 or events.shape[1] != 4:
-        raise ValueError(f"an array of shape {events.shape} is not (events, 4)")
-    x, y, p, t = events.astype(np.int64).T
-    return Events(t * 1000, x, y, p)
+    events = unpack.array(data)
+    if events.ndim != 2 or events.shape[1] != 4 or events.dtype.kind not in "iuf":
+        raise ValueError(f"an array {events.dtype} {events.shape} is not one of numbers (events, 4)")
+    x, y, p, t = events.T
+    return Events(microseconds(t, 1000, "the recording"), x, y, p)
 
 
 CAMERAS = {
@@ -144,11 +145,10 @@ def _folder(place: Path, suffix: str) -> Source:
 
 
 def _archive(place: Path, suffix: str) -> Source:
-    try:
+    with reading(place, "a complete zip file", "Fetch it again."):
         archive = zipfile.ZipFile(place)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{place} is not a complete zip file ({error}); fetch it again.") from error
-    names = sorted(name for name in archive.namelist() if name.endswith(suffix))
+        names = sorted(name for name in archive.namelist() if name.endswith(suffix))
+        unpack.check_members(archive, names)
     return Source(place, names, archive.read)
 
 
@@ -174,20 +174,25 @@ def _label(camera: Camera, source: Source, name: str) -> int:
         label = -1
     if not 0 <= label < camera.classes:
         raise InputError(
-            f"{source.path}: the path of {name} does not name a class 0 to {camera.classes - 1} of {camera.name}."
+            f"{source.path}: the path of {printable(name)} does not name a class 0 to {camera.classes - 1} of "
+            f"{camera.name}."
         )
     return label
 
 
 def _decoded(camera: Camera, source: Source, name: str) -> Events:
+    who = f"{source.path}: {printable(name)}"
     try:
-        return camera.decode(source.read(name))
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        raise InputError(f"{source.path}: {name} is not a recording of {camera.name}: {error}.") from error
+        with reading(who, f"a recording of {camera.name}"):
+            return camera.decode(source.read(name))
+    except InputError as error:
+        if who in str(error):
+            raise
+        raise InputError(f"{who}: {error}") from error
 
 
 def _encode(
-    recordings: Iterable[tuple[Any, Events]],
+    recordings: Iterable[tuple[str, Events]],
     size: tuple[int, int, int],
     T: int,
     dt: float,
@@ -209,15 +214,14 @@ def _encode(
 
     held = 0
     for name, (t, x, y, p) in recordings:
-        for values, bound, what in ((x, width, "x"), (y, height, "y"), (p, polarities, "polarity")):
-            if len(values) and not (values.min() >= 0 and values.max() < bound):
-                found = f"{values.min()}…{values.max()}"
-                raise InputError(f"{where}: {name} has {what} {found}, expected 0…{bound - 1}.")
-        if len(t) and t.min() < 0:
-            raise InputError(f"{where}: {name} has an event at {t.min()} µs, before its beginning.")
+        who = f"{where}: {printable(name)}"
+        if not len(t) == len(x) == len(y) == len(p):
+            raise InputError(f"{who} has {len(t)} times, {len(x)} x, {len(y)} y and {len(p)} polarities.")
+        x, y = whole(x, width, f"{who} has x"), whole(y, height, f"{who} has y")
+        p = whole(p, polarities, f"{who} has polarity")
         plane = 0 if merge_polarity else p.astype(np.int64) * height
         columns.append((plane + y.astype(np.int64)) * width + x)
-        steps.append(_step(t, dt))
+        steps.append(_step(microseconds(t, 1, who), dt, T))
         held += len(t)
         if held > _CHUNK:
             flush()
@@ -227,12 +231,13 @@ def _encode(
     return store
 
 
-def _step(t: np.ndarray, dt: float) -> np.ndarray:
-    """Steps of times in µs, in whole numbers where ``dt`` is a whole number of µs."""
-    microseconds = dt * 1e6
-    if microseconds >= 1 and abs(microseconds - round(microseconds)) < 1e-6:
-        return t // round(microseconds)
-    return np.floor(t / microseconds).astype(np.int64)
+def _step(t: np.ndarray, dt: float, T: int) -> np.ndarray:
+    """Steps of times in µs, in whole numbers where ``dt`` is a whole number of µs; T is all that is later."""
+    length = dt * 1e6
+    if 1 <= length < 2**53 and abs(length - round(length)) < 1e-6:
+        return np.minimum(t // round(length), T)
+    with np.errstate(over="ignore"):  # what is infinite is late too
+        return np.minimum(t / length, T).astype(np.int64)
 
 
 def _tracked(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -240,6 +245,16 @@ def _tracked(items: Sequence[Any], what: str) -> Iterable[Any]:
     if len(items) < 500 or not sys.stderr.isatty():
         return items
     return track(items, what, console=Console(stderr=True), transient=True)
+
+
+def _whole_label(label: Any, who: str) -> int:
+    try:
+        number = int(label)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or number != label or not -(2**63) <= number < 2**63:
+        raise InputError(f"{who}: a label is a whole number, got {label!r}.")
+    return number
 
 
 def from_tonic(
@@ -284,7 +299,7 @@ def from_tonic(
                     f"sample {k}: expected a structured array with fields t and x, got fields {names or 'none'}; "
                     "leave out transforms that make frames."
                 )
-            labels.append(int(label))
+            labels.append(_whole_label(label, f"sample {k}"))
             zeros = np.zeros(len(events), np.int64)
             yield (
                 f"sample {k}",
@@ -292,7 +307,7 @@ def from_tonic(
                     events["t"],
                     events["x"],
                     events["y"] if "y" in names else zeros,
-                    events["p"].astype(np.int64) if "p" in names and size[2] > 1 else zeros,
+                    events["p"] if "p" in names and size[2] > 1 else zeros,
                 ),
             )
 

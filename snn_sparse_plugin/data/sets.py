@@ -87,7 +87,8 @@ def load_spikes(
 
     Raises:
         ConfigError: an unknown name, no ``root``, or a number out of range.
-        InputError: files that are missing, truncated, or something else.
+        InputError: files that are missing, truncated, or something else, or hold impossible numbers.
+        FileError: there is no room to unpack a file.
         MissingDependencyError: scikit-learn (digits), h5py (SHD, SSC), tonic or torchvision (to download) is missing.
 
     Example:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import gzip
-import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, InputError, MissingDependencyError
+from .. import unpack
+from ..errors import ConfigError, FileError, InputError, MissingDependencyError
+from ..files import reading
 from ..spikes import SpikeTrain
 from .dataset import EventStore, SpikeDataset, check_dt
+from .events import whole
+from .heaps import check_heaps
 from .official import FOLDERS
 
 CHANNELS = 700
 _CHUNK = 512  # recordings read together
+_LATEST = 2.0**63 / 1e6  # seconds
 
 
 class SpikeFile:
@@ -37,7 +40,8 @@ class SpikeFile:
 
     Raises:
         ConfigError: there is no such file.
-        InputError: it has another layout, or it is truncated.
+        InputError: it has another layout, it is truncated, or a time, unit or label is impossible.
+        FileError: there is no room to unpack it.
         MissingDependencyError: h5py is not installed.
     """
 
@@ -118,16 +122,14 @@ def find_file(name: str, part: str, root: Path) -> Path:
 
 
 def _labels(path: Path, file: Any) -> np.ndarray:
-    try:
-        sizes = {key: len(file[key]) for key in ("labels", "spikes/times", "spikes/units")}
-        labels = np.asarray(file["labels"][:], dtype=np.int64)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is not in the layout of SHD: {error.args[0]}") from error
-    except OSError as error:
-        raise InputError(f"{path} is truncated or damaged: {error}") from error
-    if len(set(sizes.values())) > 1:
-        raise InputError(f"{path} is not in the layout of SHD: its parts differ in length, {sizes}.")
-    return labels
+    with reading(path, "in the layout of SHD"):
+        parts = {key: file[key] for key in ("labels", "spikes/times", "spikes/units")}
+        sizes = {key: len(part) for key, part in parts.items()}
+        if len(set(sizes.values())) > 1:
+            raise InputError(f"{path} is not in the layout of SHD: its parts differ in length, {sizes}.")
+        for part in parts.values():  # a data set can declare any size, and be made of what is not in the file
+            unpack.check_bound(part.size * part.dtype.itemsize, path.stat().st_size)
+        return whole(np.asarray(parts["labels"][:]), 1 << 31, f"{path} has labels").astype(np.int64)
 
 
 def _recordings(
@@ -138,28 +140,39 @@ def _recordings(
         part = chosen[begin : begin + _CHUNK]
         # a slice where it can be one: h5py picks single rows slowly
         which = slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else part
-        try:
-            times, units = list(file["spikes/times"][which]), list(file["spikes/units"][which])
-        except OSError as error:
-            raise InputError(f"{path} is truncated or damaged: {error}") from error
-        for k, time, unit in zip(part, times, units, strict=True):
-            if len(time) != len(unit):
-                raise InputError(f"{path}: recording {k} has {len(time)} times and {len(unit)} units.")
-            if len(unit) and not 0 <= int(unit.min()) <= int(unit.max()) < channels:
-                wrong = int(unit.max()) if int(unit.max()) >= channels else int(unit.min())
-                raise InputError(f"{path} has unit {wrong}, expected {channels} channels.")
-            if len(time) and not float(time.min()) >= 0:  # also NaN
-                raise InputError(
-                    f"{path}: recording {k} has a spike at {time.min()} s, expected times from 0 on."
-                )
-        yield times, units
+        with reading(path, "in the layout of SHD"):
+            times, units = (
+                [np.asarray(row) for row in file[f"spikes/{key}"][which]] for key in ("times", "units")
+            )
+        yield times, [_checked(path, *each, channels) for each in zip(part, times, units, strict=True)]
+
+
+def _checked(path: Path, k: int, time: np.ndarray, unit: np.ndarray, channels: int) -> np.ndarray:
+    """The units of recording ``k``, where they and its times are what they have to be."""
+    if time.ndim != 1 or time.dtype.kind not in "iuf":
+        raise InputError(f"{path}: recording {k} has times of {time.dtype} {time.shape}, expected seconds.")
+    if unit.shape != time.shape:
+        raise InputError(f"{path}: recording {k} has {len(time)} times and {unit.size} units.")
+    if not len(time):
+        return unit.astype(np.int64)
+    if not float(time.min()) >= 0:  # also NaN
+        raise InputError(f"{path}: recording {k} has a spike at {time.min()} s, expected times from 0 on.")
+    if not float(time.max()) < _LATEST:
+        raise InputError(
+            f"{path}: recording {k} has a spike at {time.max()} s, later than 64 bits of µs can count."
+        )
+    if unit.dtype.kind in "iuf" and not (unit.min() >= 0 and unit.max() < channels):
+        wrong = unit.max() if not unit.max() < channels else unit.min()
+        raise InputError(f"{path} has unit {wrong}, expected {channels} channels.")
+    return whole(unit, channels, f"{path}: recording {k} has unit")
 
 
 def _add(store: EventStore, times: list[np.ndarray], units: list[np.ndarray], dt: float) -> None:
     sample = np.repeat(np.arange(len(times)), [len(time) for time in times])
     seconds = np.concatenate(times).astype(np.float32)
-    late = np.float32(store.T)  # also what is infinite
-    step = np.minimum(seconds / np.float32(dt), late).astype(np.int64)
+    with np.errstate(over="ignore"):  # what is infinite is late too
+        length = max(np.float32(dt), np.finfo(np.float32).tiny)
+        step = np.minimum(seconds / length, np.float32(store.T)).astype(np.int64)
     store.add(sample, step, np.concatenate(units), len(times))
 
 
@@ -171,26 +184,55 @@ def _opened(path: Path) -> Iterator[Any]:
     except ImportError as error:
         raise MissingDependencyError("h5py is not installed: pip install snn-sparse-plugin[data]") from error
     if path.suffix not in (".gz", ".zip"):
+        with reading(path, "an HDF5 file"), path.open("rb") as plain:
+            check_heaps(plain)
         with _hdf5(h5py, path, path) as file:
             yield file
         return
-    with tempfile.TemporaryFile() as plain:
-        try:
-            with gzip.open(path) if path.suffix == ".gz" else _only_member(path) as packed:
-                shutil.copyfileobj(packed, plain, 1 << 20)
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{path} is not a complete {path.suffix} file ({error}); fetch it again."
-            ) from error
+    with _temporary(path) as plain:
+        with (
+            reading(path, f"a complete {path.suffix} file", "Fetch it again."),
+            gzip.open(path) if path.suffix == ".gz" else _only_member(path) as packed,
+        ):
+            _unpack(path, packed, plain)
+            check_heaps(plain)
         with _hdf5(h5py, plain, path) as file:
             yield file
 
 
-def _hdf5(h5py: Any, file: Any, path: Path) -> Any:
+def _unpack(path: Path, packed: Any, plain: IO[bytes]) -> None:
+    size, done = path.stat().st_size, 0
+    while block := packed.read(1 << 20):
+        done += len(block)
+        unpack.check_bound(done, size)
+        try:
+            plain.write(block)
+            plain.flush()
+        except OSError as error:
+            raise _no_room(path, error) from error
+
+
+def _temporary(path: Path) -> IO[bytes]:
     try:
-        return h5py.File(file, "r")
+        return tempfile.TemporaryFile()
     except OSError as error:
-        raise InputError(f"{path} is not an HDF5 file: {error}") from error
+        raise _no_room(path, error) from error
+
+
+def _no_room(path: Path, error: OSError) -> FileError:
+    where = tempfile.tempdir or "a folder for temporary files"
+    return FileError(
+        f"{path} cannot be unpacked into {where} ({error.strerror or error}): make room there, name another folder in "
+        "TMPDIR, or unpack the file yourself."
+    )
+
+
+@contextmanager
+def _hdf5(h5py: Any, file: Any, path: Path) -> Iterator[Any]:
+    with reading(path, "an HDF5 file"):
+        found = h5py.File(file, "r")
+    with found:
+        yield found
 
 
 @contextmanager
@@ -199,5 +241,6 @@ def _only_member(path: Path) -> Iterator[Any]:
         names = [name for name in archive.namelist() if name.endswith(".h5")]
         if len(names) != 1:
             raise InputError(f"{path} holds {len(names)} .h5 files, expected one.")
+        unpack.check_members(archive, names)
         with archive.open(names[0]) as member:
             yield member

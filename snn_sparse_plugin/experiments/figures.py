@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..files import reading, write_atomic
 from ..plot.style import DENSE, INK, LAYERS, SPARSE, clean, new_figure, whole_numbers
-from .files import write_atomic
+from ..unpack import arrays
 from .study import Study
 
 
@@ -20,7 +21,8 @@ def draw(study: Study, results: dict[str, Any]) -> dict[str, list[str]]:
         if part not in results:
             continue
         for name, make in figures.items():
-            figure = make(study, results[part])
+            with reading(study.path(part), "a part's results", "Delete it."):
+                figure = make(study, results[part])
             if figure is not None:
                 write_atomic(study.out / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
                 drawn.setdefault(part, []).append(f"{name}.png")
@@ -154,22 +156,26 @@ def _gradients(study: Study, found: list[dict[str, Any]]) -> Any:
     epochs = found[-1]["epochs"]
     count = min(2, len(found[-1]["rows"]) - 1)
     figure = new_figure(9, 3.1 * count)
-    with np.load(path, allow_pickle=False) as arrays:
-        for k, pair in enumerate(figure.subplots(count, 2, squeeze=False)):
-            dense = arrays[f"dense_{k}_{epochs}"]
-            limit = float(np.quantile(np.abs(dense), 0.995)) or 1.0
-            row = found[-1]["rows"][k]
-            for axes, name in zip(pair, ("dense", "sparse"), strict=True):
-                title = f"{row['weights']}, {name}"
-                if name == "sparse":
-                    title += f": relative error {row['relative_error']:.3f}"
-                clean(axes, title)
-                grad = arrays[f"{name}_{k}_{epochs}"]
-                shown = axes.imshow(
-                    grad, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
-                )
-                axes.set(xlabel="from", ylabel="to")
-            figure.colorbar(shown, ax=list(pair), shrink=0.8)
+    with reading(path, "the gradients of this study", "Delete it, and the part's results."):
+        names = {f"{name}_{k}_{epochs}" for name in ("dense", "sparse") for k in range(count)}
+        matrices = arrays(path, names.__contains__)
+        if set(matrices) != names or any(m.ndim != 2 or m.dtype.kind != "f" for m in matrices.values()):
+            raise ValueError(f"it does not hold the matrices {', '.join(sorted(names))}")
+    for k, pair in enumerate(figure.subplots(count, 2, squeeze=False)):
+        dense = matrices[f"dense_{k}_{epochs}"]
+        limit = float(np.quantile(np.abs(dense), 0.995)) or 1.0
+        row = found[-1]["rows"][k]
+        for axes, name in zip(pair, ("dense", "sparse"), strict=True):
+            title = f"{row['weights']}, {name}"
+            if name == "sparse":
+                title += f": relative error {row['relative_error']:.3f}"
+            clean(axes, title)
+            grad = matrices[f"{name}_{k}_{epochs}"]
+            shown = axes.imshow(
+                grad, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+            )
+            axes.set(xlabel="from", ylabel="to")
+        figure.colorbar(shown, ax=list(pair), shrink=0.8)
     return figure
 
 

@@ -1,17 +1,17 @@
-"""Files that are whole at any moment: written beside their place, then moved there."""
+"""The files of a study: a folder for one process, JSON and tables."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..errors import ConfigError
+from ..files import write_text
 
 try:
     import fcntl
@@ -41,25 +41,9 @@ def only_one(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
+        for left in folder.rglob(".*.part"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         yield
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """What ``write(file)`` writes is at ``path`` as a whole or not at all, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # one name: what a kill leaves is overwritten by the next
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, data: Any) -> None:

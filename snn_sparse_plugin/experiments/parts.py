@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_atomic
 from . import gradients, speed
-from .files import write_atomic
 from .settings import Settings
 from .study import Session, Study
 from .training import Training, Trial, epochs_done

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ..bench.report import human_bytes
 from ..errors import MissingDependencyError
-from .files import write_csv, write_text
+from ..files import reading, write_text
+from .files import write_csv
 from .study import Study
 
 # active neuron-steps of both hidden layers in percent, N = 200, mean over training [Perez-Nieves & Goodman 2021]
@@ -27,8 +28,9 @@ def write_report(study: Study, console: Console) -> Any:
     """Write the report, its pictures and ``epochs.csv`` from the results on disk; returns the report's path."""
     results = {part: study.results(part) for part in SECTIONS}
     found = {part: r for part, r in results.items() if r is not None}
-    for r in found.values():
-        r["conditions"]["title"] = study.title or r["conditions"]["title"]
+    for part, r in found.items():
+        with reading(study.path(part), "a part's results", "Delete it."):
+            r["conditions"]["title"] = study.title or r["conditions"]["title"]
     figures: dict[str, list[str]] = {}
     try:
         from .figures import draw
@@ -38,12 +40,16 @@ def write_report(study: Study, console: Console) -> Any:
         console.print(f"no pictures: {error}")
     lines = [f"# Sparse gradient descent on {_title(study, found)}", ""]
     for part, r in found.items():
-        lines += SECTIONS[part](study, r)
+        with reading(study.path(part), "a part's results", "Delete it."):
+            lines += SECTIONS[part](study, r)
+            conditions = _conditions(part, r["conditions"])
         for name in figures.get(part, []):
             lines += [f"![{part}]({name})", ""]
-        lines += [f"_{_conditions(part, r['conditions'])}_", ""]
+        lines += [f"_{conditions}_", ""]
     if "train" in found:
-        write_csv(study.out / "epochs.csv", list(_epoch_rows(found["train"]["result"])))
+        with reading(study.path("train"), "a part's results", "Delete it."):
+            rows = list(_epoch_rows(found["train"]["result"]))
+        write_csv(study.out / "epochs.csv", rows)
     path = study.out / "report.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")
     return path

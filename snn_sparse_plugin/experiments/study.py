@@ -19,7 +19,8 @@ from ..bench.report import commit
 from ..config import check_device
 from ..data import SpikeData, check_files, load_spikes
 from ..doctor import installed
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
+from ..files import reading
 from .files import only_one, write_json
 from .network import Network
 from .settings import Settings
@@ -78,11 +79,11 @@ class Study:
         path = self.path(part)
         if not path.is_file():
             return None
-        try:
+        with reading(path, "a part's results", "Delete it."):
             found = json.loads(path.read_text())
+            if not isinstance(found["conditions"]["settings"]["data"], str):
+                raise ValueError("its conditions are not those of a study")
             return {key: found[key] for key in ("request", "conditions", "result")}
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is not a part's results: {error}. Delete it.") from error
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import SpikeData, SpikeDataset, loader
-from .checkpoint import Checkpoint, about, check_same, load, save
+from .checkpoint import Checkpoint, about, check_same, load, put_into, save
 from .files import write_csv, write_lines
 from .losses import loss, scores
 from .network import Network
@@ -49,7 +49,7 @@ class Training:
 
     Raises:
         ConfigError: ``folder`` holds another training.
-        InputError: its checkpoint cannot be read.
+        InputError: its checkpoint cannot be read, or is of another network.
     """
 
     def __init__(self, trial: Trial, data: SpikeData, folder: Path, device: str = "cpu") -> None:
@@ -64,9 +64,7 @@ class Training:
         if self.path.is_file():
             found = load(self.path)
             check_same(self.path, found, self.about)
-            self.net.load_state_dict(found.model)
-            self.optimizer.load_state_dict(found.optimizer)
-            self.order.set_state(found.order)
+            put_into(self.path, found, self.net, self.optimizer, self.order)
             self.history = found.history
             if epochs_done(folder) < self.epoch:  # killed after the checkpoint, before the logs
                 write_logs(folder, self.history)
@@ -159,7 +157,7 @@ class Training:
 def epochs_done(folder: Path) -> int:
     """How far the training of a folder has come, by its log."""
     log = folder / "epochs.jsonl"
-    return len(log.read_text().splitlines()) if log.is_file() else 0
+    return len(log.read_bytes().splitlines()) if log.is_file() else 0
 
 
 def write_logs(folder: Path, history: list[dict[str, Any]]) -> None:

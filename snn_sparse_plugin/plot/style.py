@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from os import PathLike
+from pathlib import Path
 
 from ..errors import MissingDependencyError
+from ..files import write_atomic
 
 try:
     from matplotlib.axes import Axes
@@ -60,7 +63,9 @@ def panels(names: Collection[str], width: float, height: float) -> tuple[Figure,
 
 def saved(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=150)
+        kind = Path(path).suffix[1:] or "png"
+        place = path if Path(path).suffix else f"{os.fspath(path)}.png"  # as matplotlib names it
+        write_atomic(place, lambda file: figure.savefig(file, format=kind, dpi=150))
     return figure
 
 

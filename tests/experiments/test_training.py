@@ -17,7 +17,8 @@ from snn_sparse_plugin.data import load_spikes
 from snn_sparse_plugin.errors import ConfigError, InputError
 from snn_sparse_plugin.experiments import Study, Training, Trial, run_study, settings_of
 from snn_sparse_plugin.experiments.checkpoint import load
-from snn_sparse_plugin.experiments.files import only_one, write_atomic, write_csv
+from snn_sparse_plugin.experiments.files import only_one, write_csv
+from snn_sparse_plugin.files import write_atomic
 
 pytest.importorskip("sklearn")
 runner = CliRunner()

@@ -36,6 +36,17 @@ def test_large_outputs_on_huge_pages():
     assert relative(a.nan_to_num(), b.nan_to_num()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_that_does_not_fall_ends_and_stays_inside(dtype):
+    """Only falling tables mean something; with any other the kernel's search still ends at one of the steps."""
+    x = torch.linspace(-2, 2, 999, dtype=dtype)
+    mixed = torch.tensor([1.0, -1.0, 3.0, torch.nan, 0.0, 1e-40, -torch.inf, torch.inf])
+    for thresholds in (torch.linspace(0.1, 1, 8), mixed, torch.full((8,), torch.nan), -torch.ones(8)):
+        table = thresholds.to(dtype).expand(2, -1).contiguous()
+        times = ttfs(x, table, torch.tensor(1.0), torch.tensor(0.0), backend="cpu")[1]
+        assert bool(((times < 8) | (times == SILENT)).all())
+
+
 def unfused(x, tau, t_d, window):
     """Elementary autograd operations; the rounding passes its gradient straight through."""
     largest, smallest = torch.exp(t_d / tau), torch.exp(-(window - 1 - t_d) / tau)

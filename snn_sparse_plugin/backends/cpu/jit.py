@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 from numba import njit
 
-log = logging.getLogger("snn_sparse_plugin")
-_told = False
+from .cache import KernelCache, not_cached
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -24,30 +22,15 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     options = {"nogil": True, "error_model": "numpy", **options}
 
     def compile_later(function: Callable[..., Any]) -> Any:
-        global _told
-        try:
-            return _valid_with_sources(njit(cache=True, **options)(function))
-        except RuntimeError as error:  # a read-only installation and no writable home
-            if not _told:
-                _told = True
-                log.warning(
-                    "compiled kernels are not cached (%s); set NUMBA_CACHE_DIR to a writable folder", error
-                )
-            return njit(**options)(function)
+        dispatcher = njit(**options)(function)
+        if hasattr(dispatcher, "_cache"):  # not under NUMBA_DISABLE_JIT
+            try:
+                dispatcher._cache = KernelCache(function, sources())
+            except (RuntimeError, OSError) as error:  # a read-only installation and no writable home
+                not_cached("any folder", error)
+        return dispatcher
 
     return compile_later
-
-
-def _valid_with_sources(dispatcher: Any) -> Any:
-    """Let the cached code of a kernel count for these sources only.
-
-    numba looks at the file of the kernel alone, but what it calls is compiled into it: after a change in another file
-    cached kernels would disagree about arguments and crash.
-    """
-    file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if hasattr(file, "_source_stamp"):
-        file._source_stamp = (file._source_stamp, sources())
-    return dispatcher
 
 
 @cache

@@ -34,7 +34,7 @@ def buckets(thresholds: np.ndarray, shift: int) -> tuple[np.ndarray, int, int]:
     first = int(keys.min()) - 1  # all that is smaller joins a bucket in which nothing fires
     edges = (np.arange(first, int(keys.max()) + 2, dtype=np.int64) << shift).astype(integer)
     steps = np.searchsorted(-thresholds, -edges.view(thresholds.dtype), side="left").astype(np.uint32)
-    return steps, first, int((steps[:-1] - steps[1:]).max(initial=1))
+    return steps, first, int((steps[:-1].astype(np.int64) - steps[1:]).max(initial=1))
 
 
 @kernel(error_model="numpy")

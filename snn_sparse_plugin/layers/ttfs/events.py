@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...backends import calls
 from ...config import current_config
+from ...errors import InputError
 from ...ops.ttfs import SILENT, ttfs
+from .checks import check_arriving, check_stage
 from .stages import Stage, on_the_clock
 
 
@@ -26,7 +28,9 @@ class StageRun(NamedTuple):
 
 
 def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Rows, columns, channels; a flat layer is one position."""
+    """Rows, columns, channels; a flat layer is one position, and two dimensions are one channel, as for torch."""
+    if len(shape) == 2:
+        return shape[0], shape[1], 1
     return (shape[1], shape[2], shape[0]) if len(shape) == 3 else (1, 1, math.prod(shape))
 
 
@@ -62,7 +66,13 @@ def on_triton(device: torch.device) -> bool:
 
 
 def simulate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> StageRun:
-    """As :func:`~snn_sparse_plugin.layers.ttfs.stages.integrate`, one spike at a time."""
+    """As :func:`~snn_sparse_plugin.layers.ttfs.stages.integrate`, one spike at a time.
+
+    Raises:
+        InputError: a stage or spike times with which a kernel would index outside its buffers.
+    """
+    check_arriving(times, values)
+    check_stage(stage, times.shape[1:], values)
     arriving = stage.pooled(times)
     rows, start, sizes, taps, dense = prepare(stage, arriving)
     image = arriving.permute(0, 2, 3, 1) if arriving.dim() == 4 else arriving
@@ -79,6 +89,10 @@ def simulate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> St
 
     from ...backends.cpu.ttfs_events import Synapses, run_layer
 
+    if values.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f'the event simulator on CPU takes float32 and float64, this network is {values.dtype}: simulator="clock".'
+        )
     calls["cpu", "ttfs_events"] += 1
     layer = Synapses(rows.numpy(), start.numpy(), sizes, taps, dense)
     thresholds = np.empty(0, layer.weight.dtype) if stage.table is None else stage.table[0].numpy()

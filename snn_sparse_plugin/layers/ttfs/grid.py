@@ -60,6 +60,10 @@ def _gridded(stage: Stage, arriving: Tensor) -> Stage:
         value_bits += int(math.log2(cells))
     bias = 0.0 if stage.bias is None else stage.bias.abs().double()
     bound = stage.weight.abs().double().flatten(1).sum(1) * float(arriving[1, 0]) + bias
+    if not bool(torch.isfinite(bound).all()):
+        raise UnsupportedError(
+            f"{stage.name}: its sums are too large, or its values too small, for any grid."
+        )
     # rounding a weight may add half a step to each; a bit of room covers it
     room = math.ceil(math.log2(max(float(bound.max()), 1e-30))) + 1
     bits = min(significand - room - value_bits, significand + 8)

@@ -7,8 +7,6 @@ snnTorch and Norse keep spikes dense with time first, so one pair of functions s
 from __future__ import annotations
 
 import itertools
-import zipfile
-import zlib
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +16,11 @@ from torch import Tensor
 
 from ...data.coding import single_spikes
 from ...errors import InputError, MissingDependencyError, UnsupportedError
+from ...files import reading, write_atomic
 from ...ops.ttfs import MAX_WINDOW, SILENT
 from ...ops.ttfs import reference as coding
 from ...spikes import SpikeTrain, as_spike_train, is_sparse_input
+from ...unpack import arrays
 
 if TYPE_CHECKING:
     from .network import TTFSNetwork
@@ -31,7 +31,7 @@ def _described(x: Any) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _check_times(times: Tensor, window: int) -> None:
+def _check_times(times: Any, window: int) -> None:
     if not isinstance(times, Tensor) or times.dtype != torch.uint8 or times.dim() < 2:
         raise InputError(f"spike times are uint8 (B, N…), got {_described(times)}.")
     _check_window(window)
@@ -168,13 +168,19 @@ def save_spike_times(net: TTFSNetwork, x: Tensor, path: str | PathLike[str], **o
 
     For each layer ``times/<layer>`` (B, …) uint8, 255 for silent, and ``values/<layer>``, what a spike of each step
     is worth; also ``output`` (B, classes). Options are those of :meth:`TTFSNetwork.run`.
+
+    Raises:
+        FileError: the file cannot be written; an older one is as it was.
     """
     run = net.run(x, record=True, **options)
     tables = {"input": net.encoder} | {s.name: s.table for s in net.stages if s.table is not None}
-    arrays = {"output": run.output}
+    tensors = {"output": run.output}
     for name, times in run.times.items():
-        arrays |= {f"times/{name}": times, f"values/{name}": tables[name][1]}
-    np.savez_compressed(path, **{k: v.cpu().numpy() for k, v in arrays.items()})  # type: ignore[arg-type]
+        tensors |= {f"times/{name}": times, f"values/{name}": tables[name][1]}
+    found = {k: v.cpu().numpy() for k, v in tensors.items()}
+    # as numpy: .npz is added where it is missing
+    place = path if str(path).endswith(".npz") else f"{path}.npz"
+    write_atomic(place, lambda file: np.savez_compressed(file, **found))  # type: ignore[arg-type]
 
 
 def load_spike_times(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -183,25 +189,37 @@ def load_spike_times(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, or another content.
     """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            found = {
-                k.removeprefix("times/"): torch.from_numpy(data[k])
-                for k in data.files
-                if k.startswith("times/")
-            }
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as spike times: {error}") from error
+    with reading(path, "a file of spike times"):
+        stored = arrays(path)
+    found = {k.removeprefix("times/"): v for k, v in stored.items() if k.startswith("times/")}
     if not found:
         raise InputError(f"{path} holds no spike times (arrays named times/…).")
-    return found
+    if len({v.shape[:1] for v in found.values()}) > 1:
+        raise InputError(f"{path}: its layers are of batches of different sizes.")
+    layers: dict[str, Any] = {}
+    for name, times in found.items():
+        values = stored.get(f"values/{name}")
+        window = MAX_WINDOW if values is None else values.size
+        # copied, since what is read from a file is read-only
+        layers[name] = torch.from_numpy(times.copy()) if times.dtype == np.uint8 else None
+        try:
+            _check_times(layers[name], window)
+        except InputError as error:
+            what = f"times/{name} is {times.dtype} {times.shape}: {error}"
+            raise InputError(f"{path} is not a file of spike times, or it is damaged: {what}") from error
+    return layers
 
 
 def decode_times(net: TTFSNetwork, layer: str, times: Tensor) -> Tensor:
-    """What the spikes of a layer (``"input"`` or its name) are worth, of the shape of ``times``."""
+    """What the spikes of a layer (``"input"`` or its name) are worth, of the shape of ``times``.
+
+    Raises:
+        InputError: there is no such layer, or times that lie outside its window.
+    """
     tables = {"input": net.encoder} | {s.name: s.table for s in net.stages if s.table is not None}
     if layer not in tables:
         raise InputError(f"there is no spiking layer {layer!r}; there are {', '.join(tables)}.")
+    _check_times(times, tables[layer].shape[1])
     return coding.decode(times, tables[layer])
 
 

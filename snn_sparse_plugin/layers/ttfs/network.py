@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, InputError
+from ...files import reading, write_atomic
 from ...ops.ttfs import SILENT, ttfs
 from ...ops.ttfs import reference as coding
+from ...plain import load_plain
+from .checks import check_network, check_order, check_stage, check_values
 from .events import simulate
 from .neuron import check_intensities
 from .stages import Pool, Stage, integrate
@@ -153,9 +156,10 @@ class TTFSNetwork:
             times: spike times of the input instead of ``x``.
 
         Raises:
-            InputError: a batch of another shape, NaN, or intensities outside [0, 1].
+            InputError: a batch of another shape, NaN, or intensities outside [0, 1]; layers that do not fit together.
             ConfigError: an unknown simulator, or early firing outside its range.
         """
+        check_order(self.encoder, self.stages)
         simulator = simulator or "event"
         if simulator not in SIMULATORS:
             raise ConfigError(f"simulators are {', '.join(SIMULATORS)}; got {simulator!r}.")
@@ -180,6 +184,7 @@ class TTFSNetwork:
                 u, fired, spikes, synops = simulate(stage, arriving, values, first_fire)
                 run.synops[stage.name] = synops
             else:
+                check_stage(stage, arriving.shape[1:], values)
                 u, fired = integrate(stage, arriving, values, first_fire)
                 spikes = _count(fired) if fired is not None else torch.zeros(len(u), dtype=torch.int64)
             if record:
@@ -254,42 +259,47 @@ class TTFSNetwork:
     # --- files ---
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the network to a file that :meth:`load` reads; the trained network stays outside."""
+        """Write the network to a file that :meth:`load` reads; the trained network stays outside.
+
+        Raises:
+            FileError: the file cannot be written; an older one is as it was.
+        """
         stages = []
         for stage in self.stages:
             entry = {k: v for k, v in vars(stage).items() if k not in ("before", "after")}
             stages.append(entry | {k: [vars(p) for p in getattr(stage, k)] for k in ("before", "after")})
-        torch.save(
-            {
-                "format": _FORMAT,
-                "encoder": self.encoder,
-                "input_shape": self.input_shape,
-                "exact": self.exact,
-                "stages": stages,
-            },
-            path,
-        )
+        data = {
+            "format": _FORMAT,
+            "encoder": self.encoder,
+            "input_shape": self.input_shape,
+            "exact": self.exact,
+            "stages": stages,
+        }
+        write_atomic(path, lambda file: torch.save(data, file))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> TTFSNetwork:
-        """Read what :meth:`save` wrote. Nothing in the file is executed.
+        """Read what :meth:`save` wrote. Nothing in the file is executed, and all sizes and values are checked.
 
         Raises:
-            InputError: not such a file.
+            InputError: not such a file, or a network whose parts do not fit together.
         """
-        try:
-            data = torch.load(path, weights_only=True, map_location="cpu")
+        what = "a network written by TTFSNetwork.save"
+        with reading(path, what):
+            data = load_plain(path, what)
             if data["format"] != _FORMAT:
                 raise ValueError(data["format"])
             stages = []
             for entry in data["stages"]:
                 pools = {k: [Pool(**p) for p in entry[k]] for k in ("before", "after")}
                 stages.append(Stage(**(entry | pools)))
-            return cls(data["encoder"], stages, data["input_shape"], exact=data["exact"])
-        except FileNotFoundError:
-            raise InputError(f"there is no file {path}.") from None
-        except Exception as error:  # torch's errors for foreign files are of many kinds, and long
-            raise InputError(f"{path} is not a network written by TTFSNetwork.save.") from error
+            encoder, shape, exact = data["encoder"], data["input_shape"], data["exact"]
+        try:
+            check_network(encoder, stages, shape)
+            check_values(encoder, stages)
+        except InputError as error:
+            raise InputError(f"{path} holds a network that does not fit together: {error}") from error
+        return cls(encoder, stages, shape, exact=exact is True)
 
 
 def _count(times: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Pool:
     def earliest(self, times: Tensor) -> Tensor:
         """Max pooling on spike times (B, C, H, W)."""
         late = F.max_pool2d(-times.float(), self.kernel, self.stride, self.padding, self.dilation, self.ceil)
-        return (-late).to(torch.uint8)
+        return (-late).clamp(max=SILENT).to(torch.uint8)  # a dilated window can lie in the padding alone
 
     def average(self, x: Tensor) -> Tensor:
         """Average pooling of values (B, C, H, W)."""

@@ -133,6 +133,12 @@ class Network:
         if not saved:
             return
         self._begin(len(saved[-1]["y"]), None)
-        for part, tensors in zip([*self.layers, self.out], saved, strict=True):
-            for name, value in part.tensors().items():  # type: ignore[union-attr]
-                value.copy_(tensors[name])
+        pairs = [
+            (value, tensors.get(name))
+            for part, tensors in zip([*self.layers, self.out], saved, strict=True)
+            for name, value in part.tensors().items()  # type: ignore[union-attr]
+        ]
+        if any(found is None or found.shape != value.shape for value, found in pairs):
+            raise ValueError("its traces are of other shapes")
+        for value, found in pairs:
+            value.copy_(found)  # type: ignore[arg-type]

@@ -361,6 +361,7 @@ class EProp:
 
         Raises:
             ConfigError: a state of another model.
+            InputError: no such state, or one whose parts do not fit the model.
         """
         resume.restore(self, state)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...errors import ConfigError, UnsupportedError
+from ...errors import ConfigError, InputError, UnsupportedError
+from .checked import check_state, fitting
 from .structure import Layer
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ def saved(learner: EProp) -> dict[str, Any]:
 def restore(learner: EProp, state: dict[str, Any]) -> None:
     """See :meth:`EProp.load_state_dict`."""
     names = {x.name for x in learner.layers}
-    if state.get("layers", {}).keys() != names:
+    layers = state.get("layers") if isinstance(state, dict) else None
+    if isinstance(layers, dict) and layers.keys() != names:
         raise ConfigError(
-            f"this state belongs to layers {sorted(state.get('layers', {}))}, the model has {sorted(names)}."
+            f"this state belongs to layers {sorted(map(str, layers))}, the model has {sorted(names)}."
         )
+    check_state(learner, state)
     learner.reset()
     learner.steps_seen, learner._batch = state["steps_seen"], state["batch"]
     learner.filter, learner.signals.indirect = state["filter"], state["indirect"]
@@ -50,7 +53,12 @@ def restore(learner: EProp, state: dict[str, Any]) -> None:
     for layer in learner.layers:
         layer.load_state_dict(state["layers"][layer.name])
     if state["compiled"]:
-        learner.compile().restore(state["compiled"])
+        try:
+            with fitting():
+                learner.compile().restore(state["compiled"])
+        except InputError:
+            learner.reset()  # nothing of a half restored state stays
+            raise
     modules = dict(learner.model.named_modules())
     for name, value in state["buffers"].items():
         owner, _, buffer = name.rpartition(".")

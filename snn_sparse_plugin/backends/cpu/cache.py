@@ -1,0 +1,98 @@
+"""Compiled kernels on disk: a convenience that never ends a program, whatever happens to the folder.
+
+numba's own cache raises where the disk is full or a file is damaged, loads machine code without looking whether it is
+whole, and two processes that compile at once may store one kernel under the other's signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import zlib
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.serialize import dumps
+
+log = logging.getLogger("snn_sparse_plugin")
+_told = False
+
+
+class KernelCache(FunctionCache):
+    """The cache of one kernel, valid for one state of all sources; what fails in it counts as not there.
+
+    Raises:
+        RuntimeError: there is no folder that can be written.
+    """
+
+    def __init__(self, function: Any, sources: str) -> None:
+        super().__init__(function)
+        # numba looks at the file of the kernel alone, but what it calls is compiled into it: after a change in
+        # another file cached kernels would disagree about arguments and crash
+        stamp = self._cache_file._source_stamp, sources
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            log.debug("%s is compiled again: %s", self._name, error)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            not_cached(self.cache_path, error)
+
+
+class _Files(IndexDataCacheFile):
+    """A file for each signature, named by it, that holds everything it is valid for and a checksum.
+
+    So there is no index that writers could race for, and a file is replaced as a whole or not at all.
+    """
+
+    def __init__(self, folder: str, base: str, stamp: Any) -> None:
+        super().__init__(folder, base, stamp)
+        self._base = base
+
+    def _path(self, key: Any) -> Path:
+        # the signature, the machine, and hashes of the kernel's code and of what it closes over
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:20]
+        return Path(self._cache_path) / f"{self._base}.{name}.nbc"
+
+    def save(self, key: Any, data: Any) -> None:
+        content = dumps((self._version, self._source_stamp, key, data))
+        with self._open_for_write(str(self._path(key))) as file:
+            file.write(zlib.crc32(content).to_bytes(4, "little") + content)
+
+    def load(self, key: Any) -> Any:
+        try:
+            stored = self._path(key).read_bytes()
+        except OSError:
+            return None
+        content = memoryview(stored)[4:]
+        if zlib.crc32(content) != int.from_bytes(stored[:4], "little"):
+            return None
+        version, stamp, of, data = pickle.loads(content)
+        return data if (version, stamp, of) == (self._version, self._source_stamp, key) else None
+
+    def flush(self) -> None:
+        for path in Path(self._cache_path).glob(f"{escape(self._base)}.*.nbc"):
+            path.unlink(missing_ok=True)
+
+
+def not_cached(folder: str, error: BaseException) -> None:
+    """Say, once in a process, that kernels are compiled in memory only."""
+    global _told
+    if not _told:
+        _told = True
+        log.warning(
+            "compiled kernels are not cached in %s (%s), so every process compiles them again: make room there, or set "
+            "NUMBA_CACHE_DIR to a folder that can be written",
+            folder,
+            error,
+        )
