@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .columns import Column, Entry
 from .context import here, mode_to_record
-from .record import LONGEST, FunctionLane, Record, StackLane
+from .record import FunctionLane, Record, StackLane
 from .recorded import Recorded, Value
 
 
@@ -160,10 +160,10 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             record.viewed.update(now)
         record.count(lane)
         made_now = lane.make(0)
-    if record.calls > LONGEST:
+    if record.calls > record.look and record.is_full():
         from .flush import flush
 
-        flush(record, "a long record")
+        flush(record, "a large record")
     return made_now
 
 

@@ -67,6 +67,13 @@ class Column:
         """The entries, of a range the first."""
         return self.entries if self.source is None else [(self.source, self.start, self.slot)]
 
+    def size(self) -> int:
+        """Bytes of its tensors that are not parts of others; one that is there at every step counts once."""
+        if self.source is not None:
+            return 0
+        held = {id(x): x for x, *rest in self.entries if len(rest) == 1 and x._base is None}
+        return sum(x.numel() * x.element_size() for x in held.values())
+
     def __len__(self) -> int:
         return len(self.entries) if self.source is None else self.stop - self.start
 
@@ -157,6 +164,9 @@ class Slices(Column):
     def contiguous(self) -> bool:
         """Whether they and all between them are one stretch of memory."""
         return self.distance == self.shape.numel() and self.first.is_contiguous()
+
+    def size(self) -> int:
+        return 0
 
     def append(self, entry: Entry) -> None:
         raise TypeError("slices are taken, anything else goes into a Column of them")

@@ -15,7 +15,7 @@ from ..config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
-from .record import LONGEST, NeuronLane, Record, backoff, open_record, resting
+from .record import NeuronLane, Record, backoff, open_record, resting
 from .recorded import Recorded
 from .sources import MODULE_CALL, is_listened_to, note_feeding
 
@@ -53,8 +53,8 @@ def step(
 def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     """The next step of a lane, where the state is the one that its last step left; else None."""
     calls = record.calls
-    if calls > LONGEST:
-        flush(record, "a long record")
+    if calls > record.look and record.is_full():
+        flush(record, "a large record")
         return None
     leaves, x, column = lane.adapter.next_state(lane.module, args), args[0], lane.columns[0]
     if leaves is None or not lane.left(leaves):

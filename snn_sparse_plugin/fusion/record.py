@@ -23,7 +23,14 @@ from .recorded import Recorded, Value
 from .spare import ALONE, REUSES, held, make, put_by, references, spare_of
 
 LONGEST = 100_000
-"""Calls after which a record runs although nobody asked, so that its memory is bounded."""
+"""Calls after which a record runs although nobody asked."""
+
+LARGEST, LARGEST_KEPT = 32 << 20, 512 << 20
+"""Bytes after which it does: without gradients, where upstream keeps nothing, and with them, where upstream keeps every
+step until the backward."""
+
+SHORTEST = 8
+"""Steps of a neuron below which it does not, however large they are."""
 
 
 class Lane:
@@ -75,6 +82,13 @@ class Lane:
         made._value = value
         given.append(made)
         return made
+
+    def size(self) -> int:
+        """Bytes that its calls take, with their results as if each were made; a tensor object is about a kilobyte."""
+        each = self.shape.numel() * self.dtype.itemsize
+        return len(self.order) * each * len(self.given) + sum(
+            [column.size() for column in self.columns] + [1024 * len(given) for given in self.given]
+        )
 
     def waiting(self) -> list[tuple[Lane, int, int, Recorded]]:
         """The tensors in the user's hands that wait for values of this lane: (lane, slot, call, tensor)."""
@@ -282,6 +296,7 @@ class Record:
         self.inputs: dict[int, InputLane] = {}  # the lane of a layer's plain inputs, by the layer's id
         self.neurons: dict[int, NeuronLane] = {}  # the newest lane of a module, by the module's id
         self.calls = 0
+        self.look = 64  # the number of calls from which on to ask whether it is full
         self.viewed: set[Value] = set()
         self.plain = Plain()
         self.closed = False
@@ -298,6 +313,18 @@ class Record:
     def waiting(self) -> list[tuple[Lane, int, int, Recorded]]:
         """Everything in the user's hands that waits for this record: lane, slot, call and tensor."""
         return [found for lane in self.lanes for found in lane.waiting()]
+
+    def is_full(self) -> bool:
+        """Whether it has to run before it grows; asked from ``look`` calls on."""
+        if self.calls > LONGEST:
+            return True
+        size = sum(lane.size() for lane in self.lanes)
+        room = (LARGEST_KEPT if any(lane.mode == 1 for lane in self.lanes) else LARGEST) - size
+        if room <= 0 and any(len(lane) >= SHORTEST for lane in self.neurons.values()):
+            return True
+        # half as many more as there seems to be room for
+        self.look = self.calls + max(32, min(LONGEST, self.calls * room // (2 * max(1, size))))
+        return False
 
     def awaited(self) -> bool:
         """Whether anything waits for this record."""
