@@ -80,7 +80,7 @@ class ClassRuns:
                 counts[key] = counts.get(key, 0) + n
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _here = threading.local()
 # by id, as a look-up by weak reference would make one at every call; a module that dies takes its entry along
 _records: dict[int, tuple[Record, ref[Any], Callable[[Any], str]]] = {}

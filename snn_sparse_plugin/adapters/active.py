@@ -35,7 +35,7 @@ class Mark:
 
 
 _explicit: Scoped[dict[str, Any] | None] = Scoped("snn_sparse_plugin.explicit")
-_lock = threading.Lock()
+_lock = threading.RLock()
 _entered: list[str] = []
 # What is in force in any thread, as one string: compiled graphs can guard on it, not on a ContextVar.
 _in_force = ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-lock = threading.Lock()
+lock = threading.RLock()
 """Held while something of an upstream library is replaced."""
 
 

@@ -18,7 +18,7 @@ from .flush import flush, realize
 from .recorded import Filled
 
 _installed = False
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def install() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .columns import Column, Entry
 from .context import here, mode_to_record
 from .record import FunctionLane, Record, StackLane
-from .recorded import Recorded, Value
+from .recorded import Recorded, Value, value_of
 
 
 def functions(names: str) -> set[Any]:
@@ -85,8 +85,10 @@ class _Call:
         """The form of one argument; raises ``TypeError`` where it cannot be recorded."""
         kind = type(item)
         if kind is Recorded:
-            lane, _, slot = item._value
-            return self._tensor(item._value, (lane, slot), lane.shape, lane.dtype)
+            value = value_of(item)
+            if value is None:
+                raise TypeError
+            return self._tensor(value, (value[0], value[2]), value[0].shape, value[0].dtype)
         if kind is Tensor or kind is nn.Parameter:
             if item.layout is not torch.strided:
                 raise TypeError
@@ -120,9 +122,10 @@ class _Call:
 
 def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
     """Put a call into its lane: -> what stands for the result, or None where the call cannot wait."""
-    if here.record is None:
+    opened = here.record
+    if opened is None:
         return None
-    call = _Call(func, here.record)
+    call = _Call(func, opened)
     try:
         form = call.scan(args)
         named = {}
@@ -134,9 +137,9 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     (record, device), mode = _place(call.entries), mode_to_record()
     if record is None or device is None or mode is None:
         return None
-    with record.lock:
-        if record.closed:
-            return None
+    if not record.enter():
+        return None
+    try:
         key: Any = (*call.key, mode)
         now = [entry for entry in call.entries if len(entry) == 3]
         lane = record.functions.get(key)
@@ -160,6 +163,8 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             record.viewed.update(now)
         record.count(lane)
         made_now = lane.make(0)
+    finally:
+        record.leave()
     if record.calls > record.look and record.is_full():
         from .flush import flush
 
@@ -169,11 +174,18 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
     """:func:`record_call` for the commonest call, whose next ones :func:`next_linear` finds."""
+    value = value_of(x)
     made = record_call(LINEAR, (x, weight, bias), {})
-    if made is not None and all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias)):
-        source, _, slot = x._value
+    if (
+        value is not None
+        and made is not None
+        and all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias))
+    ):
+        source, _, slot = value
         # the lane keeps weight and bias, so that no others take their ids
-        source.linears[id(weight), id(bias), slot] = cast(FunctionLane, made._value[0])
+        lane = value_of(made)
+        if lane is not None:
+            source.linears[id(weight), id(bias), slot] = cast(FunctionLane, lane[0])
     return made
 
 
@@ -183,11 +195,12 @@ def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recor
     lane, record = source.linears.get((id(weight), id(bias), slot)), source.record
     if lane is None or lane.mode != mode or record is not here.record:
         return None
-    record.lock.acquire()
+    if not record.enter():
+        return None
     try:
         column = lane.columns[0]
         # weight and bias are those of the first call, at the version of that time
-        if record.closed or source is not column.source or call != column.stop or slot != column.slot:
+        if source is not column.source or call != column.stop or slot != column.slot:
             return None
         column.stop = call + 1
         lane.repeats = 0
@@ -195,7 +208,7 @@ def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recor
         record.calls += 1
         return lane.make(0)
     finally:
-        record.lock.release()
+        record.leave()
 
 
 def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
@@ -211,9 +224,9 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
     record, column = source.record, Column.of_range(source, start, start + len(steps), slot)
     if record is not here.record:
         return None
-    with record.lock:
-        if record.closed:
-            return None
+    if not record.enter():
+        return None
+    try:
         lane = StackLane(record, column)
         lane.shape, lane.dtype, lane.device = (
             torch.Size((len(steps), *source.shape)),
@@ -222,6 +235,8 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
         )
         record.count(lane)
         return lane.make(0)
+    finally:
+        record.leave()
 
 
 def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:

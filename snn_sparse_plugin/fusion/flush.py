@@ -14,7 +14,7 @@ from .context import here, in_mode, paused, without_autocast
 from .lanes import run_lane, run_steps
 from .planner import Plan
 from .record import FunctionLane, Lane, NeuronLane, Record, check_versions, reasons
-from .recorded import Recorded
+from .recorded import Recorded, value_of
 
 
 def flush(
@@ -30,6 +30,8 @@ def flush(
     """
     record = here.record if record is None else record
     if record is None:
+        return
+    if record.entered():  # by what this one interrupts, which is writing to it or running it
         return
     with record.lock:  # another thread may be running it: its numbers are there when the lock is free
         if record.closed:
@@ -62,12 +64,13 @@ _GRAPH = {Tensor.register_hook, Tensor.retain_grad, _get.grad_fn.__get__, torch.
 def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
     """Run the records of all recorded tensors within ``items``."""
     for x in _recorded_in(items):
-        if type(x) is Recorded:
-            record = x._value[0].record
+        value = value_of(x)
+        if value is not None:
+            record = value[0].record
             run(record, reason, stepped=reason in _GRAPH)
             if type(x) is Recorded:
                 raise FusionError(
-                    f"the step recorded at {x._value[0].where} was never computed, as running the record failed: "
+                    f"the step recorded at {value[0].where} was never computed, as running the record failed: "
                     f"{record.error}"
                 ) from record.error
 

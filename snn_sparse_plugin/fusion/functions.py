@@ -205,18 +205,29 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
 }
 
 
-def called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answer a call of ``func`` with recorded steps among its arguments."""
+def _without_running(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = _HANDLERS.get(func)
     if handler is not None:
         found = handler(func, args, dict(kwargs))
         if found is not NotImplemented:
             return found
     if func in RECORDABLE and not kwargs.get("inplace") and kwargs.get("out") is None:
-        made = record_call(func, args, kwargs)
-        if made is not None:
-            return made
+        return _recorded(func, args, kwargs)
+    return NotImplemented
+
+
+def called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer a call of ``func`` with recorded steps among its arguments."""
     from .flush import realize
+
+    try:
+        found = _without_running(func, args, kwargs)
+    except AttributeError:  # one that another thread, or a finalizer, has run just now
+        if any(type(x) is Recorded for x in args):
+            raise
+        found = NotImplemented
+    if found is not NotImplemented:
+        return found
 
     realize((args, kwargs), func)
     return func(*args, **kwargs)

@@ -54,8 +54,8 @@ def on_plain(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def apart(record: Record, reason: Any, *, stepped: bool = False) -> None:
     """:func:`flush` in a thread of its own: here C++ code may have switched off half of torch."""
-    if record.lock._is_owned():  # type: ignore[attr-defined]  # this thread is running it
-        return flush(record, reason, stepped=stepped, apart=True)
+    if record.entered():
+        return
     errors: list[BaseException] = []
     device = record.lanes[0].device if record.lanes else torch.device("cpu")
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -16,10 +16,10 @@ from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
 from .record import NeuronLane, Record, backoff, open_record, resting
-from .recorded import Recorded
+from .recorded import Recorded, value_of
 from .sources import MODULE_CALL, is_listened_to, note_feeding
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 ASK_AGAIN = 64
 """Calls after which a neuron that could not be recorded, or was asked for step by step, is tried again."""
@@ -46,7 +46,12 @@ def step(
             found = _record(adapter, module, upstream, args, kwargs, config)
             if found is not None:
                 return found
-    realize((args, kwargs, module._buffers), type(module).__name__)
+    name = type(module).__name__
+    realize((args, kwargs), name)
+    for buffer in module._buffers.values():
+        value = None if buffer is None else value_of(buffer)
+        if value is not None:  # a finalizer may find it in the middle of a step; upstream may not ask for it
+            flush(value[0].record, name)
     return upstream(module, *args, **kwargs)
 
 
@@ -62,7 +67,9 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     entry: Any
     follows = False  # whether it is the next of successive values, as at most steps
     if type(x) is Recorded:
-        entry = x._value
+        entry = value_of(x)
+        if entry is None:
+            return None
         source, call, slot = entry
         if source is column.source:
             follows = call == column.stop and slot == column.slot
@@ -77,19 +84,18 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     order, steps = lane.order, lane.config.max_steps
     if steps is not None and len(order) >= steps:
         return None
-    record.lock.acquire()
+    if not record.enter():
+        return None
     try:
-        if record.closed:
-            return None
         if follows:
             column.stop += 1
         else:
             column.append(entry)
-        order.append(calls)
-        record.calls = calls + 1
+        order.append(record.calls)
+        record.calls += 1
         return _result(lane)
     finally:
-        record.lock.release()
+        record.leave()
 
 
 def _takes(lane: NeuronLane, x: Any) -> bool:
@@ -114,9 +120,9 @@ def _record(
     if call is None:
         return None
     x, leaves, like = call
-    if type(x) is Recorded:
-        source = x._value[0]
-        shape, dtype, device = source.shape, source.dtype, source.device
+    value = value_of(x) if isinstance(x, Tensor) else None
+    if value is not None:
+        shape, dtype, device = value[0].shape, value[0].dtype, value[0].device
     elif type(x) is Tensor and x.layout is torch.strided:
         shape, dtype, device = x.shape, x.dtype, x.device
     else:
@@ -124,18 +130,20 @@ def _record(
     mode = mode_to_record()
     if dtype is not torch.float32 or not shape or mode is None:
         return None
+    if adapter.zeros_for_other_shapes:
+        leaves = {n: leaf if leaf is not None and leaf.shape == shape else None for n, leaf in leaves.items()}
+    values = [value_of(leaf) for leaf in leaves.values() if leaf is not None]
+    before = next((value[0] for value in values if value is not None), None)
     record = open_record()
-    with record.lock:
-        if adapter.zeros_for_other_shapes:
-            leaves = {
-                n: leaf if leaf is not None and _shape(leaf) == shape else None for n, leaf in leaves.items()
-            }
-        if type(x) is Recorded and x._value[0].record is not record:
-            return None
-        lane = next((leaf._value[0] for leaf in leaves.values() if type(leaf) is Recorded), None)
-        if config.max_steps is not None and lane is not None and len(lane) >= config.max_steps:
-            flush(record, "max_steps")
-            return _record(adapter, module, upstream, args, kwargs, config)
+    if config.max_steps is not None and before is not None and len(before) >= config.max_steps:
+        flush(record, "max_steps")
+        return _record(adapter, module, upstream, args, kwargs, config)
+    if before is None and type(x) is Tensor:
+        record = _without_leftovers(record)
+    if (value is not None and value[0].record is not record) or not record.enter():
+        return None
+    try:
+        lane: Any = before
         if not (
             type(lane) is NeuronLane
             and lane.record is record
@@ -155,6 +163,21 @@ def _record(
         lane.columns[0].append(record.entry(x))
         lane.record.count(lane)
         return _result(lane)
+    finally:
+        record.leave()
+
+
+def _without_leftovers(record: Record) -> Record:
+    """A loop begins: the record for it, a new one where nobody can reach a result of what came before."""
+    if not record.lanes or tally.watchers.get() is not None or not record.enter():
+        return record
+    try:
+        if record.awaited():
+            return record
+        record.close()
+    finally:
+        record.leave()
+    return open_record()
 
 
 def _open(
@@ -180,9 +203,6 @@ def _open(
     if out_shape is None:
         backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
         return None
-    if record.lanes and not record.awaited() and tally.watchers.get() is None:
-        record.close()  # nobody can reach a result of what came before
-        record = open_record()
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
     lane.forward, lane.unmarked = _hooked_forward(module), is_unmarked(module)
@@ -227,18 +247,14 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _fits(leaf: Any, record: Record) -> bool:
-    if type(leaf) is Recorded:
-        return leaf._value[0].record is record
+    value = value_of(leaf)
+    if value is not None:
+        return value[0].record is record
     return isinstance(leaf, Tensor) and type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided
-
-
-def _shape(x: Any) -> torch.Size:
-    return x._value[0].shape if type(x) is Recorded else x.shape
 
 
 def _plain(leaf: Any) -> Tensor:
     """A tensor of the same shape and dtype."""
     if type(leaf) is not Recorded:
         return leaf  # type: ignore[no-any-return]
-    lane = leaf._value[0]
-    return torch.empty((), dtype=lane.dtype, device=lane.device).expand(lane.shape)
+    return torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)

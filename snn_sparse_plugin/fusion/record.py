@@ -169,10 +169,9 @@ class InputLane(FunctionLane):
     def follow(self, x: Tensor) -> bool:
         """Note an input that is the one before again, or the next slice of the tensor of all: whether it is one."""
         record, column = self.record, self.columns[0]
-        record.lock.acquire()
+        if not record.enter():
+            return False
         try:
-            if record.closed:
-                return False
             if type(column) is Slices:
                 if not column.take(x):
                     return False
@@ -187,7 +186,7 @@ class InputLane(FunctionLane):
             record.calls += 1
             return True
         finally:
-            record.lock.release()
+            record.leave()
 
     def take(self, x: Tensor) -> None:
         """Note the next input, whatever it is."""
@@ -287,10 +286,15 @@ class NeuronLane(Lane):
 
 
 class Record:
-    """What one thread has recorded and not run yet."""
+    """What one thread has recorded and not run yet.
+
+    It is written to between :meth:`enter` and :meth:`leave`. A finalizer or signal handler that comes in between, on the
+    same thread, finds it entered already: what it calls is recorded elsewhere, and it cannot run this record.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.enter_lock, self.leave, self.entered = self.lock.acquire, self.lock.release, self.lock._is_owned  # type: ignore[attr-defined]
         self.lanes: list[Lane] = []
         self.functions: dict[Any, FunctionLane] = {}
         self.inputs: dict[int, InputLane] = {}  # the lane of a layer's plain inputs, by the layer's id
@@ -301,6 +305,16 @@ class Record:
         self.plain = Plain()
         self.closed = False
         self.error: BaseException | None = None
+
+    def enter(self) -> bool:
+        """Begin to write to it: whether that is possible."""
+        if self.entered():
+            return False
+        self.enter_lock()
+        if self.closed:
+            self.leave()
+            return False
+        return True
 
     def count(self, lane: Lane) -> None:
         lane.order.append(self.calls)
@@ -385,7 +399,7 @@ reasons: Counter[str] = Counter()
 def open_record() -> Record:
     """The record of this thread that takes new calls."""
     record = here.record
-    if record is None or record.closed:
+    if record is None or record.closed or record.entered():
         record = here.record = Record()
     return record
 

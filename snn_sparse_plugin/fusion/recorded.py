@@ -74,6 +74,11 @@ class Recorded(Tensor):
         return _answers()[1](func, args, kwargs or {})
 
 
+def value_of(x: Tensor) -> Value | None:
+    """What a recorded tensor stands for; None if it is none, or no more: another thread or a finalizer may run it."""
+    return x.__dict__.get("_value")
+
+
 class Filled(Tensor):
     """A recorded step that was computed while C++ code held it, and so could not be exchanged for its result.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -24,7 +24,7 @@ MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _Module, _Linear = nn.Module, nn.Linear
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _feeding: WeakSet[nn.Module] = WeakSet()
-_lock = threading.Lock()
+_lock = threading.RLock()
 _inside = 0
 
 
@@ -56,7 +56,8 @@ def watched() -> Iterator[None]:
             if not _inside:
                 for cls in _LAYERS:
                     if cls.__dict__.get("__call__") is _CALLS[cls]:
-                        del cls.__call__  # type: ignore[attr-defined]
+                        with suppress(AttributeError):  # a finalizer that comes in between has done it
+                            del cls.__call__  # type: ignore[attr-defined]
 
 
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
@@ -99,13 +100,17 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
         if x.layout is not torch.strided or x.dtype is not torch.float32:
             return None
         lane = _entering(lane, self, x, mode, config)
+        if lane is None:
+            return None
     own = _own_parameters(self) if type(self) is _Linear else None
     found = None if own is None else next_linear((lane, len(lane.order) - 1, 0), *own, mode)
     if found is None:
-        with lane.record.lock:
-            if lane.record.closed:
-                return None
+        if not lane.record.enter():
+            return None
+        try:
             entered = lane.make(0)
+        finally:
+            lane.record.leave()
         found = super(cls, self).__call__(entered) if own is None else record_linear(entered, *own)
     return found
 
@@ -135,10 +140,12 @@ def is_listened_to(module: nn.Module) -> bool:
 
 def _entering(
     lane: InputLane | None, module: nn.Module, x: Tensor, mode: int, config: SparseConfig
-) -> InputLane:
-    """Put a plain input of a layer into its lane, which is returned."""
+) -> InputLane | None:
+    """Put a plain input of a layer into its lane, which is returned; None where there is none now."""
     record = open_record()
-    with record.lock:
+    if not record.enter():
+        return None
+    try:
         if (
             lane is None
             or lane.record is not record
@@ -152,6 +159,8 @@ def _entering(
         if len(lane.order) == ENOUGH:
             begin(lane, config)
         return lane
+    finally:
+        record.leave()
 
 
 def note_feeding(x: Tensor) -> None:
