@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch._functorch import eager_transforms
+from torch.autograd import Function, forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .aliases import note_alias
 from .context import here, paused
 from .flush import flush, realize
+from .native import apart
 from .recorded import Filled
 
 _installed = False
@@ -39,6 +41,9 @@ def install() -> None:
         for method in ("numpy", "set_"):
             setattr(Tensor, method, _giving_away(getattr(Tensor, method)))
         Tensor.data = _data  # type: ignore[assignment, misc]
+        for home, name in ((forward_ad, "make_dual"), (eager_transforms, "_jvp_with_argnums")):
+            if hasattr(home, name):  # forward derivatives look at the memory of what they wrap
+                setattr(home, name, _on_real(getattr(home, name)))
         register_optimizer_step_pre_hook(lambda *_: flush(reason="optimizer.step()"))
 
 
@@ -63,7 +68,8 @@ def _on_real(upstream: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(upstream)
     def call(*args: Any, **kwargs: Any) -> Any:
         if here.record is not None and not torch.compiler.is_compiling():
-            realize((args, kwargs), upstream.__name__)
+            inside = torch._C._are_functorch_transforms_active()
+            realize((args, kwargs), upstream.__name__, apart if inside else flush)
         return upstream(*args, **kwargs)
 
     return call

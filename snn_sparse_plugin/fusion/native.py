@@ -16,7 +16,7 @@ from .flush import flush, realize
 from .record import Record
 from .recorded import Filled, Recorded
 
-_DEVICE = torch.ops.prim.device.default
+_DEVICE, _DETACH = torch.ops.prim.device.default, torch.ops.aten.detach.default
 
 
 def dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -31,7 +31,7 @@ def dispatched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         realize(late, func, apart)
     if func is _DEVICE:
         return args[0].own.device
-    if torch.is_grad_enabled() and any(x.requires_grad for x in late):
+    if func is not _DETACH and torch.is_grad_enabled() and any(x.requires_grad for x in late):
         if noted or func.is_view:
             raise FusionError(
                 f"{func} was called in C++ on a recorded step, where its gradient cannot be followed. It is computed "
