@@ -9,6 +9,10 @@ class InputError(SparsePluginError, ValueError):
     """A tensor with the wrong shape, dtype, device or values."""
 
 
+class NonFiniteError(InputError):
+    """NaN or infinity where the fused kernels cannot carry it on as a step loop does."""
+
+
 class ConfigError(SparsePluginError, ValueError):
     """An option that does not exist or a value outside its range."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import InputError, MissingDependencyError
+from .errors import InputError, MissingDependencyError, NonFiniteError
 
 MAX_EVENTS = 2**31 - 1
 
@@ -210,7 +210,7 @@ class SpikeTrain:
             indptr, indices, values = _events_from_dense(x.detach())
         if values is not None:
             if not torch.isfinite(values).all():
-                raise InputError("input has NaN or infinite values; spikes must be finite.")
+                raise NonFiniteError("input has NaN or infinite values; spikes must be finite.")
             if binary:
                 raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
         train = cls(indptr, indices, x.shape, values, dtype=x.dtype, check=False)
@@ -351,7 +351,7 @@ def _leaf_values(x: Tensor, values: Tensor) -> Tensor:
         raise InputError("a sparse input passes no gradient on: detach() it, or give a dense tensor.")
     values = values.detach()
     if not bool(torch.isfinite(values).all()):
-        raise InputError("input has NaN or infinite values; spikes must be finite.")
+        raise NonFiniteError("input has NaN or infinite values; spikes must be finite.")
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from .. import registry
 from ..dynamics import NeuronSpec
 from ..equations import Equations
-from ..errors import UnsupportedError
+from ..errors import NonFiniteError, UnsupportedError
 from ..spikes import Active, SpikeTrain
 from ..surrogates import Surrogate
 
@@ -76,6 +77,40 @@ def keeps_active(call: LayerCall) -> bool:
     Not where equations make the output of more than the spike that the window looks at.
     """
     return not isinstance(call.spec, Equations) or call.spec.program.direct
+
+
+def check_finite(call: LayerCall, v: Tensor) -> None:
+    """Raise :class:`NonFiniteError` if the final membrane ``v`` or what it was made from is NaN or infinite.
+
+    Rows of weights that meet no spike are never added, and 0 times infinity would turn into 0 unseen.
+    """
+    seen = (v, call.params, call.weight if call.train is not None else None, call.bias, call.rec_weight)
+    if all(tensor is None or _finite(tensor) for tensor in seen):
+        return
+    named = {
+        "the input current": call.current,
+        "the input": None if call.train is None else call.train.values,
+        "the weight": call.weight,
+        "the bias": call.bias,
+        "the recurrent weight": call.rec_weight,
+        "the initial state": call.v0,
+        "a decay or threshold": call.params,
+    }
+    found = [label for label, x in named.items() if x is not None and not _finite(x)]
+    raise NonFiniteError(
+        f"{call.name}: the membrane is NaN or infinite. "
+        + (
+            f"{found[0].capitalize()} has NaN or infinite values."
+            if found
+            else "It overflowed: inputs and weights are finite but too large."
+        )
+    )
+
+
+def _finite(x: Tensor) -> bool:
+    # a sum costs a fifth; finite numbers whose sum is not are looked at one by one
+    x = x.detach()
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 class Saved(NamedTuple):

@@ -14,11 +14,11 @@ from .description import version
 
 _ALIASES = "_snn_sparse_aliases"
 PINNED = "_snn_sparse_pinned"
-"""Storages that torch resizes no more because a thread of ours reads them, not because others may write to them."""
+"""Attribute of storages that torch resizes no more because a thread of ours reads them (``backends/cpu/memory.py``)."""
 
 
 def note_alias(x: Tensor, alias: Any = None) -> None:
-    """Memory of ``x`` is also ``alias``'s from now on, which has a version of its own; None: something outside torch's."""
+    """``alias``, with a version of its own, is on the memory of ``x`` from now on; None: something outside torch is."""
     storage = x.untyped_storage()
     known = [other for other in getattr(storage, _ALIASES, ()) if other() is not None]
     setattr(storage, _ALIASES, [*known, (lambda: True) if alias is None else ref(alias)])

@@ -68,6 +68,11 @@ def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
         if value is not None:
             record = value[0].record
             run(record, reason, stepped=reason in _GRAPH)
+            if type(x) is Recorded and record.entered():
+                raise FusionError(
+                    f"the step recorded at {value[0].where} is being recorded or computed at this moment: what "
+                    f"interrupts that (a finalizer, a signal handler, a function that the record calls) cannot have it."
+                )
             if type(x) is Recorded:
                 raise FusionError(
                     f"the step recorded at {value[0].where} was never computed, as running the record failed: "

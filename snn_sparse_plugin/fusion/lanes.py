@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import running
 from ..config import use_config
-from ..errors import FusionError
+from ..errors import FusionError, NonFiniteError
 from ..spikes import SpikeTrain
 from . import meter
 from .calls import BATCHED, LINEAR, filled
@@ -155,18 +155,10 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
     )
     events = plan.wants_events(lane) and not single
     want_mem = membrane > 0 and (lane, membrane) in plan.early
-    with use_config(lane.config):
-        if meter.current is None:
-            passed = call.run(flow, events, want_mem)
-        else:
-            x, state = piece(lane.columns[0][0]) if synapses is None else piece(column[0]), _initial(lane)
-            passed = meter.current.add(
-                lane.module,
-                n,
-                lambda: call.run(flow, events, want_mem),
-                lambda: _one_step(lane, synapses, x, state),
-                (lane.input_shape, synapses is None, lane.mode),
-            )
+    try:
+        passed = _fused(lane, call, flow, synapses, column, events, want_mem)
+    except NonFiniteError:  # which upstream's own steps carry on
+        return False
     if passed is None:
         return False
     spikes, mem = passed.flow, passed.mem
@@ -180,6 +172,28 @@ def _run_neuron(lane: NeuronLane, plan: Plan) -> bool:
             last = x.squeeze(0) if single else x
             lane.results[slot] = Series(n, dense=mem if slot == membrane else None, last=last)
     return True
+
+
+def _fused(
+    lane: NeuronLane,
+    call: FusedCall,
+    flow: Flow,
+    synapses: Synapses | None,
+    column: Column,
+    events: bool,
+    want_mem: bool,
+) -> Any:
+    with use_config(lane.config):
+        if meter.current is None:
+            return call.run(flow, events, want_mem)
+        x, state = piece(lane.columns[0][0]) if synapses is None else piece(column[0]), _initial(lane)
+        return meter.current.add(
+            lane.module,
+            len(lane),
+            lambda: call.run(flow, events, want_mem),
+            lambda: _one_step(lane, synapses, x, state),
+            (lane.input_shape, synapses is None, lane.mode),
+        )
 
 
 def _one_step(lane: NeuronLane, synapses: Synapses | None, x: Tensor, state: Any) -> None:

@@ -288,8 +288,8 @@ class NeuronLane(Lane):
 class Record:
     """What one thread has recorded and not run yet.
 
-    It is written to between :meth:`enter` and :meth:`leave`. A finalizer or signal handler that comes in between, on the
-    same thread, finds it entered already: what it calls is recorded elsewhere, and it cannot run this record.
+    It is written to between :meth:`enter` and :meth:`leave`. A finalizer or signal handler that comes in between, on
+    the same thread, finds it entered already: what it calls is recorded elsewhere, and it cannot run this record.
     """
 
     def __init__(self) -> None:

@@ -83,8 +83,8 @@ class Filled(Tensor):
     """A recorded step that was computed while C++ code held it, and so could not be exchanged for its result.
 
     It has the numbers and the place in the graph of its result, and becomes an ordinary tensor the next time that
-    Python sees it after C++ has let go. ``own``: a tensor on the same memory, which it is made from and which Python gets in
-    its place. ``at``: its version then.
+    Python sees it after C++ has let go. ``own``: a tensor on the same memory, which it is made from and which Python
+    gets in its place. ``at``: its version then.
     """
 
     own: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, config_of, entered, has_hooks, loaded_adapters
 from ..config import current_config
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from ..spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from .executor import run, run_neuron
 from .neurons import step
@@ -173,7 +173,10 @@ def _hooked_neuron(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, An
             return None
         x = x.unsqueeze(1)
         state = _mapped(state, lambda s: s.unsqueeze(0) if s.dim() else s)
-    found = run_neuron(layer, x, state)
+    try:
+        found = run_neuron(layer, x, state)
+    except NonFiniteError:  # which upstream's own forward carries on
+        return None
     if found is None:
         return None
     out: Tensor = found.flow  # type: ignore[assignment]
@@ -199,7 +202,10 @@ def _hooked_container(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor,
     if not _takes_sequence(layers, adapters):
         return None
     states = [None] * len(layers) if state is None else list(state)
-    spikes, _, states = run(layers, x, states, per_step=False, want_mem=False)
+    try:
+        spikes, _, states = run(layers, x, states, per_step=False, want_mem=False)
+    except NonFiniteError:
+        return None
     return spikes, states  # type: ignore[return-value]
 
 

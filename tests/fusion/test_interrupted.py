@@ -28,7 +28,7 @@ class Net:
         self.x = (torch.rand(STEPS, 4, 20) < 0.5).float()
 
     def steps(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        mem, out, total = self.neuron.init_leaky(), [], 0
+        mem, out, total = torch.zeros(4, 16), [], 0
         for x in self.x:
             spikes, mem = self.neuron(self.layer(x), mem)
             out.append(spikes)

@@ -34,14 +34,14 @@ class _Memory:
 def array(x: Tensor) -> np.ndarray:
     """The numbers of a CPU tensor, without a copy where it is contiguous.
 
-    ``Tensor.numpy`` would note on the memory, for good, that something outside torch may write to it: torch then resizes
-    it no more, and time fusion has to copy it (:mod:`snn_sparse_plugin.fusion.aliases`).
+    ``Tensor.numpy`` would note on the memory, for good, that something outside torch may write to it: torch then
+    resizes it no more, and time fusion has to copy it (:mod:`snn_sparse_plugin.fusion.aliases`).
     """
     return np.asarray(_Memory(x if x.is_contiguous() else x.detach().contiguous()))
 
 
 PINNED = "_snn_sparse_pinned"
-"""Attribute of storages that torch does not resize because of :func:`pinned`, not because others may write to them."""
+"""Attribute of storages that torch resizes no more because of :func:`pinned`, not because others may write to them."""
 
 
 def pinned(x: Tensor) -> np.ndarray:

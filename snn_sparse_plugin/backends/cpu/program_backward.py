@@ -29,6 +29,7 @@ from .program import (
     load_rec,
     to_registers,
 )
+from .replay import settle_params
 from .rows import dot, surrogate_row
 
 
@@ -125,7 +126,7 @@ def backward_program(  # type: ignore[no-untyped-def]
     lam,  # (K, B, N): gradient of the final states in, of the initial ones out
     __,
     outgoing,
-    g_params,  # (P, N) of this range, or empty
+    g_params,  # (P, N) of this range, float64, or empty
     block,
 ):
     """As ``backward_replay`` in replay.py, for any program."""
@@ -216,13 +217,11 @@ def backward_program(  # type: ignore[no-untyped-def]
                 if r % block.shape[0] == 0 or r == first * T:
                     deliver(block, r, until, T, incoming, outgoing)
                     until = r
+            # the adjoints of the parameters are not cleared step by step: they are the sums over the chunk
+            settle_params(adjoint, places[2], g_params)
         for k in range(K):
             for j in range(N):
                 lam[np.uint32(k), sample, j] = carried[np.uint32(k), j]
-    # the adjoints of the parameters were never cleared: they are the sums over samples and steps
-    for k in range(g_params.shape[0]):
-        for j in range(N):
-            g_params[k, j] = adjoint[np.uint32(places[2] + k), j]
 
 
 def backward_of(call: LayerCall, width: int, dtype: np.dtype) -> Callable[..., Any]:

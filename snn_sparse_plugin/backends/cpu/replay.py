@@ -77,6 +77,19 @@ def _params_grad(code, params, phi, g, mu, lam, reset, carried, distance, v, i, 
             out[SYN, j] -= ci[j] * jump[j]
 
 
+@kernel(forceinline=True)
+def settle_params(recent, first, out):  # type: ignore[no-untyped-def]
+    """Add the gradients of a chunk of steps to the (P, N) of all, which are float64, and begin again from zero.
+
+    One parameter gets a term from every sample and step: a float32 sum of so many loses three digits.
+    """
+    for k in range(out.shape[0]):
+        row = np.uint32(first + k)
+        for j in range(out.shape[1]):
+            out[np.uint32(k), j] += recent[row, j]
+            recent[row, j] = 0
+
+
 @cache
 def backward_replay_kernel(code: Code) -> Callable[..., Any]:
     """The backward that replays, for one member of the neuron family."""
@@ -104,7 +117,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         lam_state,
         ci_state,
         outgoing,
-        g_params,  # (5, N) of this range, or empty
+        g_params,  # (5, N) of this range, float64, or empty
         block,  # space for rows of nu, zero beyond column N
     ):
         rec_weight, rec_bias, rec0 = recurrence
@@ -129,6 +142,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         from_events = indptr.shape[0] > 0
         want_params = g_params.shape[0] > 0
+        recent = np.zeros((g_params.shape[0], N), dtype)
         still = current.shape[0] == 1
         for b in range(last - 1, first - 1, -1):
             lam, ci = lam_state[b], ci_state[b]
@@ -223,7 +237,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             i_before,
                             jump,
                             ci,
-                            g_params,
+                            recent,
                         )
                     if carried and kind == ZERO and scope == SUM:
                         for j in range(N):
@@ -237,5 +251,6 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                     if r % block.shape[0] == 0 or r == first * T:
                         deliver(block, r, until, T, incoming, outgoing)
                         until = r
+                settle_params(recent, 0, g_params)
 
     return backward_replay

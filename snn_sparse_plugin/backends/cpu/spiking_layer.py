@@ -21,6 +21,7 @@ from ...backends import (
     OutputGrads,
     Saved,
     calls,
+    check_finite,
     keeps_active,
 )
 from ...dynamics import NeuronSpec
@@ -100,8 +101,7 @@ def run_forward(call: LayerCall) -> LayerResult:
 
     ranges = split(B)
     parts = parallel([lambda r=r: run(*r) for r in ranges])  # type: ignore[misc]
-    if not (_finite(states[0]) and _finite(params)):
-        raise InputError(f"{call.name}: the membrane is NaN or infinite. {_blame(call)}")
+    check_finite(call, v)
 
     seen = sum(int(part[3][2]) for part in parts)
     steps = T * B * N
@@ -218,7 +218,7 @@ def run_backward(
         g_bias = rows(need["bias"] and call.bias is not None, 1)
         g_rec_weight = rows(need["rec_weight"] and recurrent, N)
         g_rec_bias = rows(need["rec_bias"] and call.rec_bias is not None, 1)
-        g_params = zeros(want_params, len(call.params), N)
+        g_params = np.zeros((len(call.params), N) if want_params else (0, 0))
         outgoing = (g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
         if impulses:
             backward_impulses(
@@ -272,7 +272,7 @@ def run_backward(
         g_rec0,
         cv if need["v0"] else None,
         ci if need["i0"] and call.i0 is not None else None,
-        torch.from_numpy(totals[4]) if totals[4].size else None,
+        torch.from_numpy(totals[4].astype(np_dtype)) if totals[4].size else None,
     )
 
 
@@ -449,26 +449,3 @@ def _join_ptr(
         if base > MAX_EVENTS:
             raise InputError(f"more than {MAX_EVENTS} events in one layer; split the batch.")
     return torch.from_numpy(ptr)
-
-
-def _finite(x: np.ndarray) -> bool:
-    # a sum costs a fifth; finite numbers whose sum is not are looked at one by one
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
-
-
-def _blame(call: LayerCall) -> str:
-    """Which tensor brought the non-finite value in."""
-    named = {
-        "the input current": call.current,
-        "the input": None if call.train is None else call.train.values,
-        "the weight": call.weight,
-        "the bias": call.bias,
-        "the recurrent weight": call.rec_weight,
-        "the initial state": call.v0,
-        "a decay or threshold": call.params,
-    }
-    for label, tensor in named.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            return f"{label.capitalize()} has NaN or infinite values."
-    return "It overflowed: inputs and weights are finite but too large."

@@ -20,6 +20,7 @@ from ...backends import (
     Saved,
     TtfsBackward,
     calls,
+    check_finite,
     keeps_active,
 )
 from ...dynamics import NeuronSpec
@@ -155,8 +156,9 @@ class ReferenceBackend(Backend):
             if call.train is not None:
                 current = F.linear(call.train._dense_data().flatten(2), inputs["weight"], call.bias)
             distances, spikes, mems, v, i = run(call, lambda x: (x > 0).to(x.dtype), current, inputs)
+        check_finite(call, v)
         active, fraction, threshold = None, 1.0, call.threshold
-        if call.spec.spiking and threshold is not None and call.needs_grad:
+        if call.spec.spiking and threshold is not None and call.needs_grad and distances.numel():
             near = distances.abs() < threshold
             fraction = float(near.sum()) / max(1, near.numel())
             if fraction < call.min_active:
