@@ -62,6 +62,9 @@ class Surrogate:
         kind: a name of :data:`KINDS`, or ``"custom"``.
         params: the parameters of the formula, in the order of the upstream signature.
         function: for ``"custom"``: any elementwise differentiable spike function of x; its own gradient is used.
+        pure: for ``"custom"``: whether ``function`` depends on nothing but x. Such a function may be called at other
+            times and with other shapes than upstream calls it: over all steps at once, in the backward, or to look at
+            its gradient. One that is not is called by upstream alone.
 
     Raises:
         ConfigError: unknown kind or wrong number of parameters.
@@ -74,6 +77,7 @@ class Surrogate:
     kind: str
     params: tuple[float, ...] = ()
     function: Callable[[Tensor], Tensor] | None = None
+    pure: bool = True
 
     def __post_init__(self) -> None:
         if self.kind == "custom":
@@ -109,25 +113,29 @@ class Surrogate:
         if self.kind != "custom":
             return _TABLE[self.kind][2](x, *self.params)
         assert self.function is not None
+        again = torch.is_grad_enabled() and x.requires_grad  # the derivative is to be differentiated
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            out = self.function(leaf)
+            inner = x.view_as(x) if again else x.detach().requires_grad_()
+            out = self.function(inner)
             if not out.requires_grad:
                 return torch.zeros_like(x)
-            (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out), allow_unused=True)
+            (grad,) = torch.autograd.grad(
+                out, inner, torch.ones_like(out), create_graph=again, allow_unused=True
+            )
         return torch.zeros_like(x) if grad is None else grad
 
     def auto_threshold(self) -> float | None:
         """Smallest distance outside which at most 5 % of the area of sigma' lies; None if no window has that.
 
-        Constant surrogates have infinite area, so no window is right for them: they stay exact.
+        Constant surrogates have infinite area, so no window is right for them: they stay exact. So does a function that
+        is not pure, as nobody may call it to look at its gradient.
         """
         first, second = self.packed
         tail = AUTO_AREA
         if self.kind in ("zero", "straight_through", "triangular", "heaviside"):
             return None
         if self.kind == "custom":
-            return _numeric_threshold(self.grad)
+            return _numeric_threshold(self.grad) if self.pure else None
         if min(self.params) <= 0:
             return None
         if self.kind == "fast_sigmoid":

@@ -93,6 +93,12 @@ class Adapter:
     def install(self) -> None:
         """Hook the library's classes, once; without an active config the hooks do nothing."""
 
+    def repair(self) -> None:
+        """Put back the hooks that are gone, because a patch that was there before them has ended since.
+
+        Asked before every use; :meth:`install`, where that does nothing to what is hooked, will do.
+        """
+
     def examples(self) -> dict[str, Example]:
         """How to build each neuron class of the library, by name; the table of supported neurons is made from it."""
         return {}

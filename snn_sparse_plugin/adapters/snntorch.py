@@ -19,7 +19,7 @@ from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
 from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
-from .snntorch_surrogates import is_heaviside, recognise
+from .snntorch_surrogates import SpikeFunction, recognise
 
 
 class SnnTorchAdapter(Adapter):
@@ -41,6 +41,8 @@ class SnnTorchAdapter(Adapter):
             if not isinstance(vars(cls).get("spike_grad"), MaskedAttribute):
                 cls.spike_grad = MaskedAttribute()
 
+    repair = install
+
     def examples(self) -> dict[str, Example]:
         return examples()
 
@@ -49,8 +51,7 @@ class SnnTorchAdapter(Adapter):
         return isinstance(module, snn.SpikingNeuron | snn.LeakyParallel)
 
     def masks(self, module: Any) -> str | None:
-        function = vars(module).get("spike_grad") or module.spike_grad
-        surrogate = recognise(function)
+        surrogate = recognise(_spike_function(module))
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
     def takes_sequence(self, module: Any) -> bool:
@@ -77,10 +78,10 @@ class SnnTorchAdapter(Adapter):
             return "state_quant is a Python function on the membrane of every step"
         if steps and getattr(module, "inhibition", False):
             return "inhibition lets only the neuron with the highest membrane fire"
-        function = vars(module).get("spike_grad") or module.spike_grad  # a hooked class masks the attribute
-        surrogate = recognise(function)
-        if surrogate.kind == "custom" and not is_heaviside(function):
-            return "its spike function is not a step function"
+        surrogate = recognise(_spike_function(module))
+        if not surrogate.pure:
+            named = getattr(surrogate.function, "__qualname__", type(surrogate.function).__qualname__)
+            return f"its spike function {named} is none of snnTorch's, so that upstream calls it at every step"
         parts = _parts(module, cls, snn)
         if isinstance(parts, str):
             return parts
@@ -228,6 +229,14 @@ class SnnTorchAdapter(Adapter):
         if module.output:
             return "returns (spk, mem): output=True is for the last layer only"
         return None
+
+
+def _spike_function(module: Any) -> SpikeFunction:
+    """``spike_grad`` as the user set it: a hooked class masks the attribute."""
+    function = vars(module).get("spike_grad")
+    if function is None:  # a module
+        function = vars(module)["_modules"].get("spike_grad")
+    return module.spike_grad if function is None else function  # type: ignore[no-any-return]
 
 
 _METHODS = ("forward", "fire", "mem_reset", "_base_state_function")

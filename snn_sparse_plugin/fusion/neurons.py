@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import tally
-from ..adapters import Adapter, config_of, is_unmarked
+from ..adapters import Adapter, config_of, is_hook, is_unmarked
 from ..config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
-from .record import NeuronLane, Record, backoff, open_record, resting
+from .record import NeuronLane, Record, backoff, forward_of, open_record, resting
 from .recorded import Recorded
 from .sources import MODULE_CALL, is_listened_to, note_feeding
 
@@ -174,7 +174,7 @@ def _open(
         neuron = "its adapter failed"
     present = [leaf for leaf in leaves.values() if leaf is not None]
     if isinstance(neuron, str) or not all(_fits(leaf, record) for leaf in present):
-        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
+        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN, forward_of(module)]
         return None
     out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
     if out_shape is None:
@@ -197,7 +197,7 @@ def _hooked_forward(module: nn.Module) -> Any:
     """The hook that stands for the module's forward, once its class has the shorter way to it; else None."""
     cls = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     forward = vars(cls)["forward"]
-    if "forward" in vars(module) or not getattr(forward, "_snn_sparse_hook", False):
+    if "forward" in vars(module) or not is_hook(forward):
         return None
     with _lock:
         if cls.__call__ is MODULE_CALL:
