@@ -19,7 +19,7 @@ from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
 from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
-from .snntorch_surrogates import SpikeFunction, recognise
+from .snntorch_surrogates import SpikeFunction, depends_on, is_made_by_factory, recognise
 
 
 class SnnTorchAdapter(Adapter):
@@ -78,7 +78,10 @@ class SnnTorchAdapter(Adapter):
             return "state_quant is a Python function on the membrane of every step"
         if steps and getattr(module, "inhibition", False):
             return "inhibition lets only the neuron with the highest membrane fire"
-        surrogate = recognise(_spike_function(module))
+        function = _spike_function(module)
+        surrogate = recognise(function)
+        if is_made_by_factory(function) and any(isinstance(x, Tensor) for x in depends_on(function)):
+            return "a parameter of its spike function is a tensor, whose number may be another at every step"
         if not surrogate.pure:
             named = getattr(surrogate.function, "__qualname__", type(surrogate.function).__qualname__)
             return f"its spike function {named} is none of snnTorch's, so that upstream calls it at every step"

@@ -47,16 +47,21 @@ def recognise(function: SpikeFunction) -> Surrogate:
     """
     if isinstance(function, Surrogate):
         return function
-    if inspect.isfunction(function):
+    if is_made_by_factory(function):
         needs = depends_on(function)
-        before, found = _recognised.get(function, (None, None))
-        if found is None or before is None or not _same(before, needs):
+        before, found = _recognised.get(function, ((), None))
+        if found is None or not _same(before, needs) or any(isinstance(x, Tensor) for x in needs):
             found = _by_code(function)
             if found is not None:
                 _recognised[function] = needs, found
     else:
         found = _by_class(function)
     return Surrogate("custom", function=function, pure=False) if found is None else found
+
+
+def is_made_by_factory(function: Any) -> bool:
+    """Whether this is what one of snnTorch's factories returns, or its disabled surrogate."""
+    return inspect.isfunction(function) and function.__code__ in _codes()
 
 
 def depends_on(function: Any) -> tuple[Any, ...]:
@@ -72,8 +77,7 @@ def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
 
 def _class_of(function: Any) -> Any:
     """The autograd Function that one of snnTorch's spike functions applies."""
-    name = _codes().get(function.__code__, ("", "", ()))[0]
-    return function.__globals__.get(name)
+    return function.__globals__.get(_codes()[function.__code__][0])
 
 
 def _is_upstreams(cls: Any) -> bool:
@@ -85,12 +89,11 @@ def _is_upstreams(cls: Any) -> bool:
 
 def _by_code(function: Any) -> Surrogate | None:
     code: Any = function.__code__
-    snn = import_module("snntorch")
-    if code in (c._surrogate_bypass.__code__ for c in (snn.SpikingNeuron, snn.LeakyParallel)):
-        return Surrogate("zero")
-    if code not in _codes() or not _is_upstreams(_class_of(function)):
-        return None
     _, kind, names = _codes()[code]
+    if kind == "zero":
+        return Surrogate(kind)
+    if not _is_upstreams(_class_of(function)):
+        return None
     closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     return _surrogate(kind, *(closure[name] for name in names))
 
@@ -113,8 +116,6 @@ def _by_class(function: SpikeFunction) -> Surrogate | None:
 
 
 def _surrogate(kind: str, *params: Any) -> Surrogate | None:
-    if any(isinstance(p, Tensor) for p in params):  # whose numbers may be others at every step
-        return None
     try:
         return Surrogate(kind, tuple(float(p) for p in params))
     except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one slope per neuron
@@ -124,8 +125,11 @@ def _surrogate(kind: str, *params: Any) -> Surrogate | None:
 @cache
 def _codes() -> dict[Any, tuple[str, str, tuple[str, ...]]]:
     """By the code of what a factory returns: the autograd Function's name, our kind and its parameters."""
-    known = import_module("snntorch.surrogate")
-    codes = {}
+    snn, known = import_module("snntorch"), import_module("snntorch.surrogate")
+    disabled = ("", "zero", ())
+    codes: dict[Any, tuple[str, str, tuple[str, ...]]] = {
+        cls._surrogate_bypass.__code__: disabled for cls in (snn.SpikingNeuron, snn.LeakyParallel)
+    }
     for name, entry in _FACTORIES.items():
         code = getattr(known, name)().__code__ if hasattr(known, name) else None
         if code is not None:

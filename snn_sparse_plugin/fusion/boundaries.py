@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .aliases import note_alias
 from .context import here, paused
 from .flush import flush, realize
+from .places import check_place, checked
 from .recorded import Filled
 
 _installed = False
@@ -38,6 +39,9 @@ def install() -> None:
         _replace("_swap_tensor_impl", _before(flush, torch._C._swap_tensor_impl), torch._C)  # type: ignore[attr-defined]
         for method in ("numpy", "set_"):
             setattr(Tensor, method, _giving_away(getattr(Tensor, method)))
+        for method, what in (("retain_grad", "the gradient"), ("register_hook", "a hook on the gradient")):
+            setattr(Tensor, method, checked(what, getattr(Tensor, method)))
+        torch.autograd._engine_run_backward = _to_inputs(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
         Tensor.data = _data  # type: ignore[assignment, misc]
         register_optimizer_step_pre_hook(lambda *_: flush(reason="optimizer.step()"))
 
@@ -83,6 +87,18 @@ def _giving_away(upstream: Callable[..., Any]) -> Callable[..., Any]:
         return upstream(*args, **kwargs)
 
     return call
+
+
+def _to_inputs(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """The engine behind ``backward`` and ``grad``, whose ``inputs`` are what gradients are asked at."""
+
+    @wraps(upstream)
+    def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > 3 and args[3]:
+            check_place("the gradient", args[3])
+        return upstream(outputs, *args, **kwargs)
+
+    return run
 
 
 def _before(first: Callable[[], Any], upstream: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from .. import tally
 from ..errors import FusionError
 from .context import here, in_mode, paused, without_autocast
 from .lanes import run_lane, run_steps
+from .places import note_places, wants_places
 from .planner import Plan
 from .record import FunctionLane, Lane, NeuronLane, Record, check_versions, reasons
 from .recorded import Recorded
@@ -54,17 +55,14 @@ def flush(
 tally.settle.append(lambda: flush(reason="a report"))
 
 
-# what looks at a value's place in the graph, not only at its numbers
-_get: Any = Tensor  # its attributes as descriptors
-_GRAPH = {Tensor.register_hook, Tensor.retain_grad, _get.grad_fn.__get__, torch.autograd.grad}
-
-
 def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
     """Run the records of all recorded tensors within ``items``."""
+    stepped: bool | None = None
     for x in _recorded_in(items):
         if type(x) is Recorded:
             record = x._value[0].record
-            run(record, reason, stepped=reason in _GRAPH)
+            stepped = wants_places(reason, items) if stepped is None else stepped
+            run(record, reason, stepped=stepped)
             if type(x) is Recorded:
                 raise FusionError(
                     f"the step recorded at {x._value[0].where} was never computed, as running the record failed: "
@@ -111,6 +109,8 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
     real = _values(waiting, plan)
     for (_, _, _, found), tensor in zip(waiting, real, strict=True):
         found.become(tensor, apart)
+    if not stepped:
+        note_places(waiting, plan)
 
 
 def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[Tensor]:
