@@ -213,6 +213,22 @@ class Adapter:
         """One step of upstream's forward from this state; the module's own state stays as it is."""
         raise NotImplementedError
 
+    # What upstream's forward leaves in the module besides its state, where it leaves something.
+
+    def begin(self, module: nn.Module) -> None:
+        """Steps of the module are recorded from now on: what the last forward left is out of date."""
+
+    def note_last(self, module: nn.Module, fired: Tensor | None, membrane: Tensor | None) -> None:
+        """A fused call has run: what its last step began with, the spikes of the step before, or where there is none,
+        or :meth:`wants_membrane`, the membrane; None for zeros."""
+
+    def wants_membrane(self, neuron: Neuron) -> bool:
+        """Whether :meth:`note_last` needs membranes."""
+        return False
+
+    def leave(self, module: nn.Module) -> None:
+        """All steps have run: leave what upstream's forward leaves."""
+
     def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
         """Why the module cannot stand in an ``nn.Sequential`` at that place, or None."""
         return None
@@ -234,6 +250,8 @@ class Runner(Protocol):
         kwargs: dict[str, Any],
         config: SparseConfig,
     ) -> Any: ...
+
+    def settle(self, module: nn.Module) -> None: ...
 
 
 @cache

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..equations import Equations
+from ..config import active_config
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
 from .hooks import has_hooks, hook, patched
 from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
+from .snntorch_reset import LastReset, resets
 from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
 from .snntorch_surrogates import SpikeFunction, depends_on, is_made_by_factory, recognise
 
@@ -37,6 +39,8 @@ class SnnTorchAdapter(Adapter):
             hook(snn.SpikingNeuron, method, masked_method)
         for name in _STEPPED:
             hook(getattr(snn, name), "forward", self._recorded_forward)
+            if "reset" not in vars(getattr(snn, name)):
+                getattr(snn, name).reset = LastReset()
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
             if not isinstance(vars(cls).get("spike_grad"), MaskedAttribute):
                 cls.spike_grad = MaskedAttribute()
@@ -211,7 +215,7 @@ class SnnTorchAdapter(Adapter):
         self, upstream: Callable[..., Any], module: Any, x: Tensor, leaves: dict[str, Any], like: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         buffers, attributes = module._buffers, vars(module)
-        kept, reset = {name: buffers[name] for name in leaves}, attributes.get("reset", self)
+        kept = {name: buffers[name] for name in leaves}
         # an empty tensor has no input's shape, so that upstream starts from zeros
         buffers.update({name: x.new_zeros(0) if leaf is None else leaf for name, leaf in leaves.items()})
         try:
@@ -219,10 +223,23 @@ class SnnTorchAdapter(Adapter):
             return (out[0] if isinstance(out, tuple) else out), {name: buffers[name] for name in leaves}
         finally:
             buffers.update(kept)
-            # the forward's own note of its last reset, which is no part of the neuron's description
-            attributes.pop("reset", None)
-            if reset is not self:
-                attributes["reset"] = reset
+            # no part of the neuron's description
+            reset = attributes.pop("reset", None)
+            if active_config() is not None:  # else the step is only measured
+                resets.note(module, reset)
+
+    def begin(self, module: Any) -> None:
+        vars(module).pop("reset", None)
+
+    def wants_membrane(self, neuron: Neuron) -> bool:
+        return isinstance(neuron.spec, NeuronSpec) and neuron.spec.timing == "corrected"
+
+    def note_last(self, module: Any, fired: Tensor | None, membrane: Tensor | None) -> None:
+        if isinstance(module, _with_reset()):
+            resets.note_last(module, fired, membrane)
+
+    def leave(self, module: Any) -> None:
+        resets.leave(module)
 
     def check_in_sequence(self, module: Any, last: bool) -> str | None:
         if last or self.takes_sequence(module):
@@ -282,6 +299,12 @@ _STEPPED = {
     "RLeaky": ("spk", "mem"),
     "RSynaptic": ("spk", "syn", "mem"),
 }
+
+
+@cache
+def _with_reset() -> tuple[type, ...]:
+    snn = Classes()
+    return tuple(getattr(snn, name) for name in _STEPPED)
 
 
 @cache

@@ -106,6 +106,9 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
             raise
+    for lane in plan.sources:
+        if isinstance(lane, NeuronLane):
+            lane.adapter.leave(lane.module)
     real = _values(waiting, plan)
     for (_, _, _, found), tensor in zip(waiting, real, strict=True):
         found.become(tensor, apart)

@@ -50,6 +50,13 @@ def step(
     return upstream(module, *args, **kwargs)
 
 
+def settle(module: nn.Module) -> None:
+    """Run the record if it holds steps of this module."""
+    record = here.record
+    if record is not None and id(module) in record.neurons:
+        flush(record, f"an attribute of {type(module).__name__}")
+
+
 def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     """The next step of a lane, where the state is the one that its last step left; else None."""
     calls = record.calls
@@ -183,6 +190,7 @@ def _open(
     if record.lanes and not record.awaited() and tally.watchers.get() is None:
         record.close()  # nobody can reach a result of what came before
         record = open_record()
+    adapter.begin(module)
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
     lane.forward, lane.unmarked = _hooked_forward(module), is_unmarked(module)
