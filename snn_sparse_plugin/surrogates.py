@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import tally
-from .errors import ConfigError
+from .errors import ConfigError, FusionError
 
 _Formula = Callable[..., Tensor]
 
@@ -193,6 +192,26 @@ class _Spike(torch.autograd.Function):
         return grads[0] * ctx.surrogate.grad(x), None
 
 
+def once(grad: Tensor, what: str) -> Tensor:
+    """``grad``, which raises :class:`FusionError` where it is differentiated, and is no constant there."""
+    return _Once.apply(grad, torch.zeros((), device=grad.device, requires_grad=True), what)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor, what: str) -> Tensor:
+        ctx.what = what
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise FusionError(
+            f"{ctx.what} was made with create_graph=True and cannot be differentiated: only what lies inside the "
+            f"window was kept of its forward. Use the exact gradient for derivatives of second order: "
+            f"sparse_mode(backprop_threshold=None), where time fusion may stay on or be off (fuse_time=False)."
+        )
+
+
 class _MaskedSpike(torch.autograd.Function):
     """Upstream's spikes, the surrogate's gradient at active elements only; only those are kept for backward."""
 
@@ -222,7 +241,6 @@ class _MaskedSpike(torch.autograd.Function):
         return spikes.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if ctx.exact:
@@ -234,6 +252,8 @@ class _MaskedSpike(torch.autograd.Function):
             flat = torch.zeros(ctx.shape.numel(), dtype=x.dtype, device=x.device)
             flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
             out = flat.view(ctx.shape)
+            if torch.is_grad_enabled():
+                out = once(out, "the gradient of spikes inside a window")
         return out, None, None, None, None, None
 
 
