@@ -32,8 +32,8 @@ def as_hook(function: Callable[..., Any]) -> Callable[..., Any]:
 def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace a method of an upstream class by ``wrap(method)``, unless a hook of ours runs in it already."""
     with lock:
-        upstream = vars(cls)[name]
-        if not is_hook(upstream):
+        upstream = vars(cls).get(name)  # None: inherited, since a patch of this class has ended
+        if upstream is not None and not is_hook(upstream):
             setattr(cls, name, as_hook(functools.wraps(upstream)(wrap(upstream))))
 
 
