@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import active_config
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..equations import Equations
-from ..config import active_config
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
 from .hooks import has_hooks, hook, patched
 from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
-from .snntorch_reset import LastReset, resets
 from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
+from .snntorch_reset import LastReset, resets
 from .snntorch_surrogates import SpikeFunction, depends_on, is_made_by_factory, recognise
 
 
@@ -88,7 +88,9 @@ class SnnTorchAdapter(Adapter):
             return "a parameter of its spike function is a tensor, whose number may be another at every step"
         if not surrogate.pure:
             named = getattr(surrogate.function, "__qualname__", type(surrogate.function).__qualname__)
-            return f"its spike function {named} is none of snnTorch's, so that upstream calls it at every step"
+            return (
+                f"its spike function {named} is none of snnTorch's, so that upstream calls it at every step"
+            )
         parts = _parts(module, cls, snn)
         if isinstance(parts, str):
             return parts

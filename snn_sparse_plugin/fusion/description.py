@@ -74,7 +74,9 @@ class Description:
 
 
 @lru_cache(maxsize=1024)
-def _comparison(form: tuple[tuple[int, tuple[str, ...]] | None, ...]) -> Callable[[Any, Any], Callable[[], bool]]:
+def _comparison(
+    form: tuple[tuple[int, tuple[str, ...]] | None, ...],
+) -> Callable[[Any, Any], Callable[[], bool]]:
     """Of dicts and a list of objects: whether they have these numbers of entries, and the very objects by these names.
     ``None`` stands for the cell of a closure, which has to have its object.
 

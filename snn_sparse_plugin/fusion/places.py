@@ -103,6 +103,7 @@ def check_place(what: str, *tensors: Any) -> None:
 
 def checked(what: str, upstream: Callable[..., Any]) -> Callable[..., Any]:
     """A method of tensors that looks at their place in the graph."""
+
     @wraps(upstream)
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and type(self) is not Recorded:

@@ -103,7 +103,10 @@ def test_attributes_after_a_loop_are_upstreams(name, steps, options):
 
     def made(sparse: bool) -> nn.Module:
         torch.manual_seed(0)
-        fc, lif = nn.Linear(20, 16), getattr(snntorch, name)(beta=0.9, init_hidden=True, **first, **more, **options)
+        fc, lif = (
+            nn.Linear(20, 16),
+            getattr(snntorch, name)(beta=0.9, init_hidden=True, **first, **more, **options),
+        )
         nn.init.uniform_(fc.weight, -1, 1)
         x = (torch.rand(steps, 4, 20) < 0.5).float()
         if sparse:

@@ -145,9 +145,7 @@ def test_a_window_masks_x_and_leaves_parameters_their_gradient():
 def test_unroll_calls_it_as_the_loop_does():
     def made():
         torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(20, 16), snntorch.Leaky(0.9, spike_grad=Learnable(), init_hidden=True)
-        )
+        return nn.Sequential(nn.Linear(20, 16), snntorch.Leaky(0.9, spike_grad=Learnable(), init_hidden=True))
 
     x, grads = (torch.rand(9, 4, 20) < 0.5).float(), []
     loop, unrolled = made(), made()

@@ -123,8 +123,8 @@ def _differentiable(
     """What backward returns, as a function of the op's inputs and of ``grads``."""
     if call.train is None and leaves["current"] is None:  # it was not kept, as a window needs it nowhere
         with torch.no_grad():
-            found = _SpikingLayer.backward(ctx, *grads)
-        return tuple(None if g is None else once(g, f"the gradient of {call.name}") for g in found)
+            once_only = _SpikingLayer.backward(ctx, *grads)
+        return tuple(None if g is None else once(g, f"the gradient of {call.name}") for g in once_only)
     dense = tuple(g.dense() if isinstance(g, ProductGrad) else g for g in grads)
     found = again.gradients(call, call.surrogate, saved, call.train, leaves, dense)
     wanted = zip(leaves, ctx.needs_input_grad[3:], strict=True)
