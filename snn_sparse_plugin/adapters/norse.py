@@ -21,7 +21,7 @@ from .hooks import as_hook, hook, is_hook, lock, patched
 from .loading import installed_version
 from .norse_examples import examples
 from .norse_neurons import WHY_NOT, builders
-from .norse_surrogates import surrogate_of, threshold_functions, upstream_apply
+from .norse_surrogates import replaced, surrogate_of, threshold_functions, upstream_apply
 
 
 class NorseAdapter(Adapter):
@@ -92,6 +92,9 @@ class NorseAdapter(Adapter):
         if getattr(module, "record_states", False):
             return "record_states=True wants the state of every step"
         activation: Any = getattr(module, "activation", owner)
+        other = replaced()
+        if other is not None and not isinstance(module, _readouts()):
+            return other
         build = builders().get(activation)
         if build is None:
             named = getattr(activation, "__name__", str(activation))

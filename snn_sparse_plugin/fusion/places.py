@@ -20,7 +20,7 @@ from .record import Lane, NeuronLane
 from .recorded import Recorded, Value
 
 BESIDE = "_snn_sparse_beside"
-"""Attribute of a tensor that stands beside the graph of later steps: where the loop made it."""
+"""Attribute of a tensor that stands beside the graph of later steps: where the loop made it, and its version then."""
 
 _get: Any = Tensor  # its attributes as descriptors
 _OF_ITSELF = {
@@ -78,7 +78,7 @@ def note_places(waiting: list[tuple[Lane, int, int, Any]], plan: Plan) -> None:
         if key not in beside:
             beside[key] = _stands_beside(lane, slot, plan)
         if beside[key] and x.requires_grad:
-            setattr(x, BESIDE, lane.where)
+            setattr(x, BESIDE, (lane.where, x._version))
 
 
 def _stands_beside(lane: Lane, slot: int, plan: Plan) -> bool:
@@ -91,8 +91,9 @@ def _stands_beside(lane: Lane, slot: int, plan: Plan) -> bool:
 def check_place(what: str, *tensors: Any) -> None:
     """Raise :class:`FusionError` for a tensor that stands beside the graph."""
     for x in _tensors(tensors):
-        where = getattr(x, BESIDE, None)
-        if where is not None:
+        where, version = getattr(x, BESIDE, ("", -1))
+        # detached, loaded from a file or changed in place, it is a tensor of its own
+        if where and x.grad_fn is not None and x._version == version:
             raise FusionError(
                 f"{what} of a step that was recorded at {where} and has run since: the steps of its layer ran all at "
                 f"once, so that what was made of this step before does not pass through this tensor, and the gradient "

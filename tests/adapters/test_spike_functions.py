@@ -188,3 +188,31 @@ def test_a_tensor_for_a_slope_is_read_at_each_step():
     want = run(nullcontext(), made(), during)
     got = run(sparse_mode(backprop_threshold=None), made(), during)
     torch.testing.assert_close(got["weight"], want["weight"])
+
+
+@pytest.mark.parametrize("what", ["threshold", "backward"])
+def test_a_threshold_put_in_place_of_norses_is_the_users(what, monkeypatch):
+    norse = pytest.importorskip("norse.torch")
+    from norse.torch.functional import lif_box
+    from norse.torch.functional.superspike import SuperSpike
+
+    def run_norse(context):
+        x = (torch.arange(60.0).view(5, 3, 4) / 5).requires_grad_()
+        cell = norse.LIFBoxCell(norse.LIFBoxParameters(tau_mem_inv=torch.tensor(200.0)))
+        with context:
+            state, out = None, []
+            for frame in x:
+                spikes, state = cell(frame, state)
+                out.append(spikes)
+            torch.stack(out).sum().backward()
+        return torch.stack(out).detach(), x.grad
+
+    plain = run_norse(sparse_mode(backprop_threshold=None))
+    if what == "threshold":
+        monkeypatch.setattr(lif_box, "threshold", lambda x, method, alpha: soft(x - 0.2, 3.0))
+    else:
+        monkeypatch.setattr(SuperSpike, "backward", staticmethod(lambda ctx, grad: (grad * 7, None)))
+    want, got = run_norse(nullcontext()), run_norse(sparse_mode(backprop_threshold=None))
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(b, a)
+    assert not torch.equal(plain[1], got[1])

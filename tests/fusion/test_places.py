@@ -123,3 +123,16 @@ def test_a_gradient_asked_for_before_a_print_is_kept():
             loss.backward()
         grads.append(kept.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_a_tensor_of_its_own_is_asked_again(tmp_path):
+    """Loaded from a file, or changed in place since, it has no past that it stands beside."""
+    x = torch.rand(6, 3, 4).requires_grad_()
+    with sparse_mode(**EXACT):
+        kept, loss = values("snntorch", x, 2, lambda z: None)
+        loss.item()
+    torch.save(kept, tmp_path / "step.pt")
+    torch.load(tmp_path / "step.pt").requires_grad_().register_hook(print)
+    kept.mul_(2).retain_grad()
+    kept.sum().backward()
+    assert torch.equal(kept.grad, torch.ones(3, 4))
