@@ -216,6 +216,7 @@ def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
     if not isinstance(model, nn.Module):
         raise InputError(f"sparsify takes a torch module, got {type(model).__name__}.")
     config = current_config().updated(**overrides)
+    install_adapters()
     adapters = loaded_adapters()
     plan: list[tuple[Adapter, nn.Module]] = []
     entries = []

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import tally
-from .errors import ConfigError
+from .errors import ConfigError, FusionError
 
 _Formula = Callable[..., Tensor]
 
@@ -62,6 +61,9 @@ class Surrogate:
         kind: a name of :data:`KINDS`, or ``"custom"``.
         params: the parameters of the formula, in the order of the upstream signature.
         function: for ``"custom"``: any elementwise differentiable spike function of x; its own gradient is used.
+        pure: for ``"custom"``: whether ``function`` depends on nothing but x. Such a function may be called at other
+            times and with other shapes than upstream calls it: over all steps at once, in the backward, or to look at
+            its gradient. One that is not is called by upstream alone.
 
     Raises:
         ConfigError: unknown kind or wrong number of parameters.
@@ -74,6 +76,7 @@ class Surrogate:
     kind: str
     params: tuple[float, ...] = ()
     function: Callable[[Tensor], Tensor] | None = None
+    pure: bool = True
 
     def __post_init__(self) -> None:
         if self.kind == "custom":
@@ -109,25 +112,29 @@ class Surrogate:
         if self.kind != "custom":
             return _TABLE[self.kind][2](x, *self.params)
         assert self.function is not None
+        again = torch.is_grad_enabled() and x.requires_grad  # the derivative is to be differentiated
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            out = self.function(leaf)
+            inner = x.view_as(x) if again else x.detach().requires_grad_()
+            out = self.function(inner)
             if not out.requires_grad:
                 return torch.zeros_like(x)
-            (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out), allow_unused=True)
+            (grad,) = torch.autograd.grad(
+                out, inner, torch.ones_like(out), create_graph=again, allow_unused=True
+            )
         return torch.zeros_like(x) if grad is None else grad
 
     def auto_threshold(self) -> float | None:
         """Smallest distance outside which at most 5 % of the area of sigma' lies; None if no window has that.
 
-        Constant surrogates have infinite area, so no window is right for them: they stay exact.
+        Constant surrogates have infinite area, so no window is right for them: they stay exact. So does a function that
+        is not pure, as nobody may call it to look at its gradient.
         """
         first, second = self.packed
         tail = AUTO_AREA
         if self.kind in ("zero", "straight_through", "triangular", "heaviside"):
             return None
         if self.kind == "custom":
-            return _numeric_threshold(self.grad)
+            return _numeric_threshold(self.grad) if self.pure else None
         if min(self.params) <= 0:
             return None
         if self.kind == "fast_sigmoid":
@@ -185,6 +192,26 @@ class _Spike(torch.autograd.Function):
         return grads[0] * ctx.surrogate.grad(x), None
 
 
+def once(grad: Tensor, what: str) -> Tensor:
+    """``grad``, which raises :class:`FusionError` where it is differentiated, and is no constant there."""
+    return _Once.apply(grad, torch.zeros((), device=grad.device, requires_grad=True), what)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor, what: str) -> Tensor:
+        ctx.what = what
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise FusionError(
+            f"{ctx.what} was made with create_graph=True and cannot be differentiated: only what lies inside the "
+            f"window was kept of its forward. Use the exact gradient for derivatives of second order: "
+            f"sparse_mode(backprop_threshold=None), where time fusion may stay on or be off (fuse_time=False)."
+        )
+
+
 class _MaskedSpike(torch.autograd.Function):
     """Upstream's spikes, the surrogate's gradient at active elements only; only those are kept for backward."""
 
@@ -214,7 +241,6 @@ class _MaskedSpike(torch.autograd.Function):
         return spikes.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if ctx.exact:
@@ -226,6 +252,8 @@ class _MaskedSpike(torch.autograd.Function):
             flat = torch.zeros(ctx.shape.numel(), dtype=x.dtype, device=x.device)
             flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
             out = flat.view(ctx.shape)
+            if torch.is_grad_enabled():
+                out = once(out, "the gradient of spikes inside a window")
         return out, None, None, None, None, None
 
 

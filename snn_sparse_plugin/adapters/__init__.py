@@ -10,7 +10,7 @@ from __future__ import annotations
 from .active import MARK, Mark, config_of, entered, is_unmarked, spike, spike_in_graph
 from .base import Adapter, Example, Neuron, runner
 from .counting import record_of, running
-from .hooks import has_hooks, hook, patched
+from .hooks import has_hooks, hook, is_hook, patched
 from .loading import adapter_of, install_adapters, installed_version, loaded_adapters, outside_tested
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "hook",
     "install_adapters",
     "installed_version",
+    "is_hook",
     "is_unmarked",
     "loaded_adapters",
     "outside_tested",

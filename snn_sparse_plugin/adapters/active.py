@@ -92,7 +92,8 @@ def spike(
 
     ``sequence``: x holds all steps, which are its first dimension.
     """
-    threshold = _window(surrogate, config.backprop_threshold)
+    window = _window if surrogate.pure else Surrogate.resolve  # a user's object may have no hash
+    threshold = window(surrogate, config.backprop_threshold)
     if torch._C._are_functorch_transforms_active():
         tally.current().count("exact" if threshold is None else "masked")
         return blocked_spike(x, function, threshold, config.min_active, sequence)

@@ -93,6 +93,12 @@ class Adapter:
     def install(self) -> None:
         """Hook the library's classes, once; without an active config the hooks do nothing."""
 
+    def repair(self) -> None:
+        """Put back the hooks that are gone, because a patch that was there before them has ended since.
+
+        Asked before every use; :meth:`install`, where that does nothing to what is hooked, will do.
+        """
+
     def examples(self) -> dict[str, Example]:
         """How to build each neuron class of the library, by name; the table of supported neurons is made from it."""
         return {}
@@ -207,6 +213,22 @@ class Adapter:
         """One step of upstream's forward from this state; the module's own state stays as it is."""
         raise NotImplementedError
 
+    # What upstream's forward leaves in the module besides its state, where it leaves something.
+
+    def begin(self, module: nn.Module) -> None:
+        """Steps of the module are recorded from now on: what the last forward left is out of date."""
+
+    def note_last(self, module: nn.Module, fired: Tensor | None, membrane: Tensor | None) -> None:
+        """A fused call has run: what its last step began with, the spikes of the step before, or where there is none,
+        or :meth:`wants_membrane`, the membrane; None for zeros."""
+
+    def wants_membrane(self, neuron: Neuron) -> bool:
+        """Whether :meth:`note_last` needs membranes."""
+        return False
+
+    def leave(self, module: nn.Module) -> None:
+        """All steps have run: leave what upstream's forward leaves."""
+
     def check_in_sequence(self, module: nn.Module, last: bool) -> str | None:
         """Why the module cannot stand in an ``nn.Sequential`` at that place, or None."""
         return None
@@ -228,6 +250,8 @@ class Runner(Protocol):
         kwargs: dict[str, Any],
         config: SparseConfig,
     ) -> Any: ...
+
+    def settle(self, module: nn.Module) -> None: ...
 
 
 @cache

@@ -15,14 +15,26 @@ lock = threading.RLock()
 """Held while something of an upstream library is replaced."""
 
 
+_hooks: set[Any] = set()  # a mark on the function would pass to whatever is made of it with functools.wraps
+
+
+def is_hook(function: Any) -> bool:
+    """Whether this very function is one that :func:`hook` has put in place."""
+    return getattr(function, "__hash__", None) is not None and function in _hooks
+
+
+def as_hook(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which :func:`is_hook` knows from now on."""
+    _hooks.add(function)
+    return function
+
+
 def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a method of an upstream class by ``wrap(method)``, once."""
-    upstream = vars(cls)[name]
+    """Replace a method of an upstream class by ``wrap(method)``, unless a hook of ours runs in it already."""
     with lock:
-        if not getattr(upstream, "_snn_sparse_hook", False):
-            replacement = functools.wraps(upstream)(wrap(upstream))
-            replacement._snn_sparse_hook = True  # type: ignore[attr-defined]
-            setattr(cls, name, replacement)
+        upstream = vars(cls).get(name)  # None: inherited, since a patch of this class has ended
+        if upstream is not None and not is_hook(upstream):
+            setattr(cls, name, as_hook(functools.wraps(upstream)(wrap(upstream))))
 
 
 def patched(cls: type, method: str, package: ModuleType) -> str | None:
@@ -32,7 +44,7 @@ def patched(cls: type, method: str, package: ModuleType) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _patched(function: Any, name: str, folder: str) -> str | None:
-    while getattr(function, "_snn_sparse_hook", False):
+    while is_hook(function):
         function = function.__wrapped__
     code = getattr(function, "__code__", None)
     if code is None or code.co_filename.startswith(folder):

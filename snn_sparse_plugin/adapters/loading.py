@@ -108,6 +108,8 @@ _late_imports = _LateImports()
 def install_adapters() -> None:
     """Hook every supported library, those that are not imported yet as soon as they are."""
     hooked = loaded_adapters()
+    for adapter in hooked:
+        adapter.repair()
     adapters = registry.load_all("adapters").values()
     _late_imports.packages = frozenset(adapter.package for adapter in adapters)
     if len(hooked) < len(adapters) and _late_imports not in sys.meta_path:

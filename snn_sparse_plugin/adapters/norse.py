@@ -17,11 +17,11 @@ from ..surrogates import Surrogate
 from .active import config_of, spike
 from .base import Adapter, Example, Neuron, runner
 from .counting import running
-from .hooks import hook, lock, patched
+from .hooks import as_hook, hook, is_hook, lock, patched
 from .loading import installed_version
 from .norse_examples import examples
 from .norse_neurons import WHY_NOT, builders
-from .norse_surrogates import surrogate_of, threshold_functions, upstream_apply
+from .norse_surrogates import replaced, surrogate_of, threshold_functions, upstream_apply
 
 
 class NorseAdapter(Adapter):
@@ -39,16 +39,16 @@ class NorseAdapter(Adapter):
         functions = threshold_functions()
         with lock:
             for function, method in functions.items():
-                if function not in upstream_apply:
+                if not is_hook(function.apply):
                     upstream_apply[function] = function.apply
-                    function.apply = staticmethod(_masked_apply(function.apply, method))
-        sequences = snn.SNN, snn.SNNRecurrent
-        for cls in sequences:
+                    function.apply = staticmethod(as_hook(_masked_apply(function.apply, method)))
+        for cls in (snn.SNN, snn.SNNRecurrent):
             hook(cls, "forward", _fused_sequence)
-        for cls in {*_neurons(), *filter(_is_neuron, vars(norse).values())}.difference(sequences):
-            if "forward" in vars(cls):  # else the hook on its base class serves it
-                hook(cls, "forward", self._recorded_forward)
+        for cls in _with_steps():
+            hook(cls, "forward", self._recorded_forward)
         hook(norse.SequentialState, "forward", _fused_container)
+
+    repair = install
 
     def examples(self) -> dict[str, Example]:
         return examples()
@@ -92,6 +92,9 @@ class NorseAdapter(Adapter):
         if getattr(module, "record_states", False):
             return "record_states=True wants the state of every step"
         activation: Any = getattr(module, "activation", owner)
+        other = replaced()
+        if other is not None and not isinstance(module, _readouts()):
+            return other
         build = builders().get(activation)
         if build is None:
             named = getattr(activation, "__name__", str(activation))
@@ -214,6 +217,14 @@ def _neurons() -> tuple[type, ...]:
     )
 
 
+@cache
+def _with_steps() -> tuple[type, ...]:
+    """The classes whose forward takes a single step; that of the others is inherited, and so is its hook."""
+    norse, snn = import_module("norse.torch"), import_module("norse.torch.module.snn")
+    found = {*_neurons(), *filter(_is_neuron, vars(norse).values())}
+    return tuple(cls for cls in found - {snn.SNN, snn.SNNRecurrent} if "forward" in vars(cls))
+
+
 def _is_neuron(item: Any) -> bool:
     return isinstance(item, type) and issubclass(item, _neurons())
 
@@ -255,7 +266,7 @@ def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[...,
             return upstream(x, alpha)
         surrogate = surrogate_of(method, alpha)
         if isinstance(surrogate, str):
-            surrogate = Surrogate("custom", function=lambda x: upstream(x, alpha))
+            surrogate = Surrogate("custom", function=lambda x: upstream(x, alpha), pure=False)
         return spike(x, lambda x: upstream(x, alpha), surrogate, config)
 
     return apply

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -49,6 +52,25 @@ def _super_uses_alpha() -> bool:
         upstream = upstream_apply.get(function, function.apply)
         (grad,) = torch.autograd.grad(upstream(x, torch.tensor(100.0)), x)
     return bool(grad < 0.1)  # 1 / 1.5 ** 2 = 0.44 without alpha, 1 / 51 ** 2 with it
+
+
+def replaced() -> str | None:
+    """Which of Norse's threshold functions, or of their derivatives, somebody has put another one for; None if none."""
+    folder = os.path.dirname(str(import_module("norse").__file__))
+    named = [(f"{m.__name__}.threshold", m.threshold) for m in _with_threshold()]
+    named += [(f"{cls.__name__}.backward", cls.backward) for cls in threshold_functions()]
+    for name, function in named:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(folder):
+            return f"{name} is not Norse's own"
+    return None
+
+
+@cache
+def _with_threshold() -> list[Any]:
+    """Norse imports ``threshold`` by name into each of these modules."""
+    known = [m for name, m in list(sys.modules.items()) if name.startswith("norse.torch.functional.")]
+    return [m for m in known if inspect.isfunction(getattr(m, "threshold", None))]
 
 
 @cache

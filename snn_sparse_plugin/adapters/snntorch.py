@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import active_config
 from ..dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..equations import Equations
 from .active import config_of
@@ -19,7 +20,8 @@ from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
 from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
-from .snntorch_surrogates import is_heaviside, recognise
+from .snntorch_reset import LastReset, resets
+from .snntorch_surrogates import SpikeFunction, depends_on, is_made_by_factory, recognise
 
 
 class SnnTorchAdapter(Adapter):
@@ -37,9 +39,13 @@ class SnnTorchAdapter(Adapter):
             hook(snn.SpikingNeuron, method, masked_method)
         for name in _STEPPED:
             hook(getattr(snn, name), "forward", self._recorded_forward)
+            if "reset" not in vars(getattr(snn, name)):
+                getattr(snn, name).reset = LastReset()
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
             if not isinstance(vars(cls).get("spike_grad"), MaskedAttribute):
                 cls.spike_grad = MaskedAttribute()
+
+    repair = install
 
     def examples(self) -> dict[str, Example]:
         return examples()
@@ -49,8 +55,7 @@ class SnnTorchAdapter(Adapter):
         return isinstance(module, snn.SpikingNeuron | snn.LeakyParallel)
 
     def masks(self, module: Any) -> str | None:
-        function = vars(module).get("spike_grad") or module.spike_grad
-        surrogate = recognise(function)
+        surrogate = recognise(_spike_function(module))
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
     def takes_sequence(self, module: Any) -> bool:
@@ -77,10 +82,15 @@ class SnnTorchAdapter(Adapter):
             return "state_quant is a Python function on the membrane of every step"
         if steps and getattr(module, "inhibition", False):
             return "inhibition lets only the neuron with the highest membrane fire"
-        function = vars(module).get("spike_grad") or module.spike_grad  # a hooked class masks the attribute
+        function = _spike_function(module)
         surrogate = recognise(function)
-        if surrogate.kind == "custom" and not is_heaviside(function):
-            return "its spike function is not a step function"
+        if is_made_by_factory(function) and any(isinstance(x, Tensor) for x in depends_on(function)):
+            return "a parameter of its spike function is a tensor, whose number may be another at every step"
+        if not surrogate.pure:
+            named = getattr(surrogate.function, "__qualname__", type(surrogate.function).__qualname__)
+            return (
+                f"its spike function {named} is none of snnTorch's, so that upstream calls it at every step"
+            )
         parts = _parts(module, cls, snn)
         if isinstance(parts, str):
             return parts
@@ -207,7 +217,7 @@ class SnnTorchAdapter(Adapter):
         self, upstream: Callable[..., Any], module: Any, x: Tensor, leaves: dict[str, Any], like: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         buffers, attributes = module._buffers, vars(module)
-        kept, reset = {name: buffers[name] for name in leaves}, attributes.get("reset", self)
+        kept = {name: buffers[name] for name in leaves}
         # an empty tensor has no input's shape, so that upstream starts from zeros
         buffers.update({name: x.new_zeros(0) if leaf is None else leaf for name, leaf in leaves.items()})
         try:
@@ -215,10 +225,23 @@ class SnnTorchAdapter(Adapter):
             return (out[0] if isinstance(out, tuple) else out), {name: buffers[name] for name in leaves}
         finally:
             buffers.update(kept)
-            # the forward's own note of its last reset, which is no part of the neuron's description
-            attributes.pop("reset", None)
-            if reset is not self:
-                attributes["reset"] = reset
+            # no part of the neuron's description
+            reset = attributes.pop("reset", None)
+            if active_config() is not None:  # else the step is only measured
+                resets.note(module, reset)
+
+    def begin(self, module: Any) -> None:
+        vars(module).pop("reset", None)
+
+    def wants_membrane(self, neuron: Neuron) -> bool:
+        return isinstance(neuron.spec, NeuronSpec) and neuron.spec.timing == "corrected"
+
+    def note_last(self, module: Any, fired: Tensor | None, membrane: Tensor | None) -> None:
+        if isinstance(module, _with_reset()):
+            resets.note_last(module, fired, membrane)
+
+    def leave(self, module: Any) -> None:
+        resets.leave(module)
 
     def check_in_sequence(self, module: Any, last: bool) -> str | None:
         if last or self.takes_sequence(module):
@@ -228,6 +251,14 @@ class SnnTorchAdapter(Adapter):
         if module.output:
             return "returns (spk, mem): output=True is for the last layer only"
         return None
+
+
+def _spike_function(module: Any) -> SpikeFunction:
+    """``spike_grad`` as the user set it: a hooked class masks the attribute."""
+    function = vars(module).get("spike_grad")
+    if function is None:  # a module
+        function = vars(module)["_modules"].get("spike_grad")
+    return module.spike_grad if function is None else function  # type: ignore[no-any-return]
 
 
 _METHODS = ("forward", "fire", "mem_reset", "_base_state_function")
@@ -270,6 +301,12 @@ _STEPPED = {
     "RLeaky": ("spk", "mem"),
     "RSynaptic": ("spk", "syn", "mem"),
 }
+
+
+@cache
+def _with_reset() -> tuple[type, ...]:
+    snn = Classes()
+    return tuple(getattr(snn, name) for name in _STEPPED)
 
 
 @cache

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -29,13 +29,16 @@ _FACTORIES = {
     "SFS": ("sparse_fast_sigmoid", ("slope", "B")),
 }
 
-_recognised: WeakKeyDictionary[Any, Surrogate] = WeakKeyDictionary()
+_recognised: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Surrogate]] = WeakKeyDictionary()
+"""Functions of snnTorch's factories: what they depend on, and the surrogate that they were with it."""
 
 
 def recognise(function: SpikeFunction) -> Surrogate:
-    """The surrogate behind a ``spike_grad``, by the code and closure of snnTorch's factories.
+    """The surrogate behind a ``spike_grad``, by the code and closure of snnTorch's factories; nothing is called.
 
-    Anything unknown becomes ``Surrogate("custom")``, which evaluates the function's own gradient.
+    Anything unknown becomes a ``Surrogate("custom")`` that is not pure: it may count its calls, draw random numbers or
+    have parameters, so that only upstream calls it. A function of yours that depends on nothing but x is fused as
+    ``Surrogate("custom", function=...)``.
 
     Example:
         >>> from snntorch import surrogate
@@ -44,26 +47,53 @@ def recognise(function: SpikeFunction) -> Surrogate:
     """
     if isinstance(function, Surrogate):
         return function
-    try:
-        return _recognised[function]
-    except (KeyError, TypeError):
-        pass
-    found = _by_code(function)
-    if found is None:
-        return _by_class(function) or Surrogate("custom", function=function)
-    if not any(isinstance(c.cell_contents, Tensor) for c in function.__closure__ or ()):
-        _recognised[function] = found
-    return found
+    if is_made_by_factory(function):
+        needs = depends_on(function)
+        before, found = _recognised.get(function, ((), None))
+        if found is None or not _same(before, needs) or any(isinstance(x, Tensor) for x in needs):
+            found = _by_code(function)
+            if found is not None:
+                _recognised[function] = needs, found
+    else:
+        found = _by_class(function)
+    return Surrogate("custom", function=function, pure=False) if found is None else found
+
+
+def is_made_by_factory(function: Any) -> bool:
+    """Whether this is what one of snnTorch's factories returns, or its disabled surrogate."""
+    return inspect.isfunction(function) and function.__code__ in _codes()
+
+
+def depends_on(function: Any) -> tuple[Any, ...]:
+    """What a function of snnTorch's factories takes from outside: its closure, and the derivative of its class."""
+    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    cls = _class_of(function)
+    return (*cells, cls, None if cls is None else vars(cls).get("backward"))
+
+
+def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+
+
+def _class_of(function: Any) -> Any:
+    """The autograd Function that one of snnTorch's spike functions applies."""
+    return function.__globals__.get(_codes()[function.__code__][0])
+
+
+def _is_upstreams(cls: Any) -> bool:
+    """Whether an autograd Function is snnTorch's own, and nobody has put another derivative in its place."""
+    folder = os.path.dirname(str(import_module("snntorch").__file__))
+    methods = [getattr(cls, name, None) for name in ("forward", "backward")]
+    return all(method is not None and method.__code__.co_filename.startswith(folder) for method in methods)
 
 
 def _by_code(function: Any) -> Surrogate | None:
-    code: Any = getattr(function, "__code__", None)
-    snn = import_module("snntorch")
-    if code in (c._surrogate_bypass.__code__ for c in (snn.SpikingNeuron, snn.LeakyParallel)):
-        return Surrogate("zero")
-    if code not in _codes():
+    code: Any = function.__code__
+    _, kind, names = _codes()[code]
+    if kind == "zero":
+        return Surrogate(kind)
+    if not _is_upstreams(_class_of(function)):
         return None
-    kind, names = _codes()[code]
     closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     return _surrogate(kind, *(closure[name] for name in names))
 
@@ -71,7 +101,9 @@ def _by_code(function: Any) -> Surrogate | None:
 def _by_class(function: SpikeFunction) -> Surrogate | None:
     # `Heaviside.apply`, or LeakyParallel's private ATan.apply with its default parameter
     cls = getattr(function, "__self__", None)
-    if getattr(function, "__name__", "") != "apply" or not isinstance(cls, type):
+    if not inspect.ismethod(function) or function.__name__ != "apply" or not isinstance(cls, type):
+        return None
+    if not _is_upstreams(cls):
         return None
     known = import_module("snntorch.surrogate")
     if cls is known.Heaviside:
@@ -91,20 +123,18 @@ def _surrogate(kind: str, *params: Any) -> Surrogate | None:
 
 
 @cache
-def _codes() -> dict[Any, tuple[str, tuple[str, ...]]]:
-    known = import_module("snntorch.surrogate")
-    return {
-        getattr(known, name)().__code__: entry for name, entry in _FACTORIES.items() if hasattr(known, name)
+def _codes() -> dict[Any, tuple[str, str, tuple[str, ...]]]:
+    """By the code of what a factory returns: the autograd Function's name, our kind and its parameters."""
+    snn, known = import_module("snntorch"), import_module("snntorch.surrogate")
+    disabled = ("", "zero", ())
+    codes: dict[Any, tuple[str, str, tuple[str, ...]]] = {
+        cls._surrogate_bypass.__code__: disabled for cls in (snn.SpikingNeuron, snn.LeakyParallel)
     }
-
-
-def is_heaviside(function: SpikeFunction) -> bool:
-    probe = torch.tensor([[-2.0, -1e-3, 0.0, 1e-3, 0.5, 2.0]])
-    try:
-        with torch.no_grad():
-            return bool((function(probe) == (probe > 0)).all())
-    except Exception:  # a user's function may refuse the probe
-        return False
+    for name, entry in _FACTORIES.items():
+        code = getattr(known, name)().__code__ if hasattr(known, name) else None
+        if code is not None:
+            codes[code] = (code.co_names[0], *entry)
+    return codes
 
 
 # --- pickling of the import-swap classes ---

@@ -17,6 +17,7 @@ from .aliases import note_alias
 from .context import here, paused
 from .flush import flush, realize
 from .native import apart
+from .places import check_place, checked
 from .recorded import Filled
 
 _installed = False
@@ -40,6 +41,9 @@ def install() -> None:
         _replace("_swap_tensor_impl", _before(flush, torch._C._swap_tensor_impl), torch._C)  # type: ignore[attr-defined]
         for method in ("numpy", "set_"):
             setattr(Tensor, method, _giving_away(getattr(Tensor, method)))
+        for method, what in (("retain_grad", "the gradient"), ("register_hook", "a hook on the gradient")):
+            setattr(Tensor, method, checked(what, getattr(Tensor, method)))
+        torch.autograd._engine_run_backward = _to_inputs(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
         Tensor.data = _data  # type: ignore[assignment, misc]
         for home, name in ((forward_ad, "make_dual"), (eager_transforms, "_jvp_with_argnums")):
             if hasattr(home, name):  # forward derivatives look at the memory of what they wrap
@@ -89,6 +93,18 @@ def _giving_away(upstream: Callable[..., Any]) -> Callable[..., Any]:
         return upstream(*args, **kwargs)
 
     return call
+
+
+def _to_inputs(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """The engine behind ``backward`` and ``grad``, whose ``inputs`` are what gradients are asked at."""
+
+    @wraps(upstream)
+    def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > 3 and args[3]:
+            check_place("the gradient", args[3])
+        return upstream(outputs, *args, **kwargs)
+
+    return run
 
 
 def _before(first: Callable[[], Any], upstream: Callable[..., Any]) -> Callable[..., Any]:

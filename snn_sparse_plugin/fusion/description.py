@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Description:
         self.tensors: list[tuple[str, Tensor, int]] = []
         all_held: list[dict[str, Any]] = []
         kept: list[Any] = []
-        form: list[tuple[int, tuple[str, ...]]] = []
+        form: list[tuple[int, tuple[str, ...]] | None] = []
         for owner in module.modules() if module._modules else (module,):
             attributes = vars(owner)
             dicts: list[dict[str, Any]] = [attributes, owner._parameters, owner._buffers, owner._modules]
@@ -45,8 +46,18 @@ class Description:
             for value in attributes.values():
                 if isinstance(value, tuple):
                     self._note_tuple(value)
+                elif isinstance(value, FunctionType) and value.__closure__:
+                    self._note_closure(value.__closure__, all_held, kept, form)
         self.holds = _comparison(tuple(form))(all_held, kept)
         """Whether the module still has these attributes and tensors."""
+
+    @staticmethod
+    def _note_closure(cells: Any, all_held: list[Any], kept: list[Any], form: list[Any]) -> None:
+        """What a function of snnTorch's factories has for parameters."""
+        for cell in cells:
+            all_held.append(cell)
+            kept.append(cell.cell_contents)
+            form.append(None)
 
     def _note_tuple(self, value: Any) -> None:
         """The tensors of Norse's parameters, which are nested named tuples."""
@@ -63,15 +74,23 @@ class Description:
 
 
 @lru_cache(maxsize=1024)
-def _comparison(form: tuple[tuple[int, tuple[str, ...]], ...]) -> Callable[[Any, Any], Callable[[], bool]]:
+def _comparison(
+    form: tuple[tuple[int, tuple[str, ...]] | None, ...],
+) -> Callable[[Any, Any], Callable[[], bool]]:
     """Of dicts and a list of objects: whether they have these numbers of entries, and the very objects by these names.
+    ``None`` stands for the cell of a closure, which has to have its object.
 
     It is asked at every call of a neuron, and so is written out: nothing in the library compares by identity in one
     go, and == would take another tensor of the same numbers for the same one.
     """
     tests: list[str] = []
     kept: list[str] = []
-    for i, (count, names) in enumerate(form):
+    for i, expected in enumerate(form):
+        if expected is None:
+            tests.append(f"d{i}.cell_contents is k{len(kept)}")
+            kept.append(f"k{len(kept)}")
+            continue
+        count, names = expected
         tests.append(f"len(d{i}) == {count}" if count else f"not d{i}")
         for name in names:
             tests.append(f"d{i}[{name!r}] is k{len(kept)}")
@@ -84,7 +103,7 @@ def of(held, kept):
     def holds():
         try:
             return {" and ".join(tests)}
-        except KeyError:
+        except (KeyError, ValueError):
             return False
     return holds
 """

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Neuron, config_of, has_hooks, running
+from ..adapters import Adapter, Neuron, config_of, has_hooks, running
 from ..config import SparseConfig, current_config
 from ..dynamics import NeuronState
 from ..errors import InputError
@@ -49,6 +49,7 @@ def run(
             call = FusedCall(layer, neuron, linear, name, states[index], per_step, last)
             as_events = events if last else _takes_events(layers, neurons, index + 1, per_step)
             found = call.run(passed.flow, as_events, want_mem and last)
+            call.adapter.leave(layer.module)
         if found is None:
             flow = passed.flow
             if linear is not None:
@@ -173,10 +174,14 @@ class FusedCall:
     config: SparseConfig | None = None  # of the call; None: what holds for the module now
     steps: int | None = None  # of a flow (1, B, ...) that is the same at every step
 
+    @property
+    def adapter(self) -> Adapter:
+        assert self.layer.adapter is not None
+        return self.layer.adapter
+
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
-        neuron, module, adapter = self.neuron, self.layer.module, self.layer.adapter
-        assert adapter is not None
+        neuron, module, adapter = self.neuron, self.layer.module, self.adapter
         if len(flow.shape) < 3 or not adapter.takes_shape(module, flow.shape):
             return None
         weight, bias = neuron.input_weight, neuron.input_bias
@@ -209,6 +214,7 @@ class FusedCall:
         if self.last and config is not None and config.min_active > 0:
             # the fraction that the guard looks at does not notice a single class that fell silent
             config = config.updated(min_active=1.0)
+        wants_before = self.per_step and adapter.wants_membrane(neuron)
         as_events = events and neuron.spec.spiking and neuron.output is None
         kept_output, kept_mem = adapter.keeps(module)
         with running(module):
@@ -224,11 +230,13 @@ class FusedCall:
                 state=start,
                 steps=self.steps,
                 events=as_events,
-                return_mem=want_mem or kept_mem is not None,
+                return_mem=want_mem or kept_mem is not None or wants_before,
                 name=self.name,
                 **(vars(config) if config is not None else {}),
             )
         spikes, ended = out.spikes, out.state
+        if self.per_step and neuron.spec.spiking and T:
+            _note_last(adapter, module, out, start, T, wants_before)
         if neuron.spec.spiking and neuron.surrogate.kind == "zero":
             # upstream's spikes have no gradient then: parameters behind them get None, not zeros
             spikes = spikes.detach()
@@ -246,6 +254,17 @@ class FusedCall:
         moved = T > 0 or not self.per_step
         state = adapter.final_state(module, ended, initial) if moved else self.state
         return Passed(spikes, out.mem if want_mem else None, state)
+
+
+def _note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int, membrane: bool) -> None:
+    if T == 1:
+        before = start.v if isinstance(start, NeuronState) else start.get("mem")
+        adapter.note_last(module, None, before)
+    elif membrane:
+        adapter.note_last(module, None, out.mem[-2].detach())
+    else:
+        fired = out.spikes.step(-2) if isinstance(out.spikes, SpikeTrain) else out.spikes[-2]
+        adapter.note_last(module, fired.detach(), None)
 
 
 def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | None:

@@ -12,6 +12,7 @@ from .. import tally
 from ..errors import FusionError
 from .context import here, in_mode, paused, without_autocast
 from .lanes import run_lane, run_steps
+from .places import note_places, wants_places
 from .planner import Plan
 from .record import FunctionLane, Lane, NeuronLane, Record, check_versions, reasons
 from .recorded import Recorded, value_of
@@ -56,18 +57,15 @@ def flush(
 tally.settle.append(lambda: flush(reason="a report"))
 
 
-# what looks at a value's place in the graph, not only at its numbers
-_get: Any = Tensor  # its attributes as descriptors
-_GRAPH = {Tensor.register_hook, Tensor.retain_grad, _get.grad_fn.__get__, torch.autograd.grad}
-
-
 def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
     """Run the records of all recorded tensors within ``items``."""
+    stepped: bool | None = None
     for x in _recorded_in(items):
         value = value_of(x)
         if value is not None:
             record = value[0].record
-            run(record, reason, stepped=reason in _GRAPH)
+            stepped = wants_places(reason, items) if stepped is None else stepped
+            run(record, reason, stepped=stepped)
             if type(x) is Recorded and record.entered():
                 raise FusionError(
                     f"the step recorded at {value[0].where} is being recorded or computed at this moment: what "
@@ -116,9 +114,14 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
             raise
+    for lane in plan.sources:
+        if isinstance(lane, NeuronLane):
+            lane.adapter.leave(lane.module)
     real = _values(waiting, plan)
     for (_, _, _, found), tensor in zip(waiting, real, strict=True):
         found.become(tensor, apart)
+    if not stepped:
+        note_places(waiting, plan)
 
 
 def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[Tensor]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import tally
-from ..adapters import Adapter, config_of, is_unmarked
+from ..adapters import Adapter, config_of, is_hook, is_unmarked
 from ..config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
-from .record import NeuronLane, Record, backoff, open_record, resting
+from .record import NeuronLane, Record, backoff, forward_of, open_record, resting
 from .recorded import Recorded, value_of
 from .sources import MODULE_CALL, is_listened_to, note_feeding
 
@@ -53,6 +53,13 @@ def step(
         if value is not None:  # a finalizer may find it in the middle of a step; upstream may not ask for it
             flush(value[0].record, name)
     return upstream(module, *args, **kwargs)
+
+
+def settle(module: nn.Module) -> None:
+    """Run the record if it holds steps of this module."""
+    record = here.record
+    if record is not None and id(module) in record.neurons:
+        flush(record, f"an attribute of {type(module).__name__}")
 
 
 def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
@@ -197,12 +204,13 @@ def _open(
         neuron = "its adapter failed"
     present = [leaf for leaf in leaves.values() if leaf is not None]
     if isinstance(neuron, str) or not all(_fits(leaf, record) for leaf in present):
-        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
+        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN, forward_of(module)]
         return None
     out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
     if out_shape is None:
         backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
         return None
+    adapter.begin(module)
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
     lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
     lane.forward, lane.unmarked = _hooked_forward(module), is_unmarked(module)
@@ -217,7 +225,7 @@ def _hooked_forward(module: nn.Module) -> Any:
     """The hook that stands for the module's forward, once its class has the shorter way to it; else None."""
     cls = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     forward = vars(cls)["forward"]
-    if "forward" in vars(module) or not getattr(forward, "_snn_sparse_hook", False):
+    if "forward" in vars(module) or not is_hook(forward):
         return None
     with _lock:
         if cls.__call__ is MODULE_CALL:

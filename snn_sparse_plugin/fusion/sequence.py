@@ -14,7 +14,7 @@ from ..config import current_config
 from ..errors import InputError, NonFiniteError
 from ..spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from .executor import run, run_neuron
-from .neurons import step
+from .neurons import settle, step
 from .stepping import Flow, Layer
 
 __all__ = ["Unrolled", "unroll"]
@@ -219,4 +219,4 @@ def _fits(module: nn.Module, x: Any, at_least: int = 3) -> bool:
     )
 
 
-hooked = SimpleNamespace(neuron=_hooked_neuron, container=_hooked_container, step=step)
+hooked = SimpleNamespace(neuron=_hooked_neuron, container=_hooked_container, step=step, settle=settle)

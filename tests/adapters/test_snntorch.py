@@ -258,7 +258,7 @@ def changed_reset():
         (lambda: snntorch.SLSTM(4, 4), "LSTM"),
         (Overriding.make, "overrides _base_state_function"),
         (changed_reset, "changed after construction"),
-        (lambda: snntorch.Leaky(0.9, spike_grad=lambda x: torch.sigmoid(x)), "not a step function"),
+        (lambda: snntorch.Leaky(0.9, spike_grad=lambda x: torch.sigmoid(x)), "none of snnTorch's"),
     ],
     ids=[
         "state_quant",

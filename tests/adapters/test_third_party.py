@@ -132,7 +132,8 @@ def test_broken_adapters_are_tried_once_and_imports_stay_as_they_were(tmp_path):
         from snn_sparse_plugin import registry
         with ssp.sparse_mode():
             import mailbox, norse.torch
-        assert hasattr(norse.torch.SequentialState.forward, "_snn_sparse_hook"), "the late import is not hooked"
+        from snn_sparse_plugin.adapters import is_hook
+        assert is_hook(norse.torch.SequentialState.forward), "the late import is not hooked"
         registry.refresh()
         with ssp.sparse_mode():
             pass

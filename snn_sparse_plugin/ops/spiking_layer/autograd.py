@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import tally
 from ...backends import Backend, LayerCall, LayerResult, OutputGrads, Saved
 from ...backends.product import ProductGrad
 from ...spikes import Active, SpikeTrain
+from ...surrogates import once
+from . import again
 
 _LEAVES = ("current", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
 
@@ -58,7 +59,9 @@ class _SpikingLayer(torch.autograd.Function):
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
             kept += [train.indptr, train.indices, train.values, *(train.active or (None, None))]
-        ctx.save_for_backward(*kept)
+        else:
+            kept += [None] * 5
+        ctx.save_for_backward(*kept, inputs[0])
         nothing: dict[str, Any] = dict.fromkeys(_LEAVES)
         ctx.call = replace(call, train=None, **nothing)
         carrier = None
@@ -68,10 +71,9 @@ class _SpikingLayer(torch.autograd.Function):
         return carrier, result.spikes, result.mem, result.v, result.i
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.ran.count("backward")
-        kept = ctx.saved_tensors
+        *kept, carrier = ctx.saved_tensors
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = replace(ctx.call, **leaves)
@@ -84,6 +86,8 @@ class _SpikingLayer(torch.autograd.Function):
             call.train = SpikeTrain(indptr, indices, shape, values, dtype=dtype, active=active, check=False)
         active = None if act_ptr is None else Active(act_ptr, act_idx)
         saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem)
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable(ctx, call, saved, {"carrier": carrier, **leaves}, grads)
         carrier_grad, g_spikes, g_mem, g_v, g_i = grads
         g_active = None
         if carrier_grad is not None:
@@ -111,3 +115,17 @@ class _SpikingLayer(torch.autograd.Function):
             None if from_train else grad_input,
             *rest,
         )
+
+
+def _differentiable(
+    ctx: Any, call: LayerCall, saved: Saved, leaves: dict[str, Any], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What backward returns, as a function of the op's inputs and of ``grads``."""
+    if call.train is None and leaves["current"] is None:  # it was not kept, as a window needs it nowhere
+        with torch.no_grad():
+            once_only = _SpikingLayer.backward(ctx, *grads)
+        return tuple(None if g is None else once(g, f"the gradient of {call.name}") for g in once_only)
+    dense = tuple(g.dense() if isinstance(g, ProductGrad) else g for g in grads)
+    found = again.gradients(call, call.surrogate, saved, call.train, leaves, dense)
+    wanted = zip(leaves, ctx.needs_input_grad[3:], strict=True)
+    return (None, None, None, *(found.get(name) if need else None for name, need in wanted))
