@@ -17,7 +17,7 @@ from ..dynamics import NeuronSpec
 from ..errors import FusionError
 from .planner import Plan
 from .record import Lane, NeuronLane
-from .recorded import Value, value_of
+from .recorded import Recorded, Value, value_of
 
 BESIDE = "_snn_sparse_beside"
 """Attribute of a tensor that stands beside the graph of later steps: where the loop made it, and its version then."""
