@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from . import registry
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .scopes import Scoped
 
 
@@ -41,7 +41,8 @@ class SparseConfig:
         check: also make checks that cost a pass over the data (finite inputs and weights on every path).
 
     Raises:
-        ConfigError: a value outside its range, or a backend that is not registered.
+        ConfigError: a value outside its range.
+        UnsupportedError: a backend that is not registered.
 
     Example:
         >>> SparseConfig(backprop_threshold=0.2).backprop_threshold
@@ -108,7 +109,9 @@ def _check_backend(name: str) -> None:
     if name not in known:
         close = ["triton"] if name in ("cuda", "gpu") else get_close_matches(name, known, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"no backend named {name!r}.{hint} Registered: auto, {', '.join(sorted(known))}.")
+        raise UnsupportedError(
+            f"no backend named {name!r}.{hint} Registered: auto, {', '.join(sorted(known))}."
+        )
 
 
 @lru_cache(maxsize=256)

@@ -29,7 +29,7 @@ def test_what_a_module_has_says_the_same_and_stays_an_attribute_error(report, na
 
 def test_other_names_are_missing_as_usual(report):
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'$"):
-        report.nonsense
+        _ = report.nonsense
 
 
 def test_a_report_can_still_be_copied(report):
