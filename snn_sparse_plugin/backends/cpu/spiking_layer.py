@@ -23,7 +23,7 @@ from ...backends import (
     calls,
     keeps_active,
 )
-from ...dynamics import NeuronSpec
+from ...dynamics import PARAM_NAMES, NeuronSpec
 from ...equations import Equations
 from ...errors import InputError
 from ...spikes import MAX_EVENTS, Active
@@ -100,7 +100,7 @@ def run_forward(call: LayerCall) -> LayerResult:
 
     ranges = split(B)
     parts = parallel([lambda r=r: run(*r) for r in ranges])  # type: ignore[misc]
-    if not (_finite(states[0]) and _finite(params)):
+    if not (_finite(states[0]) and (_finite(params) or _never_fires(call))):
         raise InputError(f"{call.name}: the membrane is NaN or infinite. {_blame(call)}")
 
     seen = sum(int(part[3][2]) for part in parts)
@@ -455,6 +455,15 @@ def _finite(x: np.ndarray) -> bool:
     # a sum costs a fifth; finite numbers whose sum is not are looked at one by one
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
+
+
+def _never_fires(call: LayerCall) -> bool:
+    """Whether only thresholds are infinite, and no step multiplies or subtracts them."""
+    if isinstance(call.spec, Equations) or call.spec.reset not in ("none", "zero"):
+        return False
+    threshold = PARAM_NAMES.index("threshold")
+    others = [row for k, row in enumerate(call.params) if k != threshold]
+    return bool(torch.isfinite(torch.stack(others)).all()) and not bool(call.params[threshold].isnan().any())
 
 
 def _blame(call: LayerCall) -> str:
