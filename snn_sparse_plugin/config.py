@@ -11,7 +11,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal
 
-from .errors import ConfigError
+from . import registry
+from .errors import ConfigError, UnsupportedError
 from .scopes import Scoped
 
 
@@ -41,6 +42,7 @@ class SparseConfig:
 
     Raises:
         ConfigError: a value outside its range.
+        UnsupportedError: a backend that is not registered.
 
     Example:
         >>> SparseConfig(backprop_threshold=0.2).backprop_threshold
@@ -55,6 +57,8 @@ class SparseConfig:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("backprop_threshold", "min_active", "max_steps", "fuse_time", "check"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         threshold = self.backprop_threshold
         if isinstance(threshold, str):
             valid = threshold == "auto"
@@ -71,6 +75,8 @@ class SparseConfig:
             )
         if not isinstance(self.backend, str) or not self.backend:
             raise ConfigError(f'backend must be "auto" or the name of a backend, got {self.backend!r}.')
+        if self.backend != "auto":
+            _check_backend(self.backend)
         if (
             isinstance(self.min_active, bool)
             or not isinstance(self.min_active, int | float)
@@ -86,10 +92,26 @@ class SparseConfig:
 
     def updated(self, **overrides: Any) -> SparseConfig:
         """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
+        overrides = {name: _plain(value) for name, value in overrides.items()}  # a tensor may change later
         try:  # asked several times at every call of a layer
             return _updated(self, tuple((name, type(value), value) for name, value in overrides.items()))
         except TypeError:  # a value that cannot be hashed
             return _updated.__wrapped__(self, tuple((name, type(v), v) for name, v in overrides.items()))
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, or a tensor or array of one without dimensions, as Python's own."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def _check_backend(name: str) -> None:
+    known = registry.plugins("backends")  # nothing is loaded
+    if name not in known:
+        close = ["triton"] if name in ("cuda", "gpu") else get_close_matches(name, known, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UnsupportedError(
+            f"no backend named {name!r}.{hint} Registered: auto, {', '.join(sorted(known))}."
+        )
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ from .adapters import (
     record_of,
 )
 from .config import SparseConfig, current_config
-from .errors import InputError, SparsePluginError
+from .errors import InputError, SparsePluginError, UnsupportedError
 from .fusion.flush import flush
 from .fusion.sources import watched
 
@@ -96,6 +96,12 @@ class Entry:
         return ", ".join(f"{way} {calls[way]}" for way in tally.WAYS if way in calls)
 
 
+_IN_PLACE = (
+    "sparsify(net) changes the model in place and returns a report of it: "
+    "write report = sparsify(net) and go on with net."
+)
+
+
 @dataclass(frozen=True)
 class SparsityReport:
     """What :func:`sparsify` did with every neuron module of a model.
@@ -110,6 +116,16 @@ class SparsityReport:
 
     entries: tuple[Entry, ...]
     config: SparseConfig
+
+    def __getattr__(self, name: str) -> Any:
+        # special names are asked for by copy and pickle, before there are any entries
+        if not name.startswith("_") and hasattr(nn.Module, name):
+            raise AttributeError(f"a SparsityReport has no {name!r}. {_IN_PLACE}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Always raises :class:`UnsupportedError`: a report is not the model."""
+        raise UnsupportedError(f"a SparsityReport cannot be called. {_IN_PLACE}")
 
     def names(self, status: str) -> list[str]:
         """The modules with this status."""
