@@ -41,6 +41,8 @@ def install() -> None:
             setattr(Tensor, method, _giving_away(getattr(Tensor, method)))
         for method, what in (("retain_grad", "the gradient"), ("register_hook", "a hook on the gradient")):
             setattr(Tensor, method, checked(what, getattr(Tensor, method)))
+        graph = torch.autograd.graph
+        graph.get_gradient_edge = checked("the gradient edge", graph.get_gradient_edge)
         torch.autograd._engine_run_backward = _to_inputs(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
         Tensor.data = _data  # type: ignore[assignment, misc]
         register_optimizer_step_pre_hook(lambda *_: flush(reason="optimizer.step()"))
