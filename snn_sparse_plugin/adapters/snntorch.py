@@ -237,7 +237,7 @@ class SnnTorchAdapter(Adapter):
         return isinstance(neuron.spec, NeuronSpec) and neuron.spec.timing == "corrected"
 
     def note_last(self, module: Any, fired: Tensor | None, membrane: Tensor | None) -> None:
-        if isinstance(module, _with_reset()):
+        if _fused_class(type(module)) in _with_reset():  # DeltaLeaky, a Leaky, has a forward without resets
             resets.note_last(module, fired, membrane)
 
     def leave(self, module: Any) -> None:
