@@ -237,7 +237,8 @@ class SnnTorchAdapter(Adapter):
         return isinstance(neuron.spec, NeuronSpec) and neuron.spec.timing == "corrected"
 
     def note_last(self, module: Any, fired: Tensor | None, membrane: Tensor | None) -> None:
-        if isinstance(module, _with_reset()):
+        # DeltaLeaky is a Leaky whose own forward has no reset
+        if isinstance(module, _with_reset()) and not isinstance(module, Classes().DeltaLeaky):
             resets.note_last(module, fired, membrane)
 
     def leave(self, module: Any) -> None:

@@ -53,7 +53,9 @@ class MaskedAttribute:
         if module is None:
             return self
         attributes = vars(module)  # a spike function that is a module lives in _modules
-        function = attributes.get("spike_grad") or attributes.get("_modules", {}).get("spike_grad")
+        function = attributes.get("spike_grad")
+        if function is None:
+            function = attributes.get("_modules", {}).get("spike_grad")
         if function is None:
             raise AttributeError("spike_grad")
         if torch.compiler.is_compiling():

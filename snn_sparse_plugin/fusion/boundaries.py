@@ -43,6 +43,8 @@ def install() -> None:
             setattr(Tensor, method, _giving_away(getattr(Tensor, method)))
         for method, what in (("retain_grad", "the gradient"), ("register_hook", "a hook on the gradient")):
             setattr(Tensor, method, checked(what, getattr(Tensor, method)))
+        graph = torch.autograd.graph
+        graph.get_gradient_edge = checked("the gradient edge", graph.get_gradient_edge)
         torch.autograd._engine_run_backward = _to_inputs(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
         Tensor.data = _data  # type: ignore[assignment, misc]
         for home, name in ((forward_ad, "make_dual"), (eager_transforms, "_jvp_with_argnums")):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dynamics import NeuronSpec
 from ..errors import FusionError
 from .planner import Plan
-from .record import Lane, NeuronLane
+from .record import FunctionLane, Lane, NeuronLane
 from .recorded import Recorded, Value, value_of
 
 BESIDE = "_snn_sparse_beside"
@@ -58,8 +58,14 @@ def _is_passed(value: Value) -> bool:
     lane, _, slot = value
     if lane.mode != 1:
         return False
-    readers = (made for other in lane.record.lanes for made in other.values())
-    return _within_neuron(lane, slot) or any(made[0] is lane and made[2] == slot for made in readers)
+    read = (made for other in lane.record.lanes if _passes_on(other) for made in other.values())
+    return _within_neuron(lane, slot) or any(made[0] is lane and made[2] == slot for made in read)
+
+
+def _passes_on(reader: Lane) -> bool:
+    """Whether gradients pass from a lane to what it reads; none do from a comparison or what was detached."""
+    detaches = isinstance(reader, FunctionLane) and reader.func is Tensor.detach
+    return reader.mode == 1 and reader.dtype.is_floating_point and not detaches
 
 
 def _within_neuron(lane: Lane, slot: int) -> bool:
@@ -83,7 +89,8 @@ def note_places(waiting: list[tuple[Lane, int, int, Any]], plan: Plan) -> None:
 
 
 def _stands_beside(lane: Lane, slot: int, plan: Plan) -> bool:
-    if lane.mode != 1 or not (plan.readers.get((lane, slot)) or _within_neuron(lane, slot)):
+    read = any(_passes_on(reader) for reader in plan.readers.get((lane, slot), ()))
+    if lane.mode != 1 or not (read or _within_neuron(lane, slot)):
         return False
     series = lane.results[slot]
     return series is None or series.pieces is None  # single pieces are read themselves

@@ -216,3 +216,43 @@ def test_a_threshold_put_in_place_of_norses_is_the_users(what, monkeypatch):
     for a, b in zip(want, got, strict=True):
         torch.testing.assert_close(b, a)
     assert not torch.equal(plain[1], got[1])
+
+
+class Empty(Noisy):
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("neuron", [snntorch.Leaky, snntorch.DeltaLeaky])
+def test_a_spike_function_that_counts_as_false_is_one(neuron):
+    found = []
+    for context in (nullcontext(), sparse_mode(backprop_threshold=None)):
+        torch.manual_seed(0)
+        x, lif = torch.rand(3, 4, 5).requires_grad_(), neuron(beta=0.9, spike_grad=Empty(), init_hidden=True)
+        with context:
+            out = [lif(frame * 2) for frame in x]
+            sum((o[0] if isinstance(o, tuple) else o).sum() for o in out).backward()
+        found.append(x.grad)
+    assert float(found[0].abs().sum()) > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_spike_function_swapped_in_the_loop_is_used_from_then_on():
+    def during_of(lif):
+        return lambda step: setattr(
+            lif, "spike_grad", surrogate.fast_sigmoid(2 + step) if step < 6 else Learnable()
+        )
+
+    grads = []
+    for context in (nullcontext(), sparse_mode(backprop_threshold=None)):
+        torch.manual_seed(0)
+        fc, lif, mem, out = nn.Linear(20, 16), snntorch.Leaky(0.9), torch.zeros(1), []
+        x, swap = (torch.rand(9, 4, 20) < 0.5).float(), during_of(lif)
+        with context:
+            for step, frame in enumerate(x):
+                swap(step)
+                spk, mem = lif(fc(frame), mem)
+                out.append(spk)
+            torch.stack(out).pow(2).mean().backward()
+        grads.append(fc.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-7)

@@ -70,6 +70,8 @@ ASKS = {
     "autograd.grad": lambda z, loss: torch.autograd.grad(loss, z),
     "autograd.grad of several": lambda z, loss: torch.autograd.grad(loss, [z]),
     "backward(inputs)": lambda z, loss: loss.backward(inputs=[z]),
+    "get_gradient_edge": lambda z, loss: torch.autograd.graph.get_gradient_edge(z),
+    "register_multi_grad_hook": lambda z, loss: torch.autograd.graph.register_multi_grad_hook([z], print),
 }
 
 
@@ -136,3 +138,28 @@ def test_a_tensor_of_its_own_is_asked_again(tmp_path):
     kept.mul_(2).retain_grad()
     kept.sum().backward()
     assert torch.equal(kept.grad, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda z: (z > 0).sum(), lambda z: z.detach().mean(), lambda z: z.argmax(1)],
+    ids=["compare", "detach", "argmax"],
+)
+def test_a_reader_without_a_gradient_leaves_the_place_as_it_is(read):
+    """The usual accuracy of a step, printed before its gradient is asked for."""
+    grads = []
+    for context in (nullcontext(), sparse_mode(**EXACT)):
+        x = torch.rand(6, 3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with context:
+            lif, out = snn.Leaky(0.5, init_hidden=True), []
+            for step, frame in enumerate(x):
+                spikes = lif(frame * 3)
+                if step == 3:
+                    str(read(spikes))
+                    spikes.retain_grad()
+                    kept = spikes
+                out.append(spikes)
+            torch.stack(out).cumsum(0).pow(2).sum().backward()
+        grads.append(kept.grad)
+    assert float(grads[0].abs().sum()) > 0
+    torch.testing.assert_close(grads[1], grads[0])
