@@ -14,6 +14,7 @@ from torch import Tensor
 from . import __version__, registry
 from .adapters import outside_tested
 from .backends import Backend
+from .contracts import named
 from .dynamics import NeuronParams, NeuronSpec
 from .errors import SparsePluginError, UnsupportedError
 from .ops.spiking_layer import spiking_layer
@@ -99,8 +100,6 @@ def _backend(name: str) -> dict[str, Any]:
         usable, row["reason"] = backend.available()
     except UnsupportedError as error:
         return row | {"state": "broken", "reason": str(error)}
-    except Exception as error:  # a third-party backend may fail in any way
-        return row | {"state": "broken", "reason": f"{type(error).__name__}: {error}"}
     if not usable:
         return row | {"state": "unavailable"}
     refusals = []
@@ -141,8 +140,10 @@ def check_backend(name: str, device: torch.device) -> dict[str, Any]:
             got = _solve(name, device, threshold)
             differing += int((expected[0] != got[0]).sum())
             worst = max(worst, *(_distance(a, b) for a, b in zip(expected[1:], got[1:], strict=True)))
-    except Exception as error:  # whatever the backend does, the other rows are worth showing
-        reason = str(error) if isinstance(error, SparsePluginError) else f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the backend does, the other rows are worth showing
+        reason = str(error) if isinstance(error, SparsePluginError) else named(error)
         return row | {"state": "failed", "reason": reason}
     row |= {"differing_spikes": differing, "gradient_error": worst, "tolerance": TOLERANCE}
     if differing or not worst <= TOLERANCE:

@@ -1,6 +1,7 @@
 """Plugins found through entry points, loaded on first use.
 
-A broken third-party plugin is named in one warning and skipped; asked for by name, it raises.
+A broken third-party plugin is named in one warning and skipped; asked for by name, it raises. What counts as broken is
+said in :mod:`snn_sparse_plugin.contracts`.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import importlib
 import threading
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from .contracts import Broken, examine, guard, named
 from .errors import UnsupportedError
 
 GROUPS = ("backends", "adapters", "learners", "layers")
@@ -39,7 +42,8 @@ _BUILTIN = {
 class Plugin:
     """One registered plugin: a class or factory, instantiated once by :meth:`load`.
 
-    ``error`` is why that failed: it is not tried again before :func:`refresh`.
+    ``error`` is why that failed, or why it is not used: it is not tried again before :func:`refresh`. ``trouble`` is
+    the first question that a loaded third-party plugin failed to answer.
     """
 
     group: str
@@ -48,34 +52,76 @@ class Plugin:
     distribution: str
     version: str
     error: str | None = None
+    trouble: str | None = None
     _instance: Any = field(default=None, repr=False)
+    _sound: bool = field(default=False, repr=False)
     _loader: int | None = field(default=None, repr=False)  # the thread that loads it now
 
+    @property
+    def ours(self) -> bool:
+        """Whether it belongs to this package, whose plugins are used unchecked."""
+        return self.value == _BUILTIN[self.group].get(self.name)
+
     def load(self) -> Any:
-        """The plugin's object; raises :class:`UnsupportedError` naming the plugin if it cannot be loaded."""
-        if self._instance is None:
+        """The plugin's object; raises :class:`UnsupportedError` naming the plugin if it cannot be loaded or used."""
+        if not self._sound:
             if self.error is not None:
                 raise UnsupportedError(self._failure())
             self._loader = threading.get_ident()
             try:
-                module, _, attribute = self.value.partition(":")
-                factory = getattr(importlib.import_module(module), attribute)
-                self._instance = factory()
-            except Exception as error:  # third-party code may fail in any way
-                self.error = f"{type(error).__name__}: {error}"
+                made = self._made() if self._instance is None else self._instance
+                if not self.ours:
+                    self._check(made)
+                self._instance, self._sound = made, True
+            except KeyboardInterrupt:
+                raise
+            except Broken as error:
+                self.error = f"cannot be used: {error}"
+                raise UnsupportedError(self._failure()) from error
+            except BaseException as error:  # third-party code may fail in any way, sys.exit() included
+                self.error = f"cannot be loaded: {named(error)}"
                 raise UnsupportedError(self._failure()) from error
             finally:
                 self._loader = None
         return self._instance
+
+    def _made(self) -> Any:
+        module, _, attributes = self.value.partition("[")[0].strip().partition(":")
+        found: Any = importlib.import_module(module)
+        for name in attributes.split("."):
+            found = getattr(found, name)
+        return found()
+
+    def _check(self, made: Any) -> None:
+        examine(self.group, made)
+        name = getattr(made, "name", None)
+        for other in plugins(self.group).values():
+            taken = other.name if other.ours else getattr(other._instance, "name", None)
+            if other is not self and name is not None and name == taken:
+                raise Broken(f"its name is {name!r}, which is that of {other.distribution} {other.version}")
+        guard(self.group, made, self.report)
+
+    def report(self, problem: str) -> None:
+        """Warn of what a loaded plugin does wrong, once."""
+        if self.trouble is None:
+            self.trouble = problem
+            warnings.warn(self._sentence(f"fails: {problem}"), stacklevel=4)
 
     def loading(self) -> bool:
         """Whether this thread is inside :meth:`load`, e.g. in an import that the plugin makes."""
         return self._loader == threading.get_ident()
 
     def _failure(self) -> str:
+        return self._sentence(self.error or "")
+
+    def holds(self, made: Any) -> bool:
+        """Whether this is the plugin's object."""
+        return self._instance is made
+
+    def _sentence(self, what: str) -> str:
         return (
-            f"{self.group[:-1]} {self.name!r} of {self.distribution} {self.version} "
-            f"cannot be loaded: {self.error}"
+            f"{self.group[:-1]} {self.name!r} of {self.distribution} {self.version} {what}. "
+            f"Update or uninstall {self.distribution}, or tell its authors."
         )
 
 
@@ -95,24 +141,44 @@ def plugins(group: str) -> dict[str, Plugin]:
         name: Plugin(group, name, value, "snn-sparse-plugin", __version__)
         for name, value in _BUILTIN[group].items()
     }
-    for entry in entry_points(group=_PREFIX + group):
-        if entry.name in found:
-            if not entry.value.startswith("snn_sparse_plugin."):
-                taken = found[entry.name]
-                warnings.warn(
-                    f"{_distribution(entry)} registers {group[:-1]} {entry.name!r}, a name already taken by "
-                    f"{taken.distribution}; it is ignored.",
-                    stacklevel=2,
-                )
-            continue
-        found[entry.name] = Plugin(
-            group, entry.name, entry.value, _distribution(entry), entry.dist.version if entry.dist else "?"
-        )
+    for entry in _entry_points(group):
+        plugin = Plugin(group, entry.name, entry.value, *_distribution(entry))
+        taken = found.get(entry.name)
+        if taken is None:
+            found[entry.name] = plugin
+        elif not taken.ours or not entry.value.startswith("snn_sparse_plugin."):
+            plugin.error = f"is ignored: the name is taken by {taken.distribution} {taken.version}"
+            _ignored.append(plugin)
+            warnings.warn(plugin._failure(), stacklevel=2)
     return found
 
 
-def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "an unnamed distribution"
+_ignored: list[Plugin] = []
+
+
+def listed(group: str) -> list[Plugin]:
+    """All plugins of the group, and those that are ignored because their name is taken."""
+    return [*plugins(group).values(), *(plugin for plugin in _ignored if plugin.group == group)]
+
+
+def _entry_points(group: str) -> Iterable[EntryPoint]:
+    try:
+        return entry_points(group=_PREFIX + group)
+    except Exception as error:  # the file of any installed distribution may be damaged
+        warnings.warn(
+            f"the entry points of the installed distributions cannot be read ({named(error)}): "
+            f"only the {group} of snn-sparse-plugin are used. pip check may tell which distribution is damaged.",
+            stacklevel=3,
+        )
+        return ()
+
+
+def _distribution(entry: EntryPoint) -> tuple[str, str]:
+    # without a METADATA file there is neither a name nor a version
+    try:
+        return entry.dist.name or "an unnamed distribution", entry.dist.version or "?"  # type: ignore[union-attr]
+    except (AttributeError, KeyError, TypeError):
+        return "an unnamed distribution", "?"
 
 
 def load(group: str, name: str) -> Any:
@@ -140,4 +206,5 @@ def load_all(group: str) -> dict[str, Any]:
 
 def refresh() -> None:
     """Forget what was found and what failed, so that a distribution installed or repaired since is seen."""
+    _ignored.clear()
     plugins.cache_clear()

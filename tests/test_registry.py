@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from snn_sparse_plugin import UnsupportedError, registry
+from snn_sparse_plugin.ops.spiking_layer.reference import ReferenceBackend
 from snn_sparse_plugin.registry import Plugin
 
 
@@ -57,17 +58,19 @@ def test_a_broken_plugin_is_not_tried_again(broken, monkeypatch):
 
 def test_a_plugin_that_asks_for_its_own_group_while_it_loads(monkeypatch):
     seen = []
+    backend = ReferenceBackend()
+    backend.name = "asking"
 
     class Module:
         @staticmethod
         def Backend():
             seen.append(registry.load_all("backends"))
-            return "loaded"
+            return backend
 
     registry.refresh()
     registry.plugins("backends")["asking"] = Plugin("backends", "asking", "asking:Backend", "toy", "0.1")
     monkeypatch.setitem(sys.modules, "asking", Module)
-    assert registry.load_all("backends")["asking"] == "loaded"
+    assert registry.load_all("backends")["asking"] is backend
     assert ["asking" in loaded for loaded in seen] == [False]
     registry.refresh()
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from .. import registry
+from ..contracts import named
 from .base import Adapter
 
 
@@ -38,11 +39,18 @@ def _install(adapter: Adapter) -> None:
     outside = outside_tested(adapter)
     try:
         adapter.install()
-    except Exception as error:
-        if not outside:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a third party's may call sys.exit()
+        owner = next(p for p in registry.plugins("adapters").values() if p.holds(adapter))
+        if owner.ours and not outside:
             raise
         _refused.append(adapter)
-        outside += f" Its neurons stay exact: hooking them failed with {type(error).__name__}: {error}"
+        failed = f"hooking them failed with {named(error)}"
+        if owner.ours:
+            outside += f" Its neurons stay exact: {failed}"
+        else:
+            owner.report(f"its neurons stay exact: {failed}")
     else:
         _installed.append(adapter)
     if outside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -101,7 +102,7 @@ def _plugin_rows() -> list[dict[str, str]]:
 
     rows = []
     for group in registry.GROUPS:
-        for plugin in registry.plugins(group).values():
+        for plugin in registry.listed(group):
             row = {
                 "group": group,
                 "name": plugin.name,
@@ -115,10 +116,10 @@ def _plugin_rows() -> list[dict[str, str]]:
                 if hasattr(loaded, "available"):
                     usable, row["reason"] = loaded.available()
                     row["state"] = "loaded" if usable else "unavailable"
+                if plugin.trouble is not None:
+                    row |= {"state": "broken", "reason": plugin.trouble}
             except SparsePluginError as error:
                 row |= {"state": "broken", "reason": plugin.error or str(error)}
-            except Exception as error:  # a third-party plugin may fail in any way
-                row |= {"state": "broken", "reason": f"{type(error).__name__}: {error}"}
             rows.append(row)
     return rows
 
@@ -136,7 +137,8 @@ def supported(
 
         for adapter in registry.load_all("adapters").values():
             if adapter.available()[0]:
-                import_module(adapter.package)
+                with suppress(ImportError):  # installed, but broken: it has no rows
+                    import_module(adapter.package)
         table = supported.rows()
         console, emit = consoles(as_json)
         if as_json:
