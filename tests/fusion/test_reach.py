@@ -61,7 +61,7 @@ def test_a_refused_call_works_the_second_time() -> None:
 
     layer, neuron = torch.nn.Linear(5, 4), snntorch.Leaky(beta=0.9)
     with ssp.sparse_mode():
-        spikes, mem = neuron(layer(torch.ones(3, 5)), torch.zeros(3, 4))
+        _, mem = neuron(layer(torch.ones(3, 5)), torch.zeros(3, 4))
         with pytest.raises(FusionError, match="works from here on"):
             torch.Tensor(mem)
         again = torch.Tensor(mem)

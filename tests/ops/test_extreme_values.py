@@ -117,7 +117,7 @@ def test_nothing_is_the_same_in_every_backend(shape: tuple[int, int, int, int]) 
 
 
 @pytest.mark.parametrize("which", ["beta", "threshold"])
-@pytest.mark.parametrize("T, B, N", [(50, 4, 7), (200, 32, 64), (500, 64, 33)])
+@pytest.mark.parametrize(("T", "B", "N"), [(50, 4, 7), (200, 32, 64), (500, 64, 33)])
 def test_one_parameter_of_all_neurons_keeps_its_digits(which: str, T: int, B: int, N: int) -> None:
     torch.manual_seed(0)
     # on a binary grid, so that spikes are the same in both precisions
