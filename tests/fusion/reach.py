@@ -1,6 +1,7 @@
 """Everything that could be called on a recorded step, called on one and on an ordinary tensor.
 
-``python reach.py FIRST LAST STEP`` makes a part of these calls. Each is announced before it is made, so that whoever started this process knows which one ended it.
+``python reach.py FIRST LAST STEP`` makes a part of these calls. Each is announced before it is made, so that
+whoever started this process knows which one ended it.
 """
 
 from __future__ import annotations
