@@ -18,13 +18,19 @@ make = partial(Tensor._make_wrapper_subclass, dispatch_device=True)
 references = sys.getrefcount
 
 
-def held(given: list[Any]) -> list[Any]:
-    """Those of the objects in a list of lanes that somebody else refers to as well."""
-    return [x for x in given if references(x) > ALONE]
+def held(given: list[Any], alone: int | None = None) -> list[Any]:
+    """Those of the objects in a list of lanes that somebody else refers to as well; all, where that cannot be told."""
+    alone = ALONE if alone is None else alone
+    return [x for x in given if references(x) > alone]
 
 
 def _count_alone() -> int:
-    return next(references(x) for x in [object()])
+    """What ``held`` counts for an object that only a list holds, as this interpreter counts."""
+    kept = object()
+    for alone in range(1, 8):
+        if not held([object()], alone) and held([kept], alone):
+            return alone
+    return 0
 
 
 def _counts_graphs() -> bool:
@@ -35,8 +41,12 @@ def _counts_graphs() -> bool:
     return kept.requires_grad and references(x) > before
 
 
-ALONE, REUSES = _count_alone(), _counts_graphs()
-"""References to an object that only a list holds, as a loop over it counts them; whether tensors are used again."""
+_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
+ALONE = _count_alone() if _GIL else 0
+"""References to an object that only a list holds, as a loop over it counts them; without the GIL counts say less."""
+
+REUSES = _GIL and sys.version_info < (3, 14) and _counts_graphs()
+"""Whether tensors are used again. From Python 3.14 on a frame may look at an object without counting it."""
 _NOWHERE: Any = None
 
 
