@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal
 
 from . import registry
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError
 from .scopes import Scoped
 
 
@@ -40,9 +40,11 @@ class SparseConfig:
             default: when its numbers are needed.
         check: also make checks that cost a pass over the data (finite inputs and weights on every path).
 
+    Numbers may be numpy's or tensors without dimensions; they are kept as Python's.
+
     Raises:
         ConfigError: a value outside its range.
-        UnsupportedError: a backend that is not registered.
+        UnsupportedError: no backend has that name.
 
     Example:
         >>> SparseConfig(backprop_threshold=0.2).backprop_threshold
@@ -57,8 +59,10 @@ class SparseConfig:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("backprop_threshold", "min_active", "max_steps", "fuse_time", "check"):
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if type(value) not in _PYTHON:
+                object.__setattr__(self, option.name, _plain(value))
         threshold = self.backprop_threshold
         if isinstance(threshold, str):
             valid = threshold == "auto"
@@ -76,7 +80,7 @@ class SparseConfig:
         if not isinstance(self.backend, str) or not self.backend:
             raise ConfigError(f'backend must be "auto" or the name of a backend, got {self.backend!r}.')
         if self.backend != "auto":
-            _check_backend(self.backend)
+            registry.check_name("backends", self.backend)
         if (
             isinstance(self.min_active, bool)
             or not isinstance(self.min_active, int | float)
@@ -92,26 +96,49 @@ class SparseConfig:
 
     def updated(self, **overrides: Any) -> SparseConfig:
         """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
-        overrides = {name: _plain(value) for name, value in overrides.items()}  # a tensor may change later
+        key = tuple(
+            (name, type(value), value if type(value) in _PYTHON else _plain(value))
+            for name, value in overrides.items()
+        )
         try:  # asked several times at every call of a layer
-            return _updated(self, tuple((name, type(value), value) for name, value in overrides.items()))
+            return _updated(self, key)
         except TypeError:  # a value that cannot be hashed
-            return _updated.__wrapped__(self, tuple((name, type(v), v) for name, v in overrides.items()))
+            return _updated.__wrapped__(self, key)
+
+
+_PYTHON = frozenset({float, int, bool, str, type(None)})
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy, or a tensor or array of one without dimensions, as Python's own."""
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    """A scalar of numpy or torch as Python's; anything else as it is."""
+    if isinstance(value, str):
+        return str(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        with suppress(Exception):  # a tensor without data: the option's own check has the words for it
+            return value.item()
+    return value
 
 
-def _check_backend(name: str) -> None:
-    known = registry.plugins("backends")  # nothing is loaded
-    if name not in known:
-        close = ["triton"] if name in ("cuda", "gpu") else get_close_matches(name, known, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UnsupportedError(
-            f"no backend named {name!r}.{hint} Registered: auto, {', '.join(sorted(known))}."
-        )
+def refuse_positional(what: str, values: tuple[Any, ...]) -> None:
+    """Raise :class:`ConfigError` for options without their names, with the call that was probably meant."""
+    if not values:
+        return
+    value = values[0] if type(values[0]) in _PYTHON else _plain(values[0])
+    if isinstance(value, SparseConfig):
+        changed = [f.name for f in fields(value) if getattr(value, f.name) != getattr(SparseConfig(), f.name)]
+        meant = ", ".join(f"{name}={getattr(value, name)!r}" for name in changed)
+    elif isinstance(value, bool):
+        meant = f"fuse_time={value}"
+    elif value is None or value == "auto" or isinstance(value, int | float):
+        meant = f"backprop_threshold={value!r}"
+    elif isinstance(value, str):
+        meant = f"backend={value!r}"
+    else:
+        meant = ""
+    raise ConfigError(
+        f"{what} takes its options by name, got {type(value).__name__} {value!r:.80} without one: "
+        f"write {what[:-1]}{', ' if not what.endswith('()') and meant else ''}{meant})."
+    )
 
 
 @lru_cache(maxsize=256)

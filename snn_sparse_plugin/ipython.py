@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .session import sparse_session
@@ -19,13 +21,34 @@ def _in_sparse_mode(shell: Any) -> Any:
 
         Options of SparseConfig may follow: %%snn_sparse backprop_threshold=0.2 fuse_time=False
         """
-        with sparse_session(**options_of(line)) as session:
-            result = shell.run_cell(cell)
-        for text in session.lines():
-            print(text)
-        result.raise_error()
+        __tracebackhide__ = True  # IPython leaves this frame out of the traceback
+        session = None
+        try:
+            with sparse_session(**options_of(line)) as session:
+                with _silent(shell):
+                    result = shell.run_cell(cell)
+                result.raise_error()
+        finally:
+            if session is not None:
+                for text in session.lines():
+                    print(text)
 
     return snn_sparse
+
+
+@contextmanager
+def _silent(shell: Any) -> Iterator[None]:
+    """Inside, the shell shows no error: the cell that holds the magic shows the one that it raises."""
+    names = ("showtraceback", "showsyntaxerror", "showindentationerror")
+    before = {name: vars(shell)[name] for name in names if name in vars(shell)}
+    for name in names:
+        setattr(shell, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(shell, name)
+        vars(shell).update(before)
 
 
 def options_of(line: str) -> dict[str, Any]:

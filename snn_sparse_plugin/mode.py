@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import _GeneratorContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 from weakref import ref
 
 from torch import nn
@@ -21,16 +21,15 @@ from .adapters import (
     loaded_adapters,
     record_of,
 )
-from .config import SparseConfig, current_config
-from .errors import InputError, SparsePluginError, UnsupportedError
+from .config import SparseConfig, current_config, refuse_positional
+from .errors import ConfigError, InputError, SparsePluginError, UnsupportedError
 from .fusion.flush import flush
 from .fusion.sources import watched
 
 __all__ = ["Entry", "SparsityReport", "restore", "sparse_mode", "sparsify"]
 
 
-@contextmanager
-def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
+def sparse_mode(*misplaced: Any, **overrides: Any) -> _GeneratorContextManager[SparseConfig]:
     """Inside the block, unmodified snnTorch and Norse neurons are sparse; outside, exactly as before.
 
     Holds for the thread (or asyncio task) that entered, nests (the inner block starts from the options of the
@@ -46,7 +45,8 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
         SparseConfig: the options in force.
 
     Raises:
-        ConfigError: an unknown option or a value outside its range.
+        ConfigError: an unknown option, one without its name, or a value outside its range.
+        UnsupportedError: no backend has that name.
 
     Example:
         >>> import torch, snntorch
@@ -57,6 +57,19 @@ def sparse_mode(**overrides: Any) -> Iterator[SparseConfig]:
         >>> bool((x.grad == 0)[(mem - 1).abs() >= 0.1].all())
         True
     """
+    if misplaced and isinstance(misplaced[0], nn.Module):
+        raise InputError(
+            f"sparse_mode() takes no model, got {type(misplaced[0]).__name__}: call it inside the block, "
+            f"`with sparse_mode(): net(x)`, or bind sparse mode to it with sparsify(net)."
+        )
+    if misplaced and callable(misplaced[0]):
+        raise ConfigError("sparse_mode is called where it decorates: write @sparse_mode().")
+    refuse_positional("sparse_mode()", misplaced)
+    return _sparse_mode(overrides)
+
+
+@contextmanager
+def _sparse_mode(overrides: dict[str, Any]) -> Iterator[SparseConfig]:
     config = current_config().updated(**overrides)
     install_adapters()
     with entered(config), watched():
@@ -96,10 +109,7 @@ class Entry:
         return ", ".join(f"{way} {calls[way]}" for way in tally.WAYS if way in calls)
 
 
-_IN_PLACE = (
-    "sparsify(net) changes the model in place and returns a report of it: "
-    "write report = sparsify(net) and go on with net."
-)
+_IN_PLACE = "sparsify works in place and returns a report: write report = sparsify(net), and go on with net."
 
 
 @dataclass(frozen=True)
@@ -117,15 +127,14 @@ class SparsityReport:
     entries: tuple[Entry, ...]
     config: SparseConfig
 
-    def __getattr__(self, name: str) -> Any:
-        # special names are asked for by copy and pickle, before there are any entries
-        if not name.startswith("_") and hasattr(nn.Module, name):
-            raise AttributeError(f"a SparsityReport has no {name!r}. {_IN_PLACE}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    # after `net = sparsify(net)` the report stands where the model is looked for
 
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        """Always raises :class:`UnsupportedError`: a report is not the model."""
-        raise UnsupportedError(f"a SparsityReport cannot be called. {_IN_PLACE}")
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedError(f"a SparsityReport was called. {_IN_PLACE}")
+
+    def __getattr__(self, name: str) -> Any:
+        missing = f"'SparsityReport' object has no attribute {name!r}"
+        raise AttributeError(missing if name.startswith("__") else f"{missing}. {_IN_PLACE}")
 
     def names(self, status: str) -> list[str]:
         """The modules with this status."""
@@ -204,7 +213,7 @@ def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
+def sparsify(model: nn.Module, *misplaced: Any, **overrides: Any) -> SparsityReport:
     """Make the neurons of this model sparse wherever it is called, in place; :func:`restore` undoes it.
 
     Classes, parameters, buffers and ``state_dict`` stay as they are. Calling it again only changes the
@@ -216,7 +225,10 @@ def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
 
     Raises:
         InputError: ``model`` is not a module.
-        ConfigError: an unknown option or a value outside its range. Nothing has been changed then.
+        ConfigError: an unknown option, one without its name, or a value outside its range.
+        UnsupportedError: no backend has that name.
+
+    After an error nothing has been changed.
 
     Example:
         >>> from torch import nn
@@ -231,6 +243,7 @@ def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"sparsify takes a torch module, got {type(model).__name__}.")
+    refuse_positional("sparsify(net)", misplaced)
     config = current_config().updated(**overrides)
     install_adapters()
     adapters = loaded_adapters()
@@ -247,7 +260,7 @@ def sparsify(model: nn.Module, **overrides: Any) -> SparsityReport:
                 plan.append((adapter, module))
     for adapter, module in plan:
         adapter.prepare(module)
-        setattr(module, MARK, Mark(dict(overrides)))
+        setattr(module, MARK, Mark({name: getattr(config, name) for name in overrides}))
     return SparsityReport(tuple(entries), config)
 
 

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -181,12 +182,25 @@ def _distribution(entry: EntryPoint) -> tuple[str, str]:
         return "an unnamed distribution", "?"
 
 
+# what people call a backend by its device or its library
+_MEANT = {"cuda": "triton", "gpu": "triton", "numba": "cpu", "torch": "reference", "pytorch": "reference"}
+
+
+def check_name(group: str, name: str) -> None:
+    """Raise :class:`UnsupportedError`, with the names there are, unless a plugin is registered under this one."""
+    found = plugins(group)
+    if name in found:
+        return
+    plain = name.lower().partition(":")[0].replace("-", "_")
+    close = [_MEANT[plain]] if plain in _MEANT else get_close_matches(plain, found, 1)
+    hint = f" Did you mean {close[0]!r}?" if close and close[0] in found else ""
+    raise UnsupportedError(f"no {group[:-1]} named {name!r}. Registered: {', '.join(sorted(found))}.{hint}")
+
+
 def load(group: str, name: str) -> Any:
     """The plugin of that name; raises :class:`UnsupportedError` if there is none or it is broken."""
-    found = plugins(group)
-    if name not in found:
-        raise UnsupportedError(f"no {group[:-1]} named {name!r}. Registered: {', '.join(sorted(found))}.")
-    return found[name].load()
+    check_name(group, name)
+    return plugins(group)[name].load()
 
 
 def load_all(group: str) -> dict[str, Any]:

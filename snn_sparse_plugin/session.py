@@ -58,15 +58,16 @@ def sparse_session(**options: Any) -> Iterator[Session]:
     Yields:
         Session: filled when the block ends, by an exception too.
     """
-    found, before = Session(), tally.by_class()
+    found = Session()
     reasons, outer = dict(record.reasons), meter.current
-    meter.current = found.meter
     try:
-        with sparse_mode(**options):
-            yield found
+        with tally.account() as account:
+            found.classes = account.classes
+            meter.current = found.meter
+            with sparse_mode(**options):
+                yield found
     finally:
         meter.current = outer
-        found.classes = _since(before, tally.by_class())
         found.reasons = {
             name: n - reasons.get(name, 0)
             for name, n in record.reasons.items()
@@ -86,23 +87,6 @@ def run_script(target: str, args: Sequence[str], *, module: bool = False) -> Non
             runpy.run_path(target, run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, path
-
-
-def _since(before: dict[str, ClassRuns], after: dict[str, ClassRuns]) -> dict[str, ClassRuns]:
-    found = {}
-    for kind, runs in after.items():
-        old = before.get(kind, ClassRuns())
-        parts = {
-            name: {
-                k: n - getattr(old, name).get(k, 0)
-                for k, n in counts.items()
-                if n > getattr(old, name).get(k, 0)
-            }
-            for name, counts in vars(runs).items()
-        }
-        if parts["calls"]:
-            found[kind] = ClassRuns(**parts)
-    return found
 
 
 def class_table(runs: dict[str, ClassRuns]) -> list[str]:

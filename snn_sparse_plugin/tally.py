@@ -6,7 +6,8 @@ A count is two dict increments under a lock. What runs inside a compiled graph i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,23 +42,17 @@ class Record:
 
     def count(self, way: str) -> None:
         with _lock:
-            of_class = _classes.get(self.kind) or _classes.setdefault(self.kind, ClassRuns())
-            if way not in self.calls and self.module:
-                of_class.modules[way] = of_class.modules.get(way, 0) + 1
-                if way in _STEPPED and not _STEPPED & self.calls.keys():
-                    of_class.reasons[self.reason] = of_class.reasons.get(self.reason, 0) + 1
-            self.calls[way] = self.calls.get(way, 0) + 1
-            of_class.calls[way] = of_class.calls.get(way, 0) + 1
+            _count(_classes, self, self.calls, way)
+            for account in _accounts:
+                _count(account.classes, self, account.calls.setdefault(self, {}), way)
 
     def look(self, reason: str) -> None:
         """The reason as it is now: options of a module may have been set since it first ran."""
         with _lock:
-            of_class = _classes.get(self.kind)
-            if of_class is not None and reason != self.reason and _STEPPED & self.calls.keys():
-                of_class.reasons[self.reason] -= 1
-                if not of_class.reasons[self.reason]:
-                    del of_class.reasons[self.reason]
-                of_class.reasons[reason] = of_class.reasons.get(reason, 0) + 1
+            if reason != self.reason:
+                _look(_classes, self, self.calls, reason)
+                for account in _accounts:
+                    _look(account.classes, self, account.calls.get(self, {}), reason)
             self.reason = reason
 
 
@@ -80,7 +75,35 @@ class ClassRuns:
                 counts[key] = counts.get(key, 0) + n
 
 
+@dataclass(eq=False)
+class Account:
+    """What ran since :func:`account` opened it: the same as :func:`by_class`, of that time alone."""
+
+    classes: dict[str, ClassRuns] = field(default_factory=dict)
+    calls: dict[Record, dict[str, int]] = field(default_factory=dict)
+
+
+def _count(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], way: str) -> None:
+    of_class = classes.get(record.kind) or classes.setdefault(record.kind, ClassRuns())
+    if way not in calls and record.module:
+        of_class.modules[way] = of_class.modules.get(way, 0) + 1
+        if way in _STEPPED and not _STEPPED & calls.keys():
+            of_class.reasons[record.reason] = of_class.reasons.get(record.reason, 0) + 1
+    calls[way] = calls.get(way, 0) + 1
+    of_class.calls[way] = of_class.calls.get(way, 0) + 1
+
+
+def _look(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], reason: str) -> None:
+    of_class = classes.get(record.kind)
+    if of_class is not None and _STEPPED & calls.keys():
+        of_class.reasons[record.reason] -= 1
+        if not of_class.reasons[record.reason]:
+            del of_class.reasons[record.reason]
+        of_class.reasons[reason] = of_class.reasons.get(reason, 0) + 1
+
+
 _lock = threading.RLock()
+_accounts: list[Account] = []
 _here = threading.local()
 # by id, as a look-up by weak reference would make one at every call; a module that dies takes its entry along
 _records: dict[int, tuple[Record, ref[Any], Callable[[Any], str]]] = {}
@@ -145,17 +168,39 @@ def by_class() -> dict[str, ClassRuns]:
 
     The reasons are those of now, of modules that are gone the last known ones.
     """
+    _settle()
+    with _lock:
+        return {
+            kind: ClassRuns(dict(runs.calls), dict(runs.modules), dict(runs.reasons))
+            for kind, runs in sorted(_classes.items())
+        }
+
+
+@contextmanager
+def account() -> Iterator[Account]:
+    """Keep an account of what runs inside the block, in any thread, complete when the block ends."""
+    _settle()
+    found = Account()
+    with _lock:
+        _accounts.append(found)
+    try:
+        yield found
+    finally:
+        try:
+            _settle()
+        finally:
+            with _lock:
+                _accounts.remove(found)
+            found.calls.clear()
+
+
+def _settle() -> None:
     for run in settle:
         run()
     for record, reference, describe in list(_records.values()):
         module = reference()
         if module is not None and _STEPPED & record.calls.keys():
             record.look(describe(module))
-    with _lock:
-        return {
-            kind: ClassRuns(dict(runs.calls), dict(runs.modules), dict(runs.reasons))
-            for kind, runs in sorted(_classes.items())
-        }
 
 
 def clear() -> None:

@@ -146,6 +146,48 @@ def test_an_error_of_a_script_is_the_scripts(tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: backprop_threshold")
 
 
+@pytest.mark.parametrize(
+    ("options", "window"),
+    [(["--exact"], None), (["--threshold", "exact", "--exact"], None), (["--threshold", "0.3"], 0.3)],
+    ids=str,
+)
+def test_run_hands_its_options_to_the_mode_and_the_rest_to_the_script(
+    options: list[str], window: float | None, tmp_path: Path
+) -> None:
+    script = tmp_path / "x.py"
+    script.write_text(
+        "import sys\nfrom snn_sparse_plugin.config import active_config\n"
+        "print(active_config().backprop_threshold, sys.argv[1:])"
+    )
+    result = runner.invoke(app, ["run", "-q", *options, str(script), "--exact", "--epochs", "3", "-m"])
+    assert result.stdout == f"{window} ['--exact', '--epochs', '3', '-m']\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--exct", "x.py"], "No such option: --exct"),
+        (["--thresold", "0.2", "x.py"], "No such option: --thresold"),
+        (["-q", "-x", "x.py"], "No such option: -x"),
+        (["--exact", "--threshold", "0.2", "x.py"], "contradict each other"),
+        (["--threshold", "small", "x.py"], "--threshold takes auto, exact or a number"),
+    ],
+    ids=str,
+)
+def test_an_option_that_run_does_not_have_is_no_script(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.py").write_text("raise AssertionError('it ran')")
+    result = runner.invoke(app, ["run", *arguments])
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+def test_the_interpreter_is_no_script() -> None:
+    assert "Leave the name of the interpreter out." in runner.invoke(app, ["run", "python", "x.py"]).stderr
+
+
 @pytest.mark.parametrize(("arguments", "name"), [(["nothing.py"], "script"), (["-m", "no.such"], "module")])
 def test_a_script_that_does_not_exist(arguments: list[str], name: str) -> None:
     result = runner.invoke(app, ["run", *arguments])

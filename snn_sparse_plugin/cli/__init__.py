@@ -21,13 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # what follows the script is its own
-app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-    }
-)(script.run)
+app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(script.run)
 for command in (show.doctor, show.plugins, show.supported, measure.demo, measure.bench):
     app.command()(command)
 app.add_typer(ttfs.app)

@@ -21,6 +21,7 @@ def run(
     threshold: Annotated[
         str, typer.Option(help="backprop_threshold: auto, exact, or a distance from the threshold.")
     ] = "auto",
+    exact: Annotated[bool, typer.Option("--exact", help="The same as --threshold exact.")] = False,
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
     fuse: Annotated[bool, typer.Option(help="Run step loops as fused calls over all steps.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary at the end.")] = False,
@@ -33,10 +34,13 @@ def run(
         with ExitStack() as sparse:
             with readable_errors(context):  # of the options alone: an error of the script keeps its traceback
                 if not module and not Path(script).is_file():
-                    raise InputError(f"there is no script {script!r}. For a module use -m.")
+                    raise InputError(f"there is no script {script!r}. For a module use -m.{_advice(script)}")
                 if module and not _is_module(script):
                     raise InputError(f"there is no module {script!r} that can be imported from here.")
-                options: dict[str, Any] = {"backprop_threshold": _threshold(threshold), "backend": backend}
+                if exact and threshold not in ("auto", "exact"):
+                    raise ConfigError(f"--exact and --threshold {threshold} contradict each other.")
+                window = None if exact else _threshold(threshold)
+                options: dict[str, Any] = {"backprop_threshold": window, "backend": backend}
                 if not fuse:
                     options["fuse_time"] = False
                 session = sparse.enter_context(sparse_session(**options))
@@ -45,6 +49,10 @@ def run(
         if session is not None and not quiet:
             for line in session.lines():
                 print(line, file=sys.stderr)
+
+
+def _advice(script: str) -> str:
+    return " Leave the name of the interpreter out." if Path(script).name.startswith("python") else ""
 
 
 def _is_module(name: str) -> bool:

@@ -89,7 +89,7 @@ def unroll(
     states = [None] * len(layers) if state is None else list(state)
     before = [layer.adapter.read_state(layer.module) if layer.adapter else None for layer in layers]
     try:
-        with entered(config, overrides):
+        with entered(config, {name: getattr(config, name) for name in overrides}):
             result = Unrolled(*run(layers, flow, states, per_step=per_step, events=events))
     except BaseException:
         _write(layers, before)  # stepped layers may have moved on
