@@ -185,13 +185,23 @@ CONTRACTS = {
         },
         methods=(
             *("available", "install", "examples", "owns", "masks", "prepare", "container", "stateful"),
-            *("unwrap", "takes_shape", "takes_sequence", "neuron", "initial_state", "final_state", "step"),
+            *(
+                "unwrap",
+                "takes_shape",
+                "takes_sequence",
+                "only_unroll",
+                "neuron",
+                "initial_state",
+                "final_state",
+                "step",
+            ),
         ),
         questions={
             "owns": _YES_OR_NO,
             "container": _YES_OR_NO,
             "stateful": _YES_OR_NO,
             "takes_sequence": _YES_OR_NO,
+            "only_unroll": (lambda x: isinstance(x, str), "a string", lambda _: ""),
             "unwrap": (lambda x: x is None or callable(x), "a module or None", lambda _: None),
             # what a neuron that nobody can describe counts as: upstream's own, left alone
             "neuron": (lambda x: x is not None, "a Neuron or why it is none", lambda problem: problem),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import _GeneratorContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 from weakref import ref
 
@@ -96,6 +96,12 @@ class Entry:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "module": None}  # a reference stays in its process
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        """Of the copy of the module where that is copied as well, else of the same one."""
+        module = None if self.module is None else self.module()
+        twin = memo.get(id(module))
+        return self if twin is None else replace(self, record=record_of(twin), module=ref(twin))
+
     def now(self) -> Entry:
         """The same neuron as it would be described now; as it was if the model is gone."""
         module = None if self.module is None else self.module()
@@ -104,9 +110,14 @@ class Entry:
 
     @property
     def ran(self) -> str:
-        """What the module did up to now, such as ``"fused 12, guard 3"``."""
-        calls = {} if self.record is None else self.record.calls
-        return ", ".join(f"{way} {calls[way]}" for way in tally.WAYS if way in calls)
+        """What the module did up to now, such as ``"fused 12, guard 3"``, and what its copies did."""
+        if self.record is None:
+            return ""
+        own, copies = (
+            ", ".join(f"{way} {calls[way]}" for way in tally.WAYS if way in calls)
+            for calls in (self.record.calls, self.record.copies)
+        )
+        return f"{own}{'; ' if own else ''}its copies: {copies}" if copies else own
 
 
 _IN_PLACE = "sparsify works in place and returns a report: write report = sparsify(net), and go on with net."
@@ -135,6 +146,23 @@ class SparsityReport:
     def __getattr__(self, name: str) -> Any:
         missing = f"'SparsityReport' object has no attribute {name!r}"
         raise AttributeError(missing if name.startswith("__") else f"{missing}. {_IN_PLACE}")
+
+    def of(self, model: nn.Module) -> SparsityReport:
+        """The report of another model that is sparse already, such as a copy of this one; its options stay.
+
+        Example:
+            >>> import copy, torch, snntorch
+            >>> neuron = snntorch.Leaky(beta=0.9, init_hidden=True)
+            >>> report = sparsify(neuron)
+            >>> twin = copy.deepcopy(neuron)
+            >>> twin(torch.ones(2, 3)).sum().item()
+            0.0
+            >>> report.runs(), report.of(twin).runs()
+            ({'': {}}, {'': {'no_grad': 1}})
+        """
+        adapters = loaded_adapters()
+        found = ((name, m, adapter_of(m, adapters)) for name, m in model.named_modules())
+        return SparsityReport(tuple(_describe(a, n, m) for n, m, a in found if a is not None), self.config)
 
     def names(self, status: str) -> list[str]:
         """The modules with this status."""
@@ -217,7 +245,8 @@ def sparsify(model: nn.Module, *misplaced: Any, **overrides: Any) -> SparsityRep
     """Make the neurons of this model sparse wherever it is called, in place; :func:`restore` undoes it.
 
     Classes, parameters, buffers and ``state_dict`` stay as they are. Calling it again only changes the
-    options, which stand over those of an enclosing :func:`sparse_mode`.
+    options, which stand over those of an enclosing :func:`sparse_mode`. A ``deepcopy`` of the model is sparse as well
+    and counts for itself: :meth:`SparsityReport.of` gives its report.
 
     Args:
         model: any module that contains snnTorch or Norse neurons.
@@ -260,14 +289,18 @@ def sparsify(model: nn.Module, *misplaced: Any, **overrides: Any) -> SparsityRep
                 plan.append((adapter, module))
     for adapter, module in plan:
         adapter.prepare(module)
-        setattr(module, MARK, Mark({name: getattr(config, name) for name in overrides}))
+        record = record_of(module) if adapter.owns(module) else None
+        if record is not None:
+            record.origin = None  # a copy that has a report of its own now
+        setattr(module, MARK, Mark({name: getattr(config, name) for name in overrides}, record))
     return SparsityReport(tuple(entries), config)
 
 
 def _describe(adapter: Adapter, name: str, module: nn.Module) -> Entry:
     neuron, kind, record = adapter.neuron(module), type(module).__name__, record_of(module)
     if not isinstance(neuron, str):
-        return Entry(name, kind, "fused", "", record, ref(module))
+        alone = adapter.only_unroll(module)
+        return Entry(name, kind, "fused", f"by unroll alone: {alone}" if alone else "", record, ref(module))
     unmasked = adapter.masks(module)
     if unmasked is None:
         return Entry(name, kind, "masked", neuron, record, ref(module))

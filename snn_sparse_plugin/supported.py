@@ -71,7 +71,7 @@ def _row(adapter: Adapter, name: str, example: Example) -> Row:
     return Row(
         library=adapter.name,
         neuron=name,
-        fused=_kind(neuron),
+        fused=_kind(neuron, adapter.only_unroll(module)),
         per_step="masked surrogate" if unmasked is None else f"as upstream: {unmasked}",
         fallback=fallback,
         recurrence=_recurrence(module, neuron),
@@ -81,10 +81,11 @@ def _row(adapter: Adapter, name: str, example: Example) -> Row:
     )
 
 
-def _kind(neuron: Neuron | str) -> str:
+def _kind(neuron: Neuron | str, only_unroll: str) -> str:
     if isinstance(neuron, str):
         return f"no: {neuron}"
-    return "canonical family" if isinstance(neuron.spec, NeuronSpec) else "by equations"
+    kind = "canonical family" if isinstance(neuron.spec, NeuronSpec) else "by equations"
+    return f"{kind}; by `unroll` alone: {only_unroll}" if only_unroll else kind
 
 
 def _recurrence(module: nn.Module, neuron: Neuron | str) -> str:
@@ -131,9 +132,10 @@ def markdown(table: list[Row]) -> str:
         "",
         "Made by `snn-sparse supported --markdown` from the adapters; a test compares it with what they say now.",
         "",
-        "* **fused**: runs over all time steps in one call of `unroll`, or of a sequence layer in sparse mode: as a",
-        "  member of the canonical family (kernels of its own) or by its equations (one kernel for all). `no` says",
-        "  why; such a neuron still runs step by step, with its own forward.",
+        "* **fused**: runs over all time steps in one call: of `unroll`, of a step loop in sparse mode, or of a module",
+        "  that takes all steps: as a member of the canonical family (kernels of its own) or by its equations (one",
+        "  kernel for all). `by unroll alone` says why a loop or a call in sparse mode runs upstream's own forward",
+        "  instead, with the gradient masked. `no` says why a neuron is never fused; it runs step by step then.",
         "* **per step**: what a step-by-step loop gets in sparse mode: upstream's spikes bit for bit, the gradient",
         "  masked.",
         "* **fused with**: options of the class that stay fused.",

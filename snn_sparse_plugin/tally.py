@@ -39,10 +39,15 @@ class Record:
     reason: str = ""
     calls: dict[str, int] = field(default_factory=dict)
     module: bool = True  # False: stands for calls outside any module
+    refused: str = ""  # what the last call had that kept it from running fused
+    origin: Record | None = None  # that of the module of which this one is a copy
+    copies: dict[str, int] = field(default_factory=dict)  # what the copies did
 
     def count(self, way: str) -> None:
         with _lock:
             _count(_classes, self, self.calls, way)
+            if self.origin is not None:
+                self.origin.copies[way] = self.origin.copies.get(way, 0) + 1
             for account in _accounts:
                 _count(account.classes, self, account.calls.setdefault(self, {}), way)
 
@@ -111,15 +116,26 @@ _classes: dict[str, ClassRuns] = {}
 _outside = Record("functional", module=False)
 
 
-def of(module: Any, describe: Callable[[Any], str]) -> Record:
-    """The record of a module; ``describe`` gives its reason, when the record is made and when counts are read."""
+def of(module: Any, describe: Callable[[Any], str], origin: Record | None = None) -> Record:
+    """The record of a module; ``describe`` gives its reason, when the record is made and when counts are read.
+
+    ``origin``: the record of the module of which it is a copy, or its own.
+    """
     found = _records.get(id(module))
     if found is None:
         record = Record(type(module).__name__, describe(module))
         # the callback takes no lock: it may run while this thread holds it
         entry = record, ref(module, partial(_forget, id(module))), describe
         found = _records.setdefault(id(module), entry)
+        if origin is not found[0]:
+            found[0].origin = origin
     return found[0]
+
+
+def refused(module: Any) -> str:
+    """Why the last call of a module that could run fused did not; empty if none was refused."""
+    found = _records.get(id(module))
+    return found[0].refused if found else ""
 
 
 def _forget(key: int, _: Any, forget: Callable[..., Any] = _records.pop) -> None:
@@ -211,3 +227,5 @@ def clear() -> None:
         _classes.clear()
         for record in [_outside, *(entry[0] for entry in list(_records.values()))]:
             record.calls.clear()
+            record.refused = ""
+            record.copies.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .active import MARK, Mark, config_of, entered, is_unmarked, spike, spike_in_graph
 from .base import Adapter, Example, Neuron, runner
-from .counting import record_of, running
+from .counting import record_of, refuse, running
 from .hooks import has_hooks, hook, is_hook, patched
 from .loading import adapter_of, install_adapters, installed_version, loaded_adapters, outside_tested
 
@@ -32,6 +32,7 @@ __all__ = [
     "outside_tested",
     "patched",
     "record_of",
+    "refuse",
     "runner",
     "running",
     "spike",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -25,12 +26,20 @@ class Mark:
     """Says that a module, or all modules of a class, are sparse, with these options over the active ones."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
+    record: tally.Record | None = field(default=None, compare=False, repr=False)
+    """Of the module that :func:`~snn_sparse_plugin.sparsify` marked: its copies have this mark, and count there too."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"overrides": self.overrides}  # a record stays in its process
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
+        return Mark(copy.deepcopy(self.overrides, memo), self.record)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a sparse model unpickled in a fresh process must find the hooks in place
         from . import install_adapters
 
-        self.__dict__.update(state)
+        self.__dict__.update(record=None, **state)
         install_adapters()
 
 

@@ -134,6 +134,11 @@ class Adapter:
         """Whether the neuron's own forward takes all steps (T, B, N...) at once."""
         return False
 
+    def only_unroll(self, module: nn.Module) -> str:
+        """Why nothing but :func:`~snn_sparse_plugin.unroll` runs this neuron fused; empty where a step loop, or a call
+        with all steps, does too."""
+        return ""
+
     def neuron(self, module: nn.Module) -> Neuron | str:
         """The neuron as a member of the fusable family, or why it is none."""
         return "its adapter does not describe it"

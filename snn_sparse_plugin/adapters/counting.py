@@ -8,12 +8,24 @@ import torch
 from torch import nn
 
 from .. import tally
+from .active import MARK
 from .loading import adapter_of
 
 
 def record_of(module: nn.Module) -> tally.Record:
     """What the module did in sparse mode, live."""
-    return tally.of(module, _why_not_fused)
+    mark = module.__dict__.get(MARK)
+    return tally.of(module, _why_not_fused, None if mark is None else mark.record)
+
+
+def refuse(module: nn.Module, why: str) -> None:
+    """Note that a call of the module could have run fused if it were not for this: the reason that reports give."""
+    if torch.compiler.is_compiling():
+        return
+    record = record_of(module)
+    if record.refused != why:
+        record.refused = why
+        record.look(_why_not_fused(module))
 
 
 def running(module: nn.Module) -> AbstractContextManager[None]:
@@ -29,7 +41,10 @@ def _why_not_fused(module: nn.Module) -> str:
         neuron = "no adapter describes it" if adapter is None else adapter.neuron(module)
         if isinstance(neuron, str):
             return neuron
-        sequence = adapter is not None and adapter.takes_sequence(module)
-        return "input that the fused op does not take" if sequence else "called step by step"
+        refused = tally.refused(module)
+        if refused:
+            return refused
+        assert adapter is not None
+        return "only unroll runs it fused" if adapter.only_unroll(module) else "called step by step"
     except Exception as error:  # counting may not fail where upstream's own forward does not
         return f"its adapter failed with {type(error).__name__}"

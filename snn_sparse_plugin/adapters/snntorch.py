@@ -61,6 +61,12 @@ class SnnTorchAdapter(Adapter):
     def takes_sequence(self, module: Any) -> bool:
         return takes_sequence(type(module))
 
+    def only_unroll(self, module: Any) -> str:
+        if self.takes_sequence(module):
+            return "a call runs upstream's own sums over the steps, which are rounded in another order"
+        owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        return "" if owner.__name__ in _STEPPED else "its single steps are not recorded"
+
     def takes_shape(self, module: Any, shape: Sequence[int]) -> bool:
         return len(shape) == 3 or not self.takes_sequence(module)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Neuron, config_of, has_hooks, running
+from ..adapters import Adapter, Neuron, config_of, has_hooks, refuse, running
 from ..config import SparseConfig, current_config
 from ..dynamics import NeuronState
 from ..errors import InputError
@@ -85,7 +85,10 @@ def _shares_state(layers: list[Layer]) -> bool:
 
 
 def _fusable(layer: Layer, per_step: bool) -> Neuron | None:
-    if layer.adapter is None or has_hooks(layer.module):
+    if layer.adapter is None:
+        return None
+    if has_hooks(layer.module):
+        refuse(layer.module, "hooks, which run at every step")
         return None
     config = config_of(layer.module)
     if config is None or not config.fuse_time or layer.adapter.takes_sequence(layer.module) == per_step:
@@ -138,27 +141,33 @@ class Synapses(NamedTuple):
 
 def takes_step(
     neuron: Neuron, shape: torch.Size, device: torch.device, state: list[Tensor]
-) -> torch.Size | None:
-    """The shape of a step's output if steps of float32 inputs of this shape can run as one call, else None."""
+) -> torch.Size | str:
+    """The shape of a step's output if steps of float32 inputs of this shape can run as one call, else why not."""
     batch, features = (shape[:1], tuple(shape[1:])) if len(shape) > 1 else (torch.Size(), tuple(shape))
     if neuron.input_weight is not None:
         if len(features) != 1 or features[0] != neuron.input_weight.shape[1]:
-            return None
+            return f"an input of shape {tuple(shape)}"
         features = (neuron.input_weight.shape[0] // neuron.inputs,)
     elif neuron.inputs > 1:  # the one layer before it would have to be read as several
-        return None
+        return "a step loop of a neuron with several inputs"
     weights = (neuron.input_weight, neuron.input_bias, neuron.recurrent_weight, neuron.recurrent_bias)
     present = [w for w in weights if w is not None]
-    if not shape.numel() or any(w.dtype != torch.float32 or w.device != device for w in present):
-        return None
+    if not shape.numel():
+        return f"an empty input of shape {tuple(shape)}"
+    if any(w.dtype != torch.float32 or w.device != device for w in present):
+        return "weights of another dtype than float32, or on another device than the input"
     if neuron.recurrent and _recurrent_weight(neuron, features) is None:
-        return None
+        return _no_recurrence(features)
     template = torch.empty((), device=device).expand(*batch, *features)
     tensors = [t for t in (*state, *neuron.values) if isinstance(t, Tensor)]
-    if any(t.dim() and t.device != device for t in tensors) or not _per_neuron(neuron.values, features):
-        return None
-    if not _same_dtype(template, tensors) or _widens(list(state), tuple(template.shape)):
-        return None
+    if any(t.dim() and t.device != device for t in tensors):
+        return f"a state or parameter on another device than the input, which is on {device}"
+    if not _per_neuron(neuron.values, features):
+        return _PER_NEURON
+    if not _same_dtype(template, tensors):
+        return _HIGHER
+    if _widens(list(state), tuple(template.shape)):
+        return _WIDER
     return template.shape
 
 
@@ -183,33 +192,37 @@ class FusedCall:
         """One call of the op; None where only upstream's own step does what upstream does."""
         neuron, module, adapter = self.neuron, self.layer.module, self.adapter
         if len(flow.shape) < 3 or not adapter.takes_shape(module, flow.shape):
-            return None
+            return self._refused(f"an input of shape {tuple(flow.shape)}")
         weight, bias = neuron.input_weight, neuron.input_bias
         if self.linear is not None:
             weight, bias = self.linear.weight, self.linear.bias
         if weight is not None:
             check_features(self.name, flow.shape, weight.shape[1])
             if len(flow.shape) != 3:
-                return None
+                return self._refused(f"an input of shape {tuple(flow.shape)}, where (T, B, N) is fused")
         # the products with the weights have another dtype under autocast
         if torch.is_autocast_enabled(flow.device.type) and (weight is not None or neuron.recurrent):
-            return None
+            return self._refused("autocast, under which its products have another dtype")
         T, B = self.steps or len(flow), flow.shape[1]
         features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0] // neuron.inputs,)
         if weight is None and neuron.inputs > 1:
             features = (flow.shape[2] // neuron.inputs,)
         recurrent = _recurrent_weight(neuron, features)
         if neuron.recurrent and recurrent is None:
-            return None
+            return self._refused(_no_recurrence(features))
         # half precisions mix with float32 states and spikes in ways that differ from library to library
-        if flow.dtype not in (torch.float32, torch.float64) or not _per_neuron(neuron.values, features):
-            return None
+        if flow.dtype not in (torch.float32, torch.float64):
+            return self._refused(f"an input of {flow.dtype}, where float32 and float64 are fused")
+        if not _per_neuron(neuron.values, features):
+            return self._refused(_PER_NEURON)
         shape = (B, *features) if self.per_step else (T, B, *features)
         template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
         start, initial = adapter.initial_state(module, neuron, template, self.state)
         states = list(start.values()) if isinstance(start, dict) else list(start)
-        if not _same_dtype(template, states + neuron.values) or _widens(states, (B, *features)):
-            return None
+        if not _same_dtype(template, states + neuron.values):
+            return self._refused(_HIGHER)
+        if _widens(states, (B, *features)):
+            return self._refused(_WIDER)
         config = self.config or config_of(module)
         if self.last and config is not None and config.min_active > 0:
             # the fraction that the guard looks at does not notice a single class that fell silent
@@ -254,6 +267,21 @@ class FusedCall:
         moved = T > 0 or not self.per_step
         state = adapter.final_state(module, ended, initial) if moved else self.state
         return Passed(spikes, out.mem if want_mem else None, state)
+
+    def _refused(self, why: str) -> Passed | None:
+        refuse(self.layer.module, why)
+        return None
+
+
+_PER_NEURON = "a parameter that is not one number for each neuron"
+_HIGHER = "a state or parameter of a higher precision than the input"
+_WIDER = "a state of more samples or neurons than the input"
+
+
+def _no_recurrence(features: tuple[int, ...]) -> str:
+    if len(features) == 1:
+        return f"a one-to-one recurrence of {features[0]} neurons, where up to {MAX_DIAGONAL} are fused"
+    return f"a recurrence over features of shape {features}"
 
 
 def _note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int, membrane: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import tally
-from ..adapters import Adapter, config_of, is_hook, is_unmarked
+from ..adapters import Adapter, Neuron, config_of, is_hook, is_unmarked, refuse
 from ..config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
@@ -133,10 +133,14 @@ def _record(
     elif type(x) is Tensor and x.layout is torch.strided:
         shape, dtype, device = x.shape, x.dtype, x.device
     else:
-        return None
+        kind = f"layout {x.layout}" if type(x) is Tensor else f"type {type(x).__name__}"
+        return refuse(module, f"an input of {kind}: step loops of dense tensors are recorded")
     mode = mode_to_record()
-    if dtype is not torch.float32 or not shape or mode is None:
-        return None
+    if dtype is not torch.float32 or not shape:
+        what = f"{dtype}" if shape else "no dimensions"
+        return refuse(module, f"an input of {what}: step loops of float32 are recorded")
+    if mode is None:
+        return refuse(module, "a mode, transform or hook of torch under which nothing is recorded")
     if adapter.zeros_for_other_shapes:
         leaves = {n: leaf if leaf is not None and leaf.shape == shape else None for n, leaf in leaves.items()}
     values = [value_of(leaf) for leaf in leaves.values() if leaf is not None]
@@ -203,12 +207,13 @@ def _open(
     except Exception:  # upstream's own forward does not ask for a description
         neuron = "its adapter failed"
     present = [leaf for leaf in leaves.values() if leaf is not None]
-    if isinstance(neuron, str) or not all(_fits(leaf, record) for leaf in present):
+    out_shape: torch.Size | str = "a state that is no dense tensor, or of another loop"
+    if isinstance(neuron, Neuron) and all(_fits(leaf, record) for leaf in present):
+        out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
+    if isinstance(neuron, str) or isinstance(out_shape, str):
         backoff[module] = [0, ASK_AGAIN, ASK_AGAIN, forward_of(module)]
-        return None
-    out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
-    if out_shape is None:
-        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN]
+        if isinstance(neuron, Neuron):
+            refuse(module, str(out_shape))
         return None
     adapter.begin(module)
     lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)

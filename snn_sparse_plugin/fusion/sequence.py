@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, config_of, entered, has_hooks, loaded_adapters
+from ..adapters import Adapter, config_of, entered, has_hooks, loaded_adapters, refuse
 from ..config import current_config
 from ..errors import InputError, NonFiniteError
 from ..spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
@@ -210,13 +210,25 @@ def _hooked_container(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor,
 
 
 def _fits(module: nn.Module, x: Any, at_least: int = 3) -> bool:
-    if torch._C._are_functorch_transforms_active():  # the fused op's backward is no functorch rule
-        return False
     config = config_of(module)
-    strided = isinstance(x, Tensor) and x.layout == torch.strided
-    return (
-        config is not None and config.fuse_time and strided and x.dim() >= at_least and x.is_floating_point()
-    )
+    if config is None:
+        return False
+    why = _why_not(x, at_least) if config.fuse_time else "fuse_time=False"
+    if why:
+        refuse(module, why)
+    return not why
+
+
+def _why_not(x: Any, at_least: int) -> str:
+    if torch._C._are_functorch_transforms_active():  # the fused op's backward is no functorch rule
+        return "called inside a transform of torch.func"
+    if not isinstance(x, Tensor):
+        return f"an input that is a {type(x).__name__}, not a tensor"
+    if x.layout != torch.strided:
+        return f"an input of layout {x.layout}, where dense ones are fused"
+    if x.dim() < at_least:
+        return f"an input of shape {tuple(x.shape)}, where (T, B, ...) is fused"
+    return "" if x.is_floating_point() else f"an input of {x.dtype}, where float32 and float64 are fused"
 
 
 hooked = SimpleNamespace(neuron=_hooked_neuron, container=_hooked_container, step=step, settle=settle)

@@ -154,7 +154,7 @@ class TestWholeNetworks:
         with sparse_mode(fuse_time=False, **WINDOW):
             lif(torch.rand(7, 2, 6, requires_grad=True))
         assert tally.by_class()["LIF"].calls == {"masked": 7}
-        assert tally.by_class()["LIF"].reasons == {"input that the fused op does not take": 1}
+        assert tally.by_class()["LIF"].reasons == {"fuse_time=False": 1}
 
     def test_outside_any_module(self):
         with sparse_mode(**WINDOW):
