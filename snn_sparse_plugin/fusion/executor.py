@@ -286,7 +286,9 @@ def _no_recurrence(features: tuple[int, ...]) -> str:
 
 def _note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int, membrane: bool) -> None:
     if T == 1:
-        before = start.v if isinstance(start, NeuronState) else start.get("mem")
+        before, after = (x.v if isinstance(x, NeuronState) else x.get("mem") for x in (start, out.state))
+        if before is None and after is not None:  # no state yet, not even a shape
+            before = torch.zeros_like(after)
         adapter.note_last(module, None, before)
     elif membrane:
         adapter.note_last(module, None, out.mem[-2].detach())
