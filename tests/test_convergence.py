@@ -264,10 +264,11 @@ def accuracies(task: Task, mode: str, seeds: range, epochs: int) -> list[float]:
 
 @pytest.mark.parametrize("name", TASKS)
 class TestLearning:
-    """What a slice of two seeds shows; the sweep below is the measurement."""
+    """What a slice of a few seeds shows; the sweep below is the measurement."""
 
     def test_auto_learns_what_upstream_learns(self, name):
-        seeds, epochs = range(2), 5
+        # one seed is worth 0.02 either way, and another order of sums is as another seed
+        seeds, epochs = range(6 if name == "dense" else 2), 5
         expected = statistics.mean(accuracies(TASKS[name], "upstream", seeds, epochs))
         assert expected > 0.7
         for mode in ("auto", "auto, stepped"):

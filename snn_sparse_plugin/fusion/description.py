@@ -38,12 +38,13 @@ class Description:
             dicts: list[dict[str, Any]] = [attributes, owner._parameters, owner._buffers, owner._modules]
             for held in dicts:
                 without = _INNER if held is attributes else hidden if owner is module else ()
-                names = tuple(name for name in held if name not in without)
-                form.append((len(held), names))
+                now = dict(held)  # a finalizer may run the module between two lines of this
+                names = tuple(name for name in now if name not in without)
+                form.append((len(now), names))
                 all_held.append(held)
-                kept += [held[name] for name in names]
-                self.tensors += [(n, held[n], version(held[n])) for n in names if isinstance(held[n], Tensor)]
-            for value in attributes.values():
+                kept += [now[name] for name in names]
+                self.tensors += [(n, now[n], version(now[n])) for n in names if isinstance(now[n], Tensor)]
+            for value in list(attributes.values()):
                 if isinstance(value, tuple):
                     self._note_tuple(value)
                 elif isinstance(value, FunctionType) and value.__closure__:

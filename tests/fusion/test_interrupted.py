@@ -160,7 +160,7 @@ def check(act: str, every: int) -> None:
         kept.clear()
 
 
-ACTS = ["another loop", "a loop left recorded", "a loop without an end"]
+ACTS = ["another loop", "the same loop", "a loop left recorded", "a loop without an end"]
 
 
 @pytest.mark.parametrize("act", ACTS)
