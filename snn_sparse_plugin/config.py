@@ -158,7 +158,8 @@ _active: Scoped[SparseConfig | None] = Scoped("snn_sparse_plugin.config")
 
 def active_config() -> SparseConfig | None:
     """The config of the innermost enclosing sparse context of this thread or task, or None outside."""
-    return _active.get()
+    blocks = _active.blocks.get()  # written out: it is asked several times a step
+    return blocks[-1][0] if blocks else None
 
 
 def current_config() -> SparseConfig:

@@ -18,23 +18,24 @@ class Scoped(Generic[V]):
     """
 
     def __init__(self, name: str) -> None:
-        self._open: ContextVar[tuple[list[V], ...]] = ContextVar(name, default=())
+        self.blocks: ContextVar[tuple[list[V], ...]] = ContextVar(name, default=())
+        """The open blocks, the innermost last, each with its value for its only item."""
 
     def get(self) -> V | None:
         """The value in force, None outside all blocks."""
-        blocks = self._open.get()
+        blocks = self.blocks.get()
         return blocks[-1][0] if blocks else None
 
     def all(self) -> tuple[V, ...]:
         """The values of all open blocks, the innermost last."""
-        return tuple(block[0] for block in self._open.get())
+        return tuple(block[0] for block in self.blocks.get())
 
     @contextmanager
     def block(self, value: V) -> Iterator[V]:
         """Put ``value`` in force inside the block."""
         mine = [value]  # told from others by identity
-        self._open.set((*self._open.get(), mine))
+        self.blocks.set((*self.blocks.get(), mine))
         try:
             yield value
         finally:
-            self._open.set(tuple(block for block in self._open.get() if block is not mine))
+            self.blocks.set(tuple(block for block in self.blocks.get() if block is not mine))

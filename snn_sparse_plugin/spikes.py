@@ -143,15 +143,16 @@ class SpikeTrain:
     def step(self, t: int) -> Tensor:
         """Step ``t`` as a dense tensor (B, N...), differentiable; no other step is made dense."""
         t = range(self.T)[t]
-        starts = torch.arange(self.B, device=self.device) * self.T + t
         if self.requires_grad:
-            return _Step.apply(self.carrier, self, starts)
-        step = self._dense_step(starts)
+            return _Step.apply(self.carrier, self, t)
+        step = self._dense_step(t)
         step._snn_step = (self, t)  # type: ignore[attr-defined]  # a loop over all steps is run on the events
         return step
 
-    def _dense_step(self, rows: Tensor) -> Tensor:
-        picked = _entries(self.indptr, rows)
+    def _dense_step(self, t: int) -> Tensor:
+        if self.B * self.features and self._compiled():
+            return self._summed(range(t, t + 1))
+        picked = _entries(self.indptr, torch.arange(self.B, device=self.device) * self.T + t)
         out = torch.zeros(self.B, self.features, dtype=self.dtype, device=self.device)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
         columns = self.indices.long()[picked.positions]
@@ -170,15 +171,19 @@ class SpikeTrain:
         return _Counts.apply(self.carrier, self)
 
     def _counts(self) -> Tensor:
-        values = None if self.values is None else self.values.detach()
         if self.B * self.features and self._compiled():
-            from .backends.cpu.counts import count_events
-
-            flat = (self.T, self.B, self.features)
-            return count_events(self.indptr, self.indices, values, flat, self.dtype).view(self.shape[1:])
+            return self._summed(range(self.T))
+        values = None if self.values is None else self.values.detach()
         cells = _cells(self.indptr, self.indices, self.shape)
         counts = torch.bincount(cells, values, minlength=self.B * self.features)
         return counts.to(self.dtype).view(self.shape[1:])
+
+    def _summed(self, steps: range) -> Tensor:
+        from .backends.cpu.counts import count_events
+
+        values = None if self.values is None else self.values.detach()
+        flat = (self.T, self.B, self.features)
+        return count_events(self.indptr, self.indices, values, flat, self.dtype, steps).view(self.shape[1:])
 
     def _compiled(self) -> bool:
         return self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
@@ -415,19 +420,19 @@ def _entries(indptr: Tensor, rows: Tensor) -> _Picked:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain, rows: Tensor) -> Tensor:
-        ctx.active, ctx.shape, ctx.rows = train.active, carrier.shape, rows
-        ctx.steps = train.T
-        return train._dense_step(rows)
+    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain, t: int) -> Tensor:
+        ctx.active, ctx.shape, ctx.step, ctx.steps = train.active, carrier.shape, t, train.T
+        return train._dense_step(t)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0].flatten(1)
         out = grad.new_zeros(ctx.shape)
         if ctx.active is None:
-            out[ctx.rows % ctx.steps, ctx.rows // ctx.steps] = grad
+            out[ctx.step] = grad
         else:
-            picked = _entries(ctx.active.indptr, ctx.rows)
+            rows = torch.arange(len(grad), device=grad.device) * ctx.steps + ctx.step
+            picked = _entries(ctx.active.indptr, rows)
             out[picked.positions] = grad[picked.row, ctx.active.indices.long()[picked.positions]]
         return out, None, None
 

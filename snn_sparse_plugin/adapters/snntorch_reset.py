@@ -28,7 +28,7 @@ class _Resets:
         shape = module._buffers["mem"].shape
         with torch.no_grad():
             if fired is not None:
-                reset = fired.clone()
+                reset = fired
             else:
                 before = torch.zeros(shape, device=module.threshold.device) if membrane is None else membrane
                 reset = (before - module.threshold > 0).float()

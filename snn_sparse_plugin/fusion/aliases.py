@@ -37,7 +37,8 @@ def _uses(storage: Any) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
 
 
-_ALONE = _uses(torch.empty(1).untyped_storage()) if hasattr(torch._C, "_storage_Use_Count") else None
+_sole = torch.empty(1)
+_ALONE = _uses(_sole.untyped_storage()) if hasattr(torch._C, "_storage_Use_Count") else None
 
 
 class Plain:

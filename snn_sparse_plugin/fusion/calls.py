@@ -195,20 +195,18 @@ def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recor
     lane, record = source.linears.get((id(weight), id(bias), slot)), source.record
     if lane is None or lane.mode != mode or record is not here.record:
         return None
-    if not record.enter():
+    if record.entered():
         return None
-    try:
+    with record.lock:  # record.enter(), written out
         column = lane.columns[0]
         # weight and bias are those of the first call, at the version of that time
-        if source is not column.source or call != column.stop or slot != column.slot:
+        if record.closed or source is not column.source or call != column.stop or slot != column.slot:
             return None
         column.stop = call + 1
         lane.repeats = 0
         lane.order.append(record.calls)
         record.calls += 1
         return lane.make(0)
-    finally:
-        record.leave()
 
 
 def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:

@@ -293,8 +293,10 @@ def _note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int
     elif membrane:
         adapter.note_last(module, None, out.mem[-2].detach())
     else:
-        fired = out.spikes.step(-2) if isinstance(out.spikes, SpikeTrain) else out.spikes[-2]
-        adapter.note_last(module, fired.detach(), None)
+        spikes = out.spikes.detach()
+        adapter.note_last(
+            module, spikes.step(-2) if isinstance(spikes, SpikeTrain) else spikes[-2].clone(), None
+        )
 
 
 def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | None:

@@ -91,9 +91,11 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     order, steps = lane.order, lane.config.max_steps
     if steps is not None and len(order) >= steps:
         return None
-    if not record.enter():
+    if record.entered():
         return None
-    try:
+    with record.lock:  # record.enter(), written out
+        if record.closed:
+            return None
         if follows:
             column.stop += 1
         else:
@@ -101,8 +103,6 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
         order.append(record.calls)
         record.calls += 1
         return _result(lane)
-    finally:
-        record.leave()
 
 
 def _takes(lane: NeuronLane, x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Spikes of each neuron over all steps, counted from events, and the gradient of the counts at active entries."""
+"""Spikes of each neuron over some steps, counted from events, and the gradient of the counts at active entries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .threads import parallel, split
 
 
 @kernel()
-def _add(first, last, T, indptr, indices, values, out):  # type: ignore[no-untyped-def]
+def _add(first, last, T, begin, end, indptr, indices, values, out):  # type: ignore[no-untyped-def]
     graded = values.shape[0] > 0
     one = out.dtype.type(1)
     for b in range(first, last):
-        for k in range(indptr[b * T], indptr[(b + 1) * T]):
+        for k in range(indptr[b * T + begin], indptr[b * T + end]):
             out[b, indices[k]] += values[k] if graded else one
 
 
@@ -27,13 +27,23 @@ def _pick(first, last, T, indptr, indices, grad, out):  # type: ignore[no-untype
 
 
 def count_events(
-    indptr: Tensor, indices: Tensor, values: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    steps: range | None = None,
 ) -> Tensor:
-    """Sums (B, N) over the steps of a CSR pattern of shape (T, B, N), rows ``b * T + t``; float32 or float64."""
+    """Sums (B, N) over the steps of a CSR pattern of shape (T, B, N), rows ``b * T + t``; float32 or float64.
+
+    ``steps``: successive ones to sum over instead of all.
+    """
     T, B, N = shape
+    begin, end = (0, T) if steps is None else (steps.start, steps.stop)
     out = torch.zeros(B, N, dtype=dtype)
-    events = (indptr.numpy(), indices.numpy(), out[0, :0].numpy() if values is None else values.numpy())
-    parallel([lambda r=r: _add(*r, T, *events, out.numpy()) for r in split(B)])  # type: ignore[misc]
+    pattern, sums = (array(indptr), array(indices)), array(out)
+    numbers = sums[0, :0] if values is None else array(values)
+    parallel([lambda r=r: _add(*r, T, begin, end, *pattern, numbers, sums) for r in split(B)])  # type: ignore[misc]
     return out
 
 
