@@ -74,7 +74,7 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
     entry: Any
     follows = False  # whether it is the next of successive values, as at most steps
     if type(x) is Recorded:
-        entry = value_of(x)
+        entry = x.__dict__.get("_value")  # value_of, written out
         if entry is None:
             return None
         source, call, slot = entry
