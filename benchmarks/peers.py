@@ -34,7 +34,7 @@ from snn_sparse_plugin.bench.problem import Config, Problem, scaled_weights
 from snn_sparse_plugin.bench.providers import Model, get, logits
 from snn_sparse_plugin.bench.report import commit, human_bytes
 from snn_sparse_plugin.data import SETS, load_spikes, loader
-from snn_sparse_plugin.doctor import installed
+from snn_sparse_plugin.interfaces.doctor import installed
 
 PROVIDERS = ("sparse-events", "sparse", "sparse-exact", "snntorch", "norse", "spikingjelly")
 BASELINE = "snntorch"

@@ -5,37 +5,45 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .core import moved, version
+
+__version__ = version.VERSION
 
 if TYPE_CHECKING:
     from .activity import ActivityLog, record_activity
-    from .config import SparseConfig
-    from .dynamics import NeuronParams, NeuronSpec, NeuronState
-    from .equations import Equations
-    from .errors import ConfigError, InputError, MissingDependencyError, SparsePluginError, UnsupportedError
+    from .core.config import SparseConfig
+    from .core.dynamics import NeuronParams, NeuronSpec, NeuronState
+    from .core.equations import Equations
+    from .core.errors import (
+        ConfigError,
+        InputError,
+        MissingDependencyError,
+        SparsePluginError,
+        UnsupportedError,
+    )
+    from .core.spikes import SpikeTrain
+    from .core.surrogates import Surrogate
     from .fusion.sequence import unroll
     from .learners.eprop import EProp
     from .mode import SparsityReport, restore, sparse_mode, sparsify
-    from .spikes import SpikeTrain
-    from .surrogates import Surrogate
 
 # Loaded on first use: pytest imports our plugin, so this package, in every project of the environment.
 _HOMES = {
     "ActivityLog": "activity",
-    "ConfigError": "errors",
+    "ConfigError": "core.errors",
     "EProp": "learners.eprop",
-    "Equations": "equations",
-    "InputError": "errors",
-    "MissingDependencyError": "errors",
-    "NeuronParams": "dynamics",
-    "NeuronSpec": "dynamics",
-    "NeuronState": "dynamics",
-    "SparseConfig": "config",
-    "SparsePluginError": "errors",
+    "Equations": "core.equations",
+    "InputError": "core.errors",
+    "MissingDependencyError": "core.errors",
+    "NeuronParams": "core.dynamics",
+    "NeuronSpec": "core.dynamics",
+    "NeuronState": "core.dynamics",
+    "SparseConfig": "core.config",
+    "SparsePluginError": "core.errors",
     "SparsityReport": "mode",
-    "SpikeTrain": "spikes",
-    "Surrogate": "surrogates",
-    "UnsupportedError": "errors",
+    "SpikeTrain": "core.spikes",
+    "Surrogate": "core.surrogates",
+    "UnsupportedError": "core.errors",
     "record_activity": "activity",
     "restore": "mode",
     "sparse_mode": "mode",
@@ -43,15 +51,15 @@ _HOMES = {
     "unroll": "fusion.sequence",
 }
 _MODULES = {
-    *_HOMES.values(),
+    *moved.HOMES,
+    "activity",
     "adapters",
     "backends",
     "fusion",
     "learners",
+    "mode",
     "ops",
     "plot",
-    "registry",
-    "tally",
 }
 
 __all__ = [
@@ -88,9 +96,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+moved.install()
+
+
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext snn_sparse_plugin`` in IPython or Jupyter."""
-    from .ipython import load_ipython_extension
+    from .interfaces.ipython import load_ipython_extension
 
     load_ipython_extension(shell)
 

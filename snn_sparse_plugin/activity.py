@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from . import tally
 from .adapters import adapter_of, loaded_adapters, record_of
-from .errors import InputError
+from .core import tally
+from .core.errors import InputError
+from .core.spikes import SpikeTrain
 from .fusion.flush import flush
-from .spikes import SpikeTrain
 
 __all__ = ["Activity", "ActivityLog", "record_activity"]
 

@@ -10,7 +10,6 @@ from weakref import ref
 
 from torch import nn
 
-from . import tally
 from .adapters import (
     MARK,
     Adapter,
@@ -21,8 +20,9 @@ from .adapters import (
     loaded_adapters,
     record_of,
 )
-from .config import SparseConfig, current_config, refuse_positional
-from .errors import ConfigError, InputError, SparsePluginError, UnsupportedError
+from .core import tally
+from .core.config import SparseConfig, current_config, refuse_positional
+from .core.errors import ConfigError, InputError, SparsePluginError, UnsupportedError
 from .fusion.flush import flush
 from .fusion.sources import watched
 
@@ -171,7 +171,7 @@ class SparsityReport:
     def runs(self) -> dict[str, dict[str, int]]:
         """How often each module ran in sparse mode, up to now, by way of running.
 
-        The ways are those of :data:`snn_sparse_plugin.tally.WAYS`; one that never occurred is absent.
+        The ways are those of :data:`snn_sparse_plugin.core.tally.WAYS`; one that never occurred is absent.
 
         Example:
             >>> import torch, snntorch

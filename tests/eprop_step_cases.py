@@ -7,12 +7,12 @@ import torch
 
 from snn_sparse_plugin import ConfigError, Surrogate
 from snn_sparse_plugin.adapters.base import Neuron
-from snn_sparse_plugin.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronParams, NeuronSpec
-from snn_sparse_plugin.equations import Equations
+from snn_sparse_plugin.core.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronParams, NeuronSpec
+from snn_sparse_plugin.core.equations import Equations
+from snn_sparse_plugin.core.programs import step as equations_step
 from snn_sparse_plugin.learners.eprop import lsnn
 from snn_sparse_plugin.learners.eprop.stepper import Stepper
 from snn_sparse_plugin.ops.spiking_layer import reference
-from snn_sparse_plugin.programs import step as equations_step
 
 B, SIZE = 3, 19
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from snn_sparse_plugin.core.errors import SparsePluginError
 from snn_sparse_plugin.data import SpikeFile, load_images, load_spikes
-from snn_sparse_plugin.errors import SparsePluginError
 
 ODD = [
     *(None, True, 0, -1, 1, 3, 255, 256, 2**31, 2**62, -(2**63), 10**30, 1e300, math.nan, math.inf, -0.5),
@@ -343,10 +343,10 @@ def damage_nmnist(folder: Path, draw: Draw) -> None:
 
 @cache
 def small_study() -> Any:
+    from snn_sparse_plugin.core.spikes import SpikeTrain
     from snn_sparse_plugin.data import SpikeData, SpikeDataset
     from snn_sparse_plugin.experiments.settings import Settings
     from snn_sparse_plugin.experiments.training import Trial
-    from snn_sparse_plugin.spikes import SpikeTrain
 
     torch.manual_seed(0)
     train = SpikeTrain.from_dense((torch.rand(12, 9, 7) < 0.3).float())

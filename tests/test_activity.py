@@ -22,10 +22,10 @@ from snn_sparse_plugin import (
     restore,
     sparse_mode,
     sparsify,
-    tally,
     unroll,
 )
 from snn_sparse_plugin.activity import Activity
+from snn_sparse_plugin.core import tally
 
 snn = pytest.importorskip("snntorch")
 surrogate = pytest.importorskip("snntorch.surrogate")

@@ -17,7 +17,7 @@ from snn_sparse_plugin.bench.measure import peak_bytes, run_step, saved_bytes, t
 from snn_sparse_plugin.bench.problem import Config, make_problem
 from snn_sparse_plugin.bench.providers import PROVIDERS, Steps, setup
 from snn_sparse_plugin.bench.report import crossover, human_bytes
-from snn_sparse_plugin.cli import app
+from snn_sparse_plugin.interfaces.cli import app
 
 TINY = Config(inputs=40, layers=(30, 20, 6), steps=25, batch=5, density=0.1, rate=0.06, slope=25.0)
 OPTIONS = BenchOptions(rounds=2, threads=1, peak=False)

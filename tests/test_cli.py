@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from snn_sparse_plugin import __version__, registry
+from snn_sparse_plugin import __version__
 from snn_sparse_plugin.backends import LayerCall, LayerResult
-from snn_sparse_plugin.cli import app
+from snn_sparse_plugin.core import registry
+from snn_sparse_plugin.interfaces.cli import app
 from snn_sparse_plugin.ops.spiking_layer.reference import ReferenceBackend
 
 runner = CliRunner()
@@ -156,7 +157,7 @@ def test_run_hands_its_options_to_the_mode_and_the_rest_to_the_script(
 ) -> None:
     script = tmp_path / "x.py"
     script.write_text(
-        "import sys\nfrom snn_sparse_plugin.config import active_config\n"
+        "import sys\nfrom snn_sparse_plugin.core.config import active_config\n"
         "print(active_config().backprop_threshold, sys.argv[1:])"
     )
     result = runner.invoke(app, ["run", "-q", *options, str(script), "--exact", "--epochs", "3", "-m"])
@@ -205,7 +206,7 @@ def test_version_and_help() -> None:
 
 def test_the_module_is_the_command_and_starts_light() -> None:
     code = (
-        "import sys, snn_sparse_plugin.cli\n"
+        "import sys, snn_sparse_plugin.interfaces.cli\n"
         "heavy = {'snntorch', 'norse', 'triton', 'matplotlib', 'sklearn', 'spikingjelly'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -16,10 +16,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin import NeuronParams, UnsupportedError, contracts, registry
+from snn_sparse_plugin import NeuronParams, UnsupportedError
 from snn_sparse_plugin.adapters import Adapter
 from snn_sparse_plugin.backends import Backend
-from snn_sparse_plugin.cli import app
+from snn_sparse_plugin.core import contracts, registry
+from snn_sparse_plugin.interfaces.cli import app
 from snn_sparse_plugin.ops import spiking_layer
 
 

@@ -15,9 +15,10 @@ from test_data import IMAGES, idx, write_cifar, write_set
 from test_recordings import Recorded, nmnist_file, write_nmnist
 from test_spike_data import write_shd
 
-from snn_sparse_plugin import InputError, unpack
+from snn_sparse_plugin import InputError
+from snn_sparse_plugin.core.errors import FileError
 from snn_sparse_plugin.data import SpikeFile, from_tonic, load_images, load_spikes
-from snn_sparse_plugin.errors import FileError
+from snn_sparse_plugin.files import unpack
 
 LATEST = 2**63 - 1
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from snn_sparse_plugin import ConfigError, InputError, SpikeTrain
+from snn_sparse_plugin.core.spikes import coordinates
 from snn_sparse_plugin.data import SpikeFile, latency_spikes, load_images
-from snn_sparse_plugin.spikes import coordinates
 
 IMAGES, LABELS = 0x803, 0x801
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from snn_sparse_plugin import unroll
-from snn_sparse_plugin.cli import app
 from snn_sparse_plugin.data import latency_spikes
-from snn_sparse_plugin.demo import NETWORKS, DemoOptions, reset, run_demo, step_loop
+from snn_sparse_plugin.interfaces.cli import app
+from snn_sparse_plugin.interfaces.demo import NETWORKS, DemoOptions, reset, run_demo, step_loop
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

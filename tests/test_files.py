@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from snn_sparse_plugin import InputError, SparsePluginError, unpack
-from snn_sparse_plugin.errors import FileError
-from snn_sparse_plugin.files import reading, write_atomic, write_text
-from snn_sparse_plugin.plain import load_plain
+from snn_sparse_plugin import InputError, SparsePluginError
+from snn_sparse_plugin.core.errors import FileError
+from snn_sparse_plugin.files import reading, unpack, write_atomic, write_text
+from snn_sparse_plugin.files.plain import load_plain
 
 
 def no_room(*_):

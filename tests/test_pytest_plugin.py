@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 import snn_sparse_plugin
-from snn_sparse_plugin import pytest_plugin, tally
-from snn_sparse_plugin.config import active_config
-from snn_sparse_plugin.tally import ClassRuns
+from snn_sparse_plugin.core import tally
+from snn_sparse_plugin.core.config import active_config
+from snn_sparse_plugin.core.tally import ClassRuns
+from snn_sparse_plugin.interfaces import pytest_plugin
 
 pytest_plugins = "pytester"
 
@@ -61,7 +62,7 @@ NOT_IMPORTED = """
     import sys
 
     def test_light():
-        loaded = {"torch", "numpy", "snntorch", "norse", "snn_sparse_plugin.config"} & set(sys.modules)
+        loaded = {"torch", "numpy", "snntorch", "norse", "snn_sparse_plugin.core.config"} & set(sys.modules)
         assert not loaded, loaded
 """
 
@@ -76,7 +77,7 @@ def suite(pytester, monkeypatch):
         for name, value in names.items():
             code = code.replace(name, repr(value))
         pytester.makepyfile(code)
-        return pytester.runpytest_subprocess("-p", "snn_sparse_plugin.pytest_plugin", *options)
+        return pytester.runpytest_subprocess("-p", "snn_sparse_plugin.interfaces.pytest_plugin", *options)
 
     return run
 
@@ -142,7 +143,9 @@ def test_failures_stay_failures(suite):
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.mark.parametrize("blocked", ["cacheprovider", "terminal", "snn_sparse_plugin.pytest_plugin"])
+@pytest.mark.parametrize(
+    "blocked", ["cacheprovider", "terminal", "snn_sparse_plugin.interfaces.pytest_plugin"]
+)
 def test_blocked_plugins(suite, blocked):
     ours = blocked.startswith("snn")
     result = suite("def test_nothing(): pass", "-p", f"no:{blocked}", *([] if ours else ["--snn-sparse"]))

@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 
-from snn_sparse_plugin import UnsupportedError, registry
+from snn_sparse_plugin import UnsupportedError
+from snn_sparse_plugin.core import registry
+from snn_sparse_plugin.core.registry import Plugin
 from snn_sparse_plugin.ops.spiking_layer.reference import ReferenceBackend
-from snn_sparse_plugin.registry import Plugin
 
 
 def test_our_own_plugins_are_registered_and_load():

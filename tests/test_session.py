@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin import tally
-from snn_sparse_plugin.session import sparse_session
+from snn_sparse_plugin.core import tally
+from snn_sparse_plugin.interfaces.session import sparse_session
 
 snntorch = pytest.importorskip("snntorch")
 

@@ -17,6 +17,7 @@ from test_data import spike_file, write_set
 from torch.utils.data import DataLoader
 
 from snn_sparse_plugin import ConfigError, InputError, SpikeTrain
+from snn_sparse_plugin.core.spikes import check_csr
 from snn_sparse_plugin.data import (
     SETS,
     SpikeDataset,
@@ -30,7 +31,6 @@ from snn_sparse_plugin.data import (
     official,
 )
 from snn_sparse_plugin.data.dataset import EventStore
-from snn_sparse_plugin.spikes import check_csr
 
 
 def random_set(samples: int = 11, T: int = 6, features: int = 9) -> tuple[SpikeDataset, torch.Tensor]:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snn_sparse_plugin import InputError, MissingDependencyError, NeuronParams, SpikeTrain
+from snn_sparse_plugin.core.spikes import Active, _events_from_dense, as_spike_train
 from snn_sparse_plugin.ops import spiking_layer
-from snn_sparse_plugin.spikes import Active, _events_from_dense, as_spike_train
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,13 +9,13 @@ import pytest
 from torch import nn
 from typer.testing import CliRunner
 
-from snn_sparse_plugin.cli import app
+from snn_sparse_plugin.interfaces.cli import app
 
 snntorch = pytest.importorskip("snntorch")
 norse = pytest.importorskip("norse.torch")
 
-from snn_sparse_plugin import supported  # noqa: E402
 from snn_sparse_plugin.adapters import loaded_adapters  # noqa: E402
+from snn_sparse_plugin.interfaces import supported  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported.md"
 

@@ -7,8 +7,8 @@ import torch
 from helpers import relative
 
 from snn_sparse_plugin import Surrogate
-from snn_sparse_plugin.errors import FusionError
-from snn_sparse_plugin.surrogates import masked_spike
+from snn_sparse_plugin.core.errors import FusionError
+from snn_sparse_plugin.core.surrogates import masked_spike
 
 WINDOWED = [
     ("fast_sigmoid", (100.0,)),

@@ -41,7 +41,7 @@ from training_ways import (  # noqa: E402
     unrolled,
 )
 
-from snn_sparse_plugin import registry  # noqa: E402
+from snn_sparse_plugin.core import registry  # noqa: E402
 
 
 @pytest.fixture(params=WAYS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from snn_sparse_plugin.config import SparseConfig, use_config
+from snn_sparse_plugin.core.config import SparseConfig, use_config
 from snn_sparse_plugin.layers.ttfs import TTFS, TTFSEncoder, to_snn
 
 LAYERS = {

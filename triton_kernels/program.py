@@ -36,7 +36,7 @@ def divide(a, b):
 
 @triton.jit
 def operate(KIND: tl.constexpr, a, b):
-    """One operation of ``snn_sparse_plugin.equations``."""
+    """One operation of ``snn_sparse_plugin.core.equations``."""
     if KIND == "add":
         return a + b
     elif KIND == "sub":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ..equations import Equations
-from ..programs import Program
+from ..core.equations import Equations
+from ..core.programs import Program
 
 
 @cache

@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from ..backends import CHUNK, LayerCall, OutputGrads
-from ..dynamics import NeuronSpec
-from ..equations import Equations
+from ..core.dynamics import NeuronSpec
+from ..core.equations import Equations
 from .backward import spiking_layer_backward
 from .forward import spiking_layer_forward
 from .program_constants import backward_constants, forward_constants

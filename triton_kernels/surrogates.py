@@ -1,4 +1,4 @@
-"""The surrogate derivatives of ``snn_sparse_plugin.surrogates``, one branch a formula."""
+"""The surrogate derivatives of ``snn_sparse_plugin.core.surrogates``, one branch a formula."""
 
 import triton
 import triton.language as tl

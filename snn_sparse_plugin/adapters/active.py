@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import tally
-from ..config import SparseConfig, active_config, current_config, use_config
-from ..scopes import Scoped
-from ..surrogates import Surrogate, blocked_spike, masked_spike
+from ..core import tally
+from ..core.config import SparseConfig, active_config, current_config, use_config
+from ..core.scopes import Scoped
+from ..core.surrogates import Surrogate, blocked_spike, masked_spike
 
 MARK = "_snn_sparse"
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from ..config import SparseConfig
-from ..dynamics import NeuronParams, NeuronSpec
-from ..equations import Equations
-from ..spikes import SpikeTrain
-from ..surrogates import Surrogate
+from ..core.config import SparseConfig
+from ..core.dynamics import NeuronParams, NeuronSpec
+from ..core.equations import Equations
+from ..core.spikes import SpikeTrain
+from ..core.surrogates import Surrogate
 
 
 @dataclass(frozen=True, eq=False)

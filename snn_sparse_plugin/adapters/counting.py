@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from .. import tally
+from ..core import tally
 from .active import MARK
 from .loading import adapter_of
 

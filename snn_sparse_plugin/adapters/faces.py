@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import MissingDependencyError
+from ..core.errors import MissingDependencyError
 from . import MARK, Mark, loaded_adapters
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from .. import registry
-from ..contracts import named
+from ..core import registry
+from ..core.contracts import named
 from .base import Adapter
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import active_config, use_config
-from ..dynamics import NeuronState
-from ..equations import Equations
-from ..surrogates import Surrogate
+from ..core.config import active_config, use_config
+from ..core.dynamics import NeuronState
+from ..core.equations import Equations
+from ..core.surrogates import Surrogate
 from .active import config_of, spike
 from .base import Adapter, Example, Neuron, runner
 from .counting import running

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import NeuronParams, NeuronSpec
-from ..equations import Equations
-from ..surrogates import Surrogate
+from ..core.dynamics import NeuronParams, NeuronSpec
+from ..core.equations import Equations
+from ..core.surrogates import Surrogate
 from .base import Neuron
 from .norse_equations import (
     CONDUCTANCE,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..surrogates import Surrogate
+from ..core.errors import ConfigError
+from ..core.surrogates import Surrogate
 
 upstream_apply: dict[Any, Callable[..., Tensor]] = {}
 """Upstream's own ``Function.apply`` of what the adapter has hooked."""

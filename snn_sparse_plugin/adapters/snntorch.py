@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import active_config
-from ..dynamics import NeuronParams, NeuronSpec, NeuronState
-from ..equations import Equations
+from ..core.config import active_config
+from ..core.dynamics import NeuronParams, NeuronSpec, NeuronState
+from ..core.equations import Equations
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
 from .hooks import has_hooks, hook, patched

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import SparseConfig
+from ..core.config import SparseConfig
 from .active import config_of, spike, spike_in_graph
 from .counting import running
 from .snntorch_neurons import takes_sequence

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dynamics import NeuronParams, NeuronSpec
-from ..equations import Equations
-from ..spikes import SpikeTrain
+from ..core.dynamics import NeuronParams, NeuronSpec
+from ..core.equations import Equations
+from ..core.spikes import SpikeTrain
 from .hooks import has_hooks
 
 _ALPHA = """

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..surrogates import Surrogate
+from ..core.errors import ConfigError
+from ..core.surrogates import Surrogate
 
 SpikeFunction = Callable[[Tensor], Tensor]
 

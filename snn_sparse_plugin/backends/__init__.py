@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import registry
-from ..dynamics import NeuronSpec
-from ..equations import Equations
-from ..errors import NonFiniteError, UnsupportedError
-from ..spikes import Active, SpikeTrain
-from ..surrogates import Surrogate
+from ..core import registry
+from ..core.dynamics import NeuronSpec
+from ..core.equations import Equations
+from ..core.errors import NonFiniteError, UnsupportedError
+from ..core.spikes import Active, SpikeTrain
+from ..core.surrogates import Surrogate
 
 log = logging.getLogger("snn_sparse_plugin")
 
@@ -34,7 +34,7 @@ class LayerCall:
     Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input; the stride of a current
     over the steps is 0 where it is the same at all. ``rec0`` is the
     recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
-    :data:`~snn_sparse_plugin.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
+    :data:`~snn_sparse_plugin.core.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
     and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``; a neuron with C inputs
     has C·N currents, input by input, where another one has N: in ``current``, ``rec0`` and the rows of all weights.
     """
@@ -191,7 +191,7 @@ class Backend:
     name = "unnamed"
     priority = 0
     equations = False
-    """Whether it also runs neurons given by :class:`~snn_sparse_plugin.equations.Equations`."""
+    """Whether it also runs neurons given by :class:`~snn_sparse_plugin.core.equations.Equations`."""
     takes_products = False
     """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
 

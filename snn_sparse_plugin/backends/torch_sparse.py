@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spikes import coordinates
+from ..core.spikes import coordinates
 from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls, select
 
 

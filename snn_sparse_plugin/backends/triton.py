@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dynamics import NeuronSpec
-from ..equations import Equations
-from ..errors import InputError, UnsupportedError
-from ..spikes import MAX_EVENTS, coordinates
-from ..surrogates import KINDS, Surrogate
+from ..core.dynamics import NeuronSpec
+from ..core.equations import Equations
+from ..core.errors import InputError, UnsupportedError
+from ..core.spikes import MAX_EVENTS, coordinates
+from ..core.surrogates import KINDS, Surrogate
 from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, TtfsBackward, calls
 
 if TYPE_CHECKING:

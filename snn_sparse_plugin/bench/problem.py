@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import check_device
-from ..errors import ConfigError
+from ..core.config import check_device
+from ..core.errors import ConfigError
 
 
 @dataclass(frozen=True)

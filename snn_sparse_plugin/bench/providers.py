@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dynamics import NeuronParams, NeuronSpec
-from ..errors import ConfigError, MissingDependencyError, UnsupportedError
+from ..core.dynamics import NeuronParams, NeuronSpec
+from ..core.errors import ConfigError, MissingDependencyError, UnsupportedError
+from ..core.spikes import SpikeTrain, coordinates
+from ..core.surrogates import Surrogate
 from ..ops.spiking_layer import spiking_layer
-from ..spikes import SpikeTrain, coordinates
-from ..surrogates import Surrogate
 from .problem import Config, Problem, make_problem
 
 

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
-from ..doctor import installed
+from ..core.version import VERSION
+from ..interfaces.doctor import installed
 from .problem import Config
 from .providers import get
 
@@ -44,8 +44,8 @@ def result_row(
         "device": config.device,
         "threads": threads,
         "versions": {
-            "snn-sparse-plugin": __version__,
-            "torch": torch.__version__,
+            "snn-sparse-plugin": VERSION,
+            "torch": torch.VERSION,
             library: installed(library),
         },
         "commit": commit(),

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..errors import ConfigError, MissingDependencyError
+from ..core.errors import ConfigError, MissingDependencyError
 from .measure import Timing, device_peak_bytes, peak_bytes, saved_bytes, time_alternating
 from .problem import Config, make_problem
 from .providers import PROVIDERS, Steps, get, setup

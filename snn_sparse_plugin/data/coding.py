@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..spikes import SpikeTrain, check_float
+from ..core.errors import InputError
+from ..core.spikes import SpikeTrain, check_float
 
 
 def latency(x: Tensor, tau: float = 20.0, floor: float = 0.2) -> Tensor:

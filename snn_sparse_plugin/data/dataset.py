@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import ConfigError, InputError
-from ..spikes import MAX_EVENTS, SpikeTrain, check_csr
+from ..core.errors import ConfigError, InputError
+from ..core.spikes import MAX_EVENTS, SpikeTrain, check_csr
 
 
 class SpikeDataset(Dataset):

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import unpack
-from ..errors import ConfigError, InputError, MissingDependencyError
-from ..files import reading
+from ..core.errors import ConfigError, InputError, MissingDependencyError
+from ..files import reading, unpack
 from .official import FOLDERS
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")

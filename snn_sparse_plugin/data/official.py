@@ -6,7 +6,7 @@ import hashlib
 from importlib import import_module
 from pathlib import Path
 
-from ..errors import InputError, MissingDependencyError
+from ..core.errors import InputError, MissingDependencyError
 from ..files import reading, reason
 
 # MD5 by lower-case file name, as torchvision.datasets (images) and tonic.datasets (recordings) give them

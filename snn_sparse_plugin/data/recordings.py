@@ -13,9 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from .. import unpack
-from ..errors import InputError
-from ..files import printable, reading
+from ..core.errors import InputError
+from ..files import printable, reading, unpack
 from .dataset import EventStore, SpikeDataset, check_dt
 from .events import microseconds, whole
 from .official import FOLDERS

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, InputError
+from ..core.errors import ConfigError, InputError
 from . import images, recordings, spike_files
 from .coding import latency
 from .dataset import EventStore, SpikeDataset, check_dt

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import unpack
-from ..errors import ConfigError, FileError, InputError, MissingDependencyError
-from ..files import reading
-from ..spikes import SpikeTrain
+from ..core.errors import ConfigError, FileError, InputError, MissingDependencyError
+from ..core.spikes import SpikeTrain
+from ..files import reading, unpack
 from .dataset import EventStore, SpikeDataset, check_dt
 from .events import whole
 from .heaps import check_heaps

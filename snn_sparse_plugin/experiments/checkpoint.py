@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..core.errors import ConfigError
 from ..files import reading, write_atomic
-from ..plain import load_plain
+from ..files.plain import load_plain
 from .settings import Settings
 
 _FREE = ("epochs",)  # what may differ when a training goes on: it can be made longer

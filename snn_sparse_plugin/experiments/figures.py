@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..files import reading, write_atomic
+from ..files.unpack import arrays
 from ..plot.style import DENSE, INK, LAYERS, SPARSE, clean, new_figure, whole_numbers
-from ..unpack import arrays
 from .study import Study
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import MissingDependencyError
-from ..spikes import SpikeTrain
+from ..core.errors import MissingDependencyError
+from ..core.spikes import SpikeTrain
 from .losses import loss
 from .network import Network
 from .upstream import StepLoop

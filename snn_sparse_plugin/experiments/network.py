@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..dynamics import NeuronParams, NeuronSpec
+from ..core.dynamics import NeuronParams, NeuronSpec
+from ..core.spikes import SpikeTrain
+from ..core.surrogates import Surrogate
 from ..ops.spiking_layer import SpikingLayerOutput, spiking_layer
-from ..spikes import SpikeTrain
-from ..surrogates import Surrogate
 from .settings import SLOPE, Settings
 
 _READOUT = NeuronSpec(reset="none", spiking=False)

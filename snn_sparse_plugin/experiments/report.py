@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..bench.report import human_bytes
-from ..errors import MissingDependencyError
+from ..core.errors import MissingDependencyError
 from ..files import reading, write_text
 from .files import write_csv
 from .study import Study

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..core.errors import ConfigError
 
 SLOPE = 100.0  # sigma'(x) = 1 / (100 |x| + 1)^2
 

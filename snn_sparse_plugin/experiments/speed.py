@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..bench.measure import Spread, Timing, saved_bytes, time_alternating
 from ..bench.providers import Steps
+from ..core.spikes import SpikeTrain, coordinates
 from ..data import SpikeDataset, loader
-from ..spikes import SpikeTrain, coordinates
 from .losses import loss
 from .network import Network
 from .upstream import IndexedLoop, LayerLoop, StepLoop

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import __version__
 from ..bench.report import commit
-from ..config import check_device
+from ..core.config import check_device
+from ..core.errors import ConfigError
+from ..core.version import VERSION
 from ..data import SpikeData, check_files, load_spikes
-from ..doctor import installed
-from ..errors import ConfigError
 from ..files import reading
+from ..interfaces.doctor import installed
 from .files import only_one, write_json
 from .network import Network
 from .settings import Settings
@@ -226,8 +226,8 @@ def _conditions(session: Session) -> dict[str, Any]:
         "device": gpu or _processor(),
         "threads": torch.get_num_threads(),
         "versions": {
-            "snn-sparse-plugin": __version__,
-            "torch": torch.__version__,
+            "snn-sparse-plugin": VERSION,
+            "torch": torch.VERSION,
             "snntorch": installed("snntorch"),
         },
         "commit": commit(),

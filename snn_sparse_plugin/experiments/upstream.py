@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MissingDependencyError
-from ..surrogates import Surrogate
+from ..core.errors import MissingDependencyError
+from ..core.surrogates import Surrogate
 from .network import Network
 from .settings import SLOPE
 

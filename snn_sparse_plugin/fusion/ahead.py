@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import SparseConfig
+from ..core.config import SparseConfig
 from ..ops.spiking_layer.products import DENSE_ABOVE
 from .columns import Slices
 from .record import InputLane

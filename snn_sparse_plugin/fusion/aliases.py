@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..errors import FusionError
+from ..core.errors import FusionError
 from .columns import Entry
 from .description import version
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Neuron, config_of, has_hooks, refuse, running
-from ..config import SparseConfig, current_config
-from ..dynamics import NeuronState
-from ..errors import InputError
+from ..core.config import SparseConfig, current_config
+from ..core.dynamics import NeuronState
+from ..core.errors import InputError
+from ..core.spikes import SpikeTrain
 from ..ops import spiking_layer
-from ..spikes import SpikeTrain
 from .modules import is_plain_linear, keeps_events
 from .stepping import Flow, Layer, Passed, apply, check_features, loop
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tally
-from ..errors import FusionError
+from ..core import tally
+from ..core.errors import FusionError
 from .context import here, in_mode, paused, without_autocast
 from .lanes import run_lane, run_steps
 from .places import note_places, wants_places

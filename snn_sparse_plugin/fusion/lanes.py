@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import running
-from ..config import use_config
-from ..errors import FusionError, NonFiniteError
-from ..spikes import SpikeTrain
+from ..core.config import use_config
+from ..core.errors import FusionError, NonFiniteError
+from ..core.spikes import SpikeTrain
 from . import meter
 from .calls import BATCHED, LINEAR, filled
 from .columns import Column

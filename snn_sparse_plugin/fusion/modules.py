@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..adapters import has_hooks
-from ..spikes import SpikeTrain
+from ..core.spikes import SpikeTrain
 
 _PER_SAMPLE = (
     *(nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.LayerNorm, nn.GroupNorm),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FusionError
+from ..core.errors import FusionError
 from .flush import flush, realize
 from .record import Record
 from .recorded import Filled, Recorded

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import tally
 from ..adapters import Adapter, Neuron, config_of, is_hook, is_unmarked, refuse
-from ..config import SparseConfig, active_config
+from ..core import tally
+from ..core.config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize

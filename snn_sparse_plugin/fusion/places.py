@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import NeuronSpec
-from ..errors import FusionError
+from ..core.dynamics import NeuronSpec
+from ..core.errors import FusionError
 from .planner import Plan
 from .record import FunctionLane, Lane, NeuronLane
 from .recorded import Recorded, Value, value_of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Neuron
-from ..config import SparseConfig
-from ..errors import FusionError
+from ..core.config import SparseConfig
+from ..core.errors import FusionError
 from .aliases import Plain
 from .columns import Column, Entry, Slices
 from .context import grad_mode, here

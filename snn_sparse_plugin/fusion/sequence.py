@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, config_of, entered, has_hooks, loaded_adapters, refuse
-from ..config import current_config
-from ..errors import InputError, NonFiniteError
-from ..spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
+from ..core.config import current_config
+from ..core.errors import InputError, NonFiniteError
+from ..core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from .executor import run, run_neuron
 from .neurons import settle, step
 from .stepping import Flow, Layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spikes import SpikeTrain
+from ..core.spikes import SpikeTrain
 from .columns import Column, Entry, Slices
 
 

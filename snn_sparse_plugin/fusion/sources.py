@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import has_hooks
-from ..config import SparseConfig, active_config
+from ..core.config import SparseConfig, active_config
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, has_hooks
-from ..errors import InputError
-from ..spikes import SpikeTrain
+from ..core.errors import InputError
+from ..core.spikes import SpikeTrain
 from .modules import applies_per_sample, keeps_events
 
 Flow = Tensor | SpikeTrain

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .style import DENSE, INK, LAYERS, SPARSE, Axes, Figure, clean, new_figure, whole_numbers
 
 if TYPE_CHECKING:
-    from ..demo import DemoResult
+    from ..interfaces.demo import DemoResult
 
 
 def demo_figure(result: DemoResult) -> Figure:

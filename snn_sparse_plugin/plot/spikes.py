@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..spikes import as_spike_train, is_sparse_input
+from ..core.errors import InputError
+from ..core.spikes import as_spike_train, is_sparse_input
 from .style import (
     DASHES,
     INK,

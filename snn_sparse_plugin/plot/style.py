@@ -7,7 +7,7 @@ from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
-from ..errors import MissingDependencyError
+from ..core.errors import MissingDependencyError
 from ..files import write_atomic
 
 try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..core.errors import InputError
 from ..ops.ttfs import MAX_WINDOW, SILENT
 from .style import DASHES, DENSE, INK, LAYERS, SPARSE, Figure, clean, new_figure, panels, saved, whole_numbers
 

@@ -18,9 +18,10 @@ snntorch = pytest.importorskip("snntorch")
 norse = pytest.importorskip("norse.torch")
 
 import snn_sparse_plugin as ssp  # noqa: E402
-from snn_sparse_plugin import registry, supported  # noqa: E402
 from snn_sparse_plugin.adapters import adapter_of, loaded_adapters  # noqa: E402
 from snn_sparse_plugin.adapters.norse_examples import changed  # noqa: E402
+from snn_sparse_plugin.core import registry  # noqa: E402
+from snn_sparse_plugin.interfaces import supported  # noqa: E402
 
 T, B, N = 5 if INTERPRETING else 12, 2, 4
 EXAMPLES = {

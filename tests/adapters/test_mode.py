@@ -19,7 +19,7 @@ from snntorch import surrogate  # noqa: E402
 
 import snn_sparse_plugin as ssp  # noqa: E402
 from snn_sparse_plugin import ConfigError, InputError, restore, sparse_mode, sparsify  # noqa: E402
-from snn_sparse_plugin.config import active_config  # noqa: E402
+from snn_sparse_plugin.core.config import active_config  # noqa: E402
 
 WINDOW = {"backprop_threshold": 0.1, "min_active": 0}
 

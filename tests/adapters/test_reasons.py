@@ -13,8 +13,9 @@ from torch import nn
 snntorch = pytest.importorskip("snntorch")
 norse = pytest.importorskip("norse.torch")
 
-from snn_sparse_plugin import sparse_mode, sparsify, tally, unroll  # noqa: E402
+from snn_sparse_plugin import sparse_mode, sparsify, unroll  # noqa: E402
 from snn_sparse_plugin.adapters import MARK, record_of  # noqa: E402
+from snn_sparse_plugin.core import tally  # noqa: E402
 
 T, B, N = 5, 2, 4
 

@@ -16,7 +16,8 @@ norse = pytest.importorskip("norse.torch")
 from snntorch import surrogate  # noqa: E402
 
 import snn_sparse_plugin as ssp  # noqa: E402
-from snn_sparse_plugin import sparse_mode, sparsify, tally  # noqa: E402
+from snn_sparse_plugin import sparse_mode, sparsify  # noqa: E402
+from snn_sparse_plugin.core import tally  # noqa: E402
 
 WINDOW = {"backprop_threshold": 0.5, "min_active": 0}
 

@@ -18,9 +18,10 @@ norse = pytest.importorskip("norse.torch")
 
 from norse.torch.module.snn import SNNCell  # noqa: E402
 
-from snn_sparse_plugin import registry, sparse_mode, sparsify, unroll  # noqa: E402
+from snn_sparse_plugin import sparse_mode, sparsify, unroll  # noqa: E402
 from snn_sparse_plugin.adapters import loading  # noqa: E402
-from snn_sparse_plugin.cli import app  # noqa: E402
+from snn_sparse_plugin.core import registry  # noqa: E402
+from snn_sparse_plugin.interfaces.cli import app  # noqa: E402
 
 RANGES = {"snntorch": "0.9.4 to 1.0", "norse": "1.1"}
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import on_grid, relative, spikes
 
-from snn_sparse_plugin import NeuronParams, NeuronSpec, SpikeTrain, Surrogate, UnsupportedError, registry
+from snn_sparse_plugin import NeuronParams, NeuronSpec, SpikeTrain, Surrogate, UnsupportedError
+from snn_sparse_plugin.core import registry
+from snn_sparse_plugin.core.spikes import as_spike_train
 from snn_sparse_plugin.ops import spiking_layer
-from snn_sparse_plugin.spikes import as_spike_train
 
 try:
     import torch_sparse

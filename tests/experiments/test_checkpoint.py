@@ -11,7 +11,7 @@ from file_fuzz import small_study, write_checkpoint
 from rich.console import Console
 
 from snn_sparse_plugin import ConfigError, InputError
-from snn_sparse_plugin.errors import FileError
+from snn_sparse_plugin.core.errors import FileError
 from snn_sparse_plugin.experiments.files import only_one
 from snn_sparse_plugin.experiments.parts import PARTS
 from snn_sparse_plugin.experiments.report import write_report

@@ -12,13 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from snn_sparse_plugin.cli import app
+from snn_sparse_plugin.core.errors import ConfigError, InputError
 from snn_sparse_plugin.data import load_spikes
-from snn_sparse_plugin.errors import ConfigError, InputError
 from snn_sparse_plugin.experiments import Study, Training, Trial, run_study, settings_of
 from snn_sparse_plugin.experiments.checkpoint import load
 from snn_sparse_plugin.experiments.files import only_one, write_csv
 from snn_sparse_plugin.files import write_atomic
+from snn_sparse_plugin.interfaces.cli import app
 
 pytest.importorskip("sklearn")
 runner = CliRunner()

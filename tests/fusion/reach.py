@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin.errors import SparsePluginError
+from snn_sparse_plugin.core.errors import SparsePluginError
 
 # what changes the process for all that follows, waits for others, or answers with an address or a place in memory
 _LEFT_OUT = {

@@ -16,7 +16,7 @@ import snn_sparse_plugin as ssp
 from snn_sparse_plugin.backends.cpu import ahead, threads
 from snn_sparse_plugin.backends.cpu.ahead import Ahead
 from snn_sparse_plugin.backends.cpu.events import events_from_dense
-from snn_sparse_plugin.errors import FusionError
+from snn_sparse_plugin.core.errors import FusionError
 from snn_sparse_plugin.fusion.ahead import ENOUGH, SMALLEST
 from snn_sparse_plugin.fusion.columns import Column, Slices
 from snn_sparse_plugin.fusion.context import here

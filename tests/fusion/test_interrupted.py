@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin.config import active_config
+from snn_sparse_plugin.core.config import active_config
 
 snn = pytest.importorskip("snntorch")
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin import tally
+from snn_sparse_plugin.core import tally
 from snn_sparse_plugin.fusion.columns import Column
 from snn_sparse_plugin.fusion.context import here
 from snn_sparse_plugin.fusion.record import Lane

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from snn_sparse_plugin import sparse_mode, tally
-from snn_sparse_plugin.errors import FusionError
+from snn_sparse_plugin import sparse_mode
+from snn_sparse_plugin.core import tally
+from snn_sparse_plugin.core.errors import FusionError
 
 norse = pytest.importorskip("norse.torch")
 snn = pytest.importorskip("snntorch")

@@ -57,7 +57,7 @@ def test_a_refused_call_works_the_second_time() -> None:
     import snntorch
 
     import snn_sparse_plugin as ssp
-    from snn_sparse_plugin.errors import FusionError
+    from snn_sparse_plugin.core.errors import FusionError
 
     layer, neuron = torch.nn.Linear(5, 4), snntorch.Leaky(beta=0.9)
     with ssp.sparse_mode():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin import tally
-from snn_sparse_plugin.errors import FusionError
+from snn_sparse_plugin.core import tally
+from snn_sparse_plugin.core.errors import FusionError
 
 snn = pytest.importorskip("snntorch")
 

@@ -5,9 +5,9 @@ import torch
 from layer_cases import TOLERANCE
 
 from snn_sparse_plugin.backends import calls
-from snn_sparse_plugin.equations import Equations
+from snn_sparse_plugin.core.equations import Equations
+from snn_sparse_plugin.core.surrogates import Surrogate
 from snn_sparse_plugin.ops.spiking_layer import spiking_layer
-from snn_sparse_plugin.surrogates import Surrogate
 
 # an exponential term, adaptation and a refractory counter: two spikes, every kind of operation but log and abs
 ADAPTIVE = Equations(

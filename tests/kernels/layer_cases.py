@@ -11,12 +11,12 @@ import torch
 
 from snn_sparse_plugin.backends import calls, select
 from snn_sparse_plugin.backends.triton import TritonBackend
-from snn_sparse_plugin.dynamics import RESETS, SCOPES, TIMINGS, NeuronParams, NeuronSpec, NeuronState
-from snn_sparse_plugin.errors import ConfigError, UnsupportedError
+from snn_sparse_plugin.core.dynamics import RESETS, SCOPES, TIMINGS, NeuronParams, NeuronSpec, NeuronState
+from snn_sparse_plugin.core.errors import ConfigError, UnsupportedError
+from snn_sparse_plugin.core.spikes import SpikeTrain
+from snn_sparse_plugin.core.surrogates import Surrogate
 from snn_sparse_plugin.ops.spiking_layer import spiking_layer
 from snn_sparse_plugin.ops.spiking_layer.library import spiking_layer_op
-from snn_sparse_plugin.spikes import SpikeTrain
-from snn_sparse_plugin.surrogates import Surrogate
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 

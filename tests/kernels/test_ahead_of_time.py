@@ -13,10 +13,10 @@ from equation_cases import ADAPTIVE, CONDUCTANCE, DELTA, READOUT, SECOND_ORDER
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from snn_sparse_plugin.dynamics import NeuronSpec
-from snn_sparse_plugin.jacobian import derivatives_of
+from snn_sparse_plugin.core.dynamics import NeuronSpec
+from snn_sparse_plugin.core.jacobian import derivatives_of
+from snn_sparse_plugin.core.surrogates import KINDS, Surrogate
 from snn_sparse_plugin.learners.eprop.described import traced
-from snn_sparse_plugin.surrogates import KINDS, Surrogate
 from snn_sparse_plugin.triton_kernels import (
     backward,
     eprop,

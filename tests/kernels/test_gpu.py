@@ -16,7 +16,7 @@ from layer_cases import RECURRENT, LayerTests, compare
 from ttfs_cases import TtfsTests
 from ttfs_event_cases import TtfsEventTests
 
-from snn_sparse_plugin.dynamics import NeuronSpec
+from snn_sparse_plugin.core.dynamics import NeuronSpec
 
 
 @pytest.mark.gpu

@@ -9,10 +9,10 @@ import torch
 
 from snn_sparse_plugin.backends import select
 from snn_sparse_plugin.backends.triton import TritonBackend, pack_events, unpack, unpack_events
-from snn_sparse_plugin.dynamics import NeuronSpec
-from snn_sparse_plugin.errors import UnsupportedError
-from snn_sparse_plugin.spikes import SpikeTrain
-from snn_sparse_plugin.surrogates import Surrogate
+from snn_sparse_plugin.core.dynamics import NeuronSpec
+from snn_sparse_plugin.core.errors import UnsupportedError
+from snn_sparse_plugin.core.spikes import SpikeTrain
+from snn_sparse_plugin.core.surrogates import Surrogate
 
 CALL = {
     "device": torch.device("cuda"),

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from snn_sparse_plugin import InputError, UnsupportedError
-from snn_sparse_plugin.config import SparseConfig, use_config
-from snn_sparse_plugin.errors import FileError
+from snn_sparse_plugin.core.config import SparseConfig, use_config
+from snn_sparse_plugin.core.errors import FileError
 from snn_sparse_plugin.layers.ttfs import TTFS, TTFSEncoder, TTFSNetwork, TTFSReadout, to_snn
 from snn_sparse_plugin.layers.ttfs.events import simulate
 from snn_sparse_plugin.layers.ttfs.interchange import decode_times, load_spike_times, save_spike_times

@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from snn_sparse_plugin import ConfigError, InputError, SpikeTrain, UnsupportedError
-from snn_sparse_plugin.cli import app
+from snn_sparse_plugin.interfaces.cli import app
 from snn_sparse_plugin.layers.ttfs import (
     SILENT,
     TTFS,

@@ -10,7 +10,8 @@ import torch
 from helpers import relative
 from torch import nn
 
-from snn_sparse_plugin import ConfigError, InputError, UnsupportedError, registry
+from snn_sparse_plugin import ConfigError, InputError, UnsupportedError
+from snn_sparse_plugin.core import registry
 from snn_sparse_plugin.layers.ttfs import (
     TTFS,
     RelaxationSchedule,

@@ -29,13 +29,13 @@ from snn_sparse_plugin.adapters import adapter_of
 from snn_sparse_plugin.adapters.base import Neuron
 from snn_sparse_plugin.adapters.norse import NorseAdapter
 from snn_sparse_plugin.adapters.snntorch import SnnTorchAdapter
-from snn_sparse_plugin.dynamics import NeuronSpec
-from snn_sparse_plugin.equations import Equations
+from snn_sparse_plugin.core.dynamics import NeuronSpec
+from snn_sparse_plugin.core.equations import Equations
+from snn_sparse_plugin.core.surrogates import KINDS
 from snn_sparse_plugin.learners import eprop
 from snn_sparse_plugin.learners.eprop import watch
 from snn_sparse_plugin.learners.eprop.described import described, equations, parameters
 from snn_sparse_plugin.learners.eprop.states import floats
-from snn_sparse_plugin.surrogates import KINDS
 
 
 @pytest.mark.parametrize("spec", list(family()), ids=name_of)
@@ -52,7 +52,7 @@ def check_member(spec, recurrent):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_surrogate(kind):
-    from snn_sparse_plugin.surrogates import _TABLE
+    from snn_sparse_plugin.core.surrogates import _TABLE
 
     surrogate = Surrogate(kind, tuple(0.75 + 0.5 * k for k in range(len(_TABLE[kind][1]))))
     spec = NeuronSpec("euler", True, "value", "immediate", attached=True)

@@ -27,7 +27,8 @@ from snntorch import utils
 from torch import nn
 from torch.nn.utils import prune
 
-from snn_sparse_plugin import ConfigError, InputError, UnsupportedError, registry
+from snn_sparse_plugin import ConfigError, InputError, UnsupportedError
+from snn_sparse_plugin.core import registry
 from snn_sparse_plugin.learners import eprop
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, NeuronState, SpikeTrain, Surrogate
 from snn_sparse_plugin.backends.cpu import outgoing
+from snn_sparse_plugin.core.surrogates import KINDS
 from snn_sparse_plugin.ops import spiking_layer
-from snn_sparse_plugin.surrogates import KINDS
 
 
 def build(

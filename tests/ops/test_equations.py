@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from snn_sparse_plugin import ConfigError, InputError, NeuronSpec, UnsupportedError
 from snn_sparse_plugin.backends import calls
 from snn_sparse_plugin.backends.cpu import CPUBackend
-from snn_sparse_plugin.dynamics import NeuronParams
-from snn_sparse_plugin.equations import Equations
+from snn_sparse_plugin.core.dynamics import NeuronParams
+from snn_sparse_plugin.core.equations import Equations
+from snn_sparse_plugin.core.surrogates import Surrogate
 from snn_sparse_plugin.ops import spiking_layer
-from snn_sparse_plugin.surrogates import Surrogate
 
 LEAKY = Equations(
     """

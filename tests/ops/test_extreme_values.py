@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin import NeuronParams, NeuronSpec, Surrogate
-from snn_sparse_plugin.errors import NonFiniteError
+from snn_sparse_plugin.core.errors import NonFiniteError
 from snn_sparse_plugin.ops import spiking_layer
 
 INF, NAN = float("inf"), float("nan")

@@ -14,10 +14,10 @@ from torch.func import functional_call
 
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin import Surrogate, sparse_mode
-from snn_sparse_plugin.dynamics import NeuronParams, NeuronSpec
-from snn_sparse_plugin.errors import FusionError
+from snn_sparse_plugin.core.dynamics import NeuronParams, NeuronSpec
+from snn_sparse_plugin.core.errors import FusionError
+from snn_sparse_plugin.core.spikes import SpikeTrain
 from snn_sparse_plugin.ops.spiking_layer import spiking_layer
-from snn_sparse_plugin.spikes import SpikeTrain
 
 norse = pytest.importorskip("norse.torch")
 

@@ -6,7 +6,7 @@ from helpers import relative, spikes
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, SpikeTrain, Surrogate
 from snn_sparse_plugin.backends.cpu import spiking_layer as cpu
-from snn_sparse_plugin.dynamics import NeuronState
+from snn_sparse_plugin.core.dynamics import NeuronState
 from snn_sparse_plugin.ops import spiking_layer
 
 

@@ -5,7 +5,7 @@ import torch
 from helpers import on_grid, relative, spikes
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, SpikeTrain, Surrogate, UnsupportedError
-from snn_sparse_plugin.config import SparseConfig, use_config
+from snn_sparse_plugin.core.config import SparseConfig, use_config
 from snn_sparse_plugin.ops import spiking_layer
 from snn_sparse_plugin.ops.spiking_layer.library import encode_spec
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from snn_sparse_plugin import SpikeTrain
 from snn_sparse_plugin.backends.product import ProductGrad
-from snn_sparse_plugin.dynamics import NeuronParams, NeuronSpec
+from snn_sparse_plugin.core.dynamics import NeuronParams, NeuronSpec
 from snn_sparse_plugin.ops import spiking_layer
 
 T, B, M, N, K = 37, 3, 6, 35, 4  # more steps than a chunk, rows that are no whole vectors

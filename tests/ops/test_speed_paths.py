@@ -9,8 +9,8 @@ from helpers import on_grid, relative, spikes
 
 from snn_sparse_plugin import NeuronParams, SpikeTrain, Surrogate
 from snn_sparse_plugin.backends.cpu import threads
-from snn_sparse_plugin.dynamics import NeuronSpec
-from snn_sparse_plugin.errors import InputError
+from snn_sparse_plugin.core.dynamics import NeuronSpec
+from snn_sparse_plugin.core.errors import InputError
 from snn_sparse_plugin.ops import spiking_layer
 from snn_sparse_plugin.ops.spiking_layer.products import events_or_product
 

@@ -7,7 +7,8 @@ import torch
 from helpers import relative
 from ttfs_cases import KERNELS, TtfsTests, problem
 
-from snn_sparse_plugin import ConfigError, InputError, UnsupportedError, backends, registry
+from snn_sparse_plugin import ConfigError, InputError, UnsupportedError, backends
+from snn_sparse_plugin.core import registry
 from snn_sparse_plugin.ops.ttfs import SILENT, Kernel, get_kernel, register_kernel, spike_table, ttfs
 
 OP = torch.ops.snn_sparse_plugin.ttfs.default

@@ -45,7 +45,7 @@ def child(result: Path, options: list[str]) -> None:
     """Run pytest in this process and leave what happened in a file."""
     import pytest
 
-    from snn_sparse_plugin import tally
+    from snn_sparse_plugin.core import tally
 
     outcomes = Outcomes()
     pytest.main(options, plugins=[outcomes])

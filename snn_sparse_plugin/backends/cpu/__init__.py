@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...backends import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, TtfsBackward, calls
-from ...dynamics import NeuronSpec
-from ...equations import Equations
-from ...surrogates import CUSTOM, Surrogate
+from ...core.dynamics import NeuronSpec
+from ...core.equations import Equations
+from ...core.surrogates import CUSTOM, Surrogate
 
 
 class CPUBackend(Backend):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from ...jacobian import Derivatives
-from ...programs import OPS, Op, Program
-from ...surrogates import Surrogate
+from ...core.jacobian import Derivatives
+from ...core.programs import OPS, Op, Program
+from ...core.surrogates import Surrogate
 from .bits import LANES
 from .jit import kernel
 from .memory import array

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...backends import CHUNK, LayerCall
-from ...equations import Equations
-from ...programs import OPS, Program
+from ...core.equations import Equations
+from ...core.programs import OPS, Program
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
 from .memory import array

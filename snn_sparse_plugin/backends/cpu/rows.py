@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ...dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
+from ...core.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
 from .bits import LANES
 from .jit import kernel
 from .lanes import add, load, store

@@ -24,10 +24,10 @@ from ...backends import (
     check_finite,
     keeps_active,
 )
-from ...dynamics import NeuronSpec
-from ...equations import Equations
-from ...errors import InputError
-from ...spikes import MAX_EVENTS, Active
+from ...core.dynamics import NeuronSpec
+from ...core.equations import Equations
+from ...core.errors import InputError
+from ...core.spikes import MAX_EVENTS, Active
 from ..product import LARGEST, ProductGrad
 from .backward import backward_active_kernel
 from .bits import LANES

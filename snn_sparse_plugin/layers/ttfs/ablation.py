@@ -12,8 +12,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from ...core.errors import ConfigError
 from ...data import ImageData
-from ...errors import ConfigError
 from .mapping import to_snn
 from .recipes import Recipe, TrainOptions, accuracy, build, train
 from .training import hidden_layers

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...errors import UnsupportedError
+from ...core.errors import UnsupportedError
 from .convert import is_neuron
 from .network import TTFSNetwork
 from .neuron import TTFS

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...core.errors import InputError
 from ...ops.ttfs import MAX_WINDOW
 from .stages import Pair, Pool, Stage
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...adapters import Neuron, loaded_adapters
-from ...dynamics import NeuronSpec
-from ...errors import UnsupportedError
+from ...core.dynamics import NeuronSpec
+from ...core.errors import UnsupportedError
 from .neuron import TTFS, TTFSEncoder, TTFSMaxPool2d
 from .training import TTFSBatchNorm1d, TTFSBatchNorm2d
 

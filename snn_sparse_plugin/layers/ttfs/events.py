@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...backends import calls
-from ...config import current_config
-from ...errors import InputError
+from ...core.config import current_config
+from ...core.errors import InputError
 from ...ops.ttfs import SILENT, ttfs
 from .checks import check_arriving, check_stage
 from .stages import Stage, on_the_clock

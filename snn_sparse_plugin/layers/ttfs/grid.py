@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedError
+from ...core.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .network import TTFSNetwork

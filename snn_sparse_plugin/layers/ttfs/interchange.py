@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.errors import InputError, MissingDependencyError, UnsupportedError
+from ...core.spikes import SpikeTrain, as_spike_train, is_sparse_input
 from ...data.coding import single_spikes
-from ...errors import InputError, MissingDependencyError, UnsupportedError
 from ...files import reading, write_atomic
+from ...files.unpack import arrays
 from ...ops.ttfs import MAX_WINDOW, SILENT
 from ...ops.ttfs import reference as coding
-from ...spikes import SpikeTrain, as_spike_train, is_sparse_input
-from ...unpack import arrays
 
 if TYPE_CHECKING:
     from .network import TTFSNetwork

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...errors import InputError, UnsupportedError
+from ...core.errors import InputError, UnsupportedError
 from .builder import Builder
 from .convert import is_neuron
 from .network import TTFSNetwork

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, InputError
+from ...core.errors import ConfigError, InputError
 from ...files import reading, write_atomic
+from ...files.plain import load_plain
 from ...ops.ttfs import SILENT, ttfs
 from ...ops.ttfs import reference as coding
-from ...plain import load_plain
 from .checks import check_network, check_order, check_stage, check_values
 from .events import simulate
 from .neuron import check_intensities

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...errors import ConfigError
+from ...core.errors import ConfigError
 
 PLANS = {  # channels of the convolutions; 0 is a pooling
     9: (64, 64, 0, 128, 128, 0, 256, 256, 0),

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import current_config
-from ...errors import ConfigError, InputError
+from ...core.config import current_config
+from ...core.errors import ConfigError, InputError
 from ...ops.ttfs import (
     MAX_WINDOW,
     ROUNDINGS,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, InputError
+from ...core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from .network import TTFSNetwork

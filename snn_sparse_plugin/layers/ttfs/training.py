@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...errors import ConfigError
+from ...core.errors import ConfigError
 from .neuron import TTFS, TTFSEncoder
 
 FORMS = ("paper", "gaussian")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import InputError
+from ...core.errors import InputError
 from ...ops.ttfs import SILENT
 from ...ops.ttfs import reference as coding
 from .neuron import TTFS, TTFSEncoder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ...errors import ConfigError, InputError, UnsupportedError
+from ...core.errors import ConfigError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from .layer import WatchedLayer

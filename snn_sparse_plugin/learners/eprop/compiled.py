@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...adapters import has_hooks
-from ...errors import InputError
-from ...spikes import SpikeTrain
+from ...core.errors import InputError
+from ...core.spikes import SpikeTrain
 from .compiled_layers import CompiledLayer, CompiledReadout, Events, Traces
 from .lsnn import LSNN
 from .network import LeakyReadout, LSNNNetwork

@@ -12,7 +12,7 @@ from ...backends.cpu.bits import LANES
 from ...backends.cpu.eprop import gradient_chunk, leaky
 from ...backends.cpu.eprop_forward import forward_chunk
 from ...backends.cpu.threads import parallel, split
-from ...errors import InputError
+from ...core.errors import InputError
 from .lsnn import LSNN, LSNNState
 from .sequence import Targets, Totals
 

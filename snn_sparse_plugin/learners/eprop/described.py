@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...adapters import Adapter
 from ...adapters.base import Neuron
-from ...dynamics import PARAM_NAMES, NeuronSpec
-from ...equations import Equations
+from ...core.dynamics import PARAM_NAMES, NeuronSpec
+from ...core.equations import Equations
 from ...ops.spiking_layer import reference
 from .lsnn import LSNN
 from .network import LeakyReadout

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...core.errors import ConfigError
 from .options import check_option
 
 FEEDBACKS = ("symmetric", "random", "adaptive")

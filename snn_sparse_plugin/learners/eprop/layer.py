@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ...core.errors import UnsupportedError
 from .local import Part, joined
 from .record import Record
 from .returned import Returned

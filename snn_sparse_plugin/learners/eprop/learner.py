@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, InputError
+from ...core.errors import ConfigError, InputError
 from . import distributed, resume
 from .checks import check_call, check_shared, open_steps, unchanged
 from .compiled import Network

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ...core.errors import UnsupportedError
 from .scan import Jacobian
 from .states import SnnTorchState, TupleState
 from .structure import Intercept

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.base import Neuron
-from ...equations import Equations
-from ...errors import ConfigError, InputError
+from ...core.equations import Equations
+from ...core.errors import ConfigError, InputError
+from ...core.spikes import SpikeTrain
+from ...core.surrogates import Surrogate
 from ...ops.spiking_layer import spiking_layer
-from ...spikes import SpikeTrain
-from ...surrogates import Surrogate
 
 # the step of LSNN.forward, for the fused op
 _EQUATIONS = Equations(

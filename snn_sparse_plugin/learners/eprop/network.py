@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...dynamics import NeuronParams, NeuronSpec, NeuronState
-from ...errors import ConfigError
+from ...core.dynamics import NeuronParams, NeuronSpec, NeuronState
+from ...core.errors import ConfigError
+from ...core.spikes import SpikeTrain
 from ...ops.spiking_layer import spiking_layer
-from ...spikes import SpikeTrain
 from .lsnn import LSNN
 
 

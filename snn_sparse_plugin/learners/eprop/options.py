@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...core.errors import ConfigError
 from .scan import Filter, Jacobian
 
 ENGINES = ("auto", "chunk", "offline", "step")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...errors import ConfigError, InputError, UnsupportedError
+from ...core.errors import ConfigError, InputError, UnsupportedError
 from .checked import check_state, fitting
 from .structure import Layer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import UnsupportedError
+from ...core.errors import UnsupportedError
 from .record import Record
 from .states import mapped
 from .stepper import Stepper

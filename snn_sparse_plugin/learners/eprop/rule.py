@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spikes import SpikeTrain
+from ...core.spikes import SpikeTrain
 from .scan import Filter, Jacobian, Steps, on_cpu, scan
 from .synapses import Synapses
 

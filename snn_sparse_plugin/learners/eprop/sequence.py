@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ...spikes import SpikeTrain, as_spike_train, is_sparse_input
+from ...core.errors import InputError
+from ...core.spikes import SpikeTrain, as_spike_train, is_sparse_input
 from . import resume
 
 if TYPE_CHECKING:

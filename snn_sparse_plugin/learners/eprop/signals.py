@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import InputError, UnsupportedError
+from ...core.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from .layer import WatchedLayer

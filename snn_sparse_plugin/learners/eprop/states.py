@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedError
+from ...core.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .watch import Neuron

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...adapters import Adapter
 from ...adapters.base import Neuron
+from ...core.jacobian import derivatives_of, fixed_values
 from ...fusion.description import Description
-from ...jacobian import derivatives_of, fixed_values
 from .described import described, equations, parameters, per_neuron
 from .local import Part
 from .scan import Jacobian, on_cpu, on_triton

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...adapters import Adapter, adapter_of
-from ...errors import ConfigError
+from ...core.errors import ConfigError
 from .lsnn import LSNN
 from .network import LeakyReadout
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ...errors import UnsupportedError
+from ...core.errors import UnsupportedError
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.active import config_of
-from ...errors import InputError, UnsupportedError
+from ...core.errors import InputError, UnsupportedError
 from .local import Inputs, Part, Plan, derivatives, replay, unchanged
 from .record import Record
 from .returned import Returned, flat

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import tally
 from ...backends import LayerCall, LayerResult, calls, select
-from ...config import current_config
-from ...dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
-from ...equations import Equations
-from ...errors import InputError, UnsupportedError
-from ...spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
-from ...surrogates import Surrogate
+from ...core import tally
+from ...core.config import current_config
+from ...core.dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
+from ...core.equations import Equations
+from ...core.errors import InputError, UnsupportedError
+from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
+from ...core.surrogates import Surrogate
 from . import autograd
 from .library import spiking_layer_op
 from .products import events_or_product, is_still
@@ -63,7 +63,7 @@ def spiking_layer(
             the reference backend.
         weight: (N, M), as of ``nn.Linear``. ``bias``: (N,). For equations with C > 1 inputs every N in the shape of a
             weight, bias or current is C·N, the neurons of the first input first; a current may be (T, B, C, N...).
-        spec: which neuron: a member of the canonical family, or :class:`~snn_sparse_plugin.equations.Equations`;
+        spec: which neuron: a member of the canonical family, or :class:`~snn_sparse_plugin.core.equations.Equations`;
             default is snnTorch's Leaky.
         params: decays, thresholds: scalars or per neuron, tensors may require a gradient; with equations a dict by
             name.
@@ -73,10 +73,10 @@ def spiking_layer(
             ``"spikes"`` are the last ones of a recurrent layer.
         steps: T, for an x (1, B, ...) that is the same at every step: it is multiplied once, and its gradient is the
             sum over the steps. An x of T steps that is ``expand``-ed from one and needs no gradient is recognised.
-        events: return spikes as a :class:`~snn_sparse_plugin.spikes.SpikeTrain`.
+        events: return spikes as a :class:`~snn_sparse_plugin.core.spikes.SpikeTrain`.
         return_mem: also return the membrane after every step, (T, B, N...).
         name: how error messages call this layer.
-        **overrides: options of :class:`~snn_sparse_plugin.config.SparseConfig` for this call.
+        **overrides: options of :class:`~snn_sparse_plugin.core.config.SparseConfig` for this call.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit, or non-finite values where they are seen.

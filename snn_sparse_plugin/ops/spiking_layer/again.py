@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import LayerCall, Saved
-from ...spikes import SpikeTrain, coordinates
-from ...surrogates import Surrogate
+from ...core.spikes import SpikeTrain, coordinates
+from ...core.surrogates import Surrogate
 from .reference import run
 
 Leaves = dict[str, Tensor | None]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import tally
 from ...backends import Backend, LayerCall, LayerResult, OutputGrads, Saved
 from ...backends.product import ProductGrad
-from ...spikes import Active, SpikeTrain
-from ...surrogates import once
+from ...core import tally
+from ...core.spikes import Active, SpikeTrain
+from ...core.surrogates import once
 from . import again
 
 _LEAVES = ("current", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...backends import CHUNK, Backend, LayerCall, OutputGrads, Saved, select
-from ...config import SparseConfig, current_config
-from ...dynamics import NeuronSpec
-from ...spikes import SpikeTrain
-from ...surrogates import Surrogate
+from ...core.config import SparseConfig, current_config
+from ...core.dynamics import NeuronSpec
+from ...core.spikes import SpikeTrain
+from ...core.surrogates import Surrogate
 from .products import events_or_product
 
 NAME_BYTES = 64  # the backend's name travels from forward to backward as a tensor of this size

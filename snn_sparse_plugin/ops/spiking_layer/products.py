@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...spikes import SpikeTrain
+from ...core.spikes import SpikeTrain
 
 DENSE_ABOVE = (
     0.4  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`

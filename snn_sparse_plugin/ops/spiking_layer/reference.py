@@ -23,10 +23,10 @@ from ...backends import (
     check_finite,
     keeps_active,
 )
-from ...dynamics import NeuronSpec
-from ...equations import Equations
-from ...programs import step as equations_step
-from ...spikes import Active, SpikeTrain, coordinates
+from ...core.dynamics import NeuronSpec
+from ...core.equations import Equations
+from ...core.programs import step as equations_step
+from ...core.spikes import Active, SpikeTrain, coordinates
 from ..ttfs import reference as ttfs_reference
 from ..ttfs.kernels import family
 

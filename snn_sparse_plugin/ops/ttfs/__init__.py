@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ...spikes import check_float
+from ...core.errors import InputError
+from ...core.spikes import check_float
 from . import reference
 from .kernels import (
     MAX_WINDOW,

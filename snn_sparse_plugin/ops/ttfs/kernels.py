@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...core.errors import ConfigError
 
 SILENT = 255
 """The spike time, one byte, of a neuron that does not fire."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...backends import RunsTtfs, TtfsBackward, select
-from ...config import current_config
+from ...core.config import current_config
 
 
 def _backend(x: Tensor, name: str) -> RunsTtfs:

@@ -1,8 +1,9 @@
 """Neurons by their equations: a few lines of text become a program that every backend runs, forward and backward.
 
-What :class:`~snn_sparse_plugin.dynamics.NeuronSpec` cannot say (a second synapse, adaptation, a refractory counter,
-an exponential term) is said here, so that a new neuron needs no kernel. A program is a list of elementwise operations
-on numbered registers. The reference runs it on tensors under autograd, the CPU backend on rows, with its adjoint.
+What :class:`~snn_sparse_plugin.core.dynamics.NeuronSpec` cannot say (a second synapse, adaptation, a refractory
+counter, an exponential term) is said here, so that a new neuron needs no kernel. A program is a list of elementwise
+operations on numbered registers. The reference runs it on tensors under autograd, the CPU backend on rows, with its
+adjoint.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import ConfigError, SparsePluginError
+from ...core.errors import ConfigError, SparsePluginError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from . import registry
-from .adapters import Adapter, Example, Neuron, loaded_adapters
-from .backends import Backend
-from .dynamics import NeuronSpec
-from .equations import Equations
+from ..adapters import Adapter, Example, Neuron, loaded_adapters
+from ..backends import Backend
+from ..core import registry
+from ..core.dynamics import NeuronSpec
+from ..core.equations import Equations
 
 
 @dataclass(frozen=True)

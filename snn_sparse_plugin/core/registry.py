@@ -1,7 +1,7 @@
 """Plugins found through entry points, loaded on first use.
 
 A broken third-party plugin is named in one warning and skipped; asked for by name, it raises. What counts as broken is
-said in :mod:`snn_sparse_plugin.contracts`.
+said in :mod:`snn_sparse_plugin.core.contracts`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from .contracts import Broken, examine, guard, named
 from .errors import UnsupportedError
+from .version import VERSION
 
 GROUPS = ("backends", "adapters", "learners", "layers")
 _PREFIX = "snn_sparse_plugin."
@@ -134,12 +135,10 @@ def plugins(group: str) -> dict[str, Plugin]:
         >>> sorted(plugins("adapters"))[:2]
         ['norse', 'snntorch']
     """
-    from . import __version__
-
     if group not in GROUPS:
         raise UnsupportedError(f"no plugin group {group!r}; groups are {', '.join(GROUPS)}.")
     found = {
-        name: Plugin(group, name, value, "snn-sparse-plugin", __version__)
+        name: Plugin(group, name, value, "snn-sparse-plugin", VERSION)
         for name, value in _BUILTIN[group].items()
     }
     for entry in _entry_points(group):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import ConfigError
+from ...core.errors import ConfigError
 from .common import numbers, readable_errors
 
 app = typer.Typer(name="experiment", help="Published experiments, remade on real data.", no_args_is_help=True)
@@ -77,8 +77,8 @@ def s3gd(
     memory. Killed at any moment, the same command goes on where it was; finished parts are not done again.
     """
     with readable_errors(context):
-        from ..config import SparseConfig
-        from ..experiments import Study, run_study, settings_of
+        from ...core.config import SparseConfig
+        from ...experiments import Study, run_study, settings_of
 
         changes: dict[str, Any] = {
             "epochs": epochs,
@@ -114,6 +114,6 @@ def s3gd(
 
 
 def _parts(text: str) -> list[str]:
-    from ..experiments.parts import PARTS
+    from ...experiments.parts import PARTS
 
     return list(PARTS) if text == "all" else [name.strip() for name in text.split(",")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, InputError
+from ...core.errors import ConfigError, InputError
 from .common import readable_errors
 
 

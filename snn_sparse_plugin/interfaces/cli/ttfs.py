@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import ConfigError
+from ...core.errors import ConfigError
 from .common import JsonFlag, readable_errors
 
 app = typer.Typer(name="ttfs", help="Time-to-first-spike networks.", no_args_is_help=True)
@@ -42,8 +42,8 @@ Early = Annotated[int | None, typer.Option(min=1, help="Fire this many steps aft
 
 
 def _network_and_images(model: Path, data: DataName, root: Path | None, samples: int) -> tuple[Any, Any, Any]:
-    from ..data import load_images
-    from ..layers.ttfs import TTFSNetwork
+    from ...data import load_images
+    from ...layers.ttfs import TTFSNetwork
 
     net = TTFSNetwork.load(model)
     images = load_images(data.value, root)
@@ -70,7 +70,7 @@ def report(
 ) -> None:
     """Count spikes, latency, operations and relative energy of a saved network on test images."""
     with readable_errors(context):
-        from ..layers.ttfs.report import EnergyReference
+        from ...layers.ttfs.report import EnergyReference
 
         if (spikes is None) != (steps is None):
             raise ConfigError("an energy reference needs both --spikes and --steps.")
@@ -135,11 +135,11 @@ def ablation(
 ) -> None:
     """Train ReLU, SM, +SR, +TR and +TB networks and print the ablation table."""
     with readable_errors(context):
-        from ..config import check_device
-        from ..data import load_images
-        from ..layers.ttfs import ablation as suite
-        from ..layers.ttfs import networks
-        from ..layers.ttfs.recipes import TrainOptions
+        from ...core.config import check_device
+        from ...data import load_images
+        from ...layers.ttfs import ablation as suite
+        from ...layers.ttfs import networks
+        from ...layers.ttfs.recipes import TrainOptions
 
         check_device(device)
         images = load_images(data.value, root)

@@ -153,7 +153,7 @@ def _updated(config: SparseConfig, overrides: tuple[tuple[str, type, Any], ...])
     return replace(config, **{name: value for name, _, value in overrides})
 
 
-_active: Scoped[SparseConfig | None] = Scoped("snn_sparse_plugin.config")
+_active: Scoped[SparseConfig | None] = Scoped("snn_sparse_plugin.core.config")
 
 
 def active_config() -> SparseConfig | None:

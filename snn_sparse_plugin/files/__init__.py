@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import FileError, InputError, SparsePluginError
+from ..core.errors import FileError, InputError, SparsePluginError
 
 _ADVICE = {
     errno.ENOSPC: "make room there, or give another place",
@@ -79,7 +79,7 @@ def reading(path: str | PathLike[str], what: str, advice: str = "") -> Iterator[
         ...     raise ValueError("no rows")
         Traceback (most recent call last):
         ...
-        snn_sparse_plugin.errors.InputError: a is not b, or it is damaged and cannot be read: no rows. Fetch it.
+        snn_sparse_plugin.core.errors.InputError: a is not b, or it is damaged and cannot be read: no rows. Fetch it.
     """
     try:
         yield

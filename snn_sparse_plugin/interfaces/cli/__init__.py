@@ -41,7 +41,7 @@ def _options(
 ) -> None:
     context.obj = {"debug": debug}
     if version:
-        from .. import __version__
+        from ...core.version import VERSION
 
-        typer.echo(__version__)
+        typer.echo(VERSION)
         raise typer.Exit

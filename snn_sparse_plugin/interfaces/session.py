@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import tally
-from .fusion import meter, record
-from .mode import aligned, sparse_mode
-from .tally import ClassRuns
+from ..core import tally
+from ..core.tally import ClassRuns
+from ..fusion import meter, record
+from ..mode import aligned, sparse_mode
 
 __all__ = ["Session", "class_table", "run_script", "sparse_session"]
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import SparsePluginError
+from ...core.errors import SparsePluginError
 from .common import JsonFlag, consoles, escaped, readable_errors
 
 _COLOURS = {
@@ -98,7 +98,7 @@ def plugins(context: typer.Context, as_json: JsonFlag = False) -> None:
 
 
 def _plugin_rows() -> list[dict[str, str]]:
-    from .. import registry
+    from ...core import registry
 
     rows = []
     for group in registry.GROUPS:
@@ -133,7 +133,8 @@ def supported(
     with readable_errors(context):
         from importlib import import_module
 
-        from .. import registry, supported
+        from ...core import registry
+        from .. import supported
 
         for adapter in registry.load_all("adapters").values():
             if adapter.available()[0]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import write_text
+from ...files import write_text
 from .common import JsonFlag, check_writable, consoles, numbers, readable_errors
 
 
@@ -119,7 +119,7 @@ def bench(
 ) -> None:
     """Compare with snnTorch, Norse and SpikingJelly in one alternating run."""
     with readable_errors(context):
-        from .. import bench as suite
+        from ... import bench as suite
 
         to_stdout = out is not None and str(out) == "-"
         if out is not None and not to_stdout:

@@ -179,7 +179,7 @@ class SpikeTrain:
         return counts.to(self.dtype).view(self.shape[1:])
 
     def _summed(self, steps: range) -> Tensor:
-        from .backends.cpu.counts import count_events
+        from ..backends.cpu.counts import count_events
 
         values = None if self.values is None else self.values.detach()
         flat = (self.T, self.B, self.features)
@@ -206,7 +206,7 @@ class SpikeTrain:
         if x.dim() < 3:
             raise InputError(f"a SpikeTrain is made from (T, B, N...), got shape {tuple(x.shape)}.")
         if x.numel() > 0 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-            from .backends.cpu.events import events_from_dense  # the parallel one-pass conversion
+            from ..backends.cpu.events import events_from_dense
 
             # a step loop may have had them looked for while it was recorded
             begun = getattr(x, "_snn_begun", None)
@@ -389,7 +389,7 @@ class _Counts(torch.autograd.Function):
             return grads[0].reshape(1, B, math.prod(features)).expand(T, -1, -1), None
         indptr, indices = ctx.active
         if ctx.compiled:
-            from .backends.cpu.counts import pick_counts
+            from ..backends.cpu.counts import pick_counts
 
             return pick_counts(indptr, indices, grads[0].reshape(B, math.prod(features)), T), None
         return grads[0].flatten()[_cells(indptr, indices, ctx.shape)], None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .tally import ClassRuns
+    from ..core.tally import ClassRuns
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,14 +75,14 @@ class SparseRun:
         yield from self._sparse()
 
     def _sparse(self) -> Iterator[None]:
-        from .mode import sparse_mode
+        from ..mode import sparse_mode
 
         with sparse_mode(**self.options):
             yield
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        from . import tally
+        from ..core import tally
 
         self._add(tally.by_class())
         sent = getattr(self.config, "workeroutput", None)  # in a worker of pytest-xdist
@@ -91,7 +91,7 @@ class SparseRun:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        from . import tally
+        from ..core import tally
 
         received = getattr(node, "workeroutput", {}).get("snn_sparse", {})
         self._add({kind: tally.ClassRuns(**runs) for kind, runs in received.items()})

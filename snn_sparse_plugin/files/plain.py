@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .files import reading
+from . import reading
 
 _BYTES = {
     **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "UntypedStorage"), 1),

@@ -18,14 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from .adapters import adapter_of
-from .bench.measure import saved_bytes
-from .bench.report import human_bytes
-from .data import ImageData, latency_spikes, load_images
-from .errors import MissingDependencyError, UnsupportedError
-from .fusion.sequence import unroll
-from .ops.spiking_layer import spiking_layer
-from .spikes import SpikeTrain, coordinates
+from ..adapters import adapter_of
+from ..bench.measure import saved_bytes
+from ..bench.report import human_bytes
+from ..core.errors import MissingDependencyError, UnsupportedError
+from ..core.spikes import SpikeTrain, coordinates
+from ..data import ImageData, latency_spikes, load_images
+from ..fusion.sequence import unroll
+from ..ops.spiking_layer import spiking_layer
 
 Logits = Callable[[Any], Tensor]
 BETA, SLOPE, LEARNING_RATE = 0.95, 50.0, 2e-3
@@ -95,8 +95,8 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     Raises:
         MissingDependencyError: the library, scikit-learn or matplotlib is not installed.
     """
-    from .plot import demo_figure
-    from .plot.style import saved
+    from ..plot import demo_figure
+    from ..plot.style import saved
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -156,7 +156,7 @@ def _snntorch_net(sizes: tuple[int, ...], seed: int, sparse: bool) -> nn.Sequent
         raise MissingDependencyError("snnTorch is not installed: pip install snntorch") from error
     Leaky = snntorch.Leaky
     if sparse:
-        from .snntorch import Leaky
+        from ..snntorch import Leaky
     options: dict[str, Any] = {"beta": BETA, "spike_grad": fast_sigmoid(slope=SLOPE), "init_hidden": True}
     torch.manual_seed(seed)
     first, second, third = _linears(sizes)
@@ -170,7 +170,7 @@ def _norse_net(sizes: tuple[int, ...], seed: int, sparse: bool) -> nn.Sequential
     except ImportError as error:
         raise MissingDependencyError("Norse is not installed: pip install norse") from error
     if sparse:
-        from . import norse  # type: ignore[no-redef]
+        from .. import norse  # type: ignore[no-redef]
     # a membrane of 20 steps and a synapse of 5; Norse 1.1 ignores alpha with "super", so "tanh" it is
     p = norse.LIFParameters(
         tau_mem_inv=torch.tensor(50.0),

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, registry
-from .adapters import outside_tested
-from .backends import Backend
-from .contracts import named
-from .dynamics import NeuronParams, NeuronSpec
-from .errors import SparsePluginError, UnsupportedError
-from .ops.spiking_layer import spiking_layer
-from .surrogates import Surrogate
+from ..adapters import outside_tested
+from ..backends import Backend
+from ..core import registry
+from ..core.contracts import named
+from ..core.dynamics import NeuronParams, NeuronSpec
+from ..core.errors import SparsePluginError, UnsupportedError
+from ..core.surrogates import Surrogate
+from ..core.version import VERSION
+from ..ops.spiking_layer import spiking_layer
 
 REQUIRED = ("torch", "numpy", "numba", "rich", "typer")
 OPTIONAL = {
@@ -43,7 +44,7 @@ def diagnose() -> dict[str, Any]:
     backends = [_backend(name) for name in registry.plugins("backends")]
     return {
         "versions": {
-            "snn-sparse-plugin": __version__,
+            "snn-sparse-plugin": VERSION,
             "python": platform.python_version(),
             "platform": platform.platform(),
             **{name: installed(name) for name in REQUIRED},
