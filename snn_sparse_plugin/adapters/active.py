@@ -17,6 +17,7 @@ from ..core import tally
 from ..core.config import SparseConfig, active_config, current_config, use_config
 from ..core.scopes import Scoped
 from ..core.surrogates import Surrogate, blocked_spike, masked_spike
+from .loading import install_adapters
 
 MARK = "_snn_sparse"
 
@@ -37,8 +38,6 @@ class Mark:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a sparse model unpickled in a fresh process must find the hooks in place
-        from . import install_adapters
-
         self.__dict__.update(record=None, **state)
         install_adapters()
 

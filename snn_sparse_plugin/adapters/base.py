@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ..core import registry
 from ..core.config import SparseConfig
 from ..core.dynamics import NeuronParams, NeuronSpec
 from ..core.equations import Equations
@@ -240,7 +240,10 @@ class Adapter:
 
 
 class Runner(Protocol):
-    """Runs sequence modules fused (:mod:`snn_sparse_plugin.fusion.sequence`); None: not possible here."""
+    """What hooks ask to run fused, None where that is not possible; it stands above the adapters."""
+
+    def install(self) -> None:
+        """Before the first neuron is hooked."""
 
     def neuron(self, module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any] | None: ...
 
@@ -261,5 +264,5 @@ class Runner(Protocol):
 
 @cache
 def runner() -> Runner:
-    """The executor, which stands above the adapters: imported when a hook needs it."""
-    return import_module("snn_sparse_plugin.fusion.sequence").hooked  # type: ignore[no-any-return]
+    """What runs neurons fused, imported when a hook needs it."""
+    return registry.executor()  # type: ignore[no-any-return]

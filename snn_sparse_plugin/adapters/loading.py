@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core import registry
 from ..core.contracts import named
-from .base import Adapter
+from .base import Adapter, runner
 
 
 def loaded_adapters() -> list[Adapter]:
@@ -35,7 +35,7 @@ _refused: list[Adapter] = []
 
 def _install(adapter: Adapter) -> None:
     # before an adapter keeps upstream's functions: those have to see numbers
-    import_module("snn_sparse_plugin.fusion.boundaries").install()
+    runner().install()
     outside = outside_tested(adapter)
     try:
         adapter.install()

@@ -45,7 +45,7 @@ def result_row(
         "threads": threads,
         "versions": {
             "snn-sparse-plugin": VERSION,
-            "torch": torch.VERSION,
+            "torch": torch.__version__,
             library: installed(library),
         },
         "commit": commit(),

@@ -227,7 +227,7 @@ def _conditions(session: Session) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "snn-sparse-plugin": VERSION,
-            "torch": torch.VERSION,
+            "torch": torch.__version__,
             "snntorch": installed("snntorch"),
         },
         "commit": commit(),

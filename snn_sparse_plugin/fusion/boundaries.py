@@ -13,6 +13,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from . import functions as _functions  # noqa: F401, answers calls on recorded steps
 from .aliases import note_alias
 from .context import here, paused
 from .flush import flush, realize

@@ -6,68 +6,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .columns import Column, Entry
 from .context import here, mode_to_record
+from .flush import flush
 from .record import FunctionLane, Record, StackLane
+from .recordable import CONSTANTS, LINEAR, VIEWS, Argument, filled
 from .recorded import Recorded, Value, value_of
-
-
-def functions(names: str) -> set[Any]:
-    """Every spelling of these functions: of ``torch``, of ``Tensor``, as an operator and in ``nn.functional``."""
-    found = set()
-    for name in names.split():
-        for home, spelling in ((torch, name), (Tensor, name), (Tensor, f"__{name}__"), (F, name)):
-            found.add(getattr(home, spelling, None))
-    return found - {None}
-
-
-# functions of one argument's features or of single numbers, which mean the same at every step
-_ARITHMETIC = """
-add sub mul div truediv true_divide radd rsub rmul rdiv rtruediv rpow neg pow abs exp log sqrt rsqrt square
-sigmoid tanh sin cos clamp clip clamp_min clamp_max minimum maximum where lt le gt ge eq ne
-relu relu6 leaky_relu elu celu selu gelu silu mish softplus softsign hardtanh hardsigmoid hardswish threshold softmax
-log_softmax sum mean amax amin matmul rmatmul mv bmm linear bilinear prelu
-"""
-_LAYERS = """
-conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d avg_pool1d
-avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-adaptive_max_pool2d adaptive_max_pool3d layer_norm group_norm pad cat concat concatenate stack clone
-"""
-_VIEWS = """
-flatten unflatten reshape view permute transpose t squeeze unsqueeze movedim select narrow expand contiguous detach
-getitem view_as
-"""
-# their forward on an input with more samples is their forward on each
-BATCHED = functions(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d"""
-)
-VIEWS = functions(_VIEWS)
-RECORDABLE = functions(_ARITHMETIC) | functions(_LAYERS) | VIEWS
-LINEAR = F.linear
-_CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.memory_format, type(...))
-
-
-class Argument:
-    """Stands for the ``index``-th tensor among the arguments of a call."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def filled(form: Any, tensors: list[Any]) -> Any:
-    """Arguments with their tensors in place."""
-    if type(form) is Argument:
-        return tensors[form.index]
-    if type(form) in (tuple, list):
-        return type(form)(filled(item, tensors) for item in form)
-    return form
 
 
 class _Call:
@@ -104,7 +50,7 @@ class _Call:
             if not all(part is None or type(part) is int for part in (item.start, item.stop, item.step)):
                 raise TypeError
             return item
-        if kind not in _CONSTANTS:
+        if kind not in CONSTANTS:
             raise TypeError
         self._constant(kind, item)
         return item
@@ -166,8 +112,6 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     finally:
         record.leave()
     if record.calls > record.look and record.is_full():
-        from .flush import flush
-
         flush(record, "a large record")
     return made_now
 

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import LINEAR, RECORDABLE, functions, next_linear, record_call, record_linear, record_steps
+from .calls import next_linear, record_call, record_linear, record_steps
 from .context import mode_to_record
+from .flush import realize
 from .record import FunctionLane
-from .recorded import Recorded, Value
+from .recordable import LINEAR, RECORDABLE, functions
+from .recorded import Recorded, Value, answers
 
 
 def _template(x: Recorded) -> Tensor:
@@ -218,8 +220,6 @@ def _without_running(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 def called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answer a call of ``func`` with recorded steps among its arguments."""
-    from .flush import realize
-
     try:
         found = _without_running(func, args, kwargs)
     except AttributeError:  # one that another thread, or a finalizer, has run just now
@@ -231,3 +231,6 @@ def called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
     realize((args, kwargs), func)
     return func(*args, **kwargs)
+
+
+answers.functions = called

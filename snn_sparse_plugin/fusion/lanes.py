@@ -13,12 +13,12 @@ from ..core.config import use_config
 from ..core.errors import FusionError, NonFiniteError
 from ..core.spikes import SpikeTrain
 from . import meter
-from .calls import BATCHED, LINEAR, filled
 from .columns import Column
 from .context import in_mode
 from .executor import FusedCall, Synapses
 from .planner import Plan
 from .record import FunctionLane, InputLane, Lane, NeuronLane, StackLane, backoff
+from .recordable import BATCHED, LINEAR, filled
 from .series import Series, constant_of, piece, stacked, train_of
 from .stepping import Flow, Layer
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .calls import LINEAR, filled
 from .columns import Column, Entry
 from .record import FunctionLane, Lane, NeuronLane, same
+from .recordable import LINEAR, filled
 from .recorded import Recorded
 from .series import piece
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +18,18 @@ SET_DATA = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
 _swap = torch._C._swap_tensor_impl  # type: ignore[attr-defined]
 
 
-@cache
-def _answers() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What answers calls on recorded steps, in Python and in C++; it stands above this module."""
-    from .functions import called
-    from .native import dispatched
+class _Answers:
+    """What answers calls on the tensors of this module, put in by the modules above that know how."""
 
-    return called, dispatched
+    functions: Callable[..., Any]
+    """Python calls a function of torch on a recorded step."""
+    operators: Callable[..., Any]
+    """C++ calls an operator on either kind."""
+    on_filled: Callable[..., Any]
+    """Python calls a function of torch on a :class:`Filled` one."""
+
+
+answers = _Answers()
 
 
 class Recorded(Tensor):
@@ -65,13 +69,13 @@ class Recorded(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return _answers()[0](func, args, kwargs or {})
+        return answers.functions(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return _answers()[1](func, args, kwargs or {})
+        return answers.operators(func, args, kwargs or {})
 
 
 def value_of(x: Tensor) -> Value | None:
@@ -112,15 +116,13 @@ class Filled(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from .native import on_plain
-
-        return on_plain(func, args, kwargs or {})
+        return answers.on_filled(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return _answers()[1](func, args, kwargs or {})
+        return answers.operators(func, args, kwargs or {})
 
 
 def swapped(x: Tensor, real: Tensor) -> bool:

@@ -13,6 +13,7 @@ from ..adapters import Adapter, config_of, entered, has_hooks, loaded_adapters, 
 from ..core.config import current_config
 from ..core.errors import InputError, NonFiniteError
 from ..core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
+from .boundaries import install
 from .executor import run, run_neuron
 from .neurons import settle, step
 from .stepping import Flow, Layer
@@ -231,4 +232,6 @@ def _why_not(x: Any, at_least: int) -> str:
     return "" if x.is_floating_point() else f"an input of {x.dtype}, where float32 and float64 are fused"
 
 
-hooked = SimpleNamespace(neuron=_hooked_neuron, container=_hooked_container, step=step, settle=settle)
+hooked = SimpleNamespace(
+    install=install, neuron=_hooked_neuron, container=_hooked_container, step=step, settle=settle
+)
