@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends import CHUNK, LayerCall, OutputGrads
+from ..core.backend import CHUNK, LayerCall, OutputGrads
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
 from .backward import spiking_layer_backward

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import TtfsBackward
+from ..core.backend import TtfsBackward
 
 BLOCK = 1024
 SILENT = tl.constexpr(255)

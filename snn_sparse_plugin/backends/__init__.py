@@ -1,242 +1,48 @@
-"""What a backend is, what it is asked to do, and how one is chosen."""
+"""How a backend is chosen. What one is stands in :mod:`snn_sparse_plugin.core.backend`, and is found here as well."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from ..core import registry
+from ..core.backend import (
+    CHUNK,
+    Backend,
+    InputGrads,
+    LayerCall,
+    LayerResult,
+    OutputGrads,
+    RunsTtfs,
+    Saved,
+    TtfsBackward,
+    calls,
+    check_finite,
+    keeps_active,
+)
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
-from ..core.errors import NonFiniteError, UnsupportedError
-from ..core.spikes import Active, SpikeTrain
+from ..core.errors import UnsupportedError
 from ..core.surrogates import Surrogate
 
+__all__ = [
+    "CHUNK",
+    "Backend",
+    "InputGrads",
+    "LayerCall",
+    "LayerResult",
+    "OutputGrads",
+    "RunsTtfs",
+    "Saved",
+    "TtfsBackward",
+    "calls",
+    "check_finite",
+    "keeps_active",
+    "select",
+]
+
 log = logging.getLogger("snn_sparse_plugin")
-
-CHUNK = 32  # steps between two checkpoints of the state; backward replays one chunk at a time
-
-calls: Counter[tuple[str, str]] = Counter()
-"""How often each backend ran, ``calls["cpu", "forward"]``, and how often ``min_active`` made a layer's call exact,
-``calls["guard", "fc1→lif1"]``. Tests use it to prove that the fast path ran."""
-
-
-@dataclass
-class LayerCall:
-    """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened.
-
-    Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input; the stride of a current
-    over the steps is 0 where it is the same at all. ``rec0`` is the
-    recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
-    :data:`~snn_sparse_plugin.core.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
-    and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``; a neuron with C inputs
-    has C·N currents, input by input, where another one has N: in ``current``, ``rec0`` and the rows of all weights.
-    """
-
-    spec: NeuronSpec | Equations
-    surrogate: Surrogate
-    threshold: float | None
-    min_active: float
-    T: int
-    B: int
-    N: int
-    train: SpikeTrain | None
-    current: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    rec_weight: Tensor | None
-    rec_bias: Tensor | None
-    rec0: Tensor | None
-    v0: Tensor
-    i0: Tensor | None
-    params: Tensor
-    want_spikes: bool = True  # dense (T, B, N)
-    want_events: bool = False
-    want_mem: bool = False
-    needs_grad: bool = True
-    params_grad: bool = False  # whether decays or thresholds want a gradient
-    once: bool = False  # the current is one for all steps, and its gradient the sum over them, (1, B, N)
-    name: str = "spiking_layer"  # how error messages call the layer
-    save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
-
-    @property
-    def currents(self) -> int:
-        """C·N, the number of input currents."""
-        return len(self.spec.inputs) * self.N if isinstance(self.spec, Equations) else self.N
-
-
-def keeps_active(call: LayerCall) -> bool:
-    """Whether a list of active entries says all that a gradient of the output needs.
-
-    Not where equations make the output of more than the spike that the window looks at.
-    """
-    return not isinstance(call.spec, Equations) or call.spec.program.direct
-
-
-def check_finite(call: LayerCall, v: Tensor) -> None:
-    """Raise :class:`NonFiniteError` if the final membrane ``v`` or what it was made from is NaN or infinite.
-
-    Rows of weights that meet no spike are never added, and 0 times infinity would turn into 0 unseen.
-    """
-    seen = (v, call.params, call.weight if call.train is not None else None, call.bias, call.rec_weight)
-    if all(tensor is None or _finite(tensor) for tensor in seen):
-        return
-    named = {
-        "the input current": call.current,
-        "the input": None if call.train is None else call.train.values,
-        "the weight": call.weight,
-        "the bias": call.bias,
-        "the recurrent weight": call.rec_weight,
-        "the initial state": call.v0,
-        "a decay or threshold": call.params,
-    }
-    found = [label for label, x in named.items() if x is not None and not _finite(x)]
-    raise NonFiniteError(
-        f"{call.name}: the membrane is NaN or infinite. "
-        + (
-            f"{found[0].capitalize()} has NaN or infinite values."
-            if found
-            else "It overflowed: inputs and weights are finite but too large."
-        )
-    )
-
-
-def _finite(x: Tensor) -> bool:
-    # a sum costs a fifth; finite numbers whose sum is not are looked at one by one
-    x = x.detach()
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
-
-
-class Saved(NamedTuple):
-    """What a forward keeps for its backward.
-
-    Either the active list (``active``, ``u`` = membrane - threshold there) with the output events, or
-    checkpoints of the state every :data:`CHUNK` steps, from which the backward replays.
-    ``threshold`` is the window that was used: None when the call ran exact.
-    """
-
-    threshold: float | None
-    active: Active | None = None
-    u: Tensor | None = None
-    v_checkpoints: Tensor | None = None  # (ceil(T / CHUNK), B, N)
-    i_checkpoints: Tensor | None = None
-    needs_current: bool = True  # False: the backward never reads the input current, so it is not kept
-    mem: Tensor | None = None  # (T, B, N), where it is small beside the input events: nothing is replayed
-
-
-class LayerResult(NamedTuple):
-    spikes: Tensor | None  # (T, B, N)
-    events: tuple[Tensor, Tensor] | None  # indptr, indices
-    mem: Tensor | None  # (T, B, N)
-    v: Tensor  # (B, N)
-    i: Tensor | None
-    saved: Saved | None
-    active_fraction: float
-
-
-class OutputGrads(NamedTuple):
-    """Gradients that arrive: at the active entries (in list order), or dense; None where nothing arrives."""
-
-    active: Tensor | None
-    spikes: Tensor | None  # (T, B, N), as a ProductGrad only for a backend that takes_products
-    mem: Tensor | None
-    v: Tensor | None
-    i: Tensor | None
-
-
-class InputGrads(NamedTuple):
-    """Gradients that leave. ``input`` is one number per active entry of the input train, or dense: (T, B, N), maybe as
-    a :class:`~snn_sparse_plugin.backends.product.ProductGrad`, or with ``LayerCall.once`` the sum over the steps
-    (1, B, N)."""
-
-    input: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    rec_weight: Tensor | None = None
-    rec_bias: Tensor | None = None
-    rec0: Tensor | None = None
-    v0: Tensor | None = None
-    i0: Tensor | None = None
-    params: Tensor | None = None
-
-
-class TtfsBackward(NamedTuple):
-    """What the backward of a time-to-first-spike layer is given; ``grad``, ``x``, ``times`` and ``out`` are dense with
-    the same strides, ``tau`` and ``t_d`` 0-dimensional."""
-
-    grad: Tensor
-    x: Tensor
-    times: Tensor  # uint8
-    table: Tensor  # (2, window): thresholds, values
-    out: Tensor  # takes the gradient of x
-    tau: Tensor
-    t_d: Tensor
-    rate: float  # of the exponential kernel; 0 is the linear one
-    params: bool  # whether tau and t_d want a gradient
-
-
-class Backend:
-    """Base class of a backend. Register a subclass under ``snn_sparse_plugin.backends``.
-
-    ``priority``: higher is tried first by ``backend="auto"``; negative is never chosen automatically unless
-    nothing else supports the call.
-    """
-
-    name = "unnamed"
-    priority = 0
-    equations = False
-    """Whether it also runs neurons given by :class:`~snn_sparse_plugin.core.equations.Equations`."""
-    takes_products = False
-    """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
-
-    def available(self) -> tuple[bool, str]:
-        """Whether it can run on this machine, and its version or the reason why not."""
-        return True, ""
-
-    def supports(
-        self,
-        op: str,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        spec: NeuronSpec | Equations,
-        surrogate: Surrogate,
-        recurrent: bool = False,
-    ) -> tuple[bool, str]:
-        """Whether it can run this call, and why not."""
-        raise NotImplementedError
-
-    def spiking_layer(self, call: LayerCall) -> LayerResult:
-        """Forward of the op."""
-        raise NotImplementedError
-
-    def spiking_layer_backward(
-        self,
-        call: LayerCall,
-        saved: Saved,
-        events: tuple[Tensor, Tensor] | None,
-        grads: OutputGrads,
-        needs: tuple[bool, ...],
-    ) -> InputGrads:
-        """Backward of the op; ``needs`` says which fields of :class:`InputGrads` are wanted."""
-        raise NotImplementedError
-
-
-class RunsTtfs(Protocol):
-    """What a backend has besides to run time-to-first-spike layers, the op ``"ttfs"``. One without is passed over."""
-
-    def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
-        """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
-
-    def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
-        """The gradient of x into ``call.out``; those of tau and t_d, zero without ``call.params``."""
-
 
 _logged: set[tuple[str, str]] = set()
 

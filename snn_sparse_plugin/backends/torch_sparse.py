@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import select
+from ..core.backend import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
 from ..core.spikes import coordinates
-from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls, select
 
 
 class TorchSparseBackend(Backend):

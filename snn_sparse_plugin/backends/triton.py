@@ -13,12 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.backend import (
+    Backend,
+    InputGrads,
+    LayerCall,
+    LayerResult,
+    OutputGrads,
+    Saved,
+    TtfsBackward,
+    calls,
+)
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
 from ..core.errors import InputError, UnsupportedError
 from ..core.spikes import MAX_EVENTS, coordinates
 from ..core.surrogates import KINDS, Surrogate
-from . import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, TtfsBackward, calls
 
 if TYPE_CHECKING:
     from ..triton_kernels.spiking_layer import Forward

@@ -47,6 +47,17 @@ def executor() -> Any:
     return getattr(importlib.import_module(_EXECUTOR[0]), _EXECUTOR[1])
 
 
+_CONVERSIONS = {"cpu": "snn_sparse_plugin.backends.cpu.conversions"}
+
+
+@cache
+def conversions(device: str) -> Any:
+    """The module with compiled conversions between dense spikes and events for this type of device; None: there is
+    none, and torch does it.
+    """
+    return importlib.import_module(_CONVERSIONS[device]) if device in _CONVERSIONS else None
+
+
 @dataclass
 class Plugin:
     """One registered plugin: a class or factory, instantiated once by :meth:`load`.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import registry
 from .errors import InputError, MissingDependencyError, NonFiniteError
 
 MAX_EVENTS = 2**31 - 1
@@ -150,8 +151,9 @@ class SpikeTrain:
         return step
 
     def _dense_step(self, t: int) -> Tensor:
-        if self.B * self.features and self._compiled():
-            return self._summed(range(t, t + 1))
+        kernels = self._kernels()
+        if kernels is not None:
+            return self._summed(kernels, range(t, t + 1))
         picked = _entries(self.indptr, torch.arange(self.B, device=self.device) * self.T + t)
         out = torch.zeros(self.B, self.features, dtype=self.dtype, device=self.device)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
@@ -171,22 +173,22 @@ class SpikeTrain:
         return _Counts.apply(self.carrier, self)
 
     def _counts(self) -> Tensor:
-        if self.B * self.features and self._compiled():
-            return self._summed(range(self.T))
+        kernels = self._kernels()
+        if kernels is not None:
+            return self._summed(kernels, range(self.T))
         values = None if self.values is None else self.values.detach()
         cells = _cells(self.indptr, self.indices, self.shape)
         counts = torch.bincount(cells, values, minlength=self.B * self.features)
         return counts.to(self.dtype).view(self.shape[1:])
 
-    def _summed(self, steps: range) -> Tensor:
-        from ..backends.cpu.counts import count_events
-
+    def _summed(self, kernels: Any, steps: range) -> Tensor:
         values = None if self.values is None else self.values.detach()
         flat = (self.T, self.B, self.features)
-        return count_events(self.indptr, self.indices, values, flat, self.dtype, steps).view(self.shape[1:])
+        summed: Tensor = kernels.count_events(self.indptr, self.indices, values, flat, self.dtype, steps)
+        return summed.view(self.shape[1:])
 
-    def _compiled(self) -> bool:
-        return self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
+    def _kernels(self) -> Any:
+        return _kernels(self.device, self.dtype) if self.B * self.features else None
 
     @classmethod
     def from_dense(cls, x: Tensor, *, binary: bool = False) -> SpikeTrain:
@@ -205,12 +207,11 @@ class SpikeTrain:
             )
         if x.dim() < 3:
             raise InputError(f"a SpikeTrain is made from (T, B, N...), got shape {tuple(x.shape)}.")
-        if x.numel() > 0 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-            from ..backends.cpu.events import events_from_dense
-
+        kernels = _kernels(x.device, x.dtype) if x.numel() else None
+        if kernels is not None:
             # a step loop may have had them looked for while it was recorded
             begun = getattr(x, "_snn_begun", None)
-            indptr, indices, values = events_from_dense(x.detach(), begun)
+            indptr, indices, values = kernels.events_from_dense(x.detach(), begun)
         else:
             indptr, indices, values = _events_from_dense(x.detach())
         if values is not None:
@@ -379,7 +380,7 @@ class _ToDense(torch.autograd.Function):
 class _Counts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, train: SpikeTrain) -> Tensor:
-        ctx.active, ctx.shape, ctx.compiled = train.active, train.shape, train._compiled()
+        ctx.active, ctx.shape, ctx.kernels = train.active, train.shape, train._kernels()
         return train._counts()
 
     @staticmethod
@@ -388,11 +389,14 @@ class _Counts(torch.autograd.Function):
         if ctx.active is None:
             return grads[0].reshape(1, B, math.prod(features)).expand(T, -1, -1), None
         indptr, indices = ctx.active
-        if ctx.compiled:
-            from ..backends.cpu.counts import pick_counts
-
-            return pick_counts(indptr, indices, grads[0].reshape(B, math.prod(features)), T), None
+        if ctx.kernels is not None:
+            return ctx.kernels.pick_counts(indptr, indices, grads[0].reshape(B, math.prod(features)), T), None
         return grads[0].flatten()[_cells(indptr, indices, ctx.shape)], None
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """The compiled conversions of a device, of which there are some for float32 and float64; else None."""
+    return registry.conversions(device.type) if dtype in (torch.float32, torch.float64) else None
 
 
 def _cells(indptr: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, TtfsBackward, calls
+from ...core.backend import (
+    Backend,
+    InputGrads,
+    LayerCall,
+    LayerResult,
+    OutputGrads,
+    Saved,
+    TtfsBackward,
+    calls,
+)
 from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
 from ...core.surrogates import CUSTOM, Surrogate

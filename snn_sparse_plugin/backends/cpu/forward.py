@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backends import CHUNK
+from ...core.backend import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
 from .rows import Code, add_rows, advance, copy_row, load2, load3, store3

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backends import CHUNK, LayerCall
+from ...core.backend import CHUNK, LayerCall
 from ...core.equations import Equations
 from ...core.programs import OPS, Program
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16

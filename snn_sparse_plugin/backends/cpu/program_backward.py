@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backends import CHUNK, LayerCall
+from ...core.backend import CHUNK, LayerCall
 from .jit import kernel
 from .outgoing import deliver
 from .program import (

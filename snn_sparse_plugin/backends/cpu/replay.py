@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backends import CHUNK
+from ...core.backend import CHUNK
 from .backward import decay_back, input_grad
 from .jit import kernel
 from .outgoing import deliver

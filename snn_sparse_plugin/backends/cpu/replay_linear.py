@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backends import CHUNK
+from ...core.backend import CHUNK
 from .bits import LANES
 from .jit import kernel
 from .lanes import fma, load, splat, store, zeros

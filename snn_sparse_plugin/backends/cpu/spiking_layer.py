@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends import (
+from ...core.backend import (
     CHUNK,
     InputGrads,
     LayerCall,

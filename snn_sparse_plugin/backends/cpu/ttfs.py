@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends import TtfsBackward
+from ...core.backend import TtfsBackward
 from .jit import kernel
 from .memory import array
 from .pages import advise_huge_pages

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends import calls
+from ...core.backend import calls
 from ...core.config import current_config
 from ...core.errors import InputError
 from ...ops.ttfs import SILENT, ttfs

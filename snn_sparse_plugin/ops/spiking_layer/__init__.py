@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import LayerCall, LayerResult, calls, select
+from ...backends import select
 from ...core import tally
+from ...core.backend import LayerCall, LayerResult, calls
 from ...core.config import current_config
 from ...core.dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
 from ...core.equations import Equations

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import LayerCall, Saved
+from ...core.backend import LayerCall, Saved
 from ...core.spikes import SpikeTrain, coordinates
 from ...core.surrogates import Surrogate
 from .reference import run

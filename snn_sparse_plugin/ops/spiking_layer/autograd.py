@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Backend, LayerCall, LayerResult, OutputGrads, Saved
 from ...backends.product import ProductGrad
 from ...core import tally
+from ...core.backend import Backend, LayerCall, LayerResult, OutputGrads, Saved
 from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once
 from . import again

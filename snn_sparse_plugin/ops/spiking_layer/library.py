@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import CHUNK, Backend, LayerCall, OutputGrads, Saved, select
+from ...backends import select
+from ...core.backend import CHUNK, Backend, LayerCall, OutputGrads, Saved
 from ...core.config import SparseConfig, current_config
 from ...core.dynamics import NeuronSpec
 from ...core.spikes import SpikeTrain

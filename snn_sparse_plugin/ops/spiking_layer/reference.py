@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import (
+from ...core.backend import (
     CHUNK,
     Backend,
     InputGrads,

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...backends import RunsTtfs, TtfsBackward, select
+from ...backends import select
+from ...core.backend import RunsTtfs, TtfsBackward
 from ...core.config import current_config
 
 
