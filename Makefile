@@ -34,9 +34,10 @@ test-slow: $(VENV)/.test  ## run the exhaustive sweeps that `test` leaves out (A
 test-upstream: $(VENV)/.upstream  ## run Norse's own test suite, without and with sparse mode (ARGS=auto for another mode)
 	$(BIN)/python tests/upstream/run_norse_suite.py $(ARGS)
 
-lint: $(VENV)/.lint typecheck  ## check style and types
+lint: $(VENV)/.lint typecheck  ## check style, types and which module imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(VENV)/.lint  ## mend style
 	$(BIN)/ruff check --fix .
@@ -69,7 +70,7 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) 'ruff>=0.12' 'mypy>=1.14'
+	$(PIP) 'ruff>=0.12' 'mypy>=1.14' 'import-linter>=2.6'
 	@touch $@
 
 $(VENV)/.upstream: $(VENV)/.test

@@ -1,0 +1,291 @@
+"""What the user gives the op, checked and in the form that backends take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
+from ...core.equations import Equations
+from ...core.errors import InputError
+from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
+from ...core.surrogates import Surrogate
+from .products import is_still
+
+
+@dataclass
+class Synapses:
+    """The matrices of a layer: ``weight`` (C·N, M), ``bias`` (C·N,), ``recurrent`` (C·N, N), its bias (C·N,)."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    recurrent: Tensor | None
+    recurrent_bias: Tensor | None
+
+
+@dataclass
+class Given:
+    """One call as the user made it. One of ``train`` and ``dense`` is the input, of T steps or of the one that is the
+    same at all T; ``params`` (P, N); the states (B, N), with equations ``v0`` (K, B, N); ``rec0`` (B, C·N) is the
+    recurrent current of the first step.
+    """
+
+    name: str
+    spec: NeuronSpec | Equations
+    surrogate: Surrogate
+    synapses: Synapses
+    train: SpikeTrain | None
+    dense: Tensor | None
+    T: int
+    B: int
+    features: tuple[int, ...]
+    params: Tensor
+    v0: Tensor
+    i0: Tensor | None
+    spikes0: Tensor | None
+    rec0: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def N(self) -> int:
+        return math.prod(self.features)
+
+    @property
+    def recurrent(self) -> bool:
+        return self.synapses.recurrent is not None
+
+
+def given(
+    x: Any,
+    synapses: Synapses,
+    spec: NeuronSpec | Equations,
+    params: NeuronParams | Mapping[str, Tensor | float],
+    surrogate: Surrogate,
+    state: Any,
+    steps: int | None,
+    name: str,
+) -> Given:
+    """Check everything about a call of the op but what depends on the backend.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit.
+    """
+    if synapses.recurrent is not None and not spec.spiking:
+        raise InputError(f"{name}: a readout emits no spikes, so it takes no recurrent_weight.")
+    train, dense = _input(x, synapses.weight, name)
+    first = train if train is not None else dense
+    assert first is not None
+    dtype, device, (T, B) = first.dtype, first.device, first.shape[:2]
+    features = _features(first, synapses.weight, spec, name)
+    if steps is not None:
+        if T != 1 or steps < 1:
+            raise InputError(
+                f"{name}: steps={steps} says how often an input of one step (1, B, ...) comes, "
+                f"got {tuple(first.shape)}."
+            )
+        T, dense, train = steps, first.to_dense() if isinstance(first, SpikeTrain) else first, None
+    elif dense is not None and is_still(dense):
+        dense = dense[:1]
+    _check_synapses(name, dtype, device, spec, math.prod(features), synapses)
+    packed = _pack_params(params, spec, features, dtype, device, name)
+    recurrent = synapses.recurrent is not None
+    if recurrent and isinstance(spec, Equations) and not spec.program.recurrent:
+        raise InputError(
+            f"{name}: these equations never read a recurrent current, so they take no recurrent_weight."
+        )
+    v0, i0, s0 = _pack_state(state, spec, recurrent, (B, *features), dtype, device, name)
+    rec0 = None
+    if synapses.recurrent is not None:
+        assert s0 is not None
+        rec0 = F.linear(s0.to(dtype), synapses.recurrent, synapses.recurrent_bias)
+    form = (T, B, features, packed, v0, i0, s0, rec0, dtype, device)
+    return Given(name, spec, surrogate, synapses, train, dense, *form)
+
+
+def inputs_of(spec: NeuronSpec | Equations) -> int:
+    """C: how many input currents a neuron has."""
+    return len(spec.inputs) if isinstance(spec, Equations) else 1
+
+
+def check_finite(call: Given) -> None:
+    """Raise :class:`InputError` if the dense input or a weight is NaN or infinite."""
+    synapses = call.synapses
+    labelled = {
+        "input": call.dense,
+        "weight": synapses.weight,
+        "bias": synapses.bias,
+        "recurrent_weight": synapses.recurrent,
+    }
+    for label, tensor in labelled.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{call.name}: {label} has NaN or infinite values.")
+
+
+def _input(x: Any, weight: Tensor | None, name: str) -> tuple[SpikeTrain | None, Tensor | None]:
+    if is_sparse_input(x):
+        train = as_spike_train(x)
+        shape, dense = train.shape, None
+    elif isinstance(x, Tensor):
+        check_float(x, f"{name}: input")
+        train, shape, dense = None, x.shape, x
+    else:
+        raise InputError(f"{name}: input must be a tensor or a SpikeTrain, got {type(x).__name__}.")
+    if len(shape) < 3:
+        raise InputError(f"{name}: input must have shape (T, B, N...), got {tuple(shape)}.")
+    if weight is not None:
+        if weight.dim() != 2:
+            raise InputError(f"{name}: weight must be (N, M), got {tuple(weight.shape)}.")
+        if len(shape) != 3 or shape[2] != weight.shape[1]:
+            raise InputError(
+                f"{name}: input has shape {tuple(shape)}, weight expects (T, B, {weight.shape[1]}). "
+                f"Check the number of features of the encoder or of the layer below."
+            )
+    return train, dense
+
+
+def _features(
+    first: Tensor | SpikeTrain, weight: Tensor | None, spec: NeuronSpec | Equations, name: str
+) -> tuple[int, ...]:
+    """The shape of the neurons, N..."""
+    found = (weight.shape[0],) if weight is not None else tuple(first.shape[2:])
+    count = inputs_of(spec)
+    if count == 1:
+        return found
+    if weight is None and len(found) > 1 and found[0] == count:
+        return found[1:]
+    if len(found) == 1 and found[0] % count == 0:
+        return (found[0] // count,)
+    what = "current" if weight is None else "weight"
+    raise InputError(
+        f"{name}: a neuron with {count} inputs takes a {what} of {count}·N features, the neurons of the first input "
+        f"first, got {found}."
+    )
+
+
+def _check_synapses(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    spec: NeuronSpec | Equations,
+    neurons: int,
+    synapses: Synapses,
+) -> None:
+    currents = inputs_of(spec) * neurons
+    for label, tensor, shape in (
+        ("weight", synapses.weight, None),
+        ("bias", synapses.bias, (currents,)),
+        ("recurrent_weight", synapses.recurrent, (currents, neurons)),
+        ("recurrent_bias", synapses.recurrent_bias, (currents,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise InputError(f"{name}: {label} is {tensor.dtype}, the input {dtype}; convert one of them.")
+        if tensor.device != device:
+            raise InputError(f"{name}: {label} is on {tensor.device}, the input on {device}.")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise InputError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected {shape}.")
+
+
+def _by_name(params: Any, spec: Equations, name: str) -> list[Tensor | float]:
+    """The parameters of equations in the program's order."""
+    known = spec.program.params
+    if not isinstance(params, Mapping) or set(params) != set(known):
+        given = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise InputError(f"{name}: these equations take params {sorted(known)}, got {given}.")
+    return [params[label] for label in known]
+
+
+def _pack_params(
+    params: Any,
+    spec: NeuronSpec | Equations,
+    features: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+) -> Tensor:
+    """(P, N): one row a parameter. 0-dim tensors may stay on the CPU, as Norse's do."""
+    names: Sequence[str] = PARAM_NAMES
+    values = list(params) if isinstance(params, NeuronParams) else []
+    if isinstance(spec, Equations):
+        names, values = spec.program.params, _by_name(params, spec, name)
+    rows = []
+    N = math.prod(features)
+    eager = device.type == "cpu" and not torch.compiler.is_compiling()
+    if values and eager and all(map(_is_number, values)):
+        numbers = torch.tensor([float(value) for value in values], dtype=dtype)
+        return numbers.unsqueeze(1).expand(-1, N).contiguous()
+    for label, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor):
+            rows.append(torch.full((N,), float(value), dtype=dtype, device=device))
+            continue
+        if value.dim() and value.device != device:
+            raise InputError(f"{name}: parameter {label!r} is on {value.device}, the input on {device}.")
+        try:
+            row = value.to(device=device, dtype=dtype).expand(features)
+        except RuntimeError as error:
+            raise InputError(
+                f"{name}: parameter {label!r} of shape {tuple(value.shape)} does not broadcast to the neurons "
+                f"{features}."
+            ) from error
+        rows.append(row.reshape(N))
+    return torch.stack(rows) if rows else torch.empty(0, N, dtype=dtype, device=device)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a parameter is one number for all neurons, without a gradient."""
+    return not isinstance(value, Tensor) or (
+        not value.dim() and not value.requires_grad and value.device.type == "cpu"
+    )
+
+
+def _pack_state(
+    state: Any,
+    spec: NeuronSpec | Equations,
+    recurrent: bool,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(v0, i0, last spikes), each (B, N); with equations v0 is all states, (K, B, N)."""
+    flat = (shape[0], math.prod(shape[1:]))
+
+    def one(label: str, value: Tensor | None) -> Tensor:
+        if value is None:
+            return torch.zeros(flat, dtype=dtype, device=device)
+        if value.device != device and value.dim():
+            raise InputError(f"{name}: state {label!r} is on {value.device}, the input on {device}.")
+        if torch.promote_types(value.dtype, dtype) != dtype:
+            raise InputError(
+                f"{name}: state {label!r} is {value.dtype}, the input {dtype}; convert one of them."
+            )
+        try:
+            return value.to(device=device, dtype=dtype).expand(shape).reshape(flat).contiguous()
+        except RuntimeError as error:
+            raise InputError(
+                f"{name}: state {label!r} has shape {tuple(value.shape)}, expected {shape}."
+            ) from error
+
+    if isinstance(spec, Equations):
+        given = dict(state or {})
+        unknown = set(given) - {*spec.states, "spikes"}
+        if unknown:
+            raise InputError(
+                f"{name}: no state {sorted(unknown)} in these equations, only {list(spec.states)}."
+            )
+        states = torch.stack([one(label, given.get(label)) for label in spec.states])
+        return states, None, one("spikes", given.get("spikes")) if recurrent else None
+    state = state or NeuronState()
+    return (
+        one("v", state.v),
+        one("i", state.i) if spec.synapse else None,
+        one("spikes", state.spikes) if recurrent else None,
+    )
