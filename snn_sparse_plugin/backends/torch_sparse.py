@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..core.backend import Backend, InputGrads, LayerCall, LayerResult, OutputGrads, Saved, calls
-from ..core.spikes import coordinates
+from ..core.backend import Backend, InputGrads, LayerCall, LayerResult, Needs, OutputGrads, Saved, calls
+from ..core.spikes import at_active
 
 
 class TorchSparseBackend(Backend):
@@ -72,23 +72,22 @@ class TorchSparseBackend(Backend):
         saved: Saved,
         events: tuple[Tensor, Tensor] | None,
         grads: OutputGrads,
-        needs: tuple[bool, ...],
+        needs: Needs,
     ) -> InputGrads:
         calls[self.name, "backward"] += 1
         train, weight, backend = call.train, call.weight, self._neurons(call)
         if train is None or weight is None:
             return backend.spiking_layer_backward(call, saved, events, grads, needs)
-        inner = (True, False, False, *needs[3:])
+        inner = needs._replace(input=True, weight=False, bias=False)
         found = backend.spiking_layer_backward(self._dense(call), saved, events, grads, inner)
         nu = found.input
         assert nu is not None
         rows = nu.transpose(0, 1).reshape(call.B * call.T, call.N)
-        g_weight = train.to_torch_sparse().t().matmul(rows).t() if needs[1] else None
-        g_bias = rows.sum(0) if needs[2] and call.bias is not None else None
+        g_weight = train.to_torch_sparse().t().matmul(rows).t() if needs.weight else None
+        g_bias = rows.sum(0) if needs.bias and call.bias is not None else None
         g_input = None
-        if needs[0]:
+        if needs.input:
             g_input = nu @ weight
             if train.active is not None:
-                row, column = coordinates(*train.active)
-                g_input = g_input[row % call.T, row // call.T, column]
+                g_input = at_active(g_input, train.active)
         return found._replace(input=g_input, weight=g_weight, bias=g_bias)

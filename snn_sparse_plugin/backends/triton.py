@@ -18,6 +18,7 @@ from ..core.backend import (
     InputGrads,
     LayerCall,
     LayerResult,
+    Needs,
     OutputGrads,
     Saved,
     TtfsBackward,
@@ -26,7 +27,7 @@ from ..core.backend import (
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
 from ..core.errors import InputError, UnsupportedError
-from ..core.spikes import MAX_EVENTS, coordinates
+from ..core.spikes import MAX_EVENTS, at_active, coordinates
 from ..core.surrogates import KINDS, Surrogate
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class TritonBackend(Backend):
         saved: Saved,
         events: tuple[Tensor, Tensor] | None,
         grads: OutputGrads,
-        needs: tuple[bool, ...],
+        needs: Needs,
     ) -> InputGrads:
         calls[self.name, "backward"] += 1
         from ..triton_kernels import spiking_layer as kernels
@@ -122,37 +123,36 @@ class TritonBackend(Backend):
                 words = self._forward(
                     call, words=True, spikes=False, mem=False, checkpoints=False, window=None
                 ).words
-        need = dict(zip(InputGrads._fields, needs, strict=True))
         current, in_words = _inputs(call)
         checkpoints = (saved.v_checkpoints, saved.i_checkpoints)
         window = saved.threshold if call.spec.spiking else None
         out = kernels.backward(
-            call, current, in_words, words, checkpoints, window, grads, params=need["params"]
+            call, current, in_words, words, checkpoints, window, grads, params=needs.params
         )
         nu = out.nu
 
         found: dict[str, Tensor | None] = {}
-        if need["input"]:
+        if needs.input:
             found["input"] = nu if call.train is None else _input_grad(call, nu)
-        if need["weight"] and call.weight is not None:
+        if needs.weight and call.weight is not None:
             assert call.train is not None
             dense = None if in_words is not None else call.train._dense_data()
             found["weight"] = _outer(nu, in_words, dense, call.weight.shape[1])
-        if need["bias"] and call.bias is not None:
+        if needs.bias and call.bias is not None:
             found["bias"] = nu.sum((0, 1))
         if call.rec_weight is not None:
-            if need["rec_weight"]:
+            if needs.rec_weight:
                 assert words is not None
                 found["rec_weight"] = _outer(nu[1:], words[:-1], None, N)
-            if need["rec_bias"] and call.rec_bias is not None:
+            if needs.rec_bias and call.rec_bias is not None:
                 found["rec_bias"] = nu[1:].sum((0, 1))
-            if need["rec0"]:
+            if needs.rec0:
                 found["rec0"] = nu[0] if T else nu.new_zeros(nu.shape[1:])
-        if need["v0"]:
+        if needs.v0:
             found["v0"] = out.v0
-        if need["i0"]:
+        if needs.i0:
             found["i0"] = out.i0
-        if need["params"] and out.params is not None:
+        if needs.params and out.params is not None:
             found["params"] = out.params.sum(1)
         return InputGrads(**found)
 
@@ -214,10 +214,7 @@ def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
     assert call.train is not None
     grad = nu @ call.weight.detach()
     active = call.train.active
-    if active is None:
-        return grad
-    rows, columns = coordinates(*active)
-    return grad[rows % call.T, rows // call.T, columns]
+    return grad if active is None else at_active(grad, active)
 
 
 def pack_events(indptr: Tensor, indices: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -162,6 +162,20 @@ class InputGrads(NamedTuple):
     params: Tensor | None = None
 
 
+class Needs(NamedTuple):
+    """Which fields of :class:`InputGrads` are wanted."""
+
+    input: bool
+    weight: bool
+    bias: bool
+    rec_weight: bool
+    rec_bias: bool
+    rec0: bool
+    v0: bool
+    i0: bool
+    params: bool
+
+
 class TtfsBackward(NamedTuple):
     """What the backward of a time-to-first-spike layer is given; ``grad``, ``x``, ``times`` and ``out`` are dense with
     the same strides, ``tau`` and ``t_d`` 0-dimensional."""
@@ -218,9 +232,9 @@ class Backend:
         saved: Saved,
         events: tuple[Tensor, Tensor] | None,
         grads: OutputGrads,
-        needs: tuple[bool, ...],
+        needs: Needs,
     ) -> InputGrads:
-        """Backward of the op; ``needs`` says which fields of :class:`InputGrads` are wanted."""
+        """Backward of the op."""
         raise NotImplementedError
 
 

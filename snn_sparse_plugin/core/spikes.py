@@ -373,8 +373,7 @@ class _ToDense(torch.autograd.Function):
         grad = grads[0].reshape(T, B, math.prod(features))
         if ctx.active is None:
             return grad, None
-        rows, columns = coordinates(*ctx.active)
-        return grad[rows % max(T, 1), rows // max(T, 1), columns], None
+        return at_active(grad, ctx.active), None
 
 
 class _Counts(torch.autograd.Function):
@@ -439,6 +438,13 @@ class _Step(torch.autograd.Function):
             picked = _entries(ctx.active.indptr, rows)
             out[picked.positions] = grad[picked.row, ctx.active.indices.long()[picked.positions]]
         return out, None, None
+
+
+def at_active(x: Tensor, active: Active) -> Tensor:
+    """The numbers of ``x`` (T, B, N) at these entries, in the order of the list."""
+    T = max(len(x), 1)
+    rows, columns = coordinates(*active)
+    return x[rows % T, rows // T, columns]
 
 
 def coordinates(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from ...core.backend import (
     InputGrads,
     LayerCall,
     LayerResult,
+    Needs,
     OutputGrads,
     Saved,
     TtfsBackward,
@@ -67,7 +68,7 @@ class CPUBackend(Backend):
         saved: Saved,
         events: tuple[Tensor, Tensor] | None,
         grads: OutputGrads,
-        needs: tuple[bool, ...],
+        needs: Needs,
     ) -> InputGrads:
         from .spiking_layer import run_backward
 

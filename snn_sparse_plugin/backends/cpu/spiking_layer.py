@@ -18,6 +18,7 @@ from ...core.backend import (
     InputGrads,
     LayerCall,
     LayerResult,
+    Needs,
     OutputGrads,
     Saved,
     calls,
@@ -141,16 +142,15 @@ def run_backward(
     saved: Saved,
     events: tuple[Tensor, Tensor] | None,
     grads: OutputGrads,
-    needs: tuple[bool, ...],
+    needs: Needs,
 ) -> InputGrads:
     T, B, N, currents = call.T, call.B, call.N, call.currents
     dtype = call.v0.dtype
     np_dtype = np.dtype("float32" if dtype == torch.float32 else "float64")
-    need = dict(zip(InputGrads._fields, needs, strict=True))
     train = call.train
     M = 0 if call.weight is None else call.weight.shape[1]
     sparse_input = train is not None and train.active is not None
-    want_params = need["params"] and call.params_grad
+    want_params = needs.params and call.params_grad
     use_list = saved.u is not None and not want_params and not _needs_replay(call.spec)
     if not (use_list or want_params) and _only_decays(call, grads, events):
         # the loss sees the membrane alone, as in many readouts: an empty list says so, and nothing is replayed
@@ -160,7 +160,7 @@ def run_backward(
         )
         use_list = True
     linear = not (use_list or want_params) and _replays_linear(call)
-    dense_nu = need["input"] and not sparse_input
+    dense_nu = needs.input and not sparse_input
     impulses = use_list and not dense_nu and grads.mem is None
     impulses = impulses and _are_impulses(call) and _adds_less(call, saved)
     # without input gradients a list, or the membrane, never looks at the weights
@@ -176,10 +176,10 @@ def run_backward(
     g_active = None
     none = np.empty(0, dtype=np.int32)
     in_ptr, in_idx = none, none
-    if need["input"] and sparse_input:
+    if needs.input and sparse_input:
         in_ptr, in_idx = (array(x) for x in train.active)  # type: ignore[union-attr]
         g_active = torch.empty(in_idx.size, dtype=dtype)
-    g_rec0 = _copied(None, (B, currents), np_dtype) if need["rec0"] and call.rec0 is not None else None
+    g_rec0 = _copied(None, (B, currents), np_dtype) if needs.rec0 and call.rec0 is not None else None
     out_ptr, out_idx = (none, none) if events is None else (array(x) for x in events)
     act_ptr, act_idx = (none, none) if saved.active is None else (array(x) for x in saved.active)
     g_spikes, product = grads.spikes, (np.empty((0, 0, 0), np_dtype), np.empty((0, 0), np_dtype))
@@ -195,7 +195,7 @@ def run_backward(
     params = array(call.params)
     current, indptr, indices, values, weight, bias, *recurrence = inputs
     if impulses:
-        weight = _rows(call.weight if need["input"] else None, np_dtype)
+        weight = _rows(call.weight if needs.input else None, np_dtype)
     incoming = (indptr, indices, values, weight, in_ptr, in_idx, out_ptr, out_idx)
     surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
     window = -1.0 if saved.threshold is None else saved.threshold
@@ -214,10 +214,10 @@ def run_backward(
             return out
 
         recurrent = call.rec_weight is not None
-        g_weight = rows(need["weight"] and train is not None, M)
-        g_bias = rows(need["bias"] and call.bias is not None, 1)
-        g_rec_weight = rows(need["rec_weight"] and recurrent, N)
-        g_rec_bias = rows(need["rec_bias"] and call.rec_bias is not None, 1)
+        g_weight = rows(needs.weight and train is not None, M)
+        g_bias = rows(needs.bias and call.bias is not None, 1)
+        g_rec_weight = rows(needs.rec_weight and recurrent, N)
+        g_rec_bias = rows(needs.rec_bias and call.rec_bias is not None, 1)
         g_params = np.zeros((len(call.params), N) if want_params else (0, 0))
         outgoing = (g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
         if impulses:
@@ -270,8 +270,8 @@ def run_backward(
         weights[1],
         biases[1],
         g_rec0,
-        cv if need["v0"] else None,
-        ci if need["i0"] and call.i0 is not None else None,
+        cv if needs.v0 else None,
+        ci if needs.i0 and call.i0 is not None else None,
         torch.from_numpy(totals[4].astype(np_dtype)) if totals[4].size else None,
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...backends.product import ProductGrad
 from ...core import tally
-from ...core.backend import Backend, LayerCall, LayerResult, OutputGrads, Saved
+from ...core.backend import Backend, LayerCall, LayerResult, Needs, OutputGrads, Saved
 from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once
 from . import again
@@ -97,8 +97,8 @@ class _SpikingLayer(torch.autograd.Function):
                 g_spikes = carrier_grad if g_spikes is None else g_spikes + carrier_grad
         if isinstance(g_spikes, ProductGrad) and not ctx.backend.takes_products:
             g_spikes = g_spikes.dense()
-        needs = ctx.needs_input_grad[3:]  # carrier, current, weight, bias, ...
-        needs = (needs[0] or needs[1], *needs[2:])
+        of_events, of_current, *others = ctx.needs_input_grad[3:]
+        needs = Needs(of_events or of_current, *others)
         events = None if ev_ptr is None else (ev_ptr, ev_idx)
         found = ctx.backend.spiking_layer_backward(
             call, saved, events, OutputGrads(g_active, g_spikes, g_mem, g_v, g_i), needs

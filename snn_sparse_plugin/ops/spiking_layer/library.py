@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...backends import select
-from ...core.backend import CHUNK, Backend, LayerCall, OutputGrads, Saved
+from ...core.backend import CHUNK, Backend, LayerCall, Needs, OutputGrads, Saved
 from ...core.config import SparseConfig, current_config
 from ...core.dynamics import NeuronSpec
 from ...core.spikes import SpikeTrain
@@ -202,7 +202,7 @@ def _backward(
         None if g_i is None else g_i.contiguous(),
     )
     found = list(
-        chosen.spiking_layer_backward(call, saved, events, grads, tuple(p is not None for p in inputs))
+        chosen.spiking_layer_backward(call, saved, events, grads, Needs(*(p is not None for p in inputs)))
     )
     if weight is not None and call.train is None:  # the product was dense: finish it here
         nu = found[0]

@@ -16,6 +16,7 @@ from ...core.backend import (
     InputGrads,
     LayerCall,
     LayerResult,
+    Needs,
     OutputGrads,
     Saved,
     TtfsBackward,
@@ -26,7 +27,7 @@ from ...core.backend import (
 from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
 from ...core.programs import step as equations_step
-from ...core.spikes import Active, SpikeTrain, coordinates
+from ...core.spikes import Active, SpikeTrain, at_active
 from ..ttfs import reference as ttfs_reference
 from ..ttfs.kernels import family
 
@@ -189,7 +190,7 @@ class ReferenceBackend(Backend):
         saved: Saved,
         events: tuple[Tensor, Tensor] | None,
         grads: OutputGrads,
-        needs: tuple[bool, ...],
+        needs: Needs,
     ) -> InputGrads:
         calls[self.name, "backward"] += 1
         arguments = (call, saved, events, grads, needs)
@@ -205,7 +206,7 @@ class ReferenceBackend(Backend):
         saved: Saved,
         events: tuple[Tensor, Tensor] | None,
         grads: OutputGrads,
-        needs: tuple[bool, ...],
+        needs: Needs,
     ) -> InputGrads:
         surrogate, threshold = call.surrogate, saved.threshold
 
@@ -242,11 +243,9 @@ class ReferenceBackend(Backend):
             g = by_leaf[id(leaf)]
             return torch.zeros_like(leaf) if g is None else g
 
-        grad_input = result(dense, needs[0])
+        grad_input = result(dense, needs.input)
         if grad_input is not None and call.train is not None and call.train.active is not None:
-            rows, columns = coordinates(*call.train.active)
-            T = call.T
-            grad_input = grad_input[rows % T, rows // T, columns]
+            grad_input = at_active(grad_input, call.train.active)
         return InputGrads(
             grad_input, *(result(inputs[name], need) for name, need in zip(_FIELDS, needs[1:], strict=True))
         )
