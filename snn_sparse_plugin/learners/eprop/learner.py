@@ -48,6 +48,7 @@ class EProp(Stepwise):
         UnsupportedError: while running: something e-prop cannot do exactly; the message says what and what can.
 
     Example:
+        >>> import torch
         >>> from snn_sparse_plugin.learners import eprop
         >>> net = eprop.LSNNNetwork(3, 5, 2)
         >>> with eprop.EProp(net) as learner:
