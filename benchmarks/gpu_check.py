@@ -38,11 +38,11 @@ from snn_sparse_plugin.bench import BenchOptions, run_network, run_s3gd, run_swe
 from snn_sparse_plugin.bench.measure import Spread, run_step
 from snn_sparse_plugin.bench.problem import Config
 from snn_sparse_plugin.bench.providers import setup
-from snn_sparse_plugin.bench.report import commit
 from snn_sparse_plugin.core.dynamics import NeuronParams
 from snn_sparse_plugin.core.errors import SparsePluginError
 from snn_sparse_plugin.core.surrogates import Surrogate
-from snn_sparse_plugin.interfaces.doctor import diagnose, installed
+from snn_sparse_plugin.core.version import commit, installed
+from snn_sparse_plugin.interfaces.doctor import diagnose
 from snn_sparse_plugin.ops.spiking_layer import spiking_layer
 
 ROOT = Path(__file__).resolve().parent.parent

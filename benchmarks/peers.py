@@ -32,9 +32,9 @@ from snn_sparse_plugin import SparsePluginError, SpikeTrain
 from snn_sparse_plugin.bench.measure import Spread, peak_bytes, saved_bytes
 from snn_sparse_plugin.bench.problem import Config, Problem, scaled_weights
 from snn_sparse_plugin.bench.providers import Model, get, logits
-from snn_sparse_plugin.bench.report import commit, human_bytes
+from snn_sparse_plugin.bench.report import human_bytes
+from snn_sparse_plugin.core.version import commit, installed
 from snn_sparse_plugin.data import SETS, load_spikes, loader
-from snn_sparse_plugin.interfaces.doctor import installed
 
 PROVIDERS = ("sparse-events", "sparse", "sparse-exact", "snntorch", "norse", "spikingjelly")
 BASELINE = "snntorch"

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .problem import Config
-from .providers import Steps
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is timed: ``backward(forward())``. ``kept``: tensors that live anyway, inputs and parameters."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]
+    parameters: list[Tensor]
+    kept: list[Tensor]
 
 
 class Spread(NamedTuple):
@@ -39,6 +48,15 @@ class Timing(NamedTuple):
     forward: Spread
     backward: Spread
     step: Spread
+
+
+class Measured(NamedTuple):
+    """What one provider did on one config; ``skipped`` is the reason it did not run."""
+
+    timing: Timing | None = None
+    saved: int | None = None
+    peak: int | None = None
+    skipped: str | None = None
 
 
 def run_step(steps: Steps, clock: Callable[[], float] = perf_counter) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from ..core.errors import ConfigError, MissingDependencyError, UnsupportedError
 from ..core.spikes import SpikeTrain, coordinates
 from ..core.surrogates import Surrogate
 from ..ops.spiking_layer import spiking_layer
+from .measure import Steps
 from .problem import Config, Problem, make_problem
 
 
@@ -28,16 +29,6 @@ class Model(NamedTuple):
     spikes: Callable[[Any], Tensor]
     parameters: list[Tensor]
     x: Any
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What is timed: ``backward(forward())``. ``kept``: tensors that live anyway, inputs and parameters."""
-
-    forward: Callable[[], Any]
-    backward: Callable[[Any], Any]
-    parameters: list[Tensor]
-    kept: list[Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,83 +1,12 @@
-"""Rows for machines and tables for people."""
+"""The rows of a run as tables for people."""
 
 from __future__ import annotations
 
 import math
-import subprocess
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-
-from ..core.version import VERSION
-from ..interfaces.doctor import installed
-from .problem import Config
-from .providers import get
-
-if TYPE_CHECKING:
-    from .runs import Measured
-
-
-def result_row(
-    config: Config, rates: tuple[float, ...], provider: str, measured: Measured, threads: int
-) -> dict[str, Any]:
-    """One provider on one config, with all that is needed to read the figure on its own."""
-    library = get(provider).library
-    row: dict[str, Any] = {
-        "op": config.op,
-        "provider": provider,
-        "about": get(provider).about,
-        "skipped": measured.skipped,
-        "shape": {
-            "T": config.steps,
-            "B": config.batch,
-            "inputs": config.inputs,
-            "layers": list(config.layers),
-        },
-        "density": config.density,
-        "layer_rates": [round(r, 5) for r in rates],
-        "window": config.window,
-        "dtype": "float32",
-        "device": config.device,
-        "threads": threads,
-        "versions": {
-            "snn-sparse-plugin": VERSION,
-            "torch": torch.__version__,
-            library: installed(library),
-        },
-        "commit": commit(),
-    }
-    if measured.timing is not None:
-        for phase, spread in measured.timing._asdict().items():
-            row[f"{phase}_ms"] = {name: round(value, 4) for name, value in spread._asdict().items()}
-    row["saved_bytes"] = measured.saved
-    row["saved_bytes_per_neuron_step"] = (
-        None if measured.saved is None else round(measured.saved / config.neuron_steps, 4)
-    )
-    row["peak_bytes"] = measured.peak
-    return row
-
-
-@cache
-def commit() -> str | None:
-    """The commit of the checkout this package runs from, ``+`` if it has changes; None if installed."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--match=", "--dirty=+"]
-    try:
-        # a wheel may lie in a virtual environment inside somebody else's checkout: that commit is not ours
-        ours = subprocess.run(
-            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__],
-            capture_output=True,
-            check=False,
-        )
-        if ours.returncode != 0:
-            return None
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def show_rows(rows: list[dict[str, Any]], console: Console, *, baseline: str, phase: str = "step") -> None:

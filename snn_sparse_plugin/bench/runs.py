@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..core.errors import ConfigError, MissingDependencyError
-from .measure import Timing, device_peak_bytes, peak_bytes, saved_bytes, time_alternating
+from ..core.version import VERSION, commit, installed
+from .measure import Measured, Steps, device_peak_bytes, peak_bytes, saved_bytes, time_alternating
 from .problem import Config, make_problem
-from .providers import PROVIDERS, Steps, get, setup
-from .report import result_row, show_crossover, show_rows
+from .providers import PROVIDERS, get, setup
+from .report import show_crossover, show_rows
 
 DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 SIZES = (100, 200, 500, 1000, 2000, 4000)
@@ -45,15 +46,6 @@ class BenchOptions:
             return list(self.providers)
         asked = {"compile": self.compiled, "reference": self.reference}
         return [n for n, p in PROVIDERS.items() if op in p.ops and (not p.opt_in or asked.get(n, False))]
-
-
-class Measured(NamedTuple):
-    """What one provider did on one config; ``skipped`` is the reason it did not run."""
-
-    timing: Timing | None = None
-    saved: int | None = None
-    peak: int | None = None
-    skipped: str | None = None
 
 
 def run_network(
@@ -157,7 +149,47 @@ def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[s
             elif options.peak and not compiled:
                 peak = peak_bytes(config, name, options.threads)
             found[name] = Measured(timings[name], saved, peak)
-    return [result_row(config, rates, name, found[name], options.threads) for name in names]
+    return [_row(config, rates, name, found[name], options.threads) for name in names]
+
+
+def _row(
+    config: Config, rates: tuple[float, ...], provider: str, measured: Measured, threads: int
+) -> dict[str, Any]:
+    """One provider on one config, with all that is needed to read the figure on its own."""
+    library = get(provider).library
+    row: dict[str, Any] = {
+        "op": config.op,
+        "provider": provider,
+        "about": get(provider).about,
+        "skipped": measured.skipped,
+        "shape": {
+            "T": config.steps,
+            "B": config.batch,
+            "inputs": config.inputs,
+            "layers": list(config.layers),
+        },
+        "density": config.density,
+        "layer_rates": [round(r, 5) for r in rates],
+        "window": config.window,
+        "dtype": "float32",
+        "device": config.device,
+        "threads": threads,
+        "versions": {
+            "snn-sparse-plugin": VERSION,
+            "torch": torch.__version__,
+            library: installed(library),
+        },
+        "commit": commit(),
+    }
+    if measured.timing is not None:
+        for phase, spread in measured.timing._asdict().items():
+            row[f"{phase}_ms"] = {name: round(value, 4) for name, value in spread._asdict().items()}
+    row["saved_bytes"] = measured.saved
+    row["saved_bytes_per_neuron_step"] = (
+        None if measured.saved is None else round(measured.saved / config.neuron_steps, 4)
+    )
+    row["peak_bytes"] = measured.peak
+    return row
 
 
 def _saved(steps: Steps) -> int:

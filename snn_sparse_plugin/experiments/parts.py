@@ -12,8 +12,9 @@ import numpy as np
 
 from ..files import write_atomic
 from . import gradients, speed
+from .session import Session
 from .settings import Settings
-from .study import Session, Study
+from .study import Study
 from .training import Training, Trial, epochs_done
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bench.measure import Spread, Timing, saved_bytes, time_alternating
-from ..bench.providers import Steps
+from ..bench.measure import Spread, Steps, Timing, saved_bytes, time_alternating
 from ..core.spikes import SpikeTrain, coordinates
 from ..data import SpikeDataset, loader
 from .losses import loss

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from ..adapters import adapter_of
 from ..bench.measure import saved_bytes
 from ..bench.report import human_bytes
+from ..core.demo_result import Activity, DemoOptions, DemoResult, Training
 from ..core.errors import MissingDependencyError, UnsupportedError
 from ..core.spikes import SpikeTrain, coordinates
 from ..data import ImageData, latency_spikes, load_images
@@ -29,64 +28,6 @@ from ..ops.spiking_layer import spiking_layer
 
 Logits = Callable[[Any], Tensor]
 BETA, SLOPE, LEARNING_RATE = 0.95, 50.0, 2e-3
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What ``snn-sparse demo`` can be told."""
-
-    data: str = "digits"
-    root: Path | None = None
-    library: str = "snntorch"
-    epochs: int = 8
-    samples: int = 6000
-    steps: int = 100
-    batch: int = 64
-    hidden: int = 200
-    seed: int = 0
-    threads: int = 0
-    out: Path = Path("demo.png")
-
-
-@dataclass
-class Activity:
-    """Per layer, in the course of training: spikes, and neurons near threshold, per neuron-step."""
-
-    spikes: list[list[float]] = field(default_factory=list)
-    active: list[list[float]] = field(default_factory=list)
-
-
-@dataclass
-class Training:
-    """One trained network: test accuracy after each epoch, step time in ms, bytes kept for backward."""
-
-    accuracy: list[float] = field(default_factory=list)
-    step_ms: float = 0.0
-    saved_bytes: int = 0
-
-
-@dataclass
-class DemoResult:
-    """What the demo found. ``raster``: times, neurons and their number, of input and spiking layers."""
-
-    options: DemoOptions
-    sparse: Training
-    dense: Training
-    activity: Activity
-    raster: list[tuple[list[int], list[int], int]]
-    label: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        options = asdict(self.options) | {"root": self.options.root and str(self.options.root)}
-        return {
-            "options": options | {"out": str(self.options.out)},
-            "sparse": asdict(self.sparse),
-            "dense": asdict(self.dense),
-            "activity": asdict(self.activity),
-            "step_ratio": self.dense.step_ms / self.sparse.step_ms,
-            "saved_ratio": self.dense.saved_bytes / max(1, self.sparse.saved_bytes),
-        }
 
 
 def run_demo(options: DemoOptions, console: Console) -> DemoResult:

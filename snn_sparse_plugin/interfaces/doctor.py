@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..core.contracts import named
 from ..core.dynamics import NeuronParams, NeuronSpec
 from ..core.errors import SparsePluginError, UnsupportedError
 from ..core.surrogates import Surrogate
-from ..core.version import VERSION
+from ..core.version import VERSION, installed
 from ..ops.spiking_layer import spiking_layer
 
 REQUIRED = ("torch", "numpy", "numba", "rich", "typer")
@@ -55,14 +54,6 @@ def diagnose() -> dict[str, Any]:
         "backends": backends,
         "ok": all(b["state"] in ("ok", "unavailable", "idle") for b in backends),
     }
-
-
-def installed(distribution: str) -> str | None:
-    """The version of a distribution, or None. Nothing is imported."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _optional(name: str, use: str) -> dict[str, Any]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ..core.demo_result import DemoResult
 from .style import DENSE, INK, LAYERS, SPARSE, Axes, Figure, clean, new_figure, whole_numbers
-
-if TYPE_CHECKING:
-    from ..interfaces.demo import DemoResult
 
 
 def demo_figure(result: DemoResult) -> Figure:

@@ -7,9 +7,10 @@ times. Coding and training methods after Park & Yoon, arXiv 2106.02568.
 from ...ops.ttfs import SILENT, Kernel, register_kernel
 from .convert import to_ttfs
 from .mapping import to_snn
-from .network import TTFSNetwork, TTFSRun
+from .network import TTFSNetwork
 from .neuron import TTFS, TTFSEncoder, TTFSMaxPool2d, TTFSReadout
 from .report import EnergyReference, TTFSReport
+from .simulator import TTFSRun
 from .training import (
     RelaxationSchedule,
     TTFSBatchNorm1d,

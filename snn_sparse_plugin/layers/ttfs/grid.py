@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...core.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from .network import TTFSNetwork
-    from .stages import Stage
+from .stages import Stage
 
 _LEAST = 4  # bits after the point that a value keeps beyond the smallest
 
@@ -33,17 +29,15 @@ def _round(x: Tensor, bits: int) -> Tensor:
     )
 
 
-def on_grid(net: TTFSNetwork) -> TTFSNetwork:
+def on_grid(encoder: Tensor, stages: list[Stage]) -> tuple[Tensor, list[Stage]]:
     """See :meth:`TTFSNetwork.on_grid`."""
-    from .network import TTFSNetwork
-
-    encoder = _round(net.encoder, _bits(net.encoder))
-    arriving, stages = encoder, []
-    for stage in net.stages:
+    encoder = _round(encoder, _bits(encoder))
+    arriving, gridded = encoder, []
+    for stage in stages:
         table = None if stage.table is None else _round(stage.table, _bits(stage.table))
-        stages.append(replace(_gridded(stage, arriving), table=table))
+        gridded.append(replace(_gridded(stage, arriving), table=table))
         arriving = arriving if table is None else table
-    return TTFSNetwork(encoder, stages, net.input_shape, exact=True)
+    return encoder, gridded
 
 
 def _gridded(stage: Stage, arriving: Tensor) -> Stage:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    from .network import TTFSNetwork
+from .simulator import Simulator
 
 HARDWARE = {"TrueNorth": (0.4, 0.6), "SpiNNaker": (0.64, 0.36)}
 """Shares of dynamic and static energy (Park & Yoon, arXiv 2106.02568)."""
@@ -128,7 +126,7 @@ class TTFSReport:
 
 
 def report(
-    net: TTFSNetwork,
+    net: Simulator,
     x: Tensor,
     *,
     labels: Tensor | None = None,

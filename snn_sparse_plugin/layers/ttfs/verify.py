@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,8 @@ from ...core.errors import InputError
 from ...ops.ttfs import SILENT
 from ...ops.ttfs import reference as coding
 from .neuron import TTFS, TTFSEncoder
+from .simulator import Simulator
 from .stages import Stage
-
-if TYPE_CHECKING:
-    from .network import TTFSNetwork
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class VerifyReport:
         )
 
 
-def _trained(net: TTFSNetwork, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+def _trained(net: Simulator, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Pre-activations and spike times by layer, and the output, of the network as it was trained."""
     if net.source is None:
         return _analogue(net, x)
@@ -77,7 +74,7 @@ def _trained(net: TTFSNetwork, x: Tensor) -> tuple[dict[str, Tensor], dict[str, 
     return found, times, out
 
 
-def _analogue(net: TTFSNetwork, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+def _analogue(net: Simulator, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """The same of the stages' weights, all inputs of a layer summed at once."""
     membranes: dict[str, Tensor] = {}
     times: dict[str, Tensor] = {}
@@ -97,7 +94,7 @@ def _analogue(net: TTFSNetwork, x: Tensor) -> tuple[dict[str, Tensor], dict[str,
 
 @torch.no_grad()
 def verify(
-    net: TTFSNetwork,
+    net: Simulator,
     x: Tensor,
     simulator: str | None,
     batch_size: int,

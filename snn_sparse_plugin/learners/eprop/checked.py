@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...files import reading
 from .scan import Filter
-
-if TYPE_CHECKING:
-    from .learner import EProp
 
 _LAYER = {"steps", "rate", "states", "shared", "weights", "synapses"}
 _ENTRIES = {"steps_seen", "batch", "filter", "indirect", "feedback", "layers", "compiled", "buffers"}
@@ -24,11 +21,11 @@ def fitting() -> AbstractContextManager[None]:
     return reading("the state given to EProp.load_state_dict", what, "Begin with a new learner.")
 
 
-def check_state(learner: EProp, state: Any) -> None:
+def check_state(model: nn.Module, names: dict[nn.Parameter, str], state: Any) -> None:
     """Raise :class:`InputError` where a state lacks parts, or has some of other shapes than this model's."""
     with fitting():
         _entries("the state", state, _ENTRIES)
-        shapes = {name: tuple(parameter.shape) for parameter, name in learner.names.items()}
+        shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
         batch = state["batch"]
         _counts("steps_seen", state["steps_seen"])
         if batch is not None:
@@ -42,7 +39,7 @@ def check_state(learner: EProp, state: Any) -> None:
                 _tensor(f"feedback of {name}", matrix, shapes[name])
         for name, layer in state["layers"].items():
             _layer(name, layer, shapes, batch)
-        modules = dict(learner.model.named_modules())
+        modules = dict(model.named_modules())
         for name, value in state["buffers"].items():
             owner, _, buffer = name.rpartition(".")
             if buffer not in modules[owner]._buffers:

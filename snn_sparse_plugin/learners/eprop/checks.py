@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ...core.errors import ConfigError, InputError, UnsupportedError
-
-if TYPE_CHECKING:
-    from .layer import WatchedLayer
-    from .record import Record
+from .layer import WatchedLayer
+from .record import Record
 
 
 def open_steps(layers: Sequence[WatchedLayer]) -> int:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...adapters import has_hooks
 from ...core.errors import InputError
 from ...core.spikes import SpikeTrain
-from .compiled_layers import CompiledLayer, CompiledReadout, Events, Traces
+from .blocks import Targets, Totals, Window
+from .compiled_layers import Common, CompiledLayer, CompiledReadout, Events, Traces
+from .feedback import Feedback
+from .layer import WatchedLayer
 from .lsnn import LSNN
 from .network import LeakyReadout, LSNNNetwork
-from .sequence import Targets, Totals, Window
+from .options import FiringRate
+from .scan import Filter
 from .synapses import only_autapses
 
-if TYPE_CHECKING:
-    from .learner import EProp
 
-
-def why_not(learner: EProp) -> str:
+def why_not(model: Any, engine: str, trace_dtype: torch.dtype | None) -> str:
     """Why a model does not run through the kernels, or ``""``."""
-    model: Any = learner.model
     if type(model) is not LSNNNetwork:
         return "it is not an LSNNNetwork"
     layers: Any = model.layers
@@ -36,7 +37,7 @@ def why_not(learner: EProp) -> str:
         return "it is not on the CPU"
     if len({w.dtype for w in weights}) > 1 or weights[0].dtype not in (torch.float32, torch.float64):
         return "it is neither float32 nor float64"
-    if learner.engine == "step" or learner.trace_dtype is not None:
+    if engine == "step" or trace_dtype is not None:
         return "engine='step' or a trace_dtype"
     if any(not only_autapses(m) for x in layers for _, m in x.masks()):
         return "a sparse connectivity mask, whose traces are kept per existing synapse"
@@ -44,26 +45,43 @@ def why_not(learner: EProp) -> str:
 
 
 class Network:
-    """The states and traces of a network, and its steps chunk by chunk."""
+    """The states and traces of a network, and its steps chunk by chunk.
 
-    def __init__(self, learner: EProp, spare: Network | None = None) -> None:
-        self.learner = learner
-        self.spare: list[list[Traces]] = (
-            [] if spare is None else [x.sources for x in spare.layers]
-        )  # memory for traces
-        model: Any = learner.model
-        self.model = model
-        self.dtype = next(self.model.parameters()).dtype
+    Args:
+        hidden: the layers as the learner watches them; they gather the gradient.
+        memory: of the readout, where it was inferred or given.
+        feedback: carries errors from the readout to the spikes.
+        names: of the model's parameters.
+        carry: whether a chunk hands traces on to the next.
+        spare: of the sequence before, whose memory is used again.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        hidden: Sequence[WatchedLayer],
+        readout: WatchedLayer,
+        *,
+        memory: Filter | None,
+        feedback: Feedback,
+        names: dict[nn.Parameter, str],
+        rate_reg: FiringRate | None,
+        carry: bool,
+        spare: Network | None = None,
+    ) -> None:
+        self.model, self.hidden, self.readout = model, hidden, readout
+        self.feedback, self.names = feedback, names
+        self.spare: list[list[Traces]] = [] if spare is None else [x.sources for x in spare.layers]
+        self.dtype = next(model.parameters()).dtype
         self.numpy_dtype = np.dtype("float32" if self.dtype == torch.float32 else "float64")
-        self.kappa: float = self.model.readout.kappa
-        memory = learner.filter
-        self.decay = self.kappa if memory is None else float(memory.A[0, 0]) if len(memory.b) else 0.0
+        kappa: float = self.model.readout.kappa
+        decay = kappa if memory is None else float(memory.A[0, 0]) if len(memory.b) else 0.0
+        self.common = Common(self.dtype, self.numpy_dtype, kappa, decay, rate_reg, carry)
         self.layers: list[CompiledLayer] = []
         self.out: CompiledReadout | None = None
 
-    def block(self, block: Any, target: Targets, state: Any, totals: Totals, on_update: Any) -> Any:
-        """One chunk: forward, losses, gradient; returns the state of the model after it."""
-        learner = self.learner
+    def take(self, block: Any, state: Any) -> tuple[Events, int]:
+        """The events of one chunk and its number of steps; ``state`` is the model's where a sequence begins."""
         events, K, B = self._events(block)
         if not self.layers:
             self._begin(B, state)
@@ -72,7 +90,10 @@ class Network:
                 f"EProp.run: a block of {B} samples, the sequence began with {len(self.layers[0].v)}. "
                 "Use fresh=True for other samples."
             )
-        learner.check_versions()
+        return events, K
+
+    def learn(self, events: Events, K: int, target: Targets, totals: Totals) -> None:
+        """One chunk: forward, losses, gradient."""
         assert self.out is not None
         spikes = []
         for layer in self.layers:
@@ -80,21 +101,18 @@ class Network:
             events = layer.events()
         z = spikes[0] if len(spikes) == 1 else torch.cat(spikes, -1)
         errors = self.out.errors(z, target, totals)
-        carry = learner.engine != "offline"
-        weight = self.model.readout.linear.weight.detach()
-        matrix = learner.carriers.of(weight, learner.name_of(self.model.readout.linear.weight))
-        weight = weight if matrix is None else matrix
-        back = (errors.flatten(0, 1) @ weight).view(K, B, -1) if errors is not None else torch.zeros_like(z)
+        own = self.model.readout.linear.weight
+        matrix = self.feedback.of(own.detach(), self.names.get(own, ""))
+        weight = own.detach() if matrix is None else matrix
+        back = (
+            (errors.flatten(0, 1) @ weight).view(K, z.shape[1], -1)
+            if errors is not None
+            else torch.zeros_like(z)
+        )
         self.out.learn(z, errors)
         sizes = [x.module.hidden_size for x in self.layers]
         for layer, signal in zip(self.layers, back.split(sizes, -1), strict=True):
-            layer.gradient(signal, carry)
-        learner.steps_seen += K
-        if learner.update != "sequence" and carry:
-            learner.deliver()
-            if on_update is not None:
-                on_update()
-        return self.state()
+            layer.gradient(signal)
 
     def _events(self, block: Tensor | Window) -> tuple[Events, int, int]:
         if isinstance(block, Window):
@@ -113,12 +131,12 @@ class Network:
     def _begin(self, B: int, state: Any) -> None:
         states = [None] * (len(self.model.layers) + 1) if state is None else list(state)
         for k, (watched, module, before) in enumerate(
-            zip(self.learner.hidden, self.model.layers, states, strict=False)
+            zip(self.hidden, self.model.layers, states, strict=False)
         ):
             spare = self.spare[k] if self.spare else []
-            self.layers.append(CompiledLayer(self, watched, module, B, before, spare))
+            self.layers.append(CompiledLayer(self.common, watched, module, B, before, spare))
         self.spare = []
-        self.out = CompiledReadout(self, B, states[-1])
+        self.out = CompiledReadout(self.common, self.readout, self.model.readout.linear, B, states[-1])
 
     def state(self) -> tuple[Any, ...]:
         assert self.out is not None

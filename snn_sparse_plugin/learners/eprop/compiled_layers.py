@@ -2,54 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...backends.cpu.bits import LANES
 from ...backends.cpu.eprop import gradient_chunk, leaky
 from ...backends.cpu.eprop_forward import forward_chunk
 from ...backends.cpu.threads import parallel, split
 from ...core.errors import InputError
+from .blocks import Targets, Totals
+from .layer import WatchedLayer
 from .lsnn import LSNN, LSNNState
-from .sequence import Targets, Totals
-
-if TYPE_CHECKING:
-    from .compiled import Network
+from .options import FiringRate
 
 Events = tuple[
     np.ndarray, np.ndarray, np.ndarray, int, int
 ]  # ptr, columns, values, rows per sample, first row
 
 
+class Common(NamedTuple):
+    """What is common to all layers of a network."""
+
+    dtype: torch.dtype
+    numpy_dtype: np.dtype
+    kappa: float
+    decay: float  # of the memory behind the spikes, as the learner has it
+    rate_reg: FiringRate | None
+    carry: bool  # whether a chunk hands traces on to the next
+
+
 class CompiledLayer:
     def __init__(
         self,
-        network: Network,
-        watched: Any,
+        common: Common,
+        watched: WatchedLayer,
         module: LSNN,
         B: int,
         state: LSNNState | None,
         spare: list[Traces],
     ) -> None:
-        self.network, self.watched, self.module, self.B = network, watched, module, B
+        self.common, self.watched, self.module, self.B = common, watched, module, B
         N, M = module.hidden_size, module.input_size
         self.P = -(-N // LANES) * LANES
         self.low = (N - module.adaptive) // LANES * LANES if module.adaptive else self.P
-        self.betas = self._padded(module.betas.to(network.dtype))
-        zeros = torch.zeros(B, self.P, dtype=network.dtype)
+        self.betas = self._padded(module.betas.to(common.dtype))
+        zeros = torch.zeros(B, self.P, dtype=common.dtype)
         self.v, self.a, self.left, self.z = (zeros.clone() for _ in range(4))
         if state is not None:
             for own, given in zip((self.z, self.v, self.a, self.left), state, strict=True):
                 own[:, :N] = given.detach()
-        regular = network.learner.rate_reg
+        regular = common.rate_reg
         self.rate = zeros[:0] if regular is None else torch.full_like(zeros, regular.target)
         rows = [M, N if module.recurrent else 0]
         old: list[Any] = spare or [None, None]
         self.sources: list[Traces] = [
-            Traces(B, m, self.P, self.low, network, e) for m, e in zip(rows, old, strict=True)
+            Traces(B, m, self.P, self.low, common, e) for m, e in zip(rows, old, strict=True)
         ]
         self.K = 0
         self.versions: tuple[int, ...] = ()
@@ -64,14 +74,14 @@ class CompiledLayer:
         both = (self.module.input_weights, self.module.recurrent_weights)
         now = tuple(0 if w is None else w._version for w in both)
         if now != self.versions or not self.weights:
-            empty = torch.empty(0, self.P, dtype=self.network.dtype)
+            empty = torch.empty(0, self.P, dtype=self.common.dtype)
             self.weights = [(empty if w is None else self._padded(w.detach().T)).numpy() for w in both]
             self.versions = now
         return self.weights
 
     def _allocate(self, K: int) -> None:
         """Space for a chunk of K steps, used again by the next."""
-        B, N, P, dtype = self.B, self.module.hidden_size, self.P, self.network.dtype
+        B, N, P, dtype = self.B, self.module.hidden_size, self.P, self.common.dtype
         self.K = K
         self.psi, self.filtered = torch.empty(B, K, P, dtype=dtype), torch.zeros(B, K, P, dtype=dtype)
         self.direct = torch.zeros(B if len(self.rate) else 0, K, P, dtype=dtype)
@@ -81,8 +91,7 @@ class CompiledLayer:
 
     def forward(self, events: Events, K: int) -> Tensor:
         """Run the steps -> spikes (K, B, N)."""
-        m, B, network = self.module, self.B, self.network
-        dtype, regular = network.numpy_dtype, network.learner.rate_reg
+        m, B, dtype, regular = self.module, self.B, self.common.numpy_dtype, self.common.rate_reg
         scalars = [m.alpha, m.rho, m.v_th, m.gamma_pd, 0.0, 0.0, 0.0]
         if regular is not None:
             scalars[4:] = [regular.decay, regular.c, regular.target]
@@ -123,14 +132,14 @@ class CompiledLayer:
 
     def events(self) -> Events:
         """The layer's own spikes, as input of the next."""
-        none = np.empty(0, self.network.numpy_dtype)
+        none = np.empty(0, self.common.numpy_dtype)
         return self.own_ptr, self.own.reshape(-1), none, self.K + 2, 1
 
-    def gradient(self, signal: Tensor, carry: bool) -> None:
+    def gradient(self, signal: Tensor) -> None:
         """Add the gradient of the chunk; ``signal`` (K, B, N) came through the readout."""
-        K, B, N, network = self.K, self.B, self.module.hidden_size, self.network
+        K, B, N, common = self.K, self.B, self.module.hidden_size, self.common
         self.filtered[..., :N] = signal.transpose(0, 1)
-        scalars = np.array([self.module.alpha, self.module.rho, network.decay], network.numpy_dtype)
+        scalars = np.array([self.module.alpha, self.module.rho, common.decay], common.numpy_dtype)
         ptr, indices, values, stride, offset = self.input
         shapes = [(x.rows, self.P) for x in self.sources]
         own = self.own.reshape(-1)
@@ -138,9 +147,9 @@ class CompiledLayer:
         shared = [x.numpy() for x in (self.betas, self.psi, self.filtered, self.direct)]
 
         def task(first: int, last: int) -> list[Tensor]:
-            outs = [torch.zeros(shape, dtype=network.dtype) for shape in shapes]
+            outs = [torch.zeros(shape, dtype=common.dtype) for shape in shapes]
             gradient_chunk(
-                *(first, last, K, scalars, self.low, carry, *shared),
+                *(first, last, K, scalars, self.low, common.carry, *shared),
                 *(ptr, indices, values, stride, offset, *arrays[0], outs[0].numpy()),
                 *(self.own_ptr, own, *arrays[1], outs[1].numpy()),
             )
@@ -168,13 +177,13 @@ class Traces:
     """Of one weight matrix: per input, of the adaptation and of the output per synapse, in rows of P neurons."""
 
     def __init__(
-        self, B: int, rows: int, P: int, low: int, network: Network, spare: Traces | None = None
+        self, B: int, rows: int, P: int, low: int, common: Common, spare: Traces | None = None
     ) -> None:
-        dtype, self.rows = network.dtype, rows
-        carried = B if network.learner.engine != "offline" else 0
+        dtype, self.rows = common.dtype, rows
+        carried = B if common.carry else 0
         self.zeta = torch.zeros(B, rows, dtype=dtype)
         self.alive = torch.zeros(B, rows, dtype=torch.bool)  # whether the input has spiked
-        shapes = (carried, rows, P - low), (carried if network.decay else 0, rows, P)
+        shapes = (carried, rows, P - low), (carried if common.decay else 0, rows, P)
         if spare is not None and (spare.eps.shape, spare.ebar.shape) == shapes and spare.eps.dtype == dtype:
             # a row is cleared when its input first spikes; new memory for every sequence would take longer
             self.eps: Tensor = spare.eps
@@ -188,19 +197,21 @@ class Traces:
 
 
 class CompiledReadout:
-    def __init__(self, network: Network, B: int, state: Tensor | None) -> None:
-        self.network, self.linear = network, network.model.readout.linear
-        self.y = torch.zeros(B, self.linear.out_features, dtype=network.dtype)
+    def __init__(
+        self, common: Common, watched: WatchedLayer, linear: nn.Linear, B: int, state: Tensor | None
+    ) -> None:
+        self.kappa, self.watched, self.linear = common.kappa, watched, linear
+        self.y = torch.zeros(B, self.linear.out_features, dtype=common.dtype)
         if state is not None:
             self.y.copy_(state.detach())
-        self.zeta = torch.zeros(B, self.linear.in_features, dtype=network.dtype)
-        self.bias_zeta = torch.zeros(B, 1, dtype=network.dtype)
+        self.zeta = torch.zeros(B, self.linear.in_features, dtype=common.dtype)
+        self.bias_zeta = torch.zeros(B, 1, dtype=common.dtype)
 
     def errors(self, z: Tensor, target: Targets, totals: Totals) -> Tensor | None:
         """dE/dy of every step, (K, B, C); None where the loss of no step depends on it."""
         with torch.no_grad():
             y = self.linear(z)
-        _leaky(y, self.y, self.network.kappa)
+        _leaky(y, self.y, self.kappa)
         self.y = y[-1].clone()
         with torch.enable_grad():
             y.requires_grad_()
@@ -211,8 +222,7 @@ class CompiledReadout:
         return y.grad
 
     def learn(self, z: Tensor, errors: Tensor | None) -> None:
-        kappa, K = self.network.kappa, len(z)
-        watched = self.network.learner.readout
+        kappa, K = self.kappa, len(z)
         ones = z.new_ones(K, z.shape[1], 1)
         parameters = [(self.linear.weight, z, "zeta"), (self.linear.bias, ones, "bias_zeta")]
         if errors is not None:
@@ -225,7 +235,7 @@ class CompiledReadout:
             trace = getattr(self, name)
             if errors is not None and weight.requires_grad:
                 grad = nu.flatten(0, 1).T @ x.flatten(0, 1) + (kappa * nu[0]).T @ trace
-                watched.add(weight, grad, None)
+                self.watched.add(weight, grad, None)
             setattr(self, name, kappa**K * trace + torch.tensordot(weights, x, 1))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -4,30 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import UnsupportedError
 from .local import Part, joined
+from .options import FiringRate
 from .record import Record
 from .returned import Returned
 from .rule import RULES, ChunkRule, TextbookRule
-from .scan import Steps
+from .scan import Filter, Jacobian, Steps
 from .structure import Layer
 from .synapses import Synapses
 from .taps import Call, leaf, received, tracked
 from .watch import Neuron
 
-if TYPE_CHECKING:
-    from .learner import EProp
+
+class Learner(Protocol):
+    """What a layer asks of its learner."""
+
+    names: dict[nn.Parameter, str]
+    engine: str
+    chunk: int
+    trace_dtype: torch.dtype | None
+    rate_reg: FiringRate | None
+
+    def name_of(self, parameter: Tensor | None) -> str: ...
+
+    def call_of(self, module: nn.Linear, x: Tensor) -> Call: ...
+
+    def knows(self, layer: WatchedLayer) -> bool: ...
+
+    def ran(self, layer: WatchedLayer, records: list[Record], fresh: bool) -> None: ...
+
+    def receive(self, layer: WatchedLayer, record: Record, grad: Tensor) -> Tensor | None: ...
+
+    def filter_of(self, layer: WatchedLayer, like: Tensor) -> Filter: ...
+
+    def check_readout(self, local: Jacobian, states: int) -> None: ...
 
 
 class WatchedLayer:
-    """A hidden layer or the readout, with everything :class:`EProp` keeps for it."""
+    """A hidden layer or the readout, with everything a learner keeps for it."""
 
-    def __init__(self, layer: Layer, learner: EProp, readout: bool = False) -> None:
+    def __init__(self, layer: Layer, learner: Learner, readout: bool = False) -> None:
         self.name, self.module, self.layer, self.learner = layer.name, layer.module, layer, learner
         self.is_readout = readout
         self.neuron: Neuron | None = None
@@ -69,12 +91,7 @@ class WatchedLayer:
         if isinstance(self.module, nn.Linear):
             return self._linear_readout(self.module)
         learner = self.learner
-        returned = Returned(
-            self.layer,
-            self.is_readout,
-            self.guard,
-            lambda record, grad: learner.signals.receive(self, record, grad),
-        )
+        returned = Returned(self.layer, self.is_readout, self.guard, partial(learner.receive, self))
         known = partial(learner.knows, self)
         neuron = Neuron(self.layer, learner.names, returned, known, min(learner.chunk, 64))
         self.neuron = neuron

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ...core.errors import ConfigError, InputError, UnsupportedError
 from .checked import check_state, fitting
+from .stepwise import Stepwise
 from .structure import Layer
 
-if TYPE_CHECKING:
-    from .learner import EProp
 
-
-def saved(learner: EProp) -> dict[str, Any]:
+def saved(learner: Stepwise) -> dict[str, Any]:
     """See :meth:`EProp.state_dict`."""
     if any(x.open for x in learner.layers):
         raise ConfigError("state_dict() in the middle of a step: call it after learner.step().")
@@ -37,7 +35,7 @@ def saved(learner: EProp) -> dict[str, Any]:
     }
 
 
-def restore(learner: EProp, state: dict[str, Any]) -> None:
+def restore(learner: Stepwise, state: dict[str, Any]) -> None:
     """See :meth:`EProp.load_state_dict`."""
     names = {x.name for x in learner.layers}
     layers = state.get("layers") if isinstance(state, dict) else None
@@ -45,7 +43,7 @@ def restore(learner: EProp, state: dict[str, Any]) -> None:
         raise ConfigError(
             f"this state belongs to layers {sorted(map(str, layers))}, the model has {sorted(names)}."
         )
-    check_state(learner, state)
+    check_state(learner.model, learner.names, state)
     learner.reset()
     learner.steps_seen, learner._batch = state["steps_seen"], state["batch"]
     learner.filter, learner.signals.indirect = state["filter"], state["indirect"]
@@ -65,7 +63,7 @@ def restore(learner: EProp, state: dict[str, Any]) -> None:
         setattr(modules[owner], buffer, value.clone())
 
 
-def _hidden_buffers(learner: EProp) -> Iterator[tuple[Layer, str, Tensor]]:
+def _hidden_buffers(learner: Stepwise) -> Iterator[tuple[Layer, str, Tensor]]:
     # snnTorch keeps hidden states in buffers that its own state_dict leaves out
     for layer in [*learner.structure.hidden, learner.structure.readout]:
         if getattr(layer.module, "init_hidden", False):
@@ -74,7 +72,7 @@ def _hidden_buffers(learner: EProp) -> Iterator[tuple[Layer, str, Tensor]]:
                     yield layer, name, layer.module._buffers[name]  # type: ignore[misc]
 
 
-def forget_hidden(learner: EProp) -> None:
+def forget_hidden(learner: Stepwise) -> None:
     """Hidden states that modules keep inside begin anew at the next step."""
     for layer, name, value in _hidden_buffers(learner):
         setattr(layer.module, name, value.new_zeros(0))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.errors import InputError, UnsupportedError
-
-if TYPE_CHECKING:
-    from .layer import WatchedLayer
-    from .learner import EProp
-    from .record import Record
+from .layer import WatchedLayer
+from .record import Record
+from .scan import Filter
 
 log = logging.getLogger("snn_sparse_plugin")
 
@@ -24,8 +22,10 @@ class Signals:
     ``indirect`` are the layers that only other hidden layers bring signals to, None before the first loss.
     """
 
-    def __init__(self, learner: EProp) -> None:
-        self.learner = learner
+    def __init__(
+        self, hidden: Sequence[WatchedLayer], readout: WatchedLayer, names: dict[nn.Parameter, str]
+    ) -> None:
+        self.hidden, self.readout, self.names = hidden, readout, names
         self.indirect: set[str] | None = None
         self._passing, self._phase = False, ""
 
@@ -37,8 +37,8 @@ class Signals:
         names = ", ".join(sorted(self.indirect))
         return (f"{names} learn from what reaches them through the layers above within a step",)
 
-    def backward(self, loss: Tensor) -> None:
-        """Errors of this step's loss to readout and hidden spikes, and from the readout down."""
+    def backward(self, loss: Tensor, memory: Filter | None) -> None:
+        """Errors of this step's loss to readout and hidden spikes, and from the readout, with its memory, down."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"learner.step(loss): the loss must be one number, got {shape}.")
@@ -51,12 +51,12 @@ class Signals:
         loss.backward()
         self._phase = "filtered"
         roots, signals = [], []
-        for record in self.learner.readout.open:
+        for record in self.readout.open:
             if record.direct is not None:
-                scale = self._scale(record)
+                scale = _scale(record, memory)
                 if isinstance(scale, float) and scale == 0:
                     raise UnsupportedError(
-                        f"e-prop: readout {self.learner.readout.name} answers a current only in the step after it; use "
+                        f"e-prop: readout {self.readout.name} answers a current only in the step after it; use "
                         "eprop.detached(model)."
                     )
                 if scale is not None:
@@ -66,7 +66,7 @@ class Signals:
                     signals.append(record.direct)
         if not roots or self._carry_later():
             return
-        learning = [x for x in self.learner.hidden if x.learns()]
+        learning = [x for x in self.hidden if x.learns()]
         again = self.indirect is None or bool(self.indirect)
         others = self._others() if self.indirect is None else {}
         torch.autograd.backward(roots, signals, retain_graph=again)
@@ -87,21 +87,10 @@ class Signals:
             finally:
                 self._passing = False
 
-    def _scale(self, record: Record) -> float | Tensor | None:
-        """What the readout's output is per unit of that which its gradient belongs to; None: one."""
-        if record.at_output:
-            return None
-        if record.local is None:
-            assert self.learner.filter is not None
-            scale: float | Tensor = float(self.learner.filter.b[self.learner.filter.out])
-        else:
-            scale = record.gain()
-        return None if isinstance(scale, float) and scale == 1 else scale
-
     def _carry_later(self) -> bool:
         """Leave the way from readout to spikes to the end of the chunk, where it is known: weights and nothing else."""
-        hidden = {id(r.spikes): r for x in self.learner.hidden for r in x.open if r.spikes is not None}
-        records = [r for r in self.learner.readout.open if r.direct is not None]
+        hidden = {id(r.spikes): r for x in self.hidden for r in x.open if r.spikes is not None}
+        records = [r for r in self.readout.open if r.direct is not None]
         pairs = [(r, call, hidden.get(id(call.given))) for r in records for call in r.calls]
         if not all(target is not None and call.name for _, call, target in pairs):
             return False
@@ -122,10 +111,23 @@ class Signals:
 
     def _others(self) -> dict[str, tuple[int, int] | None]:
         """Parameters that no layer learns, with a mark that changes with their gradient."""
-        biases = {self.learner.name_of(c.bias) for x in self.learner.layers for r in x.open for c in r.calls}
-        learned = biases.union(*(x.weights for x in self.learner.layers))
+        layers = [*self.hidden, self.readout]
+        biases = {id(call.bias) for x in layers for r in x.open for call in r.calls}
+        weights = {name for x in layers for name in x.weights}
         return {
             name: None if p.grad is None else (id(p.grad), p.grad._version)
-            for p, name in self.learner.names.items()
-            if p.requires_grad and name not in learned
+            for p, name in self.names.items()
+            if p.requires_grad and name not in weights and id(p) not in biases
         }
+
+
+def _scale(record: Record, memory: Filter | None) -> float | Tensor | None:
+    """What the readout's output is per unit of that which its gradient belongs to; None: one."""
+    if record.at_output:
+        return None
+    if record.local is None:
+        assert memory is not None
+        scale: float | Tensor = float(memory.b[memory.out])
+    else:
+        scale = record.gain()
+    return None if isinstance(scale, float) and scale == 1 else scale

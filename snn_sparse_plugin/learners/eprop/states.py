@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from .watch import Neuron
+from .structure import Layer
 
 _SNNTORCH_STATES = {
     "Leaky": ("mem",),
@@ -26,13 +25,24 @@ _SNNTORCH_STATES = {
 }
 
 
+@dataclass(eq=False)
+class Original:
+    """A neuron module as it runs by itself, and how it is used."""
+
+    layer: Layer
+    forward: Callable[..., Any]
+    readout: bool
+    sequence: bool  # whether it takes (T, B, N)
+    library: str
+
+
 class SnnTorchState:
     """In buffers of the module, and passed as arguments unless ``init_hidden``."""
 
     aliases: set[int]
     leaves: list[Tensor]
 
-    def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, neuron: Original, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.neuron, self.module, self.x = neuron, neuron.layer.module, x
         names = _names(type(self.module))  # type: ignore[arg-type]
         if names is None:
@@ -89,7 +99,7 @@ def _names(kind: type) -> tuple[str, ...] | None:
 class TupleState:
     """Passed in and returned: Norse's and ours, and any ``forward(x, *state) -> (spikes, *state)``."""
 
-    def __init__(self, neuron: Neuron, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, neuron: Original, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.neuron, self.x = neuron, x
         state = (*args, *kwargs.values())
         self.fresh = all(s is None for s in state)
@@ -142,7 +152,7 @@ class TupleState:
         pass
 
 
-def _initial(neuron: Neuron, x: Tensor) -> Any:
+def _initial(neuron: Original, x: Tensor) -> Any:
     module: Any = neuron.layer.module
     if hasattr(module, "state_fallback"):
         return module.state_fallback(x)
@@ -156,7 +166,7 @@ def _initial(neuron: Neuron, x: Tensor) -> Any:
     return None
 
 
-def _size(neuron: Neuron, x: Tensor) -> tuple[int, ...]:
+def _size(neuron: Original, x: Tensor) -> tuple[int, ...]:
     """(B, N) of the neuron's states, without the time of a sequence."""
     hidden = getattr(neuron.layer.module, "hidden_size", None)
     shape = x.shape[1:] if neuron.sequence else x.shape

@@ -25,7 +25,7 @@ from .local import Inputs, Part, Plan, derivatives, replay, unchanged
 from .record import Record
 from .returned import Returned, flat
 from .scan import Jacobian, on_cpu, on_triton
-from .states import SnnTorchState, TupleState
+from .states import Original, SnnTorchState, TupleState
 from .stepper import ByKernel
 from .structure import Intercept, Layer
 from .taps import Call, sources, tracked
@@ -57,6 +57,7 @@ class Neuron:
         self.readout, self.sequence = returned.readout, returned.sequence
         self.forward = layer.module.forward
         self.library = layer.adapter.name if layer.adapter is not None else ""
+        self.original = Original(layer, self.forward, self.readout, self.sequence, self.library)
         self.plan: Plan | None = None
         self.kernel: ByKernel | None = None
         self.block_steps = block_steps
@@ -268,7 +269,7 @@ class Neuron:
 
     def _state(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         run = SnnTorchState if self.library == "snntorch" else TupleState
-        return run(self, x.unsqueeze(0) if self.sequence else x, args, kwargs)
+        return run(self.original, x.unsqueeze(0) if self.sequence else x, args, kwargs)
 
     def _inside(self, given: Tensor, x: Tensor, current: Tensor, weight: Tensor, bias: Tensor | None) -> Call:
         """A linear layer inside the neuron is called, with its current or with something else."""
