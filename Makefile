@@ -7,6 +7,7 @@ PIP_FLAGS ?=
 ARGS ?=
 # how the tests are spread over processes; PARALLEL= runs them in one
 PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
+INTERPRETED := tests/kernels tests/adapters/test_every_*.py
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -25,10 +26,11 @@ tutorials: $(VENV)/.test  ## run every tutorial, upstream and sparse, and compar
 
 # Triton's interpreter is switched on by the environment, for a whole process
 test: $(VENV)/.test  ## run the tests but for the exhaustive sweeps (ARGS="-k data …" goes to the main run)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) tests/kernels tests/adapters/test_every_*.py -m triton_interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) $(INTERPRETED) -m 'triton_interpreter and not slow'
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.test  ## run the exhaustive sweeps that `test` leaves out (ARGS="-k compile …")
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) $(INTERPRETED) -m 'triton_interpreter and slow'
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-upstream: $(VENV)/.upstream  ## run Norse's own test suite, without and with sparse mode (ARGS=auto for another mode)
