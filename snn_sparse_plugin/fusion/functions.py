@@ -1,4 +1,19 @@
-"""What happens when a function of torch is called on recorded steps: recorded, answered, or the record runs."""
+"""What happens when a function of torch is called on recorded steps: the first of these that applies.
+
+========  =================================================  ===================================================
+it is     which functions                                    why
+========  =================================================  ===================================================
+answered  shape, dtype, device, ``zeros_like``,              no number of the step is needed
+          ``x == None``, a cast to the dtype it has
+prepared  ``dropout``, ``x += y``, ``batch_norm``, other     a mask is drawn or an object exchanged at once, or
+          casts, ``linear``, ``stack`` of steps              it depends on arguments; ``linear`` and ``stack``
+                                                             have a shorter way into the record
+recorded  all in the table of ``recordable.py``              once over all steps gives what each step gives
+run       every other function                               it needs numbers: the record runs, then the function
+========  =================================================  ===================================================
+
+``_HANDLERS`` holds the first two.
+"""
 
 from __future__ import annotations
 
