@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import FusionError
-from .columns import Entry
+from .arguments import Entry
 from .description import version
 
 _ALIASES = "_snn_sparse_aliases"

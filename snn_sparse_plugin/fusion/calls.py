@@ -1,4 +1,4 @@
-"""Calls of torch functions as entries of lanes."""
+"""Calls of torch functions as entries of nodes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .columns import Column, Entry
+from .arguments import ArgumentSeries, Entry
 from .context import here, mode_to_record
 from .flush import flush
-from .record import FunctionLane, Record, StackLane
-from .recordable import CONSTANTS, LINEAR, VIEWS, Argument, filled
+from .nodes import FunctionNode, StackNode
+from .record import Record
+from .recordable import CONSTANTS, LINEAR, VIEWS, Placeholder, filled
 from .recorded import Recorded, Value, value_of
 
 
 class _Call:
-    """The arguments of a call: ``entries`` of the tensors, ``key``, what tells lanes apart, and their ``shapes``."""
+    """The arguments of a call: ``entries`` of the tensors, ``key``, what tells nodes apart, and their ``shapes``."""
 
     __slots__ = ("entries", "key", "record", "shapes")
 
@@ -55,11 +56,11 @@ class _Call:
         self._constant(kind, item)
         return item
 
-    def _tensor(self, entry: Entry, name: Any, shape: torch.Size, dtype: torch.dtype) -> Argument:
+    def _tensor(self, entry: Entry, name: Any, shape: torch.Size, dtype: torch.dtype) -> Placeholder:
         self.entries.append(entry)
         self.key.append(name)
         self.shapes.append((shape, dtype))
-        return Argument(len(self.entries) - 1)
+        return Placeholder(len(self.entries) - 1)
 
     def _constant(self, *parts: Any) -> None:
         self.key.append(parts)
@@ -67,7 +68,7 @@ class _Call:
 
 
 def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
-    """Put a call into its lane: -> what stands for the result, or None where the call cannot wait."""
+    """Put a call into its node: -> what stands for the result, or None where the call cannot wait."""
     opened = here.record
     if opened is None:
         return None
@@ -88,27 +89,27 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     try:
         key: Any = (*call.key, mode)
         now = [entry for entry in call.entries if len(entry) == 3]
-        lane = record.functions.get(key)
-        # the same function on the same step again stands in a lane of its own
-        if lane is not None and now and now == [c[-1] for c in lane.columns if len(c[-1]) == 3]:
-            lane.repeats += 1
-            key = (key, lane.repeats)
-            lane = record.functions.get(key)
-        if lane is None:
+        node = record.functions.get(key)
+        # the same function on the same step again stands in a node of its own
+        if node is not None and now and now == [c[-1] for c in node.arguments if len(c[-1]) == 3]:
+            node.repeats += 1
+            key = (key, node.repeats)
+            node = record.functions.get(key)
+        if node is None:
             made = _result(tuple(call.shapes), func, form, named, call)
             if made is None:
                 return None
-            lane = FunctionLane(record, func, form, named, len(call.entries), func in VIEWS)
-            lane.shape, lane.dtype, lane.device = *made, device
-            record.functions[key] = lane
-        lane.complete()
-        lane.repeats = 0
-        for column, entry in zip(lane.columns, call.entries, strict=True):
-            column.append(entry)
-        if lane.view:
+            node = FunctionNode(record, func, form, named, len(call.entries), func in VIEWS)
+            node.shape, node.dtype, node.device = *made, device
+            record.functions[key] = node
+        node.complete()
+        node.repeats = 0
+        for argument, entry in zip(node.arguments, call.entries, strict=True):
+            argument.append(entry)
+        if node.view:
             record.viewed.update(now)
-        record.count(lane)
-        made_now = lane.make(0)
+        record.count(node)
+        made_now = node.make(0)
     finally:
         record.leave()
     if record.calls > record.look and record.is_full():
@@ -126,31 +127,31 @@ def record_linear(x: Recorded, weight: Any, bias: Any) -> Recorded | None:
         and all(t is None or (t.requires_grad and t.is_leaf) for t in (weight, bias))
     ):
         source, _, slot = value
-        # the lane keeps weight and bias, so that no others take their ids
-        lane = value_of(made)
-        if lane is not None:
-            source.linears[id(weight), id(bias), slot] = cast(FunctionLane, lane[0])
+        # the node keeps weight and bias, so that no others take their ids
+        node = value_of(made)
+        if node is not None:
+            source.linears[id(weight), id(bias), slot] = cast(FunctionNode, node[0])
     return made
 
 
 def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recorded | None:
-    """The next call of a lane that is there already, of this value; None if there is none."""
+    """The next call of a node that is there already, of this value; None if there is none."""
     source, call, slot = value
-    lane, record = source.linears.get((id(weight), id(bias), slot)), source.record
-    if lane is None or lane.mode != mode or record is not here.record:
+    node, record = source.linears.get((id(weight), id(bias), slot)), source.record
+    if node is None or node.mode != mode or record is not here.record:
         return None
     if record.entered():
         return None
     with record.lock:  # record.enter(), written out
-        column = lane.columns[0]
+        argument = node.arguments[0]
         # weight and bias are those of the first call, at the version of that time
-        if record.closed or source is not column.source or call != column.stop or slot != column.slot:
+        if record.closed or source is not argument.source or call != argument.stop or slot != argument.slot:
             return None
-        column.stop = call + 1
-        lane.repeats = 0
-        lane.order.append(record.calls)
+        argument.stop = call + 1
+        node.repeats = 0
+        node.order.append(record.calls)
         record.calls += 1
-        return lane.make(0)
+        return node.make(0)
 
 
 def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
@@ -163,20 +164,20 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
             return None
     if mode_to_record() is None:
         return None
-    record, column = source.record, Column.of_range(source, start, start + len(steps), slot)
+    record, argument = source.record, ArgumentSeries.of_range(source, start, start + len(steps), slot)
     if record is not here.record:
         return None
     if not record.enter():
         return None
     try:
-        lane = StackLane(record, column)
-        lane.shape, lane.dtype, lane.device = (
+        node = StackNode(record, argument)
+        node.shape, node.dtype, node.device = (
             torch.Size((len(steps), *source.shape)),
             source.dtype,
             source.device,
         )
-        record.count(lane)
-        return lane.make(0)
+        record.count(node)
+        return node.make(0)
     finally:
         record.leave()
 
@@ -186,10 +187,10 @@ def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
     record, device, scalars = here.record, None, True
     for entry in entries:
         if len(entry) == 3:
-            lane = entry[0]
-            if lane.record is not record:
+            node = entry[0]
+            if node.record is not record:
                 return None, None
-            found, scalar = lane.device, False
+            found, scalar = node.device, False
         else:
             found, scalar = entry[0].device, entry[0].dim() == 0
         if device is None or (scalars and not scalar):

@@ -1,4 +1,4 @@
-"""Running a record: which lanes are wanted, in which order, and which have to go step by step."""
+"""Running a record: which nodes are wanted, in which order, and which have to go step by step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from ..core import tally
 from ..core.errors import FusionError
 from .context import here, in_mode, paused, without_autocast
-from .lanes import run_lane, run_steps
+from .nodes import FunctionNode, NeuronNode, Node
 from .places import note_places, wants_places
 from .planner import Plan
-from .record import FunctionLane, Lane, NeuronLane, Record, check_versions, reasons
+from .record import Record, check_versions, reasons
 from .recorded import Recorded, value_of
+from .running import run_node, run_steps
 
 
 def flush(
@@ -40,12 +41,12 @@ def flush(
         record.closed = True
         if here.record is record:
             here.record = None
-        if not record.lanes:
+        if not record.nodes:
             return
         reasons[reason if isinstance(reason, str) else getattr(reason, "__name__", str(reason))] += 1
         try:
             # whoever wants the numbers may be in a mode that the steps were not in
-            with paused(), torch._C.DisableTorchFunction(), without_autocast(record.lanes[0].device):
+            with paused(), torch._C.DisableTorchFunction(), without_autocast(record.nodes[0].device):
                 _run(record, stepped, apart)
         except BaseException as error:
             record.error = error
@@ -93,7 +94,7 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
     waiting = record.waiting()
     # who watches the neurons wants to see steps that nobody uses
     seen = tally.watchers.get() is not None
-    watched = [lane for lane in record.lanes if isinstance(lane, NeuronLane)] if seen else []
+    watched = [node for node in record.nodes if isinstance(node, NeuronNode)] if seen else []
     if not waiting and not watched:
         return
     for entered in record.inputs.values():
@@ -101,22 +102,22 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
     plan = Plan(waiting, watched, stepped)
     check_versions(plan.sources)
     record.plain.check()
-    for lane in plan.sources:
-        lane.complete()
+    for node in plan.sources:
+        node.complete()
     for group in plan.groups:
         try:
             if len(group) == 1 and not stepped and not plan.feeds_itself(group[0]):
                 with in_mode(group[0].mode):
-                    run_lane(group[0], plan)
+                    run_node(group[0], plan)
             else:
                 run_steps(group, plan)
         except Exception as error:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
             raise
-    for lane in plan.sources:
-        if isinstance(lane, NeuronLane):
-            lane.adapter.leave(lane.module)
+    for node in plan.sources:
+        if isinstance(node, NeuronNode):
+            node.adapter.leave(node.module)
     real = _values(waiting, plan)
     for (_, _, _, found), tensor in zip(waiting, real, strict=True):
         found.become(tensor, apart)
@@ -124,30 +125,30 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
         note_places(waiting, plan)
 
 
-def _values(waiting: list[tuple[Lane, int, int, Recorded]], plan: Plan) -> list[Tensor]:
+def _values(waiting: list[tuple[Node, int, int, Recorded]], plan: Plan) -> list[Tensor]:
     """The tensors that the user's objects become, in the order of ``waiting``."""
-    calls: dict[tuple[Lane, int], list[int]] = {}
-    for lane, slot, call, _ in waiting:
-        calls.setdefault((lane, slot), []).append(call)
-    found: dict[Any, Tensor] = {}  # by value: lane, call, slot
-    for (lane, slot), wanted in calls.items():
-        with in_mode(lane.mode):
+    calls: dict[tuple[Node, int], list[int]] = {}
+    for node, slot, call, _ in waiting:
+        calls.setdefault((node, slot), []).append(call)
+    found: dict[Any, Tensor] = {}  # by value: node, call, slot
+    for (node, slot), wanted in calls.items():
+        with in_mode(node.mode):
             found.update(
-                {(lane, call, slot): x for call, x in zip(wanted, plan.own(lane, slot, wanted), strict=True)}
+                {(node, call, slot): x for call, x in zip(wanted, plan.own(node, slot, wanted), strict=True)}
             )
     # a view of something that the user holds as well stays a view of it
-    for lane, slot, call, _ in waiting:
-        if isinstance(lane, FunctionLane) and lane.view:
-            sources = [column[call] for column in lane.columns]
+    for node, slot, call, _ in waiting:
+        if isinstance(node, FunctionNode) and node.view:
+            sources = [argument[call] for argument in node.arguments]
             if any(source in found for source in sources):
-                with in_mode(lane.mode):
-                    found[lane, call, slot] = plan.call(
-                        lane, [found.get(s) if len(s) == 3 else s[0] for s in sources], call
+                with in_mode(node.mode):
+                    found[node, call, slot] = plan.call(
+                        node, [found.get(s) if len(s) == 3 else s[0] for s in sources], call
                     )
     seen: set[int] = set()
     values = []
-    for lane, slot, call, _ in waiting:
-        x = found[lane, call, slot]
+    for node, slot, call, _ in waiting:
+        x = found[node, call, slot]
         if id(x) in seen:
             x = x.view_as(x)
         seen.add(id(x))

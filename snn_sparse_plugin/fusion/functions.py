@@ -27,14 +27,14 @@ from torch import Tensor
 from .calls import next_linear, record_call, record_linear, record_steps
 from .context import mode_to_record
 from .flush import realize
-from .record import FunctionLane
+from .nodes import FunctionNode
 from .recordable import LINEAR, RECORDABLE, functions
 from .recorded import Recorded, Value, answers
 
 
 def _template(x: Recorded) -> Tensor:
-    lane = x._value[0]
-    return torch.empty((), dtype=lane.dtype, device=lane.device).expand(lane.shape)
+    node = x._value[0]
+    return torch.empty((), dtype=node.dtype, device=node.device).expand(node.shape)
 
 
 def _size(x: Any, dim: int | None = None) -> Any:
@@ -140,14 +140,14 @@ def _to(func: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
     if type(x) is not Recorded or len(args) + len(kwargs) != 2:
         return NotImplemented
-    lane = x._value[0]
+    node = x._value[0]
     wanted = args[1] if len(args) == 2 else kwargs.get("dtype", kwargs.get("device"))
     if isinstance(wanted, str | torch.device):
         device = torch.device(wanted)
-        same = device.type == lane.device.type and device.index in (None, lane.device.index)
-        return x if same and (device.type == "cpu" or device == lane.device) else NotImplemented
+        same = device.type == node.device.type and device.index in (None, node.device.index)
+        return x if same and (device.type == "cpu" or device == node.device) else NotImplemented
     if isinstance(wanted, torch.dtype):
-        return x if wanted == lane.dtype else _recorded(Tensor.to, (x, wanted), {})
+        return x if wanted == node.dtype else _recorded(Tensor.to, (x, wanted), {})
     return NotImplemented
 
 
@@ -191,21 +191,21 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
     if type(x) is not Recorded or x._value in x._value[0].record.viewed or _is_view(x._value):
         return NotImplemented
-    lane, _, slot = x._value
+    node, _, slot = x._value
     found = record_call(_IN_PLACE[func], args, kwargs)
     if found is None:
         return NotImplemented
     made = found._value[0]
-    if made.shape != lane.shape or made.dtype != lane.dtype:
+    if made.shape != node.shape or made.dtype != node.dtype:
         return NotImplemented
-    lane.given[slot][:] = [other for other in lane.given[slot] if other is not x]
+    node.given[slot][:] = [other for other in node.given[slot] if other is not x]
     x._value = found._value
     made.given[0][-1] = x
     return x
 
 
 def _is_view(value: Value) -> bool:
-    return isinstance(value[0], FunctionLane) and value[0].view
+    return isinstance(value[0], FunctionNode) and value[0].view
 
 
 _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {

@@ -57,7 +57,7 @@ def apart(record: Record, reason: Any, *, stepped: bool = False) -> None:
     if record.entered():
         return
     errors: list[BaseException] = []
-    device = record.lanes[0].device if record.lanes else torch.device("cpu")
+    device = record.nodes[0].device if record.nodes else torch.device("cpu")
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def work() -> None:

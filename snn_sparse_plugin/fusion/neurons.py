@@ -15,7 +15,8 @@ from ..core.config import SparseConfig, active_config
 from .context import here, mode_to_record
 from .executor import takes_step
 from .flush import flush, realize
-from .record import NeuronLane, Record, backoff, forward_of, open_record, resting
+from .nodes import NeuronNode
+from .record import Record, backoff, forward_of, open_record, resting
 from .recorded import Recorded, value_of
 from .sources import MODULE_CALL, is_listened_to, note_feeding
 
@@ -37,9 +38,9 @@ def step(
     if not here.paused:
         record = here.record
         if record is not None and not kwargs:
-            lane = record.neurons.get(id(module))
-            if lane is not None and lane.config is config:
-                found = _advance(record, lane, args)
+            node = record.neurons.get(id(module))
+            if node is not None and node.config is config:
+                found = _advance(record, node, args)
                 if found is not None:
                     return found
         if not resting(module):
@@ -62,14 +63,14 @@ def settle(module: nn.Module) -> None:
         flush(record, f"an attribute of {type(module).__name__}")
 
 
-def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
-    """The next step of a lane, where the state is the one that its last step left; else None."""
+def _advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
+    """The next step of a node, where the state is the one that its last step left; else None."""
     calls = record.calls
     if calls > record.look and record.is_full():
         flush(record, "a large record")
         return None
-    leaves, x, column = lane.adapter.next_state(lane.module, args), args[0], lane.columns[0]
-    if leaves is None or not lane.left(leaves):
+    leaves, x, argument = node.adapter.next_state(node.module, args), args[0], node.arguments[0]
+    if leaves is None or not node.left(leaves):
         return None
     entry: Any
     follows = False  # whether it is the next of successive values, as at most steps
@@ -78,17 +79,17 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
         if entry is None:
             return None
         source, call, slot = entry
-        if source is column.source:
-            follows = call == column.stop and slot == column.slot
-        elif not _takes(lane, source):
+        if source is argument.source:
+            follows = call == argument.stop and slot == argument.slot
+        elif not _takes(node, source):
             return None
-    elif type(x) is Tensor and _takes(lane, x):
+    elif type(x) is Tensor and _takes(node, x):
         entry = record.plain.entry(x)
     else:
         return None
-    if lane.mode != mode_to_record() or not lane.description.holds():
+    if node.mode != mode_to_record() or not node.description.holds():
         return None
-    order, steps = lane.order, lane.config.max_steps
+    order, steps = node.order, node.config.max_steps
     if steps is not None and len(order) >= steps:
         return None
     if record.entered():
@@ -97,27 +98,27 @@ def _advance(record: Record, lane: NeuronLane, args: tuple[Any, ...]) -> Any:
         if record.closed:
             return None
         if follows:
-            column.stop += 1
+            argument.stop += 1
         else:
-            column.append(entry)
+            argument.append(entry)
         order.append(record.calls)
         record.calls += 1
-        return _result(lane)
+        return _result(node)
 
 
-def _takes(lane: NeuronLane, x: Any) -> bool:
-    """Whether a tensor, or a lane of this record, has the shape, dtype and device of the lane's inputs."""
-    here = type(x) is Tensor or x.record is lane.record
-    return here and x.shape == lane.input_shape and x.dtype is torch.float32 and x.device == lane.device
+def _takes(node: NeuronNode, x: Any) -> bool:
+    """Whether a tensor, or a node of this record, has the shape, dtype and device of the node's inputs."""
+    here = type(x) is Tensor or x.record is node.record
+    return here and x.shape == node.input_shape and x.dtype is torch.float32 and x.device == node.device
 
 
-def _result(lane: NeuronLane) -> Any:
+def _result(node: NeuronNode) -> Any:
     """What upstream's forward returns for the newest step."""
-    out = lane.make(0)
+    out = node.make(0)
     new = {}
-    for name, slot in lane.named_slots:
-        new[name] = lane.make(slot) if slot else out
-    return lane.adapter.write_call(lane.module, out, new, lane.like)
+    for name, slot in node.named_slots:
+        new[name] = node.make(slot) if slot else out
+    return node.adapter.write_call(node.module, out, new, node.like)
 
 
 def _record(
@@ -154,33 +155,33 @@ def _record(
     if (value is not None and value[0].record is not record) or not record.enter():
         return None
     try:
-        lane: Any = before
+        node: Any = before
         if not (
-            type(lane) is NeuronLane
-            and lane.record is record
-            and lane.module is module
-            and lane.config is config
-            and lane.mode == mode
-            and lane.input_shape == shape
-            and lane.device == device
-            and lane.left(list(leaves.values()))
-            and lane.description.holds()
+            type(node) is NeuronNode
+            and node.record is record
+            and node.module is module
+            and node.config is config
+            and node.mode == mode
+            and node.input_shape == shape
+            and node.device == device
+            and node.left(list(leaves.values()))
+            and node.description.holds()
         ):
             if type(x) is Tensor:
                 note_feeding(x)
-            lane = _open(record, adapter, module, upstream, config, leaves, like, shape, device)
-            if lane is None:
+            node = _open(record, adapter, module, upstream, config, leaves, like, shape, device)
+            if node is None:
                 return None
-        lane.columns[0].append(record.entry(x))
-        lane.record.count(lane)
-        return _result(lane)
+        node.arguments[0].append(record.entry(x))
+        node.record.count(node)
+        return _result(node)
     finally:
         record.leave()
 
 
 def _without_leftovers(record: Record) -> Record:
     """A loop begins: the record for it, a new one where nobody can reach a result of what came before."""
-    if not record.lanes or tally.watchers.get() is not None or not record.enter():
+    if not record.nodes or tally.watchers.get() is not None or not record.enter():
         return record
     try:
         if record.awaited():
@@ -201,7 +202,7 @@ def _open(
     like: Any,
     shape: torch.Size,
     device: torch.device,
-) -> NeuronLane | None:
+) -> NeuronNode | None:
     try:
         neuron = adapter.neuron(module)
     except Exception:  # upstream's own forward does not ask for a description
@@ -216,11 +217,11 @@ def _open(
             refuse(module, str(out_shape))
         return None
     adapter.begin(module)
-    lane = NeuronLane(record, adapter, module, neuron, upstream, config, leaves, like)
-    lane.shape, lane.dtype, lane.device, lane.input_shape = out_shape, torch.float32, device, shape
-    lane.forward, lane.unmarked = _hooked_forward(module), is_unmarked(module)
-    record.neurons[id(module)] = lane
-    return lane
+    node = NeuronNode(record, adapter, module, neuron, upstream, config, leaves, like)
+    node.shape, node.dtype, node.device, node.input_shape = out_shape, torch.float32, device, shape
+    node.forward, node.unmarked = _hooked_forward(module), is_unmarked(module)
+    record.neurons[id(module)] = node
+    return node
 
 
 # --- the way around Module.__call__ and the hook on forward, which take as long as recording ---
@@ -243,15 +244,15 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
         # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
         if args and type(args[-1]) is Recorded and not kwargs:
             record = here.record
-            lane = None if record is None else record.neurons.get(id(self))
+            node = None if record is None else record.neurons.get(id(self))
             if (
                 record is not None
-                and lane is not None
-                and lane.forward is type(self).forward
-                and lane.config is (active_config() if lane.unmarked else config_of(self))
+                and node is not None
+                and node.forward is type(self).forward
+                and node.config is (active_config() if node.unmarked else config_of(self))
                 and not is_listened_to(self)
             ):
-                found = _advance(record, lane, args)
+                found = _advance(record, node, args)
                 if found is not None:
                     return found
         return super(cls, self).__call__(*args, **kwargs)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..core.dynamics import NeuronSpec
 from ..core.errors import FusionError
+from .nodes import FunctionNode, NeuronNode, Node
 from .planner import Plan
-from .record import FunctionLane, Lane, NeuronLane
 from .recorded import Recorded, Value, value_of
 
 BESIDE = "_snn_sparse_beside"
@@ -55,44 +55,44 @@ def wants_places(func: Any, items: Any) -> bool:
 
 def _is_passed(value: Value) -> bool:
     """Whether something that is recorded already is made of this value."""
-    lane, _, slot = value
-    if lane.mode != 1:
+    node, _, slot = value
+    if node.mode != 1:
         return False
-    read = (made for other in lane.record.lanes if _passes_on(other) for made in other.values())
-    return _within_neuron(lane, slot) or any(made[0] is lane and made[2] == slot for made in read)
+    read = (made for other in node.record.nodes if _passes_on(other) for made in other.values())
+    return _within_neuron(node, slot) or any(made[0] is node and made[2] == slot for made in read)
 
 
-def _passes_on(reader: Lane) -> bool:
-    """Whether gradients pass from a lane to what it reads; none do from a comparison or what was detached."""
-    detaches = isinstance(reader, FunctionLane) and reader.func is Tensor.detach
+def _passes_on(reader: Node) -> bool:
+    """Whether gradients pass from a node to what it reads; none do from a comparison or what was detached."""
+    detaches = isinstance(reader, FunctionNode) and reader.func is Tensor.detach
     return reader.mode == 1 and reader.dtype.is_floating_point and not detaches
 
 
-def _within_neuron(lane: Lane, slot: int) -> bool:
+def _within_neuron(node: Node, slot: int) -> bool:
     """Whether a neuron makes its next state, or another result, of this one."""
-    if not isinstance(lane, NeuronLane):
+    if not isinstance(node, NeuronNode):
         return False
-    spec = lane.neuron.spec
+    spec = node.neuron.spec
     spikes_alone = isinstance(spec, NeuronSpec) and spec.spiking and not spec.attached
-    return slot > 0 or not spikes_alone or lane.neuron.recurrent
+    return slot > 0 or not spikes_alone or node.neuron.recurrent
 
 
-def note_places(waiting: list[tuple[Lane, int, int, Any]], plan: Plan) -> None:
+def note_places(waiting: list[tuple[Node, int, int, Any]], plan: Plan) -> None:
     """After a fused run: remember which of the user's tensors later steps do not pass through."""
-    beside: dict[tuple[Lane, int], bool] = {}
-    for lane, slot, _, x in waiting:
-        key = lane, slot
+    beside: dict[tuple[Node, int], bool] = {}
+    for node, slot, _, x in waiting:
+        key = node, slot
         if key not in beside:
-            beside[key] = _stands_beside(lane, slot, plan)
+            beside[key] = _stands_beside(node, slot, plan)
         if beside[key] and x.requires_grad:
-            setattr(x, BESIDE, (lane.where, x._version))
+            setattr(x, BESIDE, (node.where, x._version))
 
 
-def _stands_beside(lane: Lane, slot: int, plan: Plan) -> bool:
-    read = any(_passes_on(reader) for reader in plan.readers.get((lane, slot), ()))
-    if lane.mode != 1 or not (read or _within_neuron(lane, slot)):
+def _stands_beside(node: Node, slot: int, plan: Plan) -> bool:
+    read = any(_passes_on(reader) for reader in plan.readers.get((node, slot), ()))
+    if node.mode != 1 or not (read or _within_neuron(node, slot)):
         return False
-    series = lane.results[slot]
+    series = node.results[slot]
     return series is None or series.pieces is None  # single pieces are read themselves
 
 

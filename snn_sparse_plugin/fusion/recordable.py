@@ -61,7 +61,7 @@ LINEAR = F.linear
 CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.memory_format, type(...))
 
 
-class Argument:
+class Placeholder:
     """Stands for the ``index``-th tensor among the arguments of a call."""
 
     __slots__ = ("index",)
@@ -72,7 +72,7 @@ class Argument:
 
 def filled(form: Any, tensors: list[Any]) -> Any:
     """Arguments with their tensors in place."""
-    if type(form) is Argument:
+    if type(form) is Placeholder:
         return tensors[form.index]
     if type(form) in (tuple, list):
         return type(form)(filled(item, tensors) for item in form)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .record import Lane
+    from .nodes import Node
 
-Value = tuple["Lane", int, int]
-"""Where a value is made: the lane, the number of the call in it, and which of the call's results."""
+Value = tuple["Node", int, int]
+"""Where a value is made: the node, the number of the call in it, and which of the call's results."""
 
 SET_DATA = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
 _swap = torch._C._swap_tensor_impl  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a lane made, for all its calls together or one by one."""
+"""What a node made, for all its calls together or one by one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..core.spikes import SpikeTrain
-from .columns import Column, Entry, Slices
+from .arguments import ArgumentSeries, Entry, Slices
 
 
 class Series:
-    """The ``n`` values of one result of a lane, in the form in which they were made.
+    """The ``n`` values of one result of a node, in the form in which they were made.
 
     ``constant``: the same at every call; ``dense``: (n, ...); ``train``: events; ``pieces``: one by one;
     ``last``: only the last one is known.
@@ -88,28 +88,28 @@ def piece(entry: Entry) -> Tensor:
     """One tensor argument of one call."""
     if len(entry) == 2:
         return entry[0]
-    lane, call, slot = entry
-    return lane.results[slot].step(call)
+    node, call, slot = entry
+    return node.results[slot].step(call)
 
 
-def constant_of(column: Column) -> Tensor | None:
-    """The tensor that a column holds at every call, else None."""
-    if isinstance(column, Slices):
+def constant_of(argument: ArgumentSeries) -> Tensor | None:
+    """The tensor that an argument is at every call, else None."""
+    if isinstance(argument, Slices):
         return None
-    first = column[0]
-    if column.range() is not None:
+    first = argument[0]
+    if argument.range() is not None:
         series = first[0].results[first[2]]
-        if series is None or (series.constant is None and len(column) > 1):
+        if series is None or (series.constant is None and len(argument) > 1):
             return None
         return series.step(first[1])  # type: ignore[no-any-return]
     if len(first) == 3:
         series = first[0].results[first[2]]
-        same = all(len(e) == 3 and e[0] is first[0] and e[2] == first[2] for e in column)
+        same = all(len(e) == 3 and e[0] is first[0] and e[2] == first[2] for e in argument)
         if same and series is not None and series.constant is not None:
             return series.constant
-        same = same and all(e[1] == first[1] for e in column)
+        same = same and all(e[1] == first[1] for e in argument)
         return piece(first) if same and series is not None else None
-    return first[0] if all(len(e) == 2 and _same(e[0], first[0]) for e in column) else None
+    return first[0] if all(len(e) == 2 and _same(e[0], first[0]) for e in argument) else None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -126,27 +126,27 @@ def _same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def stacked(column: Column) -> Tensor:
-    """(n, ...): the tensors of a column; a view where they are slices of one tensor."""
-    source = column.range()
+def stacked(argument: ArgumentSeries) -> Tensor:
+    """(n, ...): the tensors of an argument; a view where they are slices of one tensor."""
+    source = argument.range()
     if source is not None:
-        lane, start, slot = source
-        return lane.results[slot].stacked(start, len(column))
-    slices = Slices.of(column)
-    return torch.stack([piece(entry) for entry in column]) if slices is None else slices.whole()
+        node, start, slot = source
+        return node.results[slot].stacked(start, len(argument))
+    slices = Slices.of(argument)
+    return torch.stack([piece(entry) for entry in argument]) if slices is None else slices.whole()
 
 
-def train_of(column: Column) -> SpikeTrain | None:
-    """The events of a column, where they are events."""
-    source = column.range()
+def train_of(argument: ArgumentSeries) -> SpikeTrain | None:
+    """The events of an argument, where they are events."""
+    source = argument.range()
     if source is not None:
         series = source[0].results[source[2]]
-        whole = source[1] == 0 and len(column) == series.n
+        whole = source[1] == 0 and len(argument) == series.n
         return series.train if whole else None
-    step = getattr(column[0][0], "_snn_step", None)
-    if step is None or len(column) != step[0].T:
+    step = getattr(argument[0][0], "_snn_step", None)
+    if step is None or len(argument) != step[0].T:
         return None
-    for t, entry in enumerate(column):
+    for t, entry in enumerate(argument):
         found = getattr(entry[0], "_snn_step", None)
         if found is None or found[0] is not step[0] or found[1] != t:
             return None

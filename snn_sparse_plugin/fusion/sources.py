@@ -17,7 +17,8 @@ from ..core.config import SparseConfig, active_config
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record
-from .record import InputLane, open_record, resting
+from .nodes import InputNode
+from .record import open_record, resting
 from .recorded import Recorded
 
 MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
@@ -85,32 +86,32 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     if config is None or not config.fuse_time:
         return None
     record = here.record
-    lane = None if record is None else record.inputs.get(id(self))
-    if lane is None and self not in _feeding:
+    node = None if record is None else record.inputs.get(id(self))
+    if node is None and self not in _feeding:
         out = super(cls, self).__call__(x)
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
         return out
-    if lane is None and resting(self):
+    if node is None and resting(self):
         return None
     mode = mode_to_record()
     if mode is None:
         return None
-    if lane is None or lane.mode != mode or not lane.follow(x):
+    if node is None or node.mode != mode or not node.follow(x):
         if x.layout is not torch.strided or x.dtype is not torch.float32:
             return None
-        lane = _entering(lane, self, x, mode, config)
-        if lane is None:
+        node = _entering(node, self, x, mode, config)
+        if node is None:
             return None
     own = _own_parameters(self) if type(self) is _Linear else None
-    found = None if own is None else next_linear((lane, len(lane.order) - 1, 0), *own, mode)
+    found = None if own is None else next_linear((node, len(node.order) - 1, 0), *own, mode)
     if found is None:
-        if not lane.record.enter():
+        if not node.record.enter():
             return None
         try:
-            entered = lane.make(0)
+            entered = node.make(0)
         finally:
-            lane.record.leave()
+            node.record.leave()
         found = super(cls, self).__call__(entered) if own is None else record_linear(entered, *own)
     return found
 
@@ -139,26 +140,26 @@ def is_listened_to(module: nn.Module) -> bool:
 
 
 def _entering(
-    lane: InputLane | None, module: nn.Module, x: Tensor, mode: int, config: SparseConfig
-) -> InputLane | None:
-    """Put a plain input of a layer into its lane, which is returned; None where there is none now."""
+    node: InputNode | None, module: nn.Module, x: Tensor, mode: int, config: SparseConfig
+) -> InputNode | None:
+    """Put a plain input of a layer into its node, which is returned; None where there is none now."""
     record = open_record()
     if not record.enter():
         return None
     try:
         if (
-            lane is None
-            or lane.record is not record
-            or lane.mode != mode
-            or lane.shape != x.shape
-            or lane.device != x.device
+            node is None
+            or node.record is not record
+            or node.mode != mode
+            or node.shape != x.shape
+            or node.device != x.device
         ):
-            lane = record.inputs[id(module)] = InputLane(record, module)
-            lane.shape, lane.dtype, lane.device = x.shape, x.dtype, x.device
-        lane.take(x)
-        if len(lane.order) == ENOUGH:
-            begin(lane, config)
-        return lane
+            node = record.inputs[id(module)] = InputNode(record, module)
+            node.shape, node.dtype, node.device = x.shape, x.dtype, x.device
+        node.take(x)
+        if len(node.order) == ENOUGH:
+            begin(node, config)
+        return node
     finally:
         record.leave()
 
@@ -167,14 +168,14 @@ def note_feeding(x: Tensor) -> None:
     """A neuron got this plain tensor: remember the layer that made it, if one did."""
     if not _recent.calls:
         return
-    nodes: list[Any] = [x.grad_fn]
+    grad_fns: list[Any] = [x.grad_fn]
     seen: list[Any] = []
-    while nodes and len(seen) < 16:
-        node = nodes.pop(0)
-        if node is not None and not any(node is other for other in seen):
-            seen.append(node)
-            nodes += [n for n, _ in node.next_functions]
-    for module, out, node in _recent.calls:
-        if out() is x or (node is not None and any(node is other for other in seen)):
+    while grad_fns and len(seen) < 16:
+        grad_fn = grad_fns.pop(0)
+        if grad_fn is not None and not any(grad_fn is other for other in seen):
+            seen.append(grad_fn)
+            grad_fns += [n for n, _ in grad_fn.next_functions]
+    for module, out, grad_fn in _recent.calls:
+        if out() is x or (grad_fn is not None and any(grad_fn is other for other in seen)):
             _feeding.add(module)
     _recent.calls.clear()

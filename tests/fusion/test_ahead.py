@@ -18,7 +18,7 @@ from snn_sparse_plugin.backends.cpu.ahead import Ahead
 from snn_sparse_plugin.backends.cpu.events import events_from_dense
 from snn_sparse_plugin.core.errors import FusionError
 from snn_sparse_plugin.fusion.ahead import ENOUGH, SMALLEST
-from snn_sparse_plugin.fusion.columns import Column, Slices
+from snn_sparse_plugin.fusion.arguments import ArgumentSeries, Slices
 from snn_sparse_plugin.fusion.context import here
 
 snn = pytest.importorskip("snntorch")
@@ -339,12 +339,12 @@ def test_where_none_begins(why: str, net: Net, begun: list[Ahead]) -> None:
     assert not begun
 
 
-# --- slices as a column ---
+# --- slices as a argument ---
 
 
 def test_a_column_of_slices() -> None:
     x = torch.rand(9, 2, 3)
-    slices = Slices.of(Column((step, x._version) for step in x[1:4]))
+    slices = Slices.of(ArgumentSeries((step, x._version) for step in x[1:4]))
     assert slices is not None
     assert slices.take(x[4])
     for other in (
@@ -384,4 +384,4 @@ def test_what_is_no_column_of_slices(kind: str) -> None:
         entries.reverse()
     if kind == "one":
         entries = entries[:1]
-    assert Slices.of(Column(entries)) is None
+    assert Slices.of(ArgumentSeries(entries)) is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin.fusion.spare import held
+from snn_sparse_plugin.fusion.reuse import held
 
 snn = pytest.importorskip("snntorch")
 

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin.core import tally
-from snn_sparse_plugin.fusion.columns import Column
+from snn_sparse_plugin.fusion.arguments import ArgumentSeries
 from snn_sparse_plugin.fusion.context import here
-from snn_sparse_plugin.fusion.record import Lane
+from snn_sparse_plugin.fusion.nodes import Node
 from snn_sparse_plugin.fusion.recorded import Recorded
 
 snn = pytest.importorskip("snntorch")
@@ -214,18 +214,18 @@ def test_a_record_that_ran_keeps_nothing() -> None:
             out.append(spk)
         torch.stack(out).sum().backward()
 
-    def lanes() -> int:
-        return sum(issubclass(type(item), Lane) for item in gc.get_objects())
+    def nodes() -> int:
+        return sum(issubclass(type(item), Node) for item in gc.get_objects())
 
     with ssp.sparse_mode():
         step()
         gc.collect()
-        before = lanes()
+        before = nodes()
         gc.disable()
         try:
             for _ in range(3):
                 step()
-            assert lanes() == before
+            assert nodes() == before
         finally:
             gc.enable()
 
@@ -304,28 +304,28 @@ def test_stacks_of_the_last_steps(n: int) -> None:
 
 
 def test_columns() -> None:
-    lane, other = object(), object()
+    node, other = object(), object()
 
-    def values(*calls: int, of: Any = lane, slot: int = 0) -> list[Any]:
+    def values(*calls: int, of: Any = node, slot: int = 0) -> list[Any]:
         return [(of, call, slot) for call in calls]
 
-    column = Column(values(2, 3, 4))
-    assert column.range() == (lane, 2, 0)
-    assert (len(column), column[-1], list(column)) == (3, (lane, 4, 0), values(2, 3, 4))
-    assert column[1:].range() == (lane, 3, 0)
-    assert column.read() == values(2)
-    column.append((lane, 5, 0))
-    assert column.range() == (lane, 2, 0)
+    argument = ArgumentSeries(values(2, 3, 4))
+    assert argument.range() == (node, 2, 0)
+    assert (len(argument), argument[-1], list(argument)) == (3, (node, 4, 0), values(2, 3, 4))
+    assert argument[1:].range() == (node, 3, 0)
+    assert argument.read() == values(2)
+    argument.append((node, 5, 0))
+    assert argument.range() == (node, 2, 0)
     for entry in (*values(5), *values(6, of=other), *values(6, slot=1)):
-        changed = column[:]
+        changed = argument[:]
         changed.append(entry)
         assert changed.range() is None
         assert list(changed) == [*values(2, 3, 4, 5), entry]
-    column.append((lane, 4, 0))
-    assert column.range() is None
-    assert list(column) == column.read() == values(2, 3, 4, 5, 4)
-    assert column[:3].range() == (lane, 2, 0)
-    constant = Column([(torch.zeros(1), 0)])
+    argument.append((node, 4, 0))
+    assert argument.range() is None
+    assert list(argument) == argument.read() == values(2, 3, 4, 5, 4)
+    assert argument[:3].range() == (node, 2, 0)
+    constant = ArgumentSeries([(torch.zeros(1), 0)])
     constant.fill(3)
     assert len(constant) == 3
     assert constant[2] is constant[0]

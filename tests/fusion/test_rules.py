@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin.core import tally
 from snn_sparse_plugin.core.errors import FusionError
-from snn_sparse_plugin.fusion.columns import Column
+from snn_sparse_plugin.fusion.arguments import ArgumentSeries
 from snn_sparse_plugin.fusion.context import here
 from snn_sparse_plugin.fusion.flush import flush
 from snn_sparse_plugin.fusion.record import backoff
@@ -132,7 +132,7 @@ def test_what_nobody_waits_for_is_let_go(lif: Any, x: Tensor) -> None:
         lif(x[0], torch.zeros(3, 4))  # the next loop begins
         assert record is not None
         assert record.closed
-        assert not record.lanes
+        assert not record.nodes
     assert fused() == 0
 
 
@@ -323,9 +323,9 @@ def test_the_static_input_is_multiplied_once() -> None:
 
 
 def test_slices_and_stacks_are_not_copied(x: Tensor) -> None:
-    column = Column((step, step._version) for step in x)
-    assert stacked(column).data_ptr() == x.data_ptr()
-    assert torch.equal(stacked(column[::-1]), x.flip(0))
+    argument = ArgumentSeries((step, step._version) for step in x)
+    assert stacked(argument).data_ptr() == x.data_ptr()
+    assert torch.equal(stacked(argument[::-1]), x.flip(0))
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -1,4 +1,4 @@
-"""What one argument of a lane's function was at each call."""
+"""What one argument of a node's function was at each call."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .record import Lane
+    from .nodes import Node
     from .recorded import Value
 
 Entry = tuple[Any, ...]
-"""One tensor argument of one call: a recorded value (lane, call, slot), or a tensor and its version at that time."""
+"""One tensor argument of one call: a recorded value (node, call, slot), or a tensor and its version at that time."""
 
 
-class Column:
+class ArgumentSeries:
     """A sequence of entries; successive values of one result, which most are, are kept as a range.
 
     ``source``, ``slot``: whose results ``start`` to ``stop`` these are; None: they are in ``entries``.
@@ -25,17 +25,17 @@ class Column:
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries: list[Entry] = []
-        self.source: Lane | None = None
+        self.source: Node | None = None
         self.start = self.stop = self.slot = 0
         for entry in entries:
             self.append(entry)
 
     @classmethod
-    def of_range(cls, source: Lane, start: int, stop: int, slot: int) -> Column:
+    def of_range(cls, source: Node, start: int, stop: int, slot: int) -> ArgumentSeries:
         """Successive values of one result."""
-        column = cls()
-        column.source, column.start, column.stop, column.slot = source, start, stop, slot
-        return column
+        argument = cls()
+        argument.source, argument.start, argument.stop, argument.slot = source, start, stop, slot
+        return argument
 
     def append(self, entry: Entry) -> None:
         if self.source is not None:
@@ -86,19 +86,19 @@ class Column:
     @overload
     def __getitem__(self, at: int) -> Entry: ...
     @overload
-    def __getitem__(self, at: slice) -> Column: ...
-    def __getitem__(self, at: int | slice) -> Entry | Column:
+    def __getitem__(self, at: slice) -> ArgumentSeries: ...
+    def __getitem__(self, at: int | slice) -> Entry | ArgumentSeries:
         if self.source is None:
-            return Column(self.entries[at]) if isinstance(at, slice) else self.entries[at]
+            return ArgumentSeries(self.entries[at]) if isinstance(at, slice) else self.entries[at]
         calls = range(self.start, self.stop)[at]
         if isinstance(calls, int):
             return self.source, calls, self.slot
         if calls.step != 1 or not calls:
-            return Column((self.source, call, self.slot) for call in calls)
-        return Column.of_range(self.source, calls.start, calls.stop, self.slot)
+            return ArgumentSeries((self.source, call, self.slot) for call in calls)
+        return ArgumentSeries.of_range(self.source, calls.start, calls.stop, self.slot)
 
 
-class Slices(Column):
+class Slices(ArgumentSeries):
     """Successive slices of one tensor at equal distances in its memory, which want no gradient.
 
     They are noted by the first and their number: no slice is kept, and a few reads tell whether another one is next.
@@ -113,22 +113,22 @@ class Slices(Column):
         self.next, self.version = first.storage_offset() + n * distance, base._version
 
     @classmethod
-    def of(cls, column: Column) -> Slices | None:
-        """A column's tensors, if that is what they are."""
-        if isinstance(column, Slices):
-            return column
-        if len(column) < 2 or any(len(entry) == 3 for entry in column):
+    def of(cls, argument: ArgumentSeries) -> Slices | None:
+        """The tensors of an argument, if that is what they are."""
+        if isinstance(argument, Slices):
+            return argument
+        if len(argument) < 2 or any(len(entry) == 3 for entry in argument):
             return None
-        first, base = column[0][0], column[0][0]._base
+        first, base = argument[0][0], argument[0][0]._base
         if base is None or base.is_inference() or first.requires_grad:
             return None
-        distance = column[1][0].storage_offset() - first.storage_offset()
+        distance = argument[1][0].storage_offset() - first.storage_offset()
         found = cls(first, base, distance, 1)
-        versions = {version for _, version in column.entries}
+        versions = {version for _, version in argument.entries}
         if (
             distance <= 0
             or versions != {found.version}
-            or not all(found.take(x) for x, _ in column.entries[1:])
+            or not all(found.take(x) for x, _ in argument.entries[1:])
         ):
             return None
         return found
@@ -169,7 +169,7 @@ class Slices(Column):
         return 0
 
     def append(self, entry: Entry) -> None:
-        raise TypeError("slices are taken, anything else goes into a Column of them")
+        raise TypeError("slices are taken, anything else goes into a ArgumentSeries of them")
 
     def clear(self) -> None:
         del self.first, self.base
@@ -186,8 +186,8 @@ class Slices(Column):
     @overload
     def __getitem__(self, at: int) -> Entry: ...
     @overload
-    def __getitem__(self, at: slice) -> Column: ...
-    def __getitem__(self, at: int | slice) -> Entry | Column:
+    def __getitem__(self, at: slice) -> ArgumentSeries: ...
+    def __getitem__(self, at: int | slice) -> Entry | ArgumentSeries:
         if isinstance(at, slice):
-            return Column((x, self.version) for x in self.whole()[at].unbind(0))
+            return ArgumentSeries((x, self.version) for x in self.whole()[at].unbind(0))
         return self.first if at == 0 else self.whole()[at], self.version

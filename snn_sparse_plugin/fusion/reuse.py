@@ -19,7 +19,7 @@ references = sys.getrefcount
 
 
 def held(given: list[Any], alone: int | None = None) -> list[Any]:
-    """Those of the objects in a list of lanes that somebody else refers to as well; all, where that cannot be told."""
+    """Those of the objects in a list of nodes that somebody else refers to as well; all, where that cannot be told."""
     alone = ALONE if alone is None else alone
     return [x for x in given if references(x) > alone]
 
@@ -64,7 +64,7 @@ def spare_of(*kind: Any) -> list[Recorded]:
 
 
 def put_by(given: list[list[Recorded]], spare: list[Recorded]) -> None:
-    """Keep those of a lane's tensors that nobody has."""
+    """Keep those of a node's tensors that nobody has."""
     for tensors in given:
         for x in tensors:
             if len(spare) >= _SPARE_EACH:

@@ -1,0 +1,285 @@
+"""Running nodes: all calls at once, or one by one where they feed back into themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import running
+from ..core.config import use_config
+from ..core.errors import FusionError, NonFiniteError
+from ..core.spikes import SpikeTrain
+from . import meter
+from .arguments import ArgumentSeries
+from .context import in_mode
+from .executor import FusedCall, Synapses
+from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode
+from .planner import Plan
+from .record import backoff
+from .recordable import BATCHED, LINEAR, filled
+from .series import Series, constant_of, piece, stacked, train_of
+from .stepping import Flow, Layer
+
+SHORT = 2
+"""Records in a row in which a neuron was asked for a single step, after which it is stepped for a while."""
+FIRST_PAUSE, LONGEST_PAUSE = 64, 4096
+"""Calls for which it is not recorded: each time twice as many."""
+
+
+def run_node(node: Node, plan: Plan) -> None:
+    """Compute the results of a node whose arguments are all there."""
+    if node in plan.inside:
+        return
+    if isinstance(node, NeuronNode):
+        # a single step is upstream's own, unless the module has changed since
+        if (len(node) == 1 and node.description.holds()) or not _run_neuron(node, plan):
+            note_length(node.module, len(node))
+            run_steps([node], plan)
+        else:
+            note_length(node.module, len(node))
+    elif isinstance(node, FunctionNode):
+        if isinstance(node, InputNode):
+            note_length(node.kwargs["module"], len(node))
+        node.results[0] = _run_function(node, plan)
+
+
+def _run_function(node: FunctionNode, plan: Plan) -> Series:
+    n = len(node)
+    if isinstance(node, InputNode):
+        return _inputs(node)
+    if isinstance(node, StackNode):
+        return Series(1, pieces=[_stack_of_steps(node, plan)])
+    if n == 1:
+        return Series(1, pieces=[plan.call(node, [piece(argument[0]) for argument in node.arguments], 0)])
+    constants = [constant_of(argument) for argument in node.arguments]
+    if all(x is not None for x in constants):
+        return Series(n, constant=plan.call(node, constants, 0))
+    tensors = [
+        stacked(argument) if x is None else x for argument, x in zip(node.arguments, constants, strict=True)
+    ]
+    varying = [x is None for x in constants]
+    return Series(n, dense=_over_time(node, tensors, varying, n))
+
+
+def _inputs(node: InputNode) -> Series:
+    """Plain inputs: the one that is there at every step, the tensor or the events that they are slices of."""
+    argument = node.arguments[0]
+    n, constant = len(argument), constant_of(argument)
+    if constant is not None:
+        return Series(n, constant=constant)
+    train = train_of(argument)
+    if train is not None:
+        return Series(n, train=train)
+    dense = stacked(argument)
+    if node.begun is not None:
+        dense._snn_begun = node.begun  # type: ignore[attr-defined]  # for SpikeTrain.from_dense
+    return Series(n, dense=dense)
+
+
+def _over_time(node: FunctionNode, tensors: list[Tensor], varying: list[bool], n: int) -> Tensor:
+    """The function on all steps together: (n, ...)."""
+    if node.func is LINEAR and varying[0] and not any(varying[1:]):
+        return Plan.call(node, tensors, 0)
+    kwargs = node.kwargs
+    if (
+        node.func in BATCHED
+        and varying[0]
+        and not any(varying[1:])
+        and len(node.shape) == tensors[0].dim() - 1
+    ):
+        flat = [tensors[0].flatten(0, 1), *tensors[1:]]
+        if tensors[0].dim() == _batched_dims(node):
+            return Plan.call(node, flat, 0).unflatten(0, tensors[0].shape[:2])
+
+    def step(*given: Tensor) -> Any:
+        found = iter(given)
+        filled_in = [next(found) if v else x for x, v in zip(tensors, varying, strict=True)]
+        named = {name: filled(form, filled_in) for name, form in kwargs.items()}
+        return node.func(*filled(node.args, filled_in), **named)
+
+    over = [x for x, v in zip(tensors, varying, strict=True) if v]
+    try:
+        return torch.vmap(step)(*over)
+    except (RuntimeError, ValueError):  # no rule for it: call by call
+        return torch.stack([step(*x) for x in zip(*(x.unbind(0) for x in over), strict=True)])
+
+
+def _batched_dims(node: FunctionNode) -> int:
+    """Dimensions of (T, B, C, ...) for a layer whose name says how many are spatial."""
+    name = getattr(node.func, "__name__", "")
+    return 3 + next((int(c) for c in name if c.isdigit()), 9)
+
+
+def _stack_of_steps(node: StackNode, plan: Plan) -> Tensor:
+    """``torch.stack`` of successive values of one result: they stand together already, unless they were made singly."""
+    (made, start, slot), n = node.steps[0], len(node.steps)
+    series = made.results[slot]
+    if series.pieces is not None or series.constant is not None:
+        return torch.stack([series.step(call) for call in range(start, start + n)])
+    dense: Tensor = series.stacked(start, n)
+    # another owner of this memory would see what is done to it in place
+    alone = plan.readers[made, slot] == {node} and (made, slot) not in plan.waiting
+    return dense if alone and start == 0 and n == series.n else dense.clone()
+
+
+def _run_neuron(node: NeuronNode, plan: Plan) -> bool:
+    """One call of the fused op for all steps; False where only single steps do what upstream does."""
+    membrane = node.slots.get(node.adapter.membrane_leaf(), -1)
+    if plan.wants_currents(node):
+        return False
+    argument, synapses, name = node.arguments[0], None, type(node.module).__name__
+    source = argument.range()
+    if source is not None and source[0] in plan.inside:
+        linear, start = source[0], source[1]
+        argument = linear.arguments[0][start : start + len(node)]
+        rest = [c[0][0] for c in linear.arguments[1:]]
+        synapses = Synapses(rest[0], rest[1] if len(rest) > 1 else None)
+        name = f"Linear→{name}"
+    (flow, once), n = _flow(argument), len(node)
+    single = len(node.input_shape) == 1
+    if single:
+        flow = (flow.to_dense() if isinstance(flow, SpikeTrain) else flow).unsqueeze(1)
+    leaves = _initial(node)
+    if single:
+        leaves = {k: v if v is None or not v.dim() else v.unsqueeze(0) for k, v in leaves.items()}
+    call = FusedCall(
+        Layer(name, node.module, node.adapter),
+        node.neuron,
+        synapses,
+        name,
+        node.adapter.state_of(leaves, node.like),
+        per_step=True,
+        last=plan.is_last(node),
+        config=node.config,
+        steps=n if once else None,
+    )
+    events = plan.wants_events(node) and not single
+    want_mem = membrane > 0 and (node, membrane) in plan.early
+    try:
+        passed = _fused(node, call, flow, synapses, argument, events, want_mem)
+    except NonFiniteError:  # which upstream's own steps carry on
+        return False
+    if passed is None:
+        return False
+    spikes, mem = passed.flow, passed.mem
+    if single:
+        assert isinstance(spikes, Tensor)
+        spikes, mem = spikes.squeeze(1), None if mem is None else mem.squeeze(1)
+    node.results[0] = Series(n, train=spikes) if isinstance(spikes, SpikeTrain) else Series(n, dense=spikes)
+    for leaf, x in node.adapter.leaves(passed.state).items():
+        slot = node.slots[leaf]
+        if slot:
+            last = x.squeeze(0) if single else x
+            node.results[slot] = Series(n, dense=mem if slot == membrane else None, last=last)
+    return True
+
+
+def _fused(
+    node: NeuronNode,
+    call: FusedCall,
+    flow: Flow,
+    synapses: Synapses | None,
+    argument: ArgumentSeries,
+    events: bool,
+    want_mem: bool,
+) -> Any:
+    with use_config(node.config):
+        if meter.current is None:
+            return call.run(flow, events, want_mem)
+        x, state = piece(node.arguments[0][0]) if synapses is None else piece(argument[0]), _initial(node)
+        return meter.current.add(
+            node.module,
+            len(node),
+            lambda: call.run(flow, events, want_mem),
+            lambda: _one_step(node, synapses, x, state),
+            (node.input_shape, synapses is None, node.mode),
+        )
+
+
+def _one_step(node: NeuronNode, synapses: Synapses | None, x: Tensor, state: Any) -> None:
+    """A single step as upstream runs it, for the meter."""
+    if synapses is not None:
+        x = F.linear(x, *synapses)
+    with use_config(None):
+        node.adapter.upstream_step(node.upstream, node.module, x, state, node.like)
+
+
+def _flow(argument: ArgumentSeries) -> tuple[Flow, bool]:
+    """All steps of an argument, or the one that it holds at every step and True."""
+    source = argument.range()
+    node, start = source[:2] if source is not None else (None, 0)
+    if isinstance(node, InputNode) and len(argument) < len(node):
+        # one of several loops in the record: what it read may be events or slices, the inputs of all loops are not
+        argument = node.arguments[0][start : start + len(argument)]
+    constant = constant_of(argument)
+    if constant is not None:
+        return constant.unsqueeze(0), True
+    train = train_of(argument)
+    return (stacked(argument) if train is None else train), False
+
+
+def _initial(node: NeuronNode) -> dict[str, Tensor | None]:
+    return {name: None if entry is None else piece(entry) for name, entry in node.initial.items()}
+
+
+def note_length(module: nn.Module, steps: int) -> None:
+    """Stop recording a module for a while that is always asked for single steps."""
+    if steps > 1:
+        backoff.pop(module, None)
+        return
+    found = backoff.setdefault(module, [0, 0, FIRST_PAUSE])
+    found[0] += 1
+    if found[0] >= SHORT:
+        found[1] = found[2]
+        found[2] = min(LONGEST_PAUSE, 2 * found[2])
+
+
+# --- one call after the other ---
+
+
+def run_steps(group: list[Node], plan: Plan) -> None:
+    """The calls of these nodes in the order of the loop, each neuron by upstream's own forward."""
+    states: dict[Node, dict[str, Tensor | None]] = {}
+    pieces: dict[Node, list[list[Tensor]]] = {}
+    for node in group:
+        pieces[node] = [[] for _ in node.results]
+        node.results[:] = [Series(len(node), pieces=made) for made in pieces[node]]
+    todo = sorted(
+        ((number, call, node) for node in group for call, number in enumerate(node.order)), key=lambda x: x[0]
+    )
+    for _, call, node in todo:
+        with in_mode(node.mode):
+            _run_step(node, call, plan, states, pieces)
+
+
+def _run_step(
+    node: Node,
+    call: int,
+    plan: Plan,
+    states: dict[Node, dict[str, Tensor | None]],
+    pieces: dict[Node, list[list[Tensor]]],
+) -> None:
+    tensors = [plan.piece(argument[call]) for argument in node.arguments]
+    if isinstance(node, StackNode):
+        pieces[node][0].append(torch.stack([plan.piece(entry) for entry in node.steps]))
+        return
+    if isinstance(node, FunctionNode):
+        pieces[node][0].append(plan.call(node, tensors, call))
+        return
+    assert isinstance(node, NeuronNode)
+    if not node.description.holds():
+        raise FusionError(
+            f"{type(node.module).__name__} was changed after its step was recorded at {node.where}, before the "
+            f"result was used. Use the result first, or switch time fusion off (fuse_time=False)."
+        )
+    before = states[node] if node in states else _initial(node)
+    with use_config(node.config), running(node.module):
+        out, after = node.adapter.upstream_step(node.upstream, node.module, tensors[0], before, node.like)
+    states[node] = dict(after)
+    pieces[node][0].append(out)
+    for name, slot in node.slots.items():
+        if slot:
+            pieces[node][slot].append(after[name])
