@@ -88,18 +88,17 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         v0,
         rec_weight,
         incoming,  # what came in and spiked, see outgoing.py
-        act_ptr,
-        act_idx,
-        act_x,
-        surrogate,
-        first_param,
-        second_param,
+        active,
+        act_x,  # membrane - threshold there
+        derivative,
         block,  # space for rows of nu, zero beyond column N
         arriving,  # gradients of active entries, of spikes and of the membrane: empty where there is none
         lam_state,  # (B, N): gradient of the final state in, of the initial state out
         ci_state,
         outgoing,
     ):
+        act_ptr, act_idx = active
+        _, surrogate, first_param, second_param = derivative
         out_ptr, out_idx = incoming[6], incoming[7]
         g_out, g_spikes, g_mem = arriving
         N = v0.shape[1]

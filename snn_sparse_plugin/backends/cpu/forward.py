@@ -27,29 +27,14 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         T,
         window,  # half-width of the active window, < 0: nothing is active
         params,  # (5, N)
-        current,  # (T or 1, B, N) or empty
-        indptr,
-        indices,
-        values,
-        weight,  # (M, N padded to lanes): rows of W^T, or empty
-        bias,  # (N,)
-        rec_weight,  # (N, N padded): rows of W_rec^T, or empty
-        rec_bias,  # (N,)
-        rec0,  # (B, N)
-        v_state,  # (B, N), in place
-        i_state,
-        v_checkpoints,  # (chunks, B, N) or empty
-        i_checkpoints,
-        spikes,  # (T, B, N) or empty
-        mem,
-        out_ptr,  # (B * T + 1,): running counts of this range
-        out_idx,
-        act_ptr,
-        act_idx,
-        act_x,
-        counts,  # int64: events, active kept, active seen
+        fed,
+        states,
+        written,
     ):
         """Returns the sample it stopped before: ``last``, or earlier where a buffer could overflow."""
+        current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0 = fed
+        v_state, i_state, v_checkpoints, i_checkpoints = states
+        spikes, mem, out_ptr, out_idx, act_ptr, act_idx, act_x, counts = written
         N = v_state.shape[1]
         dtype = v_state.dtype
         reset = np.zeros(N, dtype)

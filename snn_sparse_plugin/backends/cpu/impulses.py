@@ -28,18 +28,17 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     T,
     decay,
     incoming,
-    act_ptr,
-    act_idx,
-    act_x,
-    surrogate,
-    first_param,
-    second_param,
+    active,
+    act_x,  # membrane - threshold there
+    derivative,
     arriving,
     flow,  # (B, N): what flows to the last step from the state after it; then from the first step to the state before
     sums,  # m and y, each one row of whole vectors
     outgoing,
 ):
     """Samples first..last. Rows of ``weight`` are W_j; the gradient's rows, ``g_weight``, are those of W^T."""
+    act_ptr, act_idx = active
+    _, surrogate, first_param, second_param = derivative
     indptr, indices, values, weight, in_ptr, in_idx = incoming
     g_out, g_spikes = arriving
     g_weight, g_bias, g_active = outgoing

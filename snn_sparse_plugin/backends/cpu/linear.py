@@ -42,18 +42,17 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
         v0,
         _,
         incoming,
-        act_ptr,
-        act_idx,
-        act_x,
-        surrogate,
-        first_param,
-        second_param,
+        active,
+        act_x,  # membrane - threshold there
+        derivative,
         block,
         arriving,
         lam_state,
         ci_state,
         outgoing,
     ):
+        act_ptr, act_idx = active
+        _, surrogate, first_param, second_param = derivative
         g_out, g_spikes, g_mem = arriving
         N, width = v0.shape[1], block.shape[1]
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0

@@ -169,29 +169,14 @@ def _forward_kernel(dtype: np.dtype) -> Callable[..., Any]:
         T,
         window,
         params,
-        current,
-        indptr,
-        indices,
-        values,
-        weight,
-        bias,
-        rec_weight,
-        rec_bias,
-        rec0,
-        state,  # (K, B, N), in place
-        _,
-        checkpoints,  # (chunks, K, B, N) or empty
-        __,
-        spikes,  # (T, B, N) or empty
-        mem,
-        out_ptr,
-        out_idx,
-        act_ptr,
-        act_idx,
-        act_x,
-        counts,
+        fed,
+        states,
+        written,
     ):
         """As ``forward`` in forward.py; the states are registers."""
+        current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0 = fed
+        state, _, checkpoints, _ = states
+        spikes, mem, out_ptr, out_idx, act_ptr, act_idx, act_x, counts = written
         K, N, width = state.shape[0], state.shape[2], regs.shape[1]
         dtype = regs.dtype
         spiking, recurrent = places[0] >= 0, rec_weight.shape[0] > 0

@@ -109,19 +109,14 @@ def backward_program(  # type: ignore[no-untyped-def]
     first,
     last,
     T,
-    window,
-    surrogate,
-    first_param,
-    second_param,
+    derivative,
     params,
-    checkpoints,
-    _,
+    checkpoints_of_states,
     current,
     bias,
     recurrence,
     incoming,
-    act_ptr,
-    act_idx,
+    active,
     arriving,
     lam,  # (K, B, N): gradient of the final states in, of the initial ones out
     __,
@@ -130,6 +125,9 @@ def backward_program(  # type: ignore[no-untyped-def]
     block,
 ):
     """As ``backward_replay`` in replay.py, for any program."""
+    window, surrogate, first_param, second_param = derivative
+    checkpoints, _ = checkpoints_of_states
+    act_ptr, act_idx = active
     rec_weight, rec_bias, rec0 = recurrence
     indptr, indices, values, weight, _in_ptr, _in_idx, out_ptr, out_idx = incoming
     g_out, g_spikes, g_mem = arriving

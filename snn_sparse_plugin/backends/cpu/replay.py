@@ -100,19 +100,14 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         first,
         last,
         T,
-        window,
-        surrogate,
-        first_param,
-        second_param,
+        derivative,
         params,
-        v_checkpoints,
-        i_checkpoints,
+        checkpoints,
         current,
         bias,
         recurrence,  # rec_weight, rec_bias, rec0
         incoming,  # what came in and spiked, see outgoing.py
-        act_ptr,
-        act_idx,
+        active,
         arriving,  # gradients of active entries, of spikes and of the membrane: empty where there is none
         lam_state,
         ci_state,
@@ -120,6 +115,9 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         g_params,  # (5, N) of this range, float64, or empty
         block,  # space for rows of nu, zero beyond column N
     ):
+        window, surrogate, first_param, second_param = derivative
+        v_checkpoints, i_checkpoints = checkpoints
+        act_ptr, act_idx = active
         rec_weight, rec_bias, rec0 = recurrence
         indptr, indices, values, weight, _, _, out_ptr, out_idx = incoming
         g_out, g_spikes, g_mem = arriving

@@ -37,19 +37,14 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         first,
         last,
         T,
-        window,
-        surrogate,
-        first_param,
-        second_param,
+        derivative,
         params,
-        v_checkpoints,
-        i_checkpoints,
+        checkpoints,
         current,
         bias,
         mem,  # (T, B, N) or empty
         incoming,
-        act_ptr,
-        act_idx,
+        active,
         arriving,
         product,  # (T, B, K), (K, N padded): a gradient of spikes, not multiplied yet, or empty
         lam_state,
@@ -57,6 +52,9 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         outgoing,
         block,
     ):
+        window, surrogate, first_param, second_param = derivative
+        v_checkpoints, i_checkpoints = checkpoints
+        act_ptr, act_idx = active
         indptr, indices, values, weight = incoming[0], incoming[1], incoming[2], incoming[3]
         g_out, g_spikes, g_mem = arriving
         g_above, above = product

@@ -30,6 +30,7 @@ from ...core.equations import Equations
 from ...core.errors import InputError
 from ...core.spikes import MAX_EVENTS, Active
 from ..product import LARGEST, ProductGrad
+from .arguments import Arriving, Derivative, Entries, Fed, Incoming, Outgoing, Recurrence, States, Written
 from .backward import backward_active_kernel
 from .bits import LANES
 from .forward import forward_kernel
@@ -78,8 +79,8 @@ def run_forward(call: LayerCall) -> LayerResult:
     inputs = _inputs(call, np_dtype)
     window = -1.0 if call.threshold is None or not call.needs_grad or not spec.spiking else call.threshold
     params = array(call.params)
-    states = [array(x) for x in (v, i, v_checkpoints, i_checkpoints)]
-    records = [_array(spikes, np_dtype, 3), _array(mem, np_dtype, 3)]
+    states = States(*(array(x) for x in (v, i, v_checkpoints, i_checkpoints)))
+    records = _array(spikes, np_dtype, 3), _array(mem, np_dtype, 3)
 
     def run(first: int, last: int) -> list[Any]:
         forward = _forward(call, np_dtype)
@@ -90,10 +91,8 @@ def run_forward(call: LayerCall) -> LayerResult:
         counts = np.zeros(3, dtype=np.int64)
         at = first
         while True:
-            at = forward(
-                *(at, last, T, window, params, *inputs, *states, *records),
-                *(out_ptr, events, act_ptr, act_idx, act_x, counts),
-            )
+            written = Written(*records, out_ptr, events, act_ptr, act_idx, act_x, counts)
+            at = forward(at, last, T, window, params, inputs, states, written)
             if at == last:
                 return [events[: counts[0]], act_idx[: counts[1]], act_x[: counts[1]], counts]
             grown = np.empty(2 * events.size + T * N + LANES, dtype=np.int32)
@@ -181,7 +180,7 @@ def run_backward(
         g_active = torch.empty(in_idx.size, dtype=dtype)
     g_rec0 = _copied(None, (B, currents), np_dtype) if needs.rec0 and call.rec0 is not None else None
     out_ptr, out_idx = (none, none) if events is None else (array(x) for x in events)
-    act_ptr, act_idx = (none, none) if saved.active is None else (array(x) for x in saved.active)
+    active = Entries(none, none) if saved.active is None else Entries(*(array(x) for x in saved.active))
     g_spikes, product = grads.spikes, (np.empty((0, 0, 0), np_dtype), np.empty((0, 0), np_dtype))
     if isinstance(g_spikes, ProductGrad):
         if linear:
@@ -189,16 +188,16 @@ def run_backward(
         else:
             g_spikes = g_spikes.dense()
     dense = [_array(g_spikes, np_dtype, 3), _array(grads.mem, np_dtype, 3)]
-    arriving = (_array(grads.active, np_dtype, 1), *dense)
+    arriving = Arriving(_array(grads.active, np_dtype, 1), *dense)
     states = [array(cv), array(ci)]
     g_input = [_array(g_active, np_dtype, 1), _array(nu, np_dtype, 3)]
     params = array(call.params)
-    current, indptr, indices, values, weight, bias, *recurrence = inputs
-    if impulses:
-        weight = _rows(call.weight if needs.input else None, np_dtype)
-    incoming = (indptr, indices, values, weight, in_ptr, in_idx, out_ptr, out_idx)
-    surrogate, (p, q) = call.surrogate.code, call.surrogate.packed
+    weight = _rows(call.weight if needs.input else None, np_dtype) if impulses else inputs.weight
+    events_in = (inputs.indptr, inputs.indices, inputs.values)
+    incoming = Incoming(*events_in, weight, in_ptr, in_idx, out_ptr, out_idx)
+    recurrence = Recurrence(inputs.rec_weight, inputs.rec_bias, inputs.rec0)
     window = -1.0 if saved.threshold is None else saved.threshold
+    derivative = Derivative(window, call.surrogate.code, *call.surrogate.packed)
     calls["cpu", "backward:list" if use_list else "backward:replay"] += 1
     if impulses:
         calls["cpu", "backward:impulses"] += 1
@@ -219,10 +218,10 @@ def run_backward(
         g_rec_weight = rows(needs.rec_weight and recurrent, N)
         g_rec_bias = rows(needs.rec_bias and call.rec_bias is not None, 1)
         g_params = np.zeros((len(call.params), N) if want_params else (0, 0))
-        outgoing = (g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
+        outgoing = Outgoing(g_weight, g_bias, *g_input, g_rec_weight, g_rec_bias, _array(g_rec0, np_dtype, 2))
         if impulses:
             backward_impulses(
-                *(first, last, T, params[MEM, 0], incoming[:6], act_ptr, act_idx, u, surrogate, p, q),
+                *(first, last, T, params[MEM, 0], incoming[:6], active, u, derivative),
                 *(arriving[:2], states[0], (rows(True, 1), _aligned(1, weight.shape[1], np_dtype))),
                 outgoing[:3],
             )
@@ -232,23 +231,23 @@ def run_backward(
             code = _code(call)
             backward = backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code)
             backward(
-                *(first, last, T, params, array(call.v0), recurrence[0], incoming, act_ptr, act_idx, u),
-                *(surrogate, p, q, block, arriving, *states, outgoing),
+                *(first, last, T, params, array(call.v0), recurrence.weight, incoming, active, u),
+                *(derivative, block, arriving, *states, outgoing),
             )
         else:
             checkpoints = (
                 _array(saved.v_checkpoints, np_dtype, 3),
                 _array(saved.i_checkpoints, np_dtype, 3),
             )
-            start = (first, last, T, window, surrogate, p, q, params, *checkpoints, current, bias)
+            start = (first, last, T, derivative, params, checkpoints, inputs.current, inputs.bias)
             if linear:
                 backward_replay_linear_kernel(_code(call))(
-                    *(*start, mem, incoming, act_ptr, act_idx, arriving, product),
+                    *(*start, mem, incoming, active, arriving, product),
                     *(*states, outgoing, block),
                 )
             else:
                 _replay(call, np_dtype)(
-                    *(*start, tuple(recurrence), incoming, act_ptr, act_idx, arriving),
+                    *(*start, recurrence, incoming, active, arriving),
                     *(*states, outgoing, g_params, block),
                 )
         return [g_weight, g_bias, g_rec_weight, g_rec_bias, g_params]
@@ -350,8 +349,7 @@ def _code(call: LayerCall) -> Code:
     return encode(call.spec, call.rec_weight is not None)
 
 
-def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.ndarray, ...]:
-    """current, indptr, indices, values, weight, bias, rec_weight, rec_bias, rec0; empty where absent."""
+def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> Fed:
     current = call.current
     if current is not None:
         still = call.T > 1 and current.stride(0) == 0
@@ -362,7 +360,7 @@ def _inputs(call: LayerCall, dtype: np.dtype, rows: bool = True) -> tuple[np.nda
         indptr, indices = array(call.train.indptr), array(call.train.indices)
         values = _array(call.train.values, dtype, 1)
     zeros = np.zeros(call.currents, dtype)
-    return (
+    return Fed(
         _array(current, dtype, 3),
         indptr,
         indices,
