@@ -103,7 +103,7 @@ def test_a_change_in_place_before_the_run_is_an_error(lif: Any, x: Tensor, what:
         out, last = loop(lif, x, mem)
         with torch.no_grad():
             {"input": x, "parameter": lif.beta, "state": mem}[what].mul_(0.5)
-        where = r"changed in place after the step was recorded at .*test_rules.py:\d+, in loop"
+        where = r"changed in place after the step was recorded at .*test_when_a_record_runs.py:\d+, in loop"
         with pytest.raises(FusionError, match=where):
             out[0].tolist()
         with pytest.raises(FusionError, match="was never computed"):
