@@ -1,5 +1,9 @@
 """What several test files need: weights on a binary grid, relative norms, the neuron family."""
 
+from dataclasses import asdict
+from itertools import combinations
+
+import pytest
 import torch
 
 from snn_sparse_plugin import NeuronSpec
@@ -37,6 +41,28 @@ def family():
                 found.append(NeuronSpec(update, update == "euler", reset, "immediate", attached=attached))
         found.append(NeuronSpec(update, update == "euler", "none", spiking=False))
     return found
+
+
+def members():
+    """The family as parameters of a test: a member has kernels of its own, which take ten seconds to compile."""
+    return some({name(spec): spec for spec in family()})
+
+
+def some(specs):
+    """Parameters of a test: as many of the neurons as let every two options meet; the others are ``slow``."""
+    left = {pair for spec in specs.values() for pair in _pairs(spec)}
+    chosen = []
+    while left:
+        chosen.append(max(specs, key=lambda label: len(left & _pairs(specs[label]))))
+        left -= _pairs(specs[chosen[-1]])
+    return [
+        pytest.param(spec, id=label, marks=() if label in chosen else pytest.mark.slow)
+        for label, spec in specs.items()
+    ]
+
+
+def _pairs(spec):
+    return set(combinations(sorted(asdict(spec).items()), 2))
 
 
 def name(spec):

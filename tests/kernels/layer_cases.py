@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import some
 
 from snn_sparse_plugin.backends import calls, select
 from snn_sparse_plugin.backends.triton import TritonBackend
@@ -189,9 +190,8 @@ class LayerTests:
         assert_outputs_equal(got, expected)
         assert_grads_close(got_grads, expected_grads)
 
-    @pytest.mark.parametrize("name", SPECS)
-    def test_every_neuron_of_the_family(self, name):
-        spec = SPECS[name]
+    @pytest.mark.parametrize("spec", some(SPECS))
+    def test_every_neuron_of_the_family(self, spec):
         tensors = self.inputs(spec, 34, 1, 5, 5)
         tensors["x"] = tensors["x"] @ tensors["weight"].t() + tensors["bias"]
         expected, _ = compare(spec, tensors, dense_input=True, backprop_threshold=0.4, min_active=0)

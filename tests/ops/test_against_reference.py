@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import family, name, on_grid, relative, spikes
+from helpers import members, name, on_grid, relative, spikes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,7 +113,7 @@ WINDOWS = pytest.mark.parametrize("threshold", [None, 0.02, 1.0], ids=["exact", 
 @WINDOWS
 @pytest.mark.parametrize(
     ("spec", "recurrent"),
-    [pytest.param(s, False, id=name(s)) for s in family()]
+    [pytest.param(*m.values, False, id=m.id, marks=m.marks) for m in members()]
     + [pytest.param(s, True, id=name(s) + "-recurrent") for s in RECURRENT],
 )
 def test_every_neuron(spec, recurrent, threshold, counted):
@@ -141,14 +141,14 @@ def test_blocks_cut_across_samples_and_steps(spec, recurrent, threshold, monkeyp
 @pytest.mark.parametrize("threshold", [None, 0.02], ids=["exact", "narrow"])
 @pytest.mark.parametrize(
     ("spec", "recurrent"),
-    [pytest.param(s, False, id=name(s)) for s in family()]
+    [pytest.param(*m.values, False, id=m.id, marks=m.marks) for m in members()]
     + [pytest.param(s, True, id=name(s) + "-recurrent") for s in RECURRENT],
 )
 def test_decays_and_thresholds_learn(spec, recurrent, threshold):
     compare(build(spec, 40, 2, 20, 17, recurrent=recurrent, params_grad=True), spec, FAST, threshold)
 
 
-@pytest.mark.parametrize("spec", family(), ids=name)
+@pytest.mark.parametrize("spec", members())
 def test_current_input(spec):
     compare(build(spec, 35, 3, 0, 19, current=True), spec, FAST, 0.05)
 
@@ -196,7 +196,7 @@ def test_float64(spec):
     N=st.sampled_from([1, 15, 16, 17, 63]),
     threshold=st.sampled_from([None, 0.02, 0.2, "auto"]),
     recurrent=st.booleans(),
-    spec=st.sampled_from(family()),
+    spec=st.sampled_from([m.values[0] for m in members() if not m.marks]),
 )
 def test_any_shape(T, B, M, N, threshold, recurrent, spec):
     recurrent = recurrent and spec in RECURRENT
@@ -207,7 +207,7 @@ def test_any_shape(T, B, M, N, threshold, recurrent, spec):
 
 
 @pytest.mark.parametrize("threshold", [None, 0.02], ids=["exact", "narrow"])
-@pytest.mark.parametrize("spec", [s for s in family() if s.spiking], ids=name)
+@pytest.mark.parametrize("spec", [m for m in members() if m.values[0].spiking])
 def test_a_loss_on_the_membrane_alone_replays_nothing(spec, threshold, counted):
     problem = build(spec, 40, 3, 30, 21)
     del problem[2]["spikes"]
