@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -75,13 +76,19 @@ def keeps_active(call: LayerCall) -> bool:
     return not isinstance(call.spec, Equations) or call.spec.program.direct
 
 
-def check_finite(call: LayerCall, v: Tensor) -> None:
+def is_finite(x: Tensor) -> bool:
+    """Whether all numbers are: of a sum, which costs a fifth of looking at each, and else one by one."""
+    x = x.detach()
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def check_finite(call: LayerCall, v: Tensor, finite: Callable[[Tensor], bool] = is_finite) -> None:
     """Raise :class:`NonFiniteError` if the final membrane ``v`` or what it was made from is NaN or infinite.
 
     Rows of weights that meet no spike are never added, and 0 times infinity would turn into 0 unseen.
     """
     seen = (v, call.params, call.weight if call.train is not None else None, call.bias, call.rec_weight)
-    if all(tensor is None or _finite(tensor) for tensor in seen):
+    if all(tensor is None or finite(tensor) for tensor in seen):
         return
     named = {
         "the input current": call.current,
@@ -92,7 +99,7 @@ def check_finite(call: LayerCall, v: Tensor) -> None:
         "the initial state": call.v0,
         "a decay or threshold": call.params,
     }
-    found = [label for label, x in named.items() if x is not None and not _finite(x)]
+    found = [label for label, x in named.items() if x is not None and not finite(x)]
     raise NonFiniteError(
         f"{call.name}: the membrane is NaN or infinite. "
         + (
@@ -101,12 +108,6 @@ def check_finite(call: LayerCall, v: Tensor) -> None:
             else "It overflowed: inputs and weights are finite but too large."
         )
     )
-
-
-def _finite(x: Tensor) -> bool:
-    # a sum costs a fifth; finite numbers whose sum is not are looked at one by one
-    x = x.detach()
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 class Saved(NamedTuple):

@@ -9,6 +9,9 @@ from .jit import kernel
 from .memory import array
 from .threads import parallel, split
 
+SMALLEST = 1 << 17
+"""Neuron-steps from which on the work is shared among threads."""
+
 
 @kernel()
 def _add(first, last, T, begin, end, indptr, indices, values, out):  # type: ignore[no-untyped-def]
@@ -43,7 +46,9 @@ def count_events(
     out = torch.zeros(B, N, dtype=dtype)
     pattern, sums = (array(indptr), array(indices)), array(out)
     numbers = sums[0, :0] if values is None else array(values)
-    parallel([lambda r=r: _add(*r, T, begin, end, *pattern, numbers, sums) for r in split(B)])  # type: ignore[misc]
+    # for a few steps another thread is not worth waking
+    ranges = split(B, None if (end - begin) * B * N > SMALLEST else 1)
+    parallel([lambda r=r: _add(*r, T, begin, end, *pattern, numbers, sums) for r in ranges])  # type: ignore[misc]
     return out
 
 
