@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -49,7 +48,7 @@ class Description:
                     self._note_tuple(value)
                 elif isinstance(value, FunctionType) and value.__closure__:
                     self._note_closure(value.__closure__, all_held, kept, form)
-        self.holds = _comparison(tuple(form))(all_held, kept)
+        self.holds = _comparison(form, all_held, kept)
         """Whether the module still has these attributes and tensors."""
 
     @staticmethod
@@ -74,40 +73,34 @@ class Description:
         return next((name for name, tensor, before in self.tensors if version(tensor) != before), None)
 
 
-@lru_cache(maxsize=1024)
 def _comparison(
-    form: tuple[tuple[int, tuple[str, ...]] | None, ...],
-) -> Callable[[Any, Any], Callable[[], bool]]:
-    """Of dicts and a list of objects: whether they have these numbers of entries, and the very objects by these names.
+    form: list[tuple[int, tuple[str, ...]] | None], held: list[Any], kept: list[Any]
+) -> Callable[[], bool]:
+    """Whether dicts have these numbers of entries, and the very objects by these names, which are in ``kept`` in order.
     ``None`` stands for the cell of a closure, which has to have its object.
 
-    It is asked at every call of a neuron, and so is written out: nothing in the library compares by identity in one
-    go, and == would take another tensor of the same numbers for the same one.
+    By identity: == would take another tensor of the same numbers for the same one.
     """
-    tests: list[str] = []
-    kept: list[str] = []
-    for i, expected in enumerate(form):
-        if expected is None:
-            tests.append(f"d{i}.cell_contents is k{len(kept)}")
-            kept.append(f"k{len(kept)}")
-            continue
-        count, names = expected
-        tests.append(f"len(d{i}) == {count}" if count else f"not d{i}")
-        for name in names:
-            tests.append(f"d{i}[{name!r}] is k{len(kept)}")
-            kept.append(f"k{len(kept)}")
-    held = ", ".join(f"d{i}" for i in range(len(form)))
-    source = f"""
-def of(held, kept):
-    ({held},) = held
-    {f"({', '.join(kept)},) = kept" if kept else "pass"}
-    def holds():
+    parts = list(zip(held, form, strict=True))
+
+    def holds() -> bool:
+        k = 0
         try:
-            return {" and ".join(tests)}
+            for each, expected in parts:
+                if expected is None:
+                    if each.cell_contents is not kept[k]:
+                        return False
+                    k += 1
+                    continue
+                count, names = expected
+                if len(each) != count:
+                    return False
+                for name in names:
+                    if each[name] is not kept[k]:
+                        return False
+                    k += 1
         except (KeyError, ValueError):
             return False
+        return True
+
     return holds
-"""
-    made: dict[str, Any] = {}
-    exec(source, made)
-    return made["of"]  # type: ignore[no-any-return]
