@@ -1,5 +1,6 @@
 """Plugins: found through entry points, loaded on first use, a broken one skipped with one warning."""
 
+import importlib
 import subprocess
 import sys
 import warnings
@@ -7,7 +8,7 @@ import warnings
 import pytest
 
 from snn_sparse_plugin import UnsupportedError
-from snn_sparse_plugin.core import registry
+from snn_sparse_plugin.core import moved, registry
 from snn_sparse_plugin.core.registry import Plugin
 from snn_sparse_plugin.ops.spiking_layer.reference import ReferenceBackend
 
@@ -124,3 +125,12 @@ def test_the_kernel_folder_is_a_sub_package():
     code = "import snn_sparse_plugin.triton_kernels as k; print(k.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
     assert done.stdout.strip() == "snn_sparse_plugin.triton_kernels", done.stderr
+
+
+@pytest.mark.parametrize(("old", "new"), moved.HOMES.items())
+def test_public_modules_are_found_where_they_were_at_first(old, new):
+    found = importlib.import_module(f"snn_sparse_plugin.{old}")
+    assert found is importlib.import_module(f"snn_sparse_plugin.{new}")
+    assert found.__spec__.name == f"snn_sparse_plugin.{new}"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("snn_sparse_plugin.never_there")

@@ -129,3 +129,17 @@ def test_attributes_after_a_loop_are_upstreams(name, steps, options):
             torch.testing.assert_close(held[1][key], value, rtol=1e-5, atol=1e-5, msg=key)
             assert held[1][key].requires_grad == value.requires_grad, key
     assert torch.equal(got.reset, want.reset)
+
+
+def test_the_reset_of_a_fused_loop_keeps_no_events_alive():
+    first, second = (snntorch.Leaky(beta=0.9) for _ in range(2))
+    layer, mems = nn.Linear(8, 8), [torch.zeros(1), torch.zeros(1)]
+    with sparse_mode():
+        for x in (torch.rand(6, 3, 8) < 0.5).float():
+            spikes, mems[0] = first(4 * x, mems[0])
+            spikes, mems[1] = second(layer(spikes), mems[1])
+        spikes.sum().item()
+    for neuron in (first, second):
+        assert neuron.reset.shape == (3, 8)
+        assert not vars(neuron.reset)
+        assert neuron.reset.untyped_storage().nbytes() == 3 * 8 * 4
