@@ -81,24 +81,25 @@ def _comparison(
 
     By identity: == would take another tensor of the same numbers for the same one.
     """
-    parts = list(zip(held, form, strict=True))
+    dicts, cells, values = [], [], iter(kept)
+    for each, expected in zip(held, form, strict=True):
+        if expected is None:
+            cells.append((each, next(values)))
+        else:
+            count, names = expected
+            dicts.append((each, count, [(name, next(values)) for name in names]))
 
-    def holds() -> bool:
-        k = 0
+    def holds() -> bool:  # asked at every call of a neuron
         try:
-            for each, expected in parts:
-                if expected is None:
-                    if each.cell_contents is not kept[k]:
-                        return False
-                    k += 1
-                    continue
-                count, names = expected
+            for each, count, entries in dicts:
                 if len(each) != count:
                     return False
-                for name in names:
-                    if each[name] is not kept[k]:
+                for name, value in entries:
+                    if each[name] is not value:
                         return False
-                    k += 1
+            for cell, value in cells:
+                if cell.cell_contents is not value:
+                    return False
         except (KeyError, ValueError):
             return False
         return True

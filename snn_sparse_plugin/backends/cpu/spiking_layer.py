@@ -416,7 +416,7 @@ def _padded(n: int) -> int:
 
 def _aligned(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
     """Memory from torch, which aligns to cache lines: vectors that lie across two lines take twice the time."""
-    return torch.empty(rows, columns, dtype=torch.float32 if dtype == np.float32 else torch.float64).numpy()
+    return array(torch.empty(rows, columns, dtype=torch.float32 if dtype == np.float32 else torch.float64))
 
 
 def _flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
