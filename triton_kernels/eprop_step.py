@@ -1,100 +1,116 @@
-"""One step of a neuron given by its equations, with the local derivatives that e-prop needs, in one launch.
+"""One step of a neuron with the local derivatives that e-prop needs, in one launch of a kernel generated for it.
 
-What is computed after the equations is said by ``snn_sparse_plugin/jacobian.py``; both are constants of the kernel.
+What is computed after the equations is said by ``snn_sparse_plugin/core/jacobian.py``.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from textwrap import indent
 
 import torch
 import triton
+from torch import Tensor
+
+from ..core.jacobian import Derivatives
+from ..core.programs import Program
+from ..core.surrogates import Surrogate
+from .generate import Names, constant, operations
+from .sources import module_of
+
+_SOURCE = '''"""One step of e-prop of a neuron with the states {states}. Generated; a change to it is lost."""
+
+import triton
 import triton.language as tl
 
-from .program import execute, load_rows, operate, select, store_rows
-from .surrogates import surrogate_grad
+from snn_sparse_plugin.triton_kernels.parts import divide, slope
 
 
 @triton.jit(do_not_specialize=["t", "steps", "B"])
-def eprop_step(
+def step(
     x_ptr,  # (B, N)
     rec_ptr,  # (B, N) or None
     before_ptr,  # (K, B, N)
     params_ptr,  # (P, N)
-    after_ptr,  # out (1 + K, B, N)
-    local_ptr,  # (V, steps, B, N): row t is written
+    after_ptr,  # out (1 + K, B, N): the output and the next states
+    local_ptr,  # out (V, steps, B, N): row t of each derivative is written
     t,
     steps,
     B,
     N,
-    PROGRAM: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    MORE_CONSTANTS: tl.constexpr,
-    SITES: tl.constexpr,  # arguments of spikes
-    MORE: tl.constexpr,  # operations of the derivatives
-    RESULTS: tl.constexpr,
-    KEPT: tl.constexpr,
-    STATES: tl.constexpr,
-    PARAMS: tl.constexpr,
     KIND: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Grid (B, blocks of N)."""
     b = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < N
     rows = B.to(tl.int64)
-    states = load_rows(before_ptr, b, rows, N, cols, mask, STATES, 0.0)
-    params = load_rows(params_ptr, 0, 1, N, cols, mask, PARAMS, 1.0)
-    x = tl.load(x_ptr + b * N + cols, mask=mask, other=0.0)
-    rec = tl.zeros_like(x)
-    if rec_ptr is not None:
-        rec = tl.load(rec_ptr + b * N + cols, mask=mask, other=0.0)
-    regs = execute(states, (x, rec), params, PROGRAM, CONSTANTS)
-    for k in tl.static_range(len(MORE_CONSTANTS)):
-        regs = regs + (tl.full(x.shape, MORE_CONSTANTS[k], x.dtype),)
-    for k in tl.static_range(len(SITES)):
-        regs = regs + (surrogate_grad(regs[SITES[k]], KIND, P0, P1),)
-    for p in tl.static_range(len(MORE)):
-        regs = regs + (operate(MORE[p][0], regs[MORE[p][1]], regs[MORE[p][2]]),)
-    store_rows(after_ptr, b, rows, N, cols, mask, select(regs, RESULTS), len(RESULTS))
-    at = t.to(tl.int64) * rows + b
-    store_rows(local_ptr, at, steps * rows, N, cols, mask, select(regs, KEPT), len(KEPT))
+    row = t.to(tl.int64) * rows + b
+    span = steps.to(tl.int64) * rows
+{body}
+'''
 
 
-def constants(program, derivatives, results, kept, surrogate):
-    """What the kernel is compiled for."""
-    p0, p1 = surrogate.packed
-    return {
-        "PROGRAM": tuple((op.kind, op.a, op.b) for op in program.ops),
-        "CONSTANTS": program.constants,
-        "MORE_CONSTANTS": derivatives.constants,
-        "SITES": tuple(argument for argument, _ in derivatives.sites),
-        "MORE": tuple((op.kind, op.a, op.b) for op in derivatives.ops),
-        "RESULTS": tuple(results),
-        "KEPT": tuple(kept),
-        "STATES": len(program.states),
-        "PARAMS": len(program.params),
-        "KIND": surrogate.kind,
-        "P0": p0,
-        "P1": p1,
-    }
+def source_of(
+    program: Program, derivatives: Derivatives, results: tuple[int, ...], kept: tuple[int, ...]
+) -> str:
+    """The kernel ``step``; ``results`` and ``kept`` are the registers it writes to ``after`` and ``local``."""
+    names = Names(program, True)
+    (x,), (rec,), first = names.inputs, names.rec, names.states[0]
+    lines = [
+        f"{name} = tl.load(before_ptr + ({k} * rows + b) * N + cols, mask=mask, other=0.0)"
+        for k, name in enumerate(names.states)
+    ]
+    lines += [
+        f"{name} = tl.load(params_ptr + {k} * N + cols, mask=mask, other=1.0)"
+        for k, name in enumerate(names.params)
+    ]
+    load = "tl.load({}_ptr + b * N + cols, mask=mask, other=0.0)"
+    lines += [f"{x} = {load.format('x')}", f"{rec} = tl.zeros_like({x})"]
+    lines += ["if rec_ptr is not None:", f"    {rec} = {load.format('rec')}"]
+    lines += [constant(*pair, first) for pair in zip(names.constants, program.constants, strict=True)]
+    lines += operations(program.ops, names.of)
+
+    after = len(derivatives.constants) + program.registers
+    of = names.of | {k: f"r{k}" for k in range(program.registers, derivatives.registers)}
+    more = range(program.registers, after)
+    lines += [constant(of[k], value, first) for k, value in zip(more, derivatives.constants, strict=True)]
+    lines += [f"{of[out]} = slope({of[a]}, False, None, KIND, P0, P1)" for a, out in derivatives.sites]
+    lines += operations(derivatives.ops, of)
+    for k, register in enumerate(results):
+        lines.append(f"tl.store(after_ptr + ({k} * rows + b) * N + cols, {of[register]}, mask=mask)")
+    for k, register in enumerate(kept):
+        lines.append(f"tl.store(local_ptr + ({k} * span + row) * N + cols, {of[register]}, mask=mask)")
+    return _SOURCE.format(states=", ".join(program.states), body=indent("\n".join(lines), "    "))
 
 
-def runner(program, derivatives, results, kept, params, surrogate):
-    """A function ``(x, rec, before, after, local, t)`` that runs one step of a neuron; see ``eprop_step``.
+def runner(
+    program: Program,
+    derivatives: Derivatives,
+    results: Sequence[int],
+    kept: Sequence[int],
+    params: Tensor,
+    surrogate: Surrogate,
+) -> Callable[..., None]:
+    """A function ``(x, rec, before, after, local, t)`` that runs one step of a neuron.
 
     Args:
         results: registers of the rows of ``after``: the output and the next states.
         kept: registers of the rows of ``local``.
         params: (P, N).
     """
-    fixed = constants(program, derivatives, results, kept, surrogate)
+    kernel = module_of(source_of(program, derivatives, tuple(results), tuple(kept)), "eprop").step
+    p0, p1 = surrogate.packed
     N = params.shape[1]
     block = min(256, max(32, triton.next_power_of_2(N)))
     params = params.contiguous()
 
-    def run(x, rec, before, after, local, t):
+    def run(x: Tensor, rec: Tensor | None, before: Tensor, after: Tensor, local: Tensor, t: int) -> None:
         B = x.shape[0]
-        eprop_step[(B, triton.cdiv(N, block))](
+        kernel[(B, triton.cdiv(N, block))](
             x.contiguous(),
             None if rec is None else rec.contiguous(),
             before,
@@ -105,8 +121,10 @@ def runner(program, derivatives, results, kept, params, surrogate):
             local.shape[1],
             B,
             N,
-            **fixed,
-            BLOCK_N=block,
+            KIND=surrogate.kind,
+            P0=p0,
+            P1=p1,
+            BLOCK=block,
             num_warps=max(1, block // 64),
             enable_fp_fusion=False,  # one rounding where upstream has two would move spikes
         )

@@ -1,10 +1,12 @@
-"""Launcher of the ``spiking_layer`` kernels: allocate the outputs, choose the blocks, launch once.
+"""Launchers of a layer's kernels: allocate what leaves, choose the blocks, launch once.
 
-A neuron given by equations has kernels of its own that take the same arguments; its states are all in ``v``.
+A canonical neuron is run from the program that is traced from its step, like one that is given by equations.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +14,12 @@ import triton
 from torch import Tensor
 
 from ..core.backend import CHUNK, LayerCall, OutputGrads
-from ..core.dynamics import NeuronSpec
+from ..core.canonical import traced
+from ..core.dynamics import PARAM_NAMES, NeuronSpec
 from ..core.equations import Equations
-from .backward import spiking_layer_backward
-from .forward import spiking_layer_forward
-from .program_constants import backward_constants, forward_constants
-from .program_kernels import program_backward, program_forward
+from .generate import Neuron, unrolled
+from .scans import backward_source, forward_source
+from .sources import module_of
 
 MAX_RECURRENT = 16384  # neurons of a recurrent layer: one program holds them all in registers
 
@@ -32,11 +34,14 @@ class Forward(NamedTuple):
     i: Tensor | None  # (B, N)
     v_checkpoints: Tensor | None  # (ceil(T / CHUNK), *v0.shape)
     i_checkpoints: Tensor | None
-    near: Tensor | None  # (B, blocks) int64
+    counts: (
+        Tensor | None
+    )  # (2,) int64: neuron-steps near the threshold, and spikes where ``words`` are written
 
 
 class Backward(NamedTuple):
-    """Gradients of the input current (T, B, N), the initial state and the parameters (5 or P, B, N)."""
+    """Gradients of the input current (T, B, C * N), or its sum over the steps (1, B, C * N), of the initial state and
+    of the parameters (P, B, N)."""
 
     nu: Tensor
     v0: Tensor
@@ -44,78 +49,79 @@ class Backward(NamedTuple):
     params: Tensor | None
 
 
+def neuron_of(spec: NeuronSpec | Equations, recurrent: bool) -> Neuron:
+    """The neuron as kernels are generated for it."""
+    if isinstance(spec, Equations):
+        program = spec.program
+        return Neuron(program, spec.states.index(spec.membrane), tuple(range(len(program.params))))
+    program = traced(spec, recurrent).program
+    return Neuron(program, 0, tuple(PARAM_NAMES.index(name) for name in program.params))
+
+
+@cache
+def source_of(
+    spec: NeuronSpec | Equations, recurrent: bool, way: str, params_grad: bool = False, element_size: int = 4
+) -> str:
+    """The source of a layer's kernel: ``way`` is ``"forward"`` or ``"backward"``."""
+    neuron = neuron_of(spec, recurrent)
+    unroll = unrolled(neuron.program, element_size)
+    if way == "forward":
+        return forward_source(neuron, recurrent, min(16, unroll))
+    return backward_source(neuron, recurrent, unroll, params_grad)
+
+
+def _module(call: LayerCall, way: str, params_grad: bool = False) -> ModuleType:
+    recurrent, size = call.rec_weight is not None, call.v0.element_size()
+    return module_of(source_of(call.spec, recurrent, way, params_grad, size), way)
+
+
 def _launch(call: LayerCall) -> dict[str, Any]:
-    block = min(128, max(32, triton.next_power_of_2(call.N)))
-    if call.rec_weight is not None:
-        block = max(32, triton.next_power_of_2(call.N))
-    return {
-        "BLOCK_N": block,
-        "CHUNK": CHUNK,
-        "num_warps": min(16, block // 32),
-        # upstream rounds after every product: a contracted multiply-add would move spikes
-        "enable_fp_fusion": False,
-    }
-
-
-def _constants(spec: NeuronSpec) -> dict[str, Any]:
-    return {
-        "UPDATE": spec.update,
-        "SYNAPSE": spec.synapse,
-        "RESET": spec.reset,
-        "TIMING": spec.timing,
-        "SCOPE": spec.scope,
-        "SPIKING": spec.spiking,
-    }
-
-
-def _forward_of(call: LayerCall) -> tuple[Any, dict[str, Any]]:
-    if isinstance(call.spec, Equations):
-        return program_forward, forward_constants(call.spec)
-    return spiking_layer_forward, _constants(call.spec)
-
-
-def _backward_of(call: LayerCall) -> tuple[Any, dict[str, Any]]:
-    if isinstance(call.spec, Equations):
-        return program_backward, backward_constants(call.spec, call.params_grad)
-    return spiking_layer_backward, {**_constants(call.spec), "ATTACHED": call.spec.attached}
+    """A warp has 32 neurons of a sample: whatever N is, there are programs for every multiprocessor."""
+    block = 32 if call.rec_weight is None else max(32, triton.next_power_of_2(call.N))
+    # upstream rounds after every product: a contracted multiply-add would move spikes
+    return {"BLOCK": block, "num_warps": min(16, block // 32), "enable_fp_fusion": False}
 
 
 def _grid(call: LayerCall) -> tuple[int, int]:
-    return call.B, triton.cdiv(call.N, _launch(call)["BLOCK_N"])
+    return call.B, triton.cdiv(call.N, _launch(call)["BLOCK"])
+
+
+def _steps(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """A tensor over (T, B, N) as kernels read it, and how far apart its steps are: 0 where one serves them all."""
+    if x is None:
+        return None, 0
+    x = x.detach()
+    if len(x) > 1 and x.stride(0) == 0:
+        return x[0].contiguous(), 0
+    x = x.contiguous()
+    return x, x.stride(0)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().contiguous()
 
 
-def _input(call: LayerCall, current: Tensor | None) -> tuple[Tensor | None, bool]:
-    """The current as the kernels read it, and whether one (B, N) slice serves every step."""
-    if current is None:
-        return None, False
-    static = call.T > 1 and current.stride(0) == 0
-    return (current[0] if static else current).detach().contiguous(), static
+def _fed_back(call: LayerCall) -> list[Tensor | None]:
+    """W_rec^T, whose row m is what spike m adds, the bias, and the current of the first step."""
+    if call.rec_weight is None:
+        return []
+    return [_flat(call.rec_weight.t()), _flat(call.rec_bias), _flat(call.rec0)]
 
 
-def _received(call: LayerCall, current: Tensor | None, in_words: Tensor | None) -> list[Any]:
-    """What drives the layer, as both kernels take it: current or words, W^T and bias, W_rec^T."""
-    gathers = in_words is not None and call.weight is not None
-    return [
-        current,
-        in_words,
-        _flat(call.weight.t()) if gathers else None,  # type: ignore[union-attr]
-        _flat(call.bias) if gathers else None,
-        None if call.rec_weight is None else _flat(call.rec_weight.t()),
-    ]
+def _states(call: LayerCall, v: Tensor | None, i: Tensor | None, dim: int = 0) -> list[Tensor | None]:
+    """One tensor a state, of a membrane (and synapse) or of all states of some equations, stacked along ``dim``."""
+    if isinstance(call.spec, Equations):
+        return [None] * len(call.spec.states) if v is None else list(v.unbind(dim))
+    return [v, i] if call.spec.synapse else [v]
 
 
-def _sizes(call: LayerCall, in_words: Tensor | None) -> tuple[int, ...]:
-    return call.T, call.B, call.N, 0 if in_words is None else in_words.shape[2], triton.cdiv(call.N, 32)
+def _checkpoint_rows(call: LayerCall) -> int:
+    return call.B * (len(call.spec.states) if isinstance(call.spec, Equations) else 1)
 
 
 def forward(
     call: LayerCall,
-    current: Tensor | None,
-    in_words: Tensor | None,
+    current: Tensor,
     *,
     words: bool,
     spikes: bool,
@@ -123,37 +129,47 @@ def forward(
     checkpoints: bool,
     window: float | None,
 ) -> Forward:
-    """Run the layer on ``current`` (T, B, N), or on ``in_words`` (T, B, ceil(M / 32)) and the call's weight.
+    """Run the layer on ``current`` (T, B, C * N).
 
     ``words``, ``spikes``, ``mem`` and ``checkpoints`` say what to write; ``window`` counts the neuron-steps
     within that distance of the threshold.
     """
     T, B, N, like = call.T, call.B, call.N, call.v0.detach()
-    state, synapse = like.shape, isinstance(call.spec, NeuronSpec) and call.spec.synapse
-    chunks = triton.cdiv(T, CHUNK)
-    x, static = _input(call, current)
+    synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
+    kept = (triton.cdiv(T, CHUNK), *like.shape)
+    counts = call.spec.spiking and (window is not None or words)
     out = Forward(
         torch.empty(T, B, triton.cdiv(N, 32), dtype=torch.int32, device=like.device) if words else None,
         like.new_empty(T, B, N) if spikes else None,
         like.new_empty(T, B, N) if mem else None,
-        like.new_empty(state),
-        like.new_empty(B, N) if synapse else None,
-        like.new_empty(chunks, *state) if checkpoints else None,
-        like.new_empty(chunks, B, N) if checkpoints and synapse else None,
-        None if window is None else torch.empty(_grid(call), dtype=torch.int64, device=like.device),
+        torch.empty_like(like),
+        torch.empty_like(like) if synapse else None,
+        like.new_empty(kept) if checkpoints else None,
+        like.new_empty(kept) if checkpoints and synapse else None,
+        torch.zeros(2, dtype=torch.int64, device=like.device) if counts else None,
     )
     if B * N == 0:
         return out
-    kernel, constants = _forward_of(call)
+    x, stride = _steps(current)
     with torch.cuda.device_of(like):
-        kernel[_grid(call)](
-            *_received(call, x, in_words),
-            *(_flat(t) for t in (call.rec_bias, call.rec0, call.v0, call.i0, call.params)),
-            *out,
-            *_sizes(call, in_words),
+        _module(call, "forward").forward[_grid(call)](
+            *_states(call, like, call.i0),
+            *_states(call, out.v, out.i),
+            *_states(call, out.v_checkpoints, out.i_checkpoints, 1),
+            *_fed_back(call),
+            x,
+            stride,
+            _checkpoint_rows(call),
+            _flat(call.params),
+            out.words,
+            out.spikes,
+            out.mem,
+            out.counts,
+            T,
+            B,
+            N,
+            triton.cdiv(N, 32),
             WINDOW=window,
-            STATIC_INPUT=static,
-            **constants,
             **_launch(call),
         )
     return out
@@ -161,60 +177,83 @@ def forward(
 
 def backward(
     call: LayerCall,
-    current: Tensor | None,
-    in_words: Tensor | None,
+    current: Tensor,
     words: Tensor | None,
     checkpoints: tuple[Tensor, Tensor | None],
     window: float | None,
+    near: Tensor | None,
     grads: OutputGrads,
     *,
     params: bool,
 ) -> Backward:
     """Run the adjoint of :func:`forward`.
 
-    ``words`` are the layer's own spikes where it is recurrent; ``window`` is None for the exact surrogate.
+    ``words`` are the layer's own spikes where it is recurrent. ``window`` is None for the exact surrogate; with
+    ``near``, the count of the forward, it holds where that reaches ``call.min_active``.
     """
     T, B, N, like = call.T, call.B, call.N, call.v0.detach()
-    x, static = _input(call, current)
     synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
+    recurrent, once = call.rec_weight is not None, call.once and call.rec_weight is None
     out = Backward(
-        like.new_empty(T, B, call.currents),
-        like.new_empty(like.shape),
-        like.new_empty(B, N) if synapse else None,
-        like.new_empty(len(call.params), B, N) if params else None,
+        like.new_empty(1 if once else T, B, call.currents),
+        torch.empty_like(like),
+        torch.empty_like(like) if synapse else None,
+        like.new_zeros(len(call.params), B, N) if params else None,
     )
     if T * B * N == 0:
         for grad, given in ((out.v0, grads.v), (out.i0, grads.i)):
             if grad is not None:
                 grad.zero_() if given is None else grad.copy_(given)
-        if out.params is not None:
-            out.params.zero_()
+        out.nu.zero_()
         return out
-    kernel, constants = _backward_of(call)
-    # of a chunk: the states before each step, and what its replay found
-    planes = 2 + params
-    if isinstance(call.spec, Equations):
-        planes = len(like) + 2 * len(call.spec.program.inputs)
-    launch = _launch(call)
-    P0, P1 = call.surrogate.packed
+    launch, n_words = _launch(call), triton.cdiv(N, 32)
+    own: list[Any] = []
+    if recurrent:
+        planes = (1 if synapse else 0) + 1 + call.currents // N
+        if isinstance(call.spec, Equations):
+            planes = len(call.spec.states) + len(call.spec.inputs)
+        bits = torch.empty(B, n_words, dtype=torch.int32, device=like.device)
+        own = [*_fed_back(call), _flat(call.rec_weight), words, like.new_empty(CHUNK, planes, B, N), bits]
+    x, stride = _steps(current)
+    g_spikes, g_stride = _steps(grads.spikes)
+    g_mem, g_mem_stride = _steps(grads.mem)
+    p0, p1 = call.surrogate.packed
+    more = {"n_words": n_words, "TILE": max(1, 4096 // launch["BLOCK"])} if recurrent else {"ONCE": once}
     with torch.cuda.device_of(like):
-        kernel[_grid(call)](
-            *_received(call, x, in_words),
-            *(_flat(t) for t in (call.rec_weight, call.rec_bias, call.rec0)),
-            words,
-            *checkpoints,
+        _module(call, "backward", params).backward[_grid(call)](
+            *_states(call, *checkpoints, 1),
+            *_states(call, _flat(grads.v), _flat(grads.i)),
+            *_states(call, out.v0, out.i0),
+            *own,
+            x,
+            stride,
+            _checkpoint_rows(call),
             _flat(call.params),
-            *(_flat(g) for g in grads[1:]),
-            like.new_empty(CHUNK, planes, B, N),
-            *out,
-            *_sizes(call, in_words),
+            near,
+            _least(call) if near is not None else 0,
+            g_spikes,
+            g_stride,
+            g_mem,
+            g_mem_stride,
+            out.nu,
+            out.params,
+            T,
+            B,
+            N,
             WINDOW=window,
             KIND=call.surrogate.kind,
-            P0=P0,
-            P1=P1,
-            STATIC_INPUT=static,
-            TILE=max(1, 4096 // launch["BLOCK_N"]),
-            **constants,
+            P0=p0,
+            P1=p1,
+            **more,
             **launch,
         )
     return out
+
+
+def _least(call: LayerCall) -> int:
+    """How many neuron-steps near the threshold are a share of ``min_active``."""
+    size = max(1, call.T * call.B * call.N)
+    least = int(call.min_active * size)
+    while least / size < call.min_active:
+        least += 1
+    return least

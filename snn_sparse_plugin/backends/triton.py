@@ -7,10 +7,9 @@ matrix products with the gradient of the input current. Triton is imported on fi
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any  # noqa: F401
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.backend import (
@@ -29,11 +28,6 @@ from ..core.equations import Equations
 from ..core.errors import InputError, UnsupportedError
 from ..core.spikes import MAX_EVENTS, at_active, coordinates
 from ..core.surrogates import KINDS, Surrogate
-
-if TYPE_CHECKING:
-    from ..triton_kernels.spiking_layer import Forward
-
-_TILE = 2**24  # elements of the unpacked input multiplied at a time for the weight gradient
 
 
 class TritonBackend(Backend):
@@ -78,10 +72,14 @@ class TritonBackend(Backend):
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:
         calls[self.name, "forward"] += 1
+        from ..triton_kernels import spiking_layer as kernels
+
         spec, size = call.spec, call.T * call.B * call.N
+        _check_width(call, kernels.MAX_RECURRENT)
         threshold = call.threshold if spec.spiking and call.needs_grad else None
-        out = self._forward(
+        out = kernels.forward(
             call,
+            _current(call)[0],
             words=spec.spiking and (call.want_events or call.rec_weight is not None),
             spikes=spec.spiking and call.want_spikes,
             mem=call.want_mem,
@@ -90,8 +88,8 @@ class TritonBackend(Backend):
         )
         fraction = 1.0
         if threshold is not None:
-            assert out.near is not None
-            fraction = int(out.near.sum()) / max(1, size)
+            assert out.counts is not None
+            fraction = int(out.counts[0]) / max(1, size)
         saved = None
         if call.needs_grad:
             window = threshold if fraction >= call.min_active else None
@@ -108,42 +106,39 @@ class TritonBackend(Backend):
         needs: Needs,
     ) -> InputGrads:
         calls[self.name, "backward"] += 1
+        from ..triton_kernels import products
         from ..triton_kernels import spiking_layer as kernels
 
-        T, B, N = call.T, call.B, call.N
+        T, N = call.T, call.N
         assert saved.v_checkpoints is not None
         if not call.spec.spiking and grads.spikes is not None:  # a readout's output is its membrane
             both = grads.spikes if grads.mem is None else grads.spikes + grads.mem
             grads = grads._replace(spikes=None, mem=both)
+        current, in_words, values = _current(call)
         words = None
         if call.rec_weight is not None and call.spec.spiking:
             if events is not None:
-                words = pack_events(*events, (T, B, N))
+                words = pack_events(*events, (T, call.B, N))
             else:  # a caller that kept no events
-                words = self._forward(
-                    call, words=True, spikes=False, mem=False, checkpoints=False, window=None
-                ).words
-        current, in_words = _inputs(call)
+                wanted = {"words": True, "spikes": False, "mem": False, "checkpoints": False}
+                words = kernels.forward(call, current, window=None, **wanted).words
         checkpoints = (saved.v_checkpoints, saved.i_checkpoints)
         window = saved.threshold if call.spec.spiking else None
-        out = kernels.backward(
-            call, current, in_words, words, checkpoints, window, grads, params=needs.params
-        )
+        out = kernels.backward(call, current, words, checkpoints, window, None, grads, params=needs.params)
         nu = out.nu
 
         found: dict[str, Tensor | None] = {}
         if needs.input:
             found["input"] = nu if call.train is None else _input_grad(call, nu)
         if needs.weight and call.weight is not None:
-            assert call.train is not None
-            dense = None if in_words is not None else call.train._dense_data()
-            found["weight"] = _outer(nu, in_words, dense, call.weight.shape[1])
+            assert in_words is not None
+            found["weight"] = products.weight_gradient(nu, in_words, values, call.weight.shape[1])
         if needs.bias and call.bias is not None:
             found["bias"] = nu.sum((0, 1))
         if call.rec_weight is not None:
             if needs.rec_weight:
                 assert words is not None
-                found["rec_weight"] = _outer(nu[1:], words[:-1], None, N)
+                found["rec_weight"] = products.weight_gradient(nu[1:], words[:-1], None, N)
             if needs.rec_bias and call.rec_bias is not None:
                 found["rec_bias"] = nu[1:].sum((0, 1))
             if needs.rec0:
@@ -168,45 +163,32 @@ class TritonBackend(Backend):
         calls[self.name, "ttfs_backward"] += 1
         return backward(call)
 
-    def _forward(self, call: LayerCall, **wanted: Any) -> Forward:
-        from ..triton_kernels import spiking_layer as kernels
-
-        if call.rec_weight is not None and call.N > kernels.MAX_RECURRENT:
-            raise UnsupportedError(
-                f"the triton backend runs recurrent layers of up to {kernels.MAX_RECURRENT} neurons, "
-                f'this one has {call.N}: ask for backend="reference".'
-            )
-        return kernels.forward(call, *_inputs(call), **wanted)
-
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _inputs(call: LayerCall) -> tuple[Tensor | None, Tensor | None]:
-    """What the kernels read: the current (T, B, N), or the packed spikes of a binary train."""
+def _check_width(call: LayerCall, widest: int) -> None:
+    if call.rec_weight is not None and widest < call.N:
+        raise UnsupportedError(
+            f"the triton backend runs recurrent layers of up to {widest} neurons, "
+            f'this one has {call.N}: ask for backend="reference".'
+        )
+
+
+def _current(call: LayerCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The input current (T, B, C * N), and the spikes it was made from: as words, and their values if graded."""
+    from ..triton_kernels import products
+
     train = call.train
     if train is None:
-        return call.current, None
-    if train.values is None:
-        return None, pack_events(train.indptr, train.indices, train.shape)
+        assert call.current is not None
+        return call.current, None, None
     assert call.weight is not None
-    with torch.no_grad():
-        return F.linear(train._dense_data(), call.weight, call.bias), None
-
-
-def _outer(nu: Tensor, words: Tensor | None, dense: Tensor | None, features: int) -> Tensor:
-    """Sum over steps and samples of nu outer spikes, (N, features); words are unpacked a tile at a time."""
-    T, B, N = nu.shape
-    if words is None:
-        assert dense is not None
-        return nu.flatten(0, 1).t() @ dense.flatten(0, 1)
-    grad = nu.new_zeros(N, features)
-    steps = max(1, _TILE // max(1, B * features))
-    for t in range(0, T, steps):
-        tile = unpack(words[t : t + steps], features).to(nu.dtype)
-        grad.addmm_(nu[t : t + steps].flatten(0, 1).t(), tile.flatten(0, 1))
-    return grad
+    words = pack_events(train.indptr, train.indices, train.shape)
+    values = None if train.values is None else train._dense_data()
+    bias = None if call.bias is None else call.bias.detach()
+    return products.current(words, values, call.weight.detach(), bias), words, values
 
 
 def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from ...adapters import Adapter
 from ...adapters.base import Neuron
-from ...core.dynamics import PARAM_NAMES, NeuronSpec
+from ...core.canonical import traced
+from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
-from ...ops.spiking_layer import reference
 from .lsnn import LSNN
 from .network import LeakyReadout
 
@@ -70,70 +69,6 @@ def _of_library(module: nn.Module, adapter: Adapter) -> Neuron | str:
     finally:
         if ours is not None:
             module.__dict__["forward"] = ours
-
-
-@cache
-def traced(spec: NeuronSpec, recurrent: bool) -> Equations:
-    """A member of the canonical family as equations: what its specification does to symbols.
-
-    Example:
-        >>> print(traced(NeuronSpec(reset="none"), False).text)
-        v_next = ((mem * v) + x)
-        s = spike((((mem * v) + x) - threshold))
-        v = v_next
-    """
-    names: Any = [_Symbol(name) for name in PARAM_NAMES]
-    states = ("v", "i") if spec.synapse else ("v",)
-    x, rec, v, i = (_Symbol(name) for name in ("x", "rec", "v", "i"))
-    _, s, *after = reference.step(
-        spec,
-        names,
-        x,  # type: ignore[arg-type]
-        rec if recurrent else None,  # type: ignore[arg-type]
-        v,  # type: ignore[arg-type]
-        i if spec.synapse else None,  # type: ignore[arg-type]
-        lambda x: _Symbol(f"spike({x})"),  # type: ignore[arg-type, return-value]
-    )
-    lines = [f"{name}_next = {value}" for name, value in zip(states, after, strict=False)]
-    lines += [f"s = {s}"] if spec.spiking else []
-    # all states advance at once
-    return Equations("\n".join(lines + [f"{name} = {name}_next" for name in states]), states)
-
-
-class _Symbol:
-    """Stands for a tensor, and remembers what is done to it."""
-
-    dtype = None
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __add__(self, other: Any) -> _Symbol:
-        return _Symbol(f"({self} + {other})")
-
-    def __sub__(self, other: Any) -> _Symbol:
-        return _Symbol(f"({self} - {other})")
-
-    def __rsub__(self, other: Any) -> _Symbol:
-        return _Symbol(f"({other} - {self})")
-
-    def __mul__(self, other: Any) -> _Symbol:
-        return _Symbol(f"({self} * {other})")
-
-    def __neg__(self) -> _Symbol:
-        return _Symbol(f"(-{self})")
-
-    def __gt__(self, zero: int) -> _Symbol:
-        return _Symbol(f"above({self})")
-
-    def to(self, dtype: None) -> _Symbol:
-        return self
-
-    def detach(self) -> _Symbol:
-        return _Symbol(f"detach({self})")
 
 
 def per_neuron(value: Tensor | float, like: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,68 +23,12 @@ from ...core.backend import (
     check_finite,
     keeps_active,
 )
-from ...core.dynamics import NeuronSpec
+from ...core.canonical import Spike, step
 from ...core.equations import Equations
 from ...core.programs import step as equations_step
 from ...core.spikes import Active, SpikeTrain, at_active
 from ..ttfs import reference as ttfs_reference
 from ..ttfs.kernels import family
-
-Spike = Callable[[Tensor], Tensor]
-
-
-def step(
-    spec: NeuronSpec,
-    params: Tensor,
-    x: Tensor,
-    rec: Tensor | None,
-    v: Tensor,
-    i: Tensor | None,
-    spike: Spike,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One step of the canonical neuron, in upstream's order of operations: -> (u - threshold, spikes, v, i)."""
-    mem, syn, threshold, leak, reset_value = params
-    reset: Any = None  # R: what was above threshold before the update resets now
-    if spec.reset != "none" and spec.timing != "immediate":
-        reset = ((v - threshold) > 0).to(v.dtype).detach()
-
-    if spec.update == "decay":
-        if reset is not None and spec.reset == "zero" and spec.scope == "state":
-            v = (1 - reset) * v
-        if spec.synapse:
-            assert i is not None
-            i = syn * i + x if rec is None else syn * i + x + rec
-            u = mem * v + i
-        else:
-            u = mem * v + x if rec is None else mem * v + x + rec
-        if reset is not None and spec.reset == "subtract":
-            u = u - reset * threshold
-        elif reset is not None and spec.scope == "sum":
-            u = u - reset * u
-    elif spec.update == "euler":
-        assert i is not None
-        jump = i + x if rec is None else i + x + rec
-        u = v + mem * ((leak - v) + jump)
-        i = jump + -syn * jump
-    else:
-        x = x if rec is None else x + rec
-        u = v + mem * (x + leak - v)
-
-    if not spec.spiking:
-        return u, u, u, i
-    distance = u - threshold
-    s = spike(distance)
-    v = u
-    if spec.reset != "none" and spec.timing != "delayed":
-        z = s if spec.attached else s.detach()
-        if spec.timing == "corrected":
-            z = z - reset
-            v = u - z * threshold if spec.reset == "subtract" else u - z * u
-        elif spec.reset == "subtract":
-            v = (1 - z) * u + z * (u - threshold)
-        else:
-            v = (1 - z) * u + z * (reset_value if spec.reset == "value" else 0.0)
-    return distance, s, v, i
 
 
 def run(

@@ -1,0 +1,128 @@
+"""What every generated kernel is put together from: spikes as bits, division, surrogates inside their window."""
+
+import triton
+import triton.language as tl
+
+from .surrogates import surrogate_grad
+
+
+@triton.jit
+def divide(a, b):
+    """Rounded as IEEE says: Triton's own float32 division is faster and less exact."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def slope(x, everywhere, WINDOW: tl.constexpr, KIND: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """The surrogate's derivative, zero outside the window unless it holds ``everywhere``."""
+    phi = surrogate_grad(x, KIND, P0, P1)
+    if WINDOW is not None:
+        phi = tl.where((tl.abs(x) < WINDOW) | everywhere, phi, tl.zeros_like(phi))
+    return phi
+
+
+@triton.jit
+def store_bits(words_ptr, bits, first_col, n_words, BLOCK: tl.constexpr):
+    """Write BLOCK booleans from column ``first_col`` on into a row of words: neuron n is bit n % 32 of word n // 32."""
+    bits = tl.reshape(bits.to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
+    words = first_col // 32 + tl.arange(0, BLOCK // 32)
+    tl.store(words_ptr + words, tl.sum(bits, axis=1), mask=words < n_words)
+
+
+@triton.jit
+def lowest_bit(word):
+    """The number of the lowest bit that is set."""
+    # a power of two is exact in float32, and its exponent is the bit's number
+    exponent = (word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23
+    return (exponent & 255) - 127
+
+
+@triton.jit
+def gather_rows(acc, words_ptr, n_words, table_ptr, stride, cols, mask):
+    """``acc`` plus one row of the table, ``stride`` long, for every bit set in the words: cost follows the spikes."""
+    for k in range(n_words):
+        word = tl.load(words_ptr + k)
+        while word != 0:
+            row = (k * 32 + lowest_bit(word)).to(tl.int64)
+            acc += tl.load(table_ptr + row * stride + cols, mask=mask, other=0.0)
+            word = word ^ (word & -word)
+    return acc
+
+
+@triton.jit
+def write_step(
+    site,
+    s,
+    membrane,
+    near,
+    fired,
+    row,
+    first,
+    cols,
+    mask,
+    N,
+    n_words,
+    words_ptr,
+    spikes_ptr,
+    mem_ptr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write what a step of a spiking neuron gave; -> how often each came near the threshold, and fired, so far."""
+    if WINDOW is not None:
+        near += ((tl.abs(site) < WINDOW) & mask).to(tl.int32)
+    if words_ptr is not None:
+        fires = (s > 0) & mask
+        store_bits(words_ptr + row * n_words, fires, first, n_words, BLOCK)
+        fired += fires.to(tl.int32)
+    if spikes_ptr is not None:
+        tl.store(spikes_ptr + row * N + cols, s, mask=mask)
+    if mem_ptr is not None:
+        tl.store(mem_ptr + row * N + cols, membrane, mask=mask)
+    return near, fired
+
+
+@triton.jit
+def recurrent_current(
+    t, rec_weight_ptr, rec_bias_ptr, rec0_ptr, words_ptr, row, b, B, n_words, width, cols, mask, like
+):
+    """What the layer's spikes of the step before feed back; at the first step it is given. Rows are ``width`` long."""
+    if t == 0:
+        rec = tl.load(rec0_ptr + b * width + cols, mask=mask, other=0.0)
+    else:
+        rec = tl.zeros_like(like)
+        if rec_bias_ptr is not None:
+            rec = tl.load(rec_bias_ptr + cols, mask=mask, other=0.0)
+        rec = gather_rows(rec, words_ptr + (row - B) * n_words, n_words, rec_weight_ptr, width, cols, mask)
+    return rec
+
+
+@triton.jit
+def all_back(g_s, nu_ptr, rec_weight_ptr, row, width, N, cols, mask, TILE: tl.constexpr):
+    """``g_s`` plus W_rec^T nu of a row, for every neuron: TILE rows of W_rec at a time."""
+    for first in range(0, width, TILE):
+        rows = first + tl.arange(0, TILE)
+        nu = tl.load(nu_ptr + row * width + rows, mask=rows < width, other=0.0)
+        weight = tl.load(
+            rec_weight_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :],
+            mask=(rows < width)[:, None] & mask[None, :],
+            other=0.0,
+        )
+        g_s += tl.sum(nu[:, None] * weight, axis=0)
+    return g_s
+
+
+@triton.jit
+def some_back(g_s, bits_ptr, n_words, nu, rec_weight_t_ptr, width, first, cols, mask):
+    """``g_s`` plus W_rec^T nu of one input current, for the neurons whose bit is set: one dot product each."""
+    for k in range(n_words):
+        word = tl.load(bits_ptr + k)
+        while word != 0:
+            m = k * 32 + lowest_bit(word)
+            weight = tl.load(rec_weight_t_ptr + m.to(tl.int64) * width + first + cols, mask=mask, other=0.0)
+            g_s += tl.where(cols == m, tl.sum(weight * nu, axis=0), 0.0)
+            word = word ^ (word & -word)
+    return g_s

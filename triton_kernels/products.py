@@ -1,0 +1,144 @@
+"""Products with spikes, outside the time loop and parallel over all rows: one row of a table is added for every event.
+
+With the spikes of a layer's input as words (R, ceil(M / 32)) and W^T as the table the sum is the input current; with
+the transposed words (M, ceil(R / 32)) and nu as the table it is the gradient of the weight. Both are deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .parts import lowest_bit
+
+_SPLITS = (
+    16  # parts that the long sums of a weight's gradient are made of, so that every multiprocessor has some
+)
+
+
+@triton.jit
+def sum_rows(
+    words_ptr,  # (R, n_words)
+    values_ptr,  # value of bit k of row r at r * row_step + k * bit_step; None: all are 1
+    table_ptr,  # (32 * n_words at most, N)
+    bias_ptr,  # (N,) or None
+    out_ptr,  # (splits, R, N)
+    row_step,
+    bit_step,
+    n_words,
+    N,
+    share,  # words of a split
+    BLOCK: tl.constexpr,
+):
+    """Grid (R, blocks of N, splits)."""
+    r = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < N
+    split = tl.program_id(2)
+    acc = tl.zeros([BLOCK], dtype=table_ptr.dtype.element_ty)
+    if bias_ptr is not None:
+        acc = tl.load(bias_ptr + cols, mask=mask, other=0.0)
+    first = split * share
+    for k in range(first, tl.minimum(first + share, n_words)):
+        word = tl.load(words_ptr + r * n_words + k)
+        while word != 0:
+            bit = (k * 32 + lowest_bit(word)).to(tl.int64)
+            row = tl.load(table_ptr + bit * N + cols, mask=mask, other=0.0)
+            if values_ptr is not None:
+                row = row * tl.load(values_ptr + r * row_step + bit * bit_step)
+            acc += row
+            word = word ^ (word & -word)
+    tl.store(out_ptr + (split.to(tl.int64) * tl.num_programs(0) + r) * N + cols, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["R"])
+def pack_rows(x_ptr, words_ptr, R, M, n_words, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Which numbers of x (R, M) are not 0, as words (R, n_words). Grid (blocks of R, blocks of words)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * (32 * WORDS) + tl.arange(0, 32 * WORDS)
+    inside = (rows < R)[:, None] & (cols < M)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * M + cols[None, :], mask=inside, other=0.0)
+    bits = tl.reshape((x != 0).to(tl.int32), (ROWS, WORDS, 32)) << tl.arange(0, 32)[None, None, :]
+    words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    inside = (rows < R)[:, None] & (words < n_words)[None, :]
+    tl.store(words_ptr + rows[:, None] * n_words + words[None, :], tl.sum(bits, axis=2), mask=inside)
+
+
+@triton.jit(do_not_specialize=["R"])
+def transpose_words(words_ptr, out_ptr, R, M, n_words, row_words, ROWS: tl.constexpr):
+    """Words (R, n_words) over M columns as words (M, row_words) over R. Grid (blocks of R, n_words)."""
+    k = tl.program_id(1)
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    word = tl.load(words_ptr + rows.to(tl.int64) * n_words + k, mask=rows < R, other=0)
+    bits = (word[:, None] >> tl.arange(0, 32)[None, :]) & 1
+    bits = tl.reshape(bits, (ROWS // 32, 32, 32)) << tl.arange(0, 32)[None, :, None]
+    columns = k * 32 + tl.arange(0, 32)
+    words = first // 32 + tl.arange(0, ROWS // 32)
+    inside = (words < row_words)[:, None] & (columns < M)[None, :]
+    out = out_ptr + columns.to(tl.int64)[None, :] * row_words + words[:, None]
+    tl.store(out, tl.sum(bits, axis=1), mask=inside)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Which numbers of ``x`` (T, B, M) are not 0, as bits: words (T, B, ceil(M / 32)) int32."""
+    T, B, M = x.shape
+    words = torch.empty(T, B, triton.cdiv(M, 32), dtype=torch.int32, device=x.device)
+    if words.numel():
+        with torch.cuda.device_of(x):
+            grid = (triton.cdiv(T * B, 16), triton.cdiv(words.shape[2], 8))
+            pack_rows[grid](x.contiguous(), words, T * B, M, words.shape[2], ROWS=16, WORDS=8, num_warps=4)
+    return words
+
+
+def current(words: Tensor, values: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of spikes: words (T, B, ceil(M / 32)), ``values`` (T, B, M) where they are graded -> (T, B, N)."""
+    T, B, n_words = words.shape
+    N, M = weight.shape
+    out = weight.new_empty(T, B, N)
+    if out.numel():
+        values = None if values is None else values.contiguous()
+        _launch(words, values, weight.t().contiguous(), bias, out, T * B, M, 1, n_words, 1)
+    return out
+
+
+def weight_gradient(nu: Tensor, words: Tensor, values: Tensor | None, M: int) -> Tensor:
+    """Sum over steps and samples of nu (T, B, N) times the spikes, (N, M)."""
+    T, B, N = nu.shape
+    R = T * B
+    if R * N * M == 0:
+        return nu.new_zeros(N, M)
+    row_words = triton.cdiv(R, 32)
+    turned = torch.empty(M, row_words, dtype=torch.int32, device=nu.device)
+    with torch.cuda.device_of(nu):
+        grid = (triton.cdiv(R, 1024), words.shape[2])
+        transpose_words[grid](words, turned, R, M, words.shape[2], row_words, ROWS=1024, num_warps=4)
+    splits = min(_SPLITS, row_words)
+    out = nu.new_empty(splits, M, N)
+    values = None if values is None else values.contiguous()
+    _launch(turned, values, nu.contiguous(), None, out, M, 1, M, row_words, splits)
+    return out.sum(0).t() if splits > 1 else out[0].t()
+
+
+def _launch(
+    words: Tensor,
+    values: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: int,
+    row_step: int,
+    bit_step: int,
+    n_words: int,
+    splits: int,
+) -> None:
+    N = out.shape[-1]
+    block = min(256, max(32, triton.next_power_of_2(N)))
+    with torch.cuda.device_of(out):
+        sum_rows[(rows, triton.cdiv(N, block), splits)](
+            *(words, values, table, bias, out, row_step, bit_step, n_words, N, triton.cdiv(n_words, splits)),
+            BLOCK=block,
+            num_warps=1,
+        )
