@@ -178,4 +178,5 @@ def adjoint_source(program: Program, recurrent: bool, params_grad: bool) -> str:
 def unrolled(program: Program, element_size: int) -> int:
     """How many steps a thread holds in registers: as many loads are under way before the first is used."""
     held = (len(program.states) + len(program.inputs) + 1) * (element_size // 4)
-    return 32 if held <= 4 else 16 if held <= 8 else 8
+    # more would be faster still for small layers, but Triton takes time with the square of it
+    return 16 if held <= 4 else 8 if held <= 6 else 4

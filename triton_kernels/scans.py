@@ -169,35 +169,37 @@ class _Writer:
         return self._forward_kernel(_FORWARD, body, "Grid (B, blocks of N).")
 
     def backward(self, unroll: int) -> str:
-        groups = CHUNK // unroll
-        lines = [self._load_states("{}_kept", "chunk * chunk_rows + b", "{}_at0")]
-        lines += [f"live_{j} = cols < tl.where(start + {j} < T, N, 0)" for j in range(CHUNK)]
-        if (
-            groups > 1
-        ):  # the state before each group; what is loaded here is in the cache when it is loaded again
-            lines += [f"{name} = {name}_at0" for name in self.states]
-            for j in range(CHUNK - unroll):
-                lines += [
-                    *self._load_inputs(f"start + {j}", f"live_{j}", "_0"),
-                    self._step(inputs="_0", keep=False),
-                ]
-                if (j + 1) % unroll == 0:
-                    lines += [f"{name}_at{(j + 1) // unroll} = {name}" for name in self.states]
-        for g in reversed(range(groups)):
-            steps = range(g * unroll, (g + 1) * unroll)
-            for j in steps:
-                lines += self._load_inputs(f"start + {j}", f"live_{j}", f"_{j}")
-            lines += self._arriving(steps)
-            lines += [f"{name} = {name}_at{g}" for name in self.states]
-            for j in steps:
-                lines += [f"{name}_{j} = {name}" for name in self.states]
-                lines.append(self._step(inputs=f"_{j}", keep=False))
-            lines.pop()  # what the last one leaves is not asked for
-            for j in reversed(steps):
-                lines += self._walk_back(
-                    f"_{j}", f"gs_{j}", f"gm_{j}", f"live_{j}", f"(start + {j}) * rows + b"
-                )
-        loop = indent("\n".join(["chunk = chunks - 1 - k", f"start = chunk * {CHUNK}", *lines]), "    ")
+        marks = range(1, CHUNK // unroll)  # of the states between two groups of a chunk
+        chunk = [
+            "chunk = chunks - 1 - k",
+            f"start = chunk * {CHUNK}",
+            f"groups = (tl.minimum(T - start, {CHUNK}) + {unroll - 1}) // {unroll}",
+            self._load_states("{}_kept", "chunk * chunk_rows + b"),
+            *(f"{name}_at{m} = {name}" for m in (0, *marks) for name in self.states),
+        ]
+        if marks:  # what is loaded here is in the cache when it is loaded again
+            ahead = [f"begin = start + g * {unroll}"]
+            for j in range(unroll):
+                ahead += self._load_inputs(f"begin + {j}", "mask", f"_{j}")
+            ahead += [self._step(inputs=f"_{j}", keep=False) for j in range(unroll)]
+            ahead += [
+                f"{n}_at{m} = tl.where(g == {m - 1}, {n}, {n}_at{m})" for m in marks for n in self.states
+            ]
+            chunk += ["for g in range(groups - 1):", *_indented(ahead)]
+        steps = range(unroll)
+        group = ["g = groups - 1 - h", f"begin = start + g * {unroll}"]
+        group += [f"live_{j} = cols < tl.where(begin + {j} < T, N, 0)" for j in steps]
+        for j in steps:
+            group += self._load_inputs(f"begin + {j}", f"live_{j}", f"_{j}")
+        group += self._arriving(steps)
+        group += [f"{name} = {name}_at0" for name in self.states]
+        group += [f"{n} = tl.where(g == {m}, {n}_at{m}, {n})" for m in marks for n in self.states]
+        for j in steps:
+            group += [f"{name}_{j} = {name}" for name in self.states]
+            group += [self._step(inputs=f"_{j}", keep=False)] if j < unroll - 1 else []
+        for j in reversed(steps):
+            group += self._walk_back(f"_{j}", f"gs_{j}", f"gm_{j}", f"live_{j}", f"(begin + {j}) * rows + b")
+        loop = "\n".join(_indented([*chunk, "for h in range(groups):", *_indented(group)]))
         return self._backward_kernel([*_BACKWARD, *_ONCE], loop, "Grid (B, blocks of N).")
 
     def _arriving(self, steps: Sequence[int]) -> list[str]:
@@ -207,7 +209,7 @@ class _Writer:
             if short == "gs" and not self.spiking:
                 continue
             loads = [
-                f"    {short}_{j} = tl.load({what}_ptr + (start + {j}) * {short}_step + b * N + cols, "
+                f"    {short}_{j} = tl.load({what}_ptr + (begin + {j}) * {short}_step + b * N + cols, "
                 f"mask=live_{j}, other=0.0)"
                 for j in steps
             ]
@@ -367,7 +369,7 @@ def _times(count: int, unit: str) -> str:
 
 
 def _indented(lines: Sequence[str]) -> list[str]:
-    return ["    " + line for line in lines]
+    return ["    " + line for statement in lines for line in statement.split("\n")]
 
 
 def _kernel(name: str, free: Sequence[str], arguments: Sequence[str], body: Sequence[str], doc: str) -> str:

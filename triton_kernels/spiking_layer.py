@@ -66,7 +66,7 @@ def source_of(
     neuron = neuron_of(spec, recurrent)
     unroll = unrolled(neuron.program, element_size)
     if way == "forward":
-        return forward_source(neuron, recurrent, min(16, unroll))
+        return forward_source(neuron, recurrent, unroll)
     return backward_source(neuron, recurrent, unroll, params_grad)
 
 
@@ -79,7 +79,7 @@ def _launch(call: LayerCall) -> dict[str, Any]:
     """A warp has 32 neurons of a sample: whatever N is, there are programs for every multiprocessor."""
     block = 32 if call.rec_weight is None else max(32, triton.next_power_of_2(call.N))
     # upstream rounds after every product: a contracted multiply-add would move spikes
-    return {"BLOCK": block, "num_warps": min(16, block // 32), "enable_fp_fusion": False}
+    return {"BLOCK": block, "num_warps": min(16, block // 32), "enable_fp_fusion": False, "num_stages": 1}
 
 
 def _grid(call: LayerCall) -> tuple[int, int]:

@@ -13,34 +13,23 @@ from equation_cases import ADAPTIVE, CONDUCTANCE, DELTA, READOUT, SECOND_ORDER
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from snn_sparse_plugin.core.canonical import traced
 from snn_sparse_plugin.core.dynamics import NeuronSpec
 from snn_sparse_plugin.core.jacobian import derivatives_of
 from snn_sparse_plugin.core.surrogates import KINDS, Surrogate
-from snn_sparse_plugin.learners.eprop.described import traced
 from snn_sparse_plugin.triton_kernels import (
-    backward,
     eprop,
     eprop_step,
-    forward,
-    neuron,
-    packed,
-    program,
-    program_constants,
-    program_kernels,
+    parts,
+    products,
+    scans,
     spiking_layer,
     surrogates,
     ttfs,
     ttfs_events,
 )
+from snn_sparse_plugin.triton_kernels.sources import module_of
 
-KERNELS = {
-    "forward": spiking_layer.spiking_layer_forward,
-    "backward": spiking_layer.spiking_layer_backward,
-}
-PROGRAM_KERNELS = {
-    "program-forward": program_kernels.program_forward,
-    "program-backward": program_kernels.program_backward,
-}
 TTFS_KERNELS = {
     "ttfs-forward": ttfs.ttfs_forward,
     "ttfs-backward": ttfs.ttfs_backward,
@@ -55,120 +44,109 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hsaco"),
 }
 
-DEFAULTS = {
+OPTIONS = {
     "WINDOW": 0.2,
     "KIND": "fast_sigmoid",
     "P0": 25.0,
     "P1": 0.0,
-    "STATIC_INPUT": False,
-    "UPDATE": "decay",
-    "SYNAPSE": False,
-    "RESET": "subtract",
-    "TIMING": "delayed",
-    "SCOPE": "state",
-    "ATTACHED": False,
-    "SPIKING": True,
-    "CHUNK": 32,
-    "BLOCK_N": 128,
+    "ONCE": False,
+    "BLOCK": 32,
     "TILE": 32,
 }
-WORDS = {"in_words_ptr", "weight_ptr", "bias_ptr"}
-CURRENT = {"x_ptr"}
-RECURRENT = {"rec_weight_ptr", "rec_weight_t_ptr", "rec_bias_ptr", "rec0_ptr", "words_ptr"}
-SYNAPSE = {"i0_ptr", "i_ptr", "i_checkpoint_ptr", "g_i_ptr", "d_i0_ptr"}
-PARAMS = {"d_params_ptr"}
+WIDE = {"BLOCK": 512, "TILE": 8}
+EXACT = {"WINDOW": None}
+NO_GUARD = {"near_ptr": None}
+EVENTS_OUT = {"spikes_ptr": None, "mem_ptr": None, "g_mem_ptr": None}
+DENSE_OUT = {"words_ptr": None}
+LAST = {"g_v_ptr": None, "g_i_ptr": None}
+NOTHING_KEPT = {"v_kept_ptr": None}
+VALUE = {"reset": "value", "timing": "immediate"}
 
-# name -> (constants that differ from the defaults, pointers that are None, element type)
-CASES = {
-    "leaky-events": ({}, CURRENT | RECURRENT | SYNAPSE | PARAMS, "fp32"),
-    "leaky-dense-output": ({}, CURRENT | RECURRENT - {"words_ptr"} | SYNAPSE | PARAMS, "fp32"),
-    "leaky-static-current-exact": (
-        {"STATIC_INPUT": True, "WINDOW": None},
-        WORDS | RECURRENT | SYNAPSE | {"near_ptr"},
+# name -> (neuron, recurrent, what differs from all pointers given and the options above, element type)
+LAYERS = {
+    "leaky-events": (NeuronSpec(), False, EVENTS_OUT | LAST, "fp32"),
+    "leaky-dense-exact": (NeuronSpec(), False, DENSE_OUT | EXACT | NO_GUARD, "fp32"),
+    "leaky-once": (NeuronSpec(), False, {"ONCE": True} | NO_GUARD, "fp32"),
+    "leaky-double": (NeuronSpec(), False, {}, "fp64"),
+    "leaky-recurrent": (NeuronSpec(), True, EVENTS_OUT | LAST | WIDE, "fp32"),
+    "leaky-recurrent-exact": (NeuronSpec(), True, EXACT | NO_GUARD | {"rec_bias_ptr": None}, "fp32"),
+    "synaptic-zero-sum": (
+        NeuronSpec(synapse=True, reset="zero", scope="sum"),
+        False,
+        {"KIND": "atan"},
         "fp32",
     ),
-    "synaptic-zero-sum-atan": (
-        {"SYNAPSE": True, "RESET": "zero", "SCOPE": "sum", "KIND": "atan"},
-        WORDS | RECURRENT,
-        "fp32",
-    ),
-    "corrected-attached": ({"TIMING": "corrected", "ATTACHED": True}, CURRENT | RECURRENT | SYNAPSE, "fp32"),
-    "euler-recurrent-value": (
-        {
-            "UPDATE": "euler",
-            "SYNAPSE": True,
-            "RESET": "value",
-            "TIMING": "immediate",
-            "BLOCK_N": 512,
-            "TILE": 8,
-        },
-        CURRENT,
-        "fp32",
-    ),
-    "box-attached-value-double": (
-        {"UPDATE": "box", "RESET": "value", "TIMING": "immediate", "ATTACHED": True, "KIND": "tanh"},
-        WORDS | RECURRENT | SYNAPSE,
-        "fp64",
-    ),
-    "one-neuron": ({"N": 1, "in_words": 1, "n_words": 1, "BLOCK_N": 32}, CURRENT, "fp32"),
+    "corrected-attached": (NeuronSpec(timing="corrected", attached=True), False, {}, "fp32"),
+    "euler-value-recurrent": (NeuronSpec("euler", True, **VALUE), True, WIDE, "fp32"),
+    "box-attached-double": (NeuronSpec("box", attached=True, **VALUE), False, {"KIND": "tanh"}, "fp64"),
     "readout": (
-        {"UPDATE": "euler", "SYNAPSE": True, "RESET": "none", "TIMING": "immediate", "SPIKING": False},
-        CURRENT | RECURRENT | {"spikes_ptr", "g_spikes_ptr", "near_ptr"},
+        NeuronSpec("euler", True, "none", "immediate", spiking=False),
+        False,
+        EXACT | NO_GUARD,
         "fp32",
     ),
+    "adaptive-recurrent": (ADAPTIVE, True, {}, "fp32"),
+    "adaptive-double": (ADAPTIVE, False, {}, "fp64"),
+    "delta": (DELTA, False, {}, "fp32"),
+    "second-order": (SECOND_ORDER, False, {}, "fp32"),
+    "two-inputs-recurrent": (CONDUCTANCE, True, {}, "fp32"),
+    "readout-by-equations": (READOUT, False, EXACT | NO_GUARD, "fp32"),
 }
 
 
-def compile_kernel(kernel, target, constants, absent, element):
-    signature, constexprs, fixed = {}, {}, DEFAULTS | constants
+def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2):
+    described = spiking_layer.neuron_of(neuron, recurrent)
+    if way == "forward":
+        source = scans.forward_source(described, recurrent, unroll)
+    else:
+        source = scans.backward_source(described, recurrent, unroll, True)
+    kernel = getattr(module_of(source, way), way)
+    fixed = {k: v for k, v in (OPTIONS | changes).items() if k in kernel.arg_names}
+    warps = min(16, fixed["BLOCK"] // 32)
+    return compile_kernel(
+        kernel, fixed, element, gpu, {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
+    )
+
+
+INTEGERS = {"words_ptr": "*i32", "bits_ptr": "*i32", "counts_ptr": "*i64", "near_ptr": "*i64"}
+
+
+def compile_kernel(kernel, fixed, element, gpu, options):
+    signature = {}
     for name in kernel.arg_names:
-        if name in absent or name in fixed:
+        if name in fixed:
             signature[name] = "constexpr"
-            constexprs[name] = None if name in absent else fixed[name]
-        elif name.endswith("words_ptr"):
-            signature[name] = "*i32"
-        elif name == "near_ptr":
-            signature[name] = "*i64"
         else:
-            signature[name] = f"*{element}" if name.endswith("_ptr") else "i32"
-    warps = min(16, constexprs["BLOCK_N"] // 32)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    return triton.compile(ASTSource(kernel, signature, constexprs), target=target, options=options)
+            pointer = INTEGERS.get(name, f"*{element}")
+            signature[name] = pointer if name.endswith("_ptr") else "i32"
+    return triton.compile(ASTSource(kernel, signature, fixed), target=gpu, options=options)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles(kernel, case, target):
-    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
-        pytest.skip("Triton 3.2 bundles no assembler for this target")
+@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_layers_compile(way, case, target):
     gpu, binary = TARGETS[target]
-    compiled = compile_kernel(KERNELS[kernel], gpu, *CASES[case])
+    compiled = compile_layer(way, *LAYERS[case], gpu)
     assert len(compiled.asm[binary]) > 0
 
 
-PROGRAM_CASES = {
-    "adaptive-recurrent": (ADAPTIVE, CURRENT, "fp32"),
-    "adaptive-double": (ADAPTIVE, WORDS | RECURRENT, "fp64"),
-    "delta": (DELTA, CURRENT | RECURRENT, "fp32"),
-    "second-order": (SECOND_ORDER, CURRENT | RECURRENT, "fp32"),
-    "two-inputs": (CONDUCTANCE, WORDS, "fp32"),
-    "readout": (READOUT, CURRENT | RECURRENT | {"spikes_ptr", "g_spikes_ptr", "near_ptr"}, "fp32"),
+PRODUCTS = {
+    "sum": (products.sum_rows, {"BLOCK": 256, "values_ptr": None}, 1),
+    "sum-of-values": (products.sum_rows, {"BLOCK": 32, "bias_ptr": None}, 1),
+    "pack": (products.pack_rows, {"ROWS": 16, "WORDS": 8}, 4),
+    "transpose": (products.transpose_words, {"ROWS": 1024}, 4),
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", PROGRAM_CASES)
-@pytest.mark.parametrize("kernel", PROGRAM_KERNELS)
-def test_programs_compile(kernel, case, target):
-    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
-        pytest.skip("Triton 3.2 bundles no assembler for this target")
+@pytest.mark.parametrize("element", ["fp32", "fp64"])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products_compile(case, element, target):
+    kernel, fixed, warps = PRODUCTS[case]
     gpu, binary = TARGETS[target]
-    equations, absent, element = PROGRAM_CASES[case]
-    constants = program_constants.forward_constants(equations) | program_constants.backward_constants(
-        equations, True
-    )
-    compiled = compile_kernel(PROGRAM_KERNELS[kernel], gpu, constants, absent | SYNAPSE, element)
+    element = "i32" if case == "transpose" else element
+    compiled = compile_kernel(kernel, fixed, element, gpu, {"num_warps": warps})
     assert len(compiled.asm[binary]) > 0
 
 
@@ -231,28 +209,20 @@ def compiled_step(case, gpu):
     program = equations.program
     output = program.results[0] if program.spikes is None else program.spikes
     found = derivatives_of(program, output)
-    fixed = eprop_step.constants(
-        program,
-        found,
-        [output, *program.results],
-        sorted(set(found.varying.values())),
-        Surrogate("atan", (2.0,)),
+    kept = tuple(sorted(set(found.varying.values())))
+    kernel = module_of(eprop_step.source_of(program, found, (output, *program.results), kept), "eprop").step
+    surrogate = Surrogate("atan", (2.0,))
+    fixed = {"KIND": surrogate.kind, "P0": 2.0, "P1": 0.0, "BLOCK": 128} | (
+        {"rec_ptr": None} if alone else {}
     )
-    fixed |= {"BLOCK_N": 128} | ({"rec_ptr": None} if alone else {})
-    kernel = eprop_step.eprop_step
-    signature = {
-        name: "constexpr" if name in fixed else f"*{element}" if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-    }
-    options = {"num_warps": 2, "enable_fp_fusion": False}
-    return triton.compile(ASTSource(kernel, signature, fixed), target=gpu, options=options)
+    return compile_kernel(
+        kernel, fixed, element, gpu, {"num_warps": 2, "enable_fp_fusion": False, "num_stages": 1}
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", STEP_CASES)
 def test_the_step_of_eprop_compiles(case, target):
-    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
-        pytest.skip("Triton 3.2 bundles no assembler for this target")
     gpu, binary = TARGETS[target]
     compiled = compiled_step(case, gpu)
     assert len(compiled.asm[binary]) > 0
@@ -261,62 +231,34 @@ def test_the_step_of_eprop_compiles(case, target):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_surrogate_compiles(kind):
-    constants = {"KIND": kind, "P0": 2.0, "P1": 0.5}
-    absent = WORDS | RECURRENT | SYNAPSE | PARAMS
-    compiled = compile_kernel(KERNELS["backward"], TARGETS["sm_90"][0], constants, absent, "fp32")
+    changes = {"KIND": kind, "P0": 2.0, "P1": 0.5}
+    compiled = compile_layer("backward", NeuronSpec(), True, changes, "fp32", TARGETS["sm_90"][0])
     assert len(compiled.asm["cubin"]) > 0
 
 
-@pytest.mark.parametrize("case", ["leaky-events", "euler-recurrent-value"])
+@pytest.mark.parametrize("case", ["leaky-events", "euler-value-recurrent", "adaptive-recurrent"])
 def test_no_multiply_add_is_contracted(case):
     # a fused multiply-add rounds once where upstream rounds twice, and would move spikes
-    ptx = compile_kernel(KERNELS["forward"], TARGETS["sm_90"][0], *CASES[case]).asm["ptx"]
+    ptx = compile_layer("forward", *LAYERS[case], TARGETS["sm_90"][0]).asm["ptx"]
     assert "mul.f32" in ptx or "mul.rn.f32" in ptx
     assert "fma.rn" not in ptx
 
 
-@pytest.mark.parametrize("kernel", KERNELS | PROGRAM_KERNELS)
-def test_a_new_length_does_not_recompile(kernel):
-    free = {p.name for p in (KERNELS | PROGRAM_KERNELS)[kernel].params if p.do_not_specialize}
-    assert {"T", "B"} <= free
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_new_length_does_not_recompile(way, recurrent):
+    kernel = getattr(module_of(spiking_layer.source_of(NeuronSpec(), recurrent, way), way), way)
+    free = {p.name for p in kernel.params if p.do_not_specialize}
+    assert {"T", "B", "x_stride"} <= free
 
 
 def test_the_list_of_kernels_is_complete():
     # every @triton.jit function is a kernel above or a function one of them calls
     found = set()
-    for module in (
-        forward,
-        backward,
-        neuron,
-        packed,
-        program,
-        program_kernels,
-        surrogates,
-        ttfs,
-        ttfs_events,
-        eprop,
-        eprop_step,
-    ):
+    for module in (parts, products, surrogates, ttfs, ttfs_events, eprop):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
-    called = {
-        "input_current",
-        "recurrent_current",
-        "all_currents",
-        "add_recurrent_grad",
-        "store_packed",
-        "gather_rows",
+    called = {name for name, f in vars(parts).items() if isinstance(f, triton.JITFunction)}
+    kernels = {f.__name__ for f in TTFS_KERNELS.values()} | {
+        kernel.__name__ for kernel, _, _ in PRODUCTS.values()
     }
-    called |= {"load_params", "step", "adjoint", "surrogate_grad"}
-    called |= {
-        "load_rows",
-        "store_rows",
-        "divide",
-        "operate",
-        "execute",
-        "select",
-        "passed_back",
-        "execute_back",
-    }
-    kernels = {**KERNELS, **PROGRAM_KERNELS, **TTFS_KERNELS}
-    kernels |= {"eprop-scan": eprop.eprop_scan, "eprop-step": eprop_step.eprop_step}
-    assert found - called == {f.__name__ for f in kernels.values()}
+    assert found - called == kernels | {eprop.eprop_scan.__name__}
