@@ -8,15 +8,19 @@ ARGS ?=
 # how the tests are spread over processes; PARALLEL= runs them in one
 PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 INTERPRETED := tests/kernels tests/adapters/test_every_*.py
+# the oldest Triton that is claimed and one between; `test` runs the newest, the one in $(VENV)
+TRITON_VERSIONS ?= 3.4.0 3.6.0
+# one target of NVIDIA and the one of AMD; the others differ in the assembler
+TRITON_CASES ?= not (sm_80 or sm_100)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorials test test-slow test-upstream lint format typecheck bench clean
+.PHONY: help demo tutorials test test-slow test-triton test-triton-all test-upstream lint format typecheck bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARGS="--epochs 3 …")
 	$(BIN)/snn-sparse demo $(ARGS)
@@ -32,6 +36,17 @@ test: $(VENV)/.test  ## run the tests but for the exhaustive sweeps (ARGS="-k da
 test-slow: $(VENV)/.test  ## run the exhaustive sweeps that `test` leaves out (ARGS="-k compile …")
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) $(INTERPRETED) -m 'triton_interpreter and slow'
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-triton: $(VENV)/.test $(TRITON_VERSIONS:%=$(VENV)/triton-%/.installed)  ## compile every kernel under older Tritons (TRITON_VERSIONS="3.5.1 …")
+	@for version in $(TRITON_VERSIONS); do \
+		export PYTHONPATH=$(abspath $(VENV))/triton-$$version TRITON_CACHE_DIR=$(abspath $(VENV))/triton-$$version/.cache; \
+		$(BIN)/python -c 'import triton; print("Triton", triton.__version__, "in", *triton.__path__)'; \
+		$(BIN)/python -m pytest -q -p no:cacheprovider $(PARALLEL) tests/kernels/test_ahead_of_time.py \
+			-k '$(TRITON_CASES)' $(ARGS) || exit 1; \
+	done
+
+test-triton-all:  ## the same for every minor version and every target
+	$(MAKE) test-triton TRITON_VERSIONS="3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0" TRITON_CASES=test
 
 test-upstream: $(VENV)/.upstream  ## run Norse's own test suite, without and with sparse mode (ARGS=auto for another mode)
 	$(BIN)/python tests/upstream/run_norse_suite.py $(ARGS)
@@ -69,6 +84,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV), a few minutes the first time"
 	$(PIP) -e '.[test]'
+	@touch $@
+
+# Only Triton itself: everything else is the main environment's.
+$(VENV)/triton-%/.installed: | $(BIN)/python
+	$(PIP) --no-deps --target $(@D) triton==$*
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -156,8 +156,6 @@ def test_products_compile(case, element, target):
     ("kernel", "rate"), [*((name, 1.0) for name in TTFS_KERNELS), ("ttfs-backward", 0.0)]
 )
 def test_ttfs_compiles(kernel, rate, element, target):
-    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
-        pytest.skip("Triton 3.2 bundles no assembler for this target")
     function = TTFS_KERNELS[kernel]
     fixed = {"BLOCK": 128, "RATE": rate, "PARAMS": True, **TAPS}
     constexprs = {name: fixed[name] for name in function.arg_names if name in fixed}
@@ -180,8 +178,6 @@ def test_ttfs_compiles(kernel, rate, element, target):
     [(0, 1, -1, "fp32"), (1, 1, -1, "fp32"), (3, 3, 2, "fp32"), (4, 4, 3, "fp64")],
 )
 def test_the_scan_of_eprop_compiles(states, targets, out, element, target):
-    if target in ("sm_100", "gfx942") and triton.__version__ < "3.3":
-        pytest.skip("Triton 3.2 bundles no assembler for this target")
     gpu, binary = TARGETS[target]
     rows, lanes = triton.next_power_of_2(states + 1), triton.next_power_of_2(targets)
     constants = {"N_STATES": states, "TARGETS": targets, "OUT": out, "ROWS": rows, "LANES": lanes}

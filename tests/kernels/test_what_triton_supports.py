@@ -1,8 +1,10 @@
 """What the backend says it can do, and why not; needs no device."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from snn_sparse_plugin.core.dynamics import NeuronSpec
 from snn_sparse_plugin.core.errors import UnsupportedError
 from snn_sparse_plugin.core.spikes import SpikeTrain
 from snn_sparse_plugin.core.surrogates import Surrogate
+from snn_sparse_plugin.triton_kernels import OLDEST
 
 CALL = {
     "device": torch.device("cuda"),
@@ -79,3 +82,16 @@ def test_packed_words_round_trip(T, B, N):
     indptr, indices = unpack_events(words, N)
     assert torch.equal(indptr, train.indptr)
     assert torch.equal(indices, train.indices)
+
+
+@pytest.mark.parametrize(
+    ("file", "claim"),
+    [
+        ("pyproject.toml", r'^triton = \["triton>=(\d+)\.(\d+)'),
+        ("Makefile", r"^TRITON_VERSIONS \?= (\d+)\.(\d+)"),
+    ],
+)
+def test_every_place_claims_the_same_oldest_triton(file, claim):
+    found = re.search(claim, (Path(__file__).parents[2] / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    assert tuple(map(int, found.groups())) == OLDEST
