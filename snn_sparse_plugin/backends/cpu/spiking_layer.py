@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...core.backend import CHUNK, LayerCall, LayerResult, Saved, check_finite, keeps_active
+from ...core.csr import MAX_EVENTS, Active
 from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
 from ...core.errors import InputError
-from ...core.spikes import MAX_EVENTS, Active
 from .arguments import Fed, States, Written
 from .bits import LANES
 from .forward import forward_kernel

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...core.backend import LayerCall, Needs, OutputGrads, Saved
+from ...core.csr import Active
 from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
-from ...core.spikes import Active
 from .linear import is_linear
 from .memory import array
 from .rows import MEM
