@@ -1,5 +1,7 @@
 """What several test files need: weights on a binary grid, relative norms, the neuron family."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import combinations
 
@@ -9,6 +11,17 @@ import torch
 from snn_sparse_plugin import NeuronSpec
 
 STEP = 2.0**-8  # sums of 0/1 inputs times multiples of this are exact in float32, in any order
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with so many; one where the tensors are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_grid(*shape, scale=1.0):

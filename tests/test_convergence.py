@@ -17,6 +17,7 @@ snntorch = pytest.importorskip("snntorch")
 norse = pytest.importorskip("norse.torch")
 pytest.importorskip("sklearn")
 
+from helpers import torch_threads  # noqa: E402
 from snntorch import functional, surrogate  # noqa: E402
 
 from snn_sparse_plugin import sparse_mode, unroll  # noqa: E402
@@ -26,10 +27,8 @@ from snn_sparse_plugin.data import load_images  # noqa: E402
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """The layers are so small that a second thread only waits, and one keeps the sums in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @cache

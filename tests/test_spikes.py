@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snn_sparse_plugin import InputError, MissingDependencyError, NeuronParams, SpikeTrain
-from snn_sparse_plugin.core.spikes import Active, _events_from_dense, as_spike_train
+from snn_sparse_plugin.core.csr import events_from_dense
+from snn_sparse_plugin.core.spikes import Active, as_spike_train
 from snn_sparse_plugin.ops import spiking_layer
 
 
@@ -30,7 +31,7 @@ def test_round_trip(T, B, features, p, graded, dtype):
     assert train.dtype == dtype
     assert train.shape == x.shape
     assert train.events == int((x != 0).sum())
-    for a, b in zip(_events_from_dense(x), (train.indptr, train.indices, train.values), strict=True):
+    for a, b in zip(events_from_dense(x), (train.indptr, train.indices, train.values), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 snntorch = pytest.importorskip("snntorch")
 norse = pytest.importorskip("norse.torch")
 
-from helpers import relative, spikes  # noqa: E402
+from helpers import relative, spikes, torch_threads  # noqa: E402
 from training_ways import (  # noqa: E402
     EXACT,
     WAYS,
@@ -61,10 +61,8 @@ def x() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 # --- precision ---

@@ -19,7 +19,7 @@ from .hooks import has_hooks, hook, patched
 from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
-from .snntorch_neurons import WHY_NOT, Classes, Parts, builders, takes_sequence
+from .snntorch_neurons import STATES, WHY_NOT, Classes, Parts, builders, takes_sequence
 from .snntorch_reset import LastReset, resets
 from .snntorch_surrogates import SpikeFunction, depends_on, is_made_by_factory, recognise
 
@@ -37,7 +37,7 @@ class SnnTorchAdapter(Adapter):
         snn = Classes()
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, masked_method)
-        for name in _STEPPED:
+        for name in STATES:
             hook(getattr(snn, name), "forward", self._recorded_forward)
             if "reset" not in vars(getattr(snn, name)):
                 getattr(snn, name).reset = LastReset()
@@ -65,7 +65,7 @@ class SnnTorchAdapter(Adapter):
         if self.takes_sequence(module):
             return "a call runs upstream's own sums over the steps, which are rounded in another order"
         owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-        return "" if owner.__name__ in _STEPPED else "its single steps are not recorded"
+        return "" if owner.__name__ in STATES else "its single steps are not recorded"
 
     def takes_shape(self, module: Any, shape: Sequence[int]) -> bool:
         return len(shape) == 3 or not self.takes_sequence(module)
@@ -299,26 +299,15 @@ def _scaled(factor: Tensor, output: Output | None) -> Output:
     return lambda spikes, x: spikes * factor if output is None else output(spikes * factor, x)
 
 
-# classes whose single steps time fusion records, with their states in the order of their forward's arguments
-_STEPPED = {
-    "Leaky": ("mem",),
-    "Lapicque": ("mem",),
-    "Synaptic": ("syn", "mem"),
-    "Alpha": ("syn_exc", "syn_inh", "mem"),
-    "RLeaky": ("spk", "mem"),
-    "RSynaptic": ("spk", "syn", "mem"),
-}
-
-
 @cache
 def _with_reset() -> tuple[type, ...]:
     snn = Classes()
-    return tuple(getattr(snn, name) for name in _STEPPED)
+    return tuple(getattr(snn, name) for name in STATES)
 
 
 @cache
 def _state_names(cls: Any) -> tuple[str, ...]:
-    return next(_STEPPED[base.__name__] for base in cls.__mro__ if base.__name__ in _STEPPED)
+    return next(STATES[base.__name__] for base in cls.__mro__ if base.__name__ in STATES)
 
 
 def _own(x: Tensor | None) -> Tensor | None:

@@ -18,6 +18,16 @@ from ..core.equations import Equations
 from ..core.spikes import SpikeTrain
 from .hooks import has_hooks
 
+# classes that are run step by step, with their states in the order of their forward's arguments
+STATES: dict[str, tuple[str, ...]] = {
+    "Leaky": ("mem",),
+    "Lapicque": ("mem",),
+    "Synaptic": ("syn", "mem"),
+    "Alpha": ("syn_exc", "syn_inh", "mem"),
+    "RLeaky": ("spk", "mem"),
+    "RSynaptic": ("spk", "syn", "mem"),
+}
+
 _ALPHA = """
 r = above(mem - threshold)
 e = alpha * syn_exc + x

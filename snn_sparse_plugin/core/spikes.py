@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import registry
+from .csr import (
+    MAX_EVENTS,
+    Active,
+    at_active,
+    cells,
+    check_csr,
+    check_float,
+    coordinates,
+    entries,
+    events_from_coo,
+    events_from_dense,
+    int32,
+)
 from .errors import InputError, MissingDependencyError, NonFiniteError
+from .spike_grads import Counts, Step, ToDense
 
-MAX_EVENTS = 2**31 - 1
-
-
-class Active(NamedTuple):
-    """The neuron-steps near threshold of the layer that emitted a train, CSR over the same rows as the events."""
-
-    indptr: Tensor
-    indices: Tensor
+__all__ = [
+    "MAX_EVENTS",
+    "Active",
+    "SpikeTrain",
+    "as_spike_train",
+    "at_active",
+    "check_csr",
+    "check_float",
+    "coordinates",
+    "is_sparse_input",
+]
 
 
 class SpikeTrain:
@@ -139,13 +156,13 @@ class SpikeTrain:
         """The dense tensor (T, B, N...), differentiable: its gradient reaches the active neuron-steps."""
         if not self.requires_grad:
             return self._dense_data()
-        return _ToDense.apply(self.carrier, self)
+        return ToDense.apply(self.carrier, self)
 
     def step(self, t: int) -> Tensor:
         """Step ``t`` as a dense tensor (B, N...), differentiable; no other step is made dense."""
         t = range(self.T)[t]
         if self.requires_grad:
-            return _Step.apply(self.carrier, self, t)
+            return Step.apply(self.carrier, self, t)
         step = self._dense_step(t)
         step._snn_step = (self, t)  # type: ignore[attr-defined]  # a loop over all steps is run on the events
         return step
@@ -154,7 +171,7 @@ class SpikeTrain:
         kernels = self._kernels()
         if kernels is not None:
             return self._summed(kernels, range(t, t + 1))
-        picked = _entries(self.indptr, torch.arange(self.B, device=self.device) * self.T + t)
+        picked = entries(self.indptr, torch.arange(self.B, device=self.device) * self.T + t)
         out = torch.zeros(self.B, self.features, dtype=self.dtype, device=self.device)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
         columns = self.indices.long()[picked.positions]
@@ -170,15 +187,15 @@ class SpikeTrain:
         """
         if not self.requires_grad:
             return self._counts()
-        return _Counts.apply(self.carrier, self)
+        return Counts.apply(self.carrier, self)
 
     def _counts(self) -> Tensor:
         kernels = self._kernels()
         if kernels is not None:
             return self._summed(kernels, range(self.T))
         values = None if self.values is None else self.values.detach()
-        cells = _cells(self.indptr, self.indices, self.shape)
-        counts = torch.bincount(cells, values, minlength=self.B * self.features)
+        places = cells(self.indptr, self.indices, self.shape)
+        counts = torch.bincount(places, values, minlength=self.B * self.features)
         return counts.to(self.dtype).view(self.shape[1:])
 
     def _summed(self, kernels: Any, steps: range) -> Tensor:
@@ -213,7 +230,7 @@ class SpikeTrain:
             begun = getattr(x, "_snn_begun", None)
             indptr, indices, values = kernels.events_from_dense(x.detach(), begun)
         else:
-            indptr, indices, values = _events_from_dense(x.detach())
+            indptr, indices, values = events_from_dense(x.detach())
         if values is not None:
             if not torch.isfinite(values).all():
                 raise NonFiniteError("input has NaN or infinite values; spikes must be finite.")
@@ -244,8 +261,8 @@ class SpikeTrain:
         check_float(x, "a spike matrix")
         values = _leaf_values(x, x.values())
         return cls(
-            _int32(x.crow_indices()),
-            _int32(x.col_indices()),
+            int32(x.crow_indices()),
+            int32(x.col_indices()),
             (x.shape[0] // batch_size, batch_size, x.shape[1]),
             None if bool((values == 1).all()) else values.contiguous(),
             dtype=values.dtype,
@@ -259,19 +276,8 @@ class SpikeTrain:
         check_float(x, "a spike tensor")
         _leaf_values(x, x._values())
         x = x.detach().coalesce()
-        T, B, features = x.shape[0], x.shape[1], x.shape[2:]
-        coordinates, values = x.indices(), x.values()
-        column = torch.zeros_like(coordinates[0])
-        for size, index in zip(features, coordinates[2:], strict=True):
-            column = column * size + index
-        row = coordinates[1] * T + coordinates[0]
-        keep = values != 0
-        row, column, values = row[keep], column[keep], values[keep]
-        order = torch.argsort(row * math.prod(features) + column)
-        indptr = torch.zeros(T * B + 1, dtype=torch.int64, device=x.device)
-        indptr[1:] = torch.bincount(row, minlength=T * B).cumsum(0)
-        graded = None if bool((values == 1).all()) else values[order].contiguous()
-        return cls(_int32(indptr), _int32(column[order]), x.shape, graded, dtype=x.dtype)
+        indptr, indices, values = events_from_coo(x)
+        return cls(indptr, indices, x.shape, values, dtype=x.dtype)
 
     def to_torch_sparse(self) -> Any:
         """A ``torch_sparse.SparseTensor`` (B * T, N), row ``b * T + t``."""
@@ -331,26 +337,6 @@ class SpikeTrain:
         )
 
 
-def check_csr(indptr: Tensor, indices: Tensor, features: int) -> None:
-    """Raise :class:`InputError` unless every row lies inside ``indices`` and rises strictly below ``features``."""
-    counts = indptr[1:] - indptr[:-1]
-    if int(indptr[0]) != 0 or bool((counts < 0).any()) or int(indptr[-1]) != indices.numel():
-        raise InputError(
-            f"indptr must rise from 0 to the number of events, {indices.numel()}; "
-            f"it goes from {int(indptr[0])} to {int(indptr[-1])}{' and falls' if bool((counts < 0).any()) else ''}."
-        )
-    if not indices.numel():
-        return
-    if int(indices.min()) < 0 or int(indices.max()) >= features:
-        raise InputError(
-            f"indices must lie in 0…{features - 1}, found {int(indices.min())}…{int(indices.max())}."
-        )
-    rises = indices[1:] > indices[:-1]
-    rises[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < indices.numel())].long() - 1] = True  # a new row
-    if not bool(rises.all()):
-        raise InputError("indices must increase within a row, each neuron at most once.")
-
-
 def _leaf_values(x: Tensor, values: Tensor) -> Tensor:
     """The values of a sparse input, finite and without a gradient to lose."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -361,97 +347,9 @@ def _leaf_values(x: Tensor, values: Tensor) -> Tensor:
     return values
 
 
-class _ToDense(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain) -> Tensor:
-        ctx.active, ctx.shape = train.active, train.shape
-        return train._dense_data()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        T, B, *features = ctx.shape
-        grad = grads[0].reshape(T, B, math.prod(features))
-        if ctx.active is None:
-            return grad, None
-        return at_active(grad, ctx.active), None
-
-
-class _Counts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain) -> Tensor:
-        ctx.active, ctx.shape, ctx.kernels = train.active, train.shape, train._kernels()
-        return train._counts()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        T, B, *features = ctx.shape
-        if ctx.active is None:
-            return grads[0].reshape(1, B, math.prod(features)).expand(T, -1, -1), None
-        indptr, indices = ctx.active
-        if ctx.kernels is not None:
-            return ctx.kernels.pick_counts(indptr, indices, grads[0].reshape(B, math.prod(features)), T), None
-        return grads[0].flatten()[_cells(indptr, indices, ctx.shape)], None
-
-
 def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
     """The compiled conversions of a device, of which there are some for float32 and float64; else None."""
     return registry.conversions(device.type) if dtype in (torch.float32, torch.float64) else None
-
-
-def _cells(indptr: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
-    """Sample and neuron, ``b * N + n``, of every entry of a CSR pattern over rows ``b * T + t``."""
-    T, B, *features = shape
-    N = math.prod(features)
-    per_sample = indptr[::T].diff() if T else indptr.new_zeros(B)
-    first = torch.arange(B, device=indptr.device) * N
-    return torch.repeat_interleave(first, per_sample, output_size=indices.numel()) + indices
-
-
-class _Picked(NamedTuple):
-    row: Tensor
-    positions: Tensor
-
-
-def _entries(indptr: Tensor, rows: Tensor) -> _Picked:
-    """The entries of some rows of a CSR pattern: which of the rows, and position in ``indices``."""
-    first = indptr[rows].long()
-    counts = indptr[rows + 1].long() - first
-    row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
-    before = counts.cumsum(0) - counts
-    return _Picked(row, torch.arange(len(row), device=rows.device) - before[row] + first[row])
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, train: SpikeTrain, t: int) -> Tensor:
-        ctx.active, ctx.shape, ctx.step, ctx.steps = train.active, carrier.shape, t, train.T
-        return train._dense_step(t)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0].flatten(1)
-        out = grad.new_zeros(ctx.shape)
-        if ctx.active is None:
-            out[ctx.step] = grad
-        else:
-            rows = torch.arange(len(grad), device=grad.device) * ctx.steps + ctx.step
-            picked = _entries(ctx.active.indptr, rows)
-            out[picked.positions] = grad[picked.row, ctx.active.indices.long()[picked.positions]]
-        return out, None, None
-
-
-def at_active(x: Tensor, active: Active) -> Tensor:
-    """The numbers of ``x`` (T, B, N) at these entries, in the order of the list."""
-    T = max(len(x), 1)
-    rows, columns = coordinates(*active)
-    return x[rows % T, rows // T, columns]
-
-
-def coordinates(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Row ``b * T + t`` and column of every entry of a CSR pattern, int64."""
-    counts = (indptr[1:] - indptr[:-1]).long()
-    rows = torch.arange(counts.numel(), device=counts.device)
-    return torch.repeat_interleave(rows, counts, output_size=indices.numel()), indices.long()
 
 
 def as_spike_train(x: Any, batch_size: int | None = None) -> SpikeTrain:
@@ -492,28 +390,6 @@ def is_sparse_input(x: Any) -> bool:
     if isinstance(x, Tensor):
         return x.layout != torch.strided
     return isinstance(x, SpikeTrain) or type(x).__name__ == "SparseTensor"
-
-
-def check_float(x: Tensor, what: str) -> None:
-    """Raise :class:`InputError` unless ``x`` has a real floating dtype."""
-    if not x.is_floating_point():
-        raise InputError(f"{what} must have a floating dtype, got {x.dtype}; convert it with .float().")
-
-
-def _events_from_dense(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    T, B, N = *x.shape[:2], math.prod(x.shape[2:])
-    rows = x.reshape(T, B, N).transpose(0, 1).reshape(T * B, N)
-    row, column = rows.nonzero(as_tuple=True)
-    indptr = torch.zeros(T * B + 1, dtype=torch.int64, device=x.device)
-    indptr[1:] = torch.bincount(row, minlength=T * B).cumsum(0)
-    values = rows[row, column]
-    return _int32(indptr), _int32(column), None if bool((values == 1).all()) else values
-
-
-def _int32(x: Tensor) -> Tensor:
-    if x.numel() and int(x.max()) > MAX_EVENTS:
-        raise InputError(f"more than {MAX_EVENTS} events in one train; split the batch.")
-    return x.to(torch.int32).contiguous()
 
 
 def _torch_sparse() -> Any:

@@ -13,8 +13,8 @@ from ..adapters import Adapter, Neuron, config_of, is_hook, is_unmarked, refuse
 from ..core import tally
 from ..core.config import SparseConfig, active_config
 from .context import here, mode_to_record
-from .executor import takes_step
 from .flush import flush, realize
+from .fused import takes_step
 from .nodes import NeuronNode
 from .record import Record, backoff, forward_of, open_record, resting
 from .recorded import Recorded, value_of

@@ -15,7 +15,7 @@ from ..core.spikes import SpikeTrain
 from . import meter
 from .arguments import ArgumentSeries
 from .context import in_mode
-from .executor import FusedCall, Synapses
+from .fused import FusedCall, Synapses
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode
 from .planner import Plan
 from .record import backoff

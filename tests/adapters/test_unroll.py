@@ -248,7 +248,7 @@ class TestModulesBetween:
         assert forwards() == 2
 
     def test_many_one_to_one_neurons(self, monkeypatch):
-        monkeypatch.setattr("snn_sparse_plugin.fusion.executor.MAX_DIAGONAL", 10)
+        monkeypatch.setattr("snn_sparse_plugin.fusion.fused.MAX_DIAGONAL", 10)
         compare(two_layers(CLASSES["RLeaky-one-to-one"]), spikes(12, 3, 30))
         assert forwards() == 1  # 20 neurons are stepped, 7 fused
 

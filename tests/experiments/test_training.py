@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import torch_threads
 from typer.testing import CliRunner
 
 from snn_sparse_plugin.core.errors import ConfigError, InputError
@@ -37,10 +38,8 @@ def digits():
 
 @pytest.fixture
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 def weights(folder):

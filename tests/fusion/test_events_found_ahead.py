@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import on_grid, spikes
+from helpers import on_grid, spikes, torch_threads
 from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
@@ -29,10 +29,8 @@ assert B * M >= SMALLEST
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def same(found: Any, expected: Any) -> bool:

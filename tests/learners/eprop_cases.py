@@ -3,6 +3,7 @@
 import norse.torch as norse
 import snntorch as snn
 import torch
+from helpers import relative
 from torch import nn
 
 from snn_sparse_plugin import Surrogate
@@ -222,3 +223,9 @@ def learned(net, x, **extra):
     found = grads(net)
     net.zero_grad()
     return found
+
+
+def compare(found, expected, bound=1e-12):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert relative(found[name], grad) < bound, name

@@ -10,6 +10,7 @@ from eprop_cases import (
     N,
     SnnNet,
     build,
+    compare,
     grads,
     inputs,
     learned,
@@ -34,12 +35,6 @@ TWICE = ("rleaky-zero", "rsynaptic-zero")
 AT_ONCE = [
     name for name in NETWORKS if name not in ("own-neuron", "recurrence-outside", "lsnn-two-layers", *TWICE)
 ]
-
-
-def compare(found, expected, bound=1e-12):
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert relative(found[name], grad) < bound, name
 
 
 class TestScanOnCpu(ScanTests):

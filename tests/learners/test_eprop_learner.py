@@ -13,6 +13,7 @@ from eprop_cases import (
     N,
     SnnNet,
     build,
+    compare,
     grads,
     inputs,
     learned,
@@ -30,13 +31,6 @@ from torch.nn.utils import prune
 from snn_sparse_plugin import ConfigError, InputError, UnsupportedError
 from snn_sparse_plugin.core import registry
 from snn_sparse_plugin.learners import eprop
-
-
-def compare(found, expected, bound=1e-12):
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert relative(found[name], grad) < bound, name
-
 
 # --- feedback ---
 

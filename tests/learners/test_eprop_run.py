@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eprop_cases import C, M, N, build, grads, inputs, learned, loop, loss_of, oracle
+from eprop_cases import C, M, N, build, compare, grads, inputs, learned, loop, loss_of, oracle
 from helpers import on_grid, relative, spikes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,12 +21,6 @@ def run(net, x, *, compiled=True, **options):
     found = grads(net)
     net.zero_grad()
     return found, result
-
-
-def compare(found, expected, bound):
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert relative(found[name], grad) < bound, name
 
 
 @pytest.mark.parametrize("engine", ["chunk", "offline"])

@@ -5,7 +5,7 @@ import torch
 from helpers import relative, spikes
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, SpikeTrain, Surrogate
-from snn_sparse_plugin.backends.cpu import spiking_layer as cpu
+from snn_sparse_plugin.backends.cpu import way
 from snn_sparse_plugin.core.dynamics import NeuronState
 from snn_sparse_plugin.ops import spiking_layer
 
@@ -13,7 +13,7 @@ from snn_sparse_plugin.ops import spiking_layer
 @pytest.fixture
 def forced(monkeypatch):
     """However many entries are active."""
-    monkeypatch.setattr(cpu, "_adds_less", lambda call, saved: True)
+    monkeypatch.setattr(way, "_adds_less", lambda call, saved: True)
 
 
 OPTIONS = {"surrogate": Surrogate("fast_sigmoid", (25.0,)), "backprop_threshold": 0.2, "min_active": 0}
@@ -111,7 +111,7 @@ def test_the_choice_changes_roundings_only(decay, dtype, limit, counted, monkeyp
     found = gradients("cpu", decay, 200, (60, 40, 30), dtype=dtype)
     assert counted["cpu", "backward:impulses"] == 2
     counted.clear()
-    monkeypatch.setattr(cpu, "_are_impulses", lambda call: False)
+    monkeypatch.setattr(way, "_are_impulses", lambda call: False)
     swept = gradients("cpu", decay, 200, (60, 40, 30), dtype=dtype)
     assert counted["cpu", "backward:list"] == 2
     assert counted["cpu", "backward:impulses"] == 0

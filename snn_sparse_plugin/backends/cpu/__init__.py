@@ -70,7 +70,7 @@ class CPUBackend(Backend):
         grads: OutputGrads,
         needs: Needs,
     ) -> InputGrads:
-        from .spiking_layer import run_backward
+        from .spiking_layer_backward import run_backward
 
         calls[self.name, "backward"] += 1
         return run_backward(call, saved, events, grads, needs)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.csr import MAX_EVENTS
 from ...core.errors import InputError
-from ...core.spikes import MAX_EVENTS
 from .bits import LANES, append_columns, nonzero16, ones16
 from .jit import kernel
 from .memory import array

@@ -15,6 +15,10 @@ from rich.console import Console
 from ...core.errors import ConfigError, SparsePluginError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
+TrainingImages = Annotated[int, typer.Option(min=0, help="Training images to use; 0 is all.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ...core.errors import ConfigError
-from .common import numbers, readable_errors
+from .common import Device, Threads, numbers, readable_errors
 
 app = typer.Typer(name="experiment", help="Published experiments, remade on real data.", no_args_is_help=True)
 
@@ -68,8 +68,8 @@ def s3gd(
         float, typer.Option(min=0, help="Seconds for a row of times; it gets fewer rounds then.")
     ] = 20,
     title: Annotated[str | None, typer.Option(help="Name of the data in the report.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
 ) -> None:
     """Sparse Spiking Gradient Descent (Perez-Nieves & Goodman 2021): every table and figure of its section 3.
 

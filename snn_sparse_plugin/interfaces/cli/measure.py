@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from ...files import write_text
-from .common import JsonFlag, check_writable, consoles, numbers, readable_errors
+from .common import (
+    Device,
+    Epochs,
+    JsonFlag,
+    Threads,
+    TrainingImages,
+    check_writable,
+    consoles,
+    numbers,
+    readable_errors,
+)
 
 
 class DataName(str, Enum):
@@ -49,13 +59,13 @@ def demo(
         Path | None, typer.Option(help="Folder of the idx files of mnist or fashion-mnist.")
     ] = None,
     library: Annotated[LibraryName, typer.Option(help="Whose neurons.")] = LibraryName.snntorch,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 8,
-    samples: Annotated[int, typer.Option(min=0, help="Training images to use; 0 is all.")] = 6000,
+    epochs: Epochs = 8,
+    samples: TrainingImages = 6000,
     steps: Annotated[int, typer.Option(min=10, help="Time steps T.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Batch size B.")] = 64,
     hidden: Annotated[int, typer.Option(min=1, help="Neurons in each of the two hidden layers.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+    threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
     as_json: JsonFlag = False,
 ) -> None:
@@ -111,7 +121,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; medians are over them.")] = 15,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads for everyone.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     peak: Annotated[bool, typer.Option(help="Measure peak memory, each provider in its own process.")] = True,
     out: Annotated[
         Path | None, typer.Option("--json", help="Write rows as JSON to FILE; - is stdout.")

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ...core.errors import ConfigError
-from .common import JsonFlag, readable_errors
+from .common import Epochs, JsonFlag, Threads, TrainingImages, readable_errors
 
 app = typer.Typer(name="ttfs", help="Time-to-first-spike networks.", no_args_is_help=True)
 
@@ -113,8 +113,8 @@ def ablation(
     data: Data = DataName.digits,
     root: Root = None,
     seeds: Annotated[int, typer.Option(min=1, help="Networks of each row.")] = 5,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
-    samples: Annotated[int, typer.Option(min=0, help="Training images to use; 0 is all.")] = 0,
+    epochs: Epochs = 30,
+    samples: TrainingImages = 0,
     batch: Annotated[int, typer.Option(min=2, help="Batch size B.")] = 64,
     window: Annotated[int, typer.Option(min=2, max=255, help="Steps in a window.")] = 32,
     width: Annotated[int, typer.Option(min=1, help="Channels of the first convolution (28×28 images).")] = 32,
@@ -128,7 +128,7 @@ def ablation(
         list[float] | None, typer.Option(help="Weight of TB; repeat for more rows. Default: 0.003 and 0.01.")
     ] = None,
     form: Annotated[FormName, typer.Option(help="Form of TB.")] = FormName.paper,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+    threads: Threads = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda, for training.")] = "cpu",
     as_json: JsonFlag = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table for a document.")] = False,

@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...adapters.snntorch_neurons import STATES
 from ...core.errors import UnsupportedError
 from .structure import Layer
-
-_SNNTORCH_STATES = {
-    "Leaky": ("mem",),
-    "Lapicque": ("mem",),
-    "Synaptic": ("syn", "mem"),
-    "Alpha": ("syn_exc", "syn_inh", "mem"),
-    "RLeaky": ("spk", "mem"),
-    "RSynaptic": ("spk", "syn", "mem"),
-}
 
 
 @dataclass(eq=False)
@@ -48,7 +40,7 @@ class SnnTorchState:
         if names is None:
             raise UnsupportedError(
                 f"e-prop: {neuron.layer.name} is a {type(self.module).__name__}; of snnTorch it takes "
-                f"{', '.join(_SNNTORCH_STATES)}."
+                f"{', '.join(STATES)}."
             )
         self.names = names
         given = dict(zip(self.names, args, strict=False)) | kwargs
@@ -93,7 +85,7 @@ class SnnTorchState:
 def _names(kind: type) -> tuple[str, ...] | None:
     """The states of a class of snnTorch or one derived from it."""
     known = [c.__name__ for c in kind.__mro__ if c.__module__.startswith("snntorch.")]
-    return next((names for name, names in _SNNTORCH_STATES.items() if name in known), None)
+    return next((names for name, names in STATES.items() if name in known), None)
 
 
 class TupleState:

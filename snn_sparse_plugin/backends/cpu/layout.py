@@ -1,0 +1,114 @@
+"""A call's tensors as kernels take them: numpy arrays, empty where something is absent, rows in whole vectors.
+
+All of it is numpy and numba on purpose: torch would use its OpenMP threads, which then spin for ms on the cores that
+our threads need (measured: up to twice the time of a step on two cores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.backend import LayerCall
+from .arguments import Fed
+from .bits import LANES
+from .memory import array
+from .rows import transpose
+
+
+def numpy_type(dtype: torch.dtype) -> np.dtype:
+    return np.dtype("float32" if dtype == torch.float32 else "float64")
+
+
+def array_or_empty(x: Tensor | None, dtype: np.dtype, dim: int) -> np.ndarray:
+    return np.empty((0,) * dim, dtype) if x is None else array(x)
+
+
+def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
+    """What comes to the neurons of a call; without ``weight`` for a kernel that never looks at the weights."""
+    current = call.current
+    if current is not None:
+        still = call.T > 1 and current.stride(0) == 0
+        current = (current[:1] if still else current).contiguous()
+    indptr = indices = np.empty(0, dtype=np.int32)
+    values = np.empty(0, dtype)
+    if call.train is not None:
+        indptr, indices = array(call.train.indptr), array(call.train.indices)
+        values = array_or_empty(call.train.values, dtype, 1)
+    zeros = np.zeros(call.currents, dtype)
+    return Fed(
+        array_or_empty(current, dtype, 3),
+        indptr,
+        indices,
+        values,
+        transposed(call.weight if weight else None, dtype),
+        zeros if call.bias is None else array(call.bias),
+        transposed(call.rec_weight, dtype),
+        zeros if call.rec_bias is None else array(call.rec_bias),
+        array_or_empty(call.rec0, dtype, 2),
+    )
+
+
+def padded(n: int) -> int:
+    """The length of a row of ``n`` neurons in whole vectors, so that no loop over it has a remainder."""
+    return -(-n // LANES) * LANES
+
+
+def aligned(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+    """Memory from torch, which aligns to cache lines: vectors that lie across two lines take twice the time."""
+    return array(torch.empty(rows, columns, dtype=torch.float32 if dtype == np.float32 else torch.float64))
+
+
+def zero_rows(rows: int, n: int, dtype: np.dtype) -> np.ndarray:
+    """Rows of ``n`` zeros in whole vectors."""
+    out = aligned(rows, padded(n), dtype)
+    out.fill(0)
+    return out
+
+
+def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
+    """Rows of W^T in whole vectors."""
+    if weight is None:
+        return np.empty((0, 0), dtype)
+    n, m = weight.shape
+    out = aligned(m, padded(n), dtype)
+    out[:, n:] = 0
+    return flip(array(weight), out)
+
+
+def rows_of(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
+    """Rows of W in whole vectors."""
+    if weight is None:
+        return np.empty((0, 0), dtype)
+    n, m = weight.shape
+    out = aligned(n, padded(m), dtype)
+    out[:, :m], out[:, m:] = array(weight), 0
+    return out
+
+
+def flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """``out = x.T``, but for the padding of rows. A weight is too small to be worth waking a thread."""
+    transpose(x, 0, x.shape[0], out)
+    return out
+
+
+def copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """A copy of ``x`` that a kernel may change, or zeros."""
+    return torch.from_numpy(np.zeros(shape, dtype) if x is None else np.array(array(x)))
+
+
+def joined(parts: Iterable[np.ndarray]) -> Tensor:
+    """What ranges of samples left, one after the other, in memory of its own."""
+    parts = list(parts)
+    return torch.from_numpy(parts[0].copy() if len(parts) == 1 else np.concatenate(parts))
+
+
+def added(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The sum over ranges of samples, in order and in place of the first."""
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total

@@ -1,0 +1,308 @@
+"""The op on CPU, backward: over the active list, or by a replay from checkpoints.
+
+Results do not depend on timing: each thread owns a contiguous range of samples, and the ranges' gradients of weights
+are added in order. With another number of threads sums are rounded in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.backend import InputGrads, LayerCall, Needs, OutputGrads, Saved, calls
+from ...core.equations import Equations
+from ..product import LARGEST, ProductGrad
+from .arguments import Arriving, Derivative, Entries, Fed, Incoming, Outgoing, Recurrence
+from .backward import backward_active_kernel
+from .impulses import backward_impulses
+from .layout import (
+    added,
+    aligned,
+    array_or_empty,
+    copied,
+    flip,
+    inputs_of,
+    numpy_type,
+    padded,
+    rows_of,
+    zero_rows,
+)
+from .linear import backward_linear_kernel, is_linear
+from .memory import array
+from .outgoing import block_rows
+from .program_backward import backward_of
+from .replay import backward_replay_kernel
+from .replay_linear import backward_replay_linear_kernel
+from .rows import MEM
+from .spiking_layer import code_of
+from .threads import parallel, split
+from .way import Way, empty_list, input_is_listed, only_decays, wants_params, way_of
+
+
+class _Left(NamedTuple):
+    """Gradients that each sample has for itself; written, or of the states changed, in place."""
+
+    v: Tensor  # what flows to the last step from the state after it; then to the state before the first step
+    i: Tensor
+    active: Tensor | None  # of the active entries of the input
+    nu: Tensor | None  # of the currents, (T or 1, B, C·N)
+    rec0: Tensor | None
+
+
+class _Sums(NamedTuple):
+    """Gradients that all samples add to, of one range of them; of weights the rows of W^T."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    rec_weight: np.ndarray
+    rec_bias: np.ndarray
+    params: np.ndarray
+
+
+class _Shared(NamedTuple):
+    """Arguments of the kernels that all ranges of samples share."""
+
+    params: np.ndarray
+    inputs: Fed
+    incoming: Incoming
+    active: Entries
+    u: np.ndarray
+    mem: np.ndarray
+    derivative: Derivative
+    arriving: Arriving
+    product: tuple[np.ndarray, np.ndarray]
+    states: tuple[np.ndarray, np.ndarray]
+    g_active: np.ndarray
+    g_current: np.ndarray
+    g_rec0: np.ndarray
+
+
+def run_backward(
+    call: LayerCall,
+    saved: Saved,
+    events: tuple[Tensor, Tensor] | None,
+    grads: OutputGrads,
+    needs: Needs,
+) -> InputGrads:
+    if only_decays(call, saved, events, grads, needs):
+        saved = empty_list(call)
+    way = way_of(call, saved, grads, needs)
+    left = _allocated(call, way, grads, needs)
+    shared = _shared(call, saved, events, grads, needs, way, left)
+    calls["cpu", "backward:list" if way.by_list else "backward:replay"] += 1
+    if way.impulses:
+        calls["cpu", "backward:impulses"] += 1
+    parts = parallel(
+        [lambda r=r: _run_range(call, saved, needs, way, shared, *r) for r in split(call.B)]  # type: ignore[misc]
+    )
+    sums = _Sums(*(added(group) for group in zip(*parts, strict=True)))
+    return _collected(call, needs, left, sums)
+
+
+# --- what kernels are given ---
+
+
+def _allocated(call: LayerCall, way: Way, grads: OutputGrads, needs: Needs) -> _Left:
+    dtype, currents = call.v0.dtype, call.currents
+    kind = numpy_type(dtype)
+    v, i = copied(grads.v, call.v0.shape, kind), copied(grads.i, (call.B, call.N), kind)
+    active = nu = rec0 = None
+    if way.nu:
+        alone = call.once or call.T == 1  # most kernels add to a single step, and write each of several
+        nu = torch.empty(1 if alone else call.T, call.B, currents, dtype=dtype)
+        if alone and not (way.linear and call.train is None):
+            nu.numpy().fill(0)
+    elif needs.input:
+        active = torch.empty(call.train.active.indices.numel(), dtype=dtype)  # type: ignore[union-attr]
+    if needs.rec0 and call.rec0 is not None:
+        rec0 = copied(None, (call.B, currents), kind)
+    return _Left(v, i, active, nu, rec0)
+
+
+def _shared(
+    call: LayerCall,
+    saved: Saved,
+    events: tuple[Tensor, Tensor] | None,
+    grads: OutputGrads,
+    needs: Needs,
+    way: Way,
+    left: _Left,
+) -> _Shared:
+    dtype = numpy_type(call.v0.dtype)
+    none = np.empty(0, dtype=np.int32)
+    # without input gradients a list, or the membrane, never looks at the weights
+    columns = not way.impulses and (input_is_listed(call) or not (way.by_list or saved.mem is not None))
+    inputs = inputs_of(call, dtype, weight=columns)
+    weight = rows_of(call.weight if needs.input else None, dtype) if way.impulses else inputs.weight
+    in_ptr, in_idx = (none, none) if left.active is None else (array(x) for x in call.train.active)  # type: ignore[union-attr]
+    out_ptr, out_idx = (none, none) if events is None else (array(x) for x in events)
+    incoming = (inputs.indptr, inputs.indices, inputs.values, weight, in_ptr, in_idx, out_ptr, out_idx)
+    arriving, product = _arriving(grads, way, dtype)
+    window = -1.0 if saved.threshold is None else saved.threshold
+    return _Shared(
+        array(call.params),
+        inputs,
+        Incoming(*incoming),
+        Entries(none, none) if saved.active is None else Entries(*(array(x) for x in saved.active)),
+        array_or_empty(saved.u if way.by_list else None, dtype, 1),
+        array_or_empty(saved.mem, dtype, 3),
+        Derivative(window, call.surrogate.code, *call.surrogate.packed),
+        arriving,
+        product,
+        (array(left.v), array(left.i)),
+        array_or_empty(left.active, dtype, 1),
+        array_or_empty(left.nu, dtype, 3),
+        array_or_empty(left.rec0, dtype, 2),
+    )
+
+
+def _arriving(
+    grads: OutputGrads, way: Way, dtype: np.dtype
+) -> tuple[Arriving, tuple[np.ndarray, np.ndarray]]:
+    """Gradients that arrive, and apart from them the spikes' where the kernel multiplies it from two factors."""
+    spikes, product = grads.spikes, (np.empty((0, 0, 0), dtype), np.empty((0, 0), dtype))
+    if isinstance(spikes, ProductGrad):
+        if way.linear:
+            product, spikes = (array(spikes.nu), rows_of(spikes.weight, dtype)), None
+        else:
+            spikes = spikes.dense()
+    dense = array_or_empty(spikes, dtype, 3), array_or_empty(grads.mem, dtype, 3)
+    return Arriving(array_or_empty(grads.active, dtype, 1), *dense), product
+
+
+# --- one range of samples ---
+
+
+def _run_range(
+    call: LayerCall, saved: Saved, needs: Needs, way: Way, shared: _Shared, first: int, last: int
+) -> _Sums:
+    sums = _zeros(call, needs)
+    outgoing = Outgoing(
+        *(sums.weight, sums.bias, shared.g_active, shared.g_current),
+        *(sums.rec_weight, sums.rec_bias, shared.g_rec0),
+    )
+    samples = first, last, call.T
+    if way.impulses:
+        _run_impulses(call, shared, outgoing, samples)
+    elif way.by_list:
+        _run_list(call, shared, outgoing, samples)
+    else:
+        _run_replay(call, saved, way, shared, outgoing, sums.params, samples)
+    return sums
+
+
+def _zeros(call: LayerCall, needs: Needs) -> _Sums:
+    dtype = numpy_type(call.v0.dtype)
+
+    def rows(wanted: bool, count: int) -> np.ndarray:
+        return zero_rows(count if wanted else 0, call.currents, dtype)
+
+    return _Sums(
+        rows(needs.weight and call.train is not None, 0 if call.weight is None else call.weight.shape[1]),
+        rows(needs.bias and call.bias is not None, 1),
+        rows(needs.rec_weight and call.rec_weight is not None, call.N),
+        rows(needs.rec_bias and call.rec_bias is not None, 1),
+        np.zeros((len(call.params), call.N) if wants_params(call, needs) else (0, 0)),
+    )
+
+
+def _run_impulses(
+    call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tuple[int, int, int]
+) -> None:
+    dtype, width = shared.incoming.weight.dtype, shared.incoming.weight.shape[1]
+    backward_impulses(
+        *(*samples, shared.params[MEM, 0], shared.incoming[:6], shared.active, shared.u, shared.derivative),
+        *(shared.arriving[:2], shared.states[0]),
+        (zero_rows(1, call.currents, dtype), aligned(1, width, dtype)),
+        outgoing[:3],
+    )
+
+
+def _run_list(call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tuple[int, int, int]) -> None:
+    code = code_of(call)
+    backward = backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code)
+    backward(
+        *(*samples, shared.params, array(call.v0), shared.inputs.rec_weight, shared.incoming, shared.active),
+        *(shared.u, shared.derivative, _block(call), shared.arriving, *shared.states, outgoing),
+    )
+
+
+def _run_replay(
+    call: LayerCall,
+    saved: Saved,
+    way: Way,
+    shared: _Shared,
+    outgoing: Outgoing,
+    g_params: np.ndarray,
+    samples: tuple[int, int, int],
+) -> None:
+    dtype, inputs = numpy_type(call.v0.dtype), shared.inputs
+    checkpoints = (
+        array_or_empty(saved.v_checkpoints, dtype, 3),
+        array_or_empty(saved.i_checkpoints, dtype, 3),
+    )
+    start = (*samples, shared.derivative, shared.params, checkpoints, inputs.current, inputs.bias)
+    if way.linear:
+        backward_replay_linear_kernel(code_of(call))(
+            *(*start, shared.mem, shared.incoming, shared.active, shared.arriving, shared.product),
+            *(*shared.states, outgoing, _block(call)),
+        )
+    else:
+        recurrence = Recurrence(inputs.rec_weight, inputs.rec_bias, inputs.rec0)
+        _replay_kernel(call, dtype)(
+            *(*start, recurrence, shared.incoming, shared.active, shared.arriving),
+            *(*shared.states, outgoing, g_params, _block(call)),
+        )
+
+
+def _replay_kernel(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
+    if isinstance(call.spec, Equations):
+        return backward_of(call, padded(call.N), dtype)
+    return backward_replay_kernel(code_of(call))  # type: ignore[no-any-return]
+
+
+def _block(call: LayerCall) -> np.ndarray:
+    """Room for the gradients of the currents of a few steps."""
+    return zero_rows(block_rows(padded(call.currents)), call.currents, numpy_type(call.v0.dtype))
+
+
+# --- what comes back ---
+
+
+def _collected(call: LayerCall, needs: Needs, left: _Left, sums: _Sums) -> InputGrads:
+    grad_input = left.active
+    if left.nu is not None:
+        grad_input = left.nu if call.train is None else _through(left.nu, call.weight)  # type: ignore[arg-type]
+    params = sums.params
+    return InputGrads(
+        grad_input,
+        _weight(sums.weight, call.currents),
+        _bias(sums.bias, call.currents),
+        _weight(sums.rec_weight, call.currents),
+        _bias(sums.rec_bias, call.currents),
+        left.rec0,
+        left.v if needs.v0 else None,
+        left.i if needs.i0 and call.i0 is not None else None,
+        torch.from_numpy(params.astype(numpy_type(call.v0.dtype))) if params.size else None,
+    )
+
+
+def _weight(rows: np.ndarray, currents: int) -> Tensor | None:
+    """The gradient of W from rows of W^T."""
+    return torch.from_numpy(flip(rows, np.empty((currents, len(rows)), rows.dtype))) if rows.size else None
+
+
+def _bias(row: np.ndarray, currents: int) -> Tensor | None:
+    return torch.from_numpy(row[0, :currents]) if row.size else None
+
+
+def _through(nu: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a layer's dense input, ``nu @ weight``."""
+    if nu.shape[2] > LARGEST or 2 * nu.shape[2] > weight.shape[1]:
+        return nu @ weight
+    # of its own: a hook may update the weight as soon as it has its gradient, before the product is made
+    return ProductGrad(nu, torch.from_numpy(array(weight).copy()))
