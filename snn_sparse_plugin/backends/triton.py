@@ -23,6 +23,7 @@ from ..core.backend import (
     Saved,
     TtfsBackward,
     calls,
+    enough,
 )
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
@@ -31,7 +32,7 @@ from ..core.spikes import MAX_EVENTS, at_active, coordinates
 from ..core.surrogates import KINDS, Surrogate
 
 if TYPE_CHECKING:
-    from ..triton_kernels.spiking_layer import Forward
+    from ..triton_kernels.spiking_layer import Backward, Forward
 
 _TILE = 2**24  # elements of the unpacked input multiplied at a time for the weight gradient
 
@@ -88,14 +89,13 @@ class TritonBackend(Backend):
             checkpoints=call.needs_grad,
             window=threshold,
         )
-        fraction = 1.0
-        if threshold is not None:
-            assert out.near is not None
-            fraction = int(out.near.sum()) / max(1, size)
+        near = None if out.near is None else out.near.sum()
+        fraction = 1.0 if near is None else near.double() / max(1, size)
         saved = None
         if call.needs_grad:
-            window = threshold if fraction >= call.min_active else None
-            saved = Saved(window, v_checkpoints=out.v_checkpoints, i_checkpoints=out.i_checkpoints)
+            saved = Saved(
+                threshold, v_checkpoints=out.v_checkpoints, i_checkpoints=out.i_checkpoints, near=near
+            )
         events = unpack_events(out.words, call.N) if call.want_events and out.words is not None else None
         return LayerResult(out.spikes, events, out.mem, out.v, out.i, saved, fraction)
 
@@ -125,10 +125,18 @@ class TritonBackend(Backend):
                 ).words
         current, in_words = _inputs(call)
         checkpoints = (saved.v_checkpoints, saved.i_checkpoints)
-        window = saved.threshold if call.spec.spiking else None
-        out = kernels.backward(
-            call, current, in_words, words, checkpoints, window, grads, params=needs.params
-        )
+
+        def adjoint(window: float | None) -> Backward:
+            return kernels.backward(
+                call, current, in_words, words, checkpoints, window, grads, params=needs.params
+            )
+
+        out = adjoint(saved.threshold if call.spec.spiking else None)
+        if saved.near is not None and call.min_active > 0:
+            # the kernel has its window built in, and whether it holds is known on the device alone
+            pairs: Any = zip(out, adjoint(None), strict=True)
+            holds = saved.near >= enough(call)
+            out = kernels.Backward(*(a if a is None else torch.where(holds, a, b) for a, b in pairs))
         nu = out.nu
 
         found: dict[str, Tensor | None] = {}

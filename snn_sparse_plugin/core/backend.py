@@ -21,7 +21,8 @@ CHUNK = 32  # steps between two checkpoints of the state; backward replays one c
 
 calls: Counter[tuple[str, str]] = Counter()
 """How often each backend ran, ``calls["cpu", "forward"]``, and how often ``min_active`` made a layer's call exact,
-``calls["guard", "fc1→lif1"]``. Tests use it to prove that the fast path ran."""
+``calls["guard", "fc1→lif1"]``, which a device counts by itself and which is here once :mod:`tally
+<snn_sparse_plugin.core.tally>` was asked. Tests use it to prove that the fast path ran."""
 
 
 @dataclass
@@ -115,7 +116,9 @@ class Saved(NamedTuple):
 
     Either the active list (``active``, ``u`` = membrane - threshold there) with the output events, or
     checkpoints of the state every :data:`CHUNK` steps, from which the backward replays.
-    ``threshold`` is the window that was used: None when the call ran exact.
+    ``threshold`` is the window that was used: None when the call ran exact. Where ``near`` is given it is the window
+    that was asked for, and the backward decides on the device whether it holds: where ``near`` reaches
+    :func:`enough`.
     """
 
     threshold: float | None
@@ -125,16 +128,29 @@ class Saved(NamedTuple):
     i_checkpoints: Tensor | None = None
     needs_current: bool = True  # False: the backward never reads the input current, so it is not kept
     mem: Tensor | None = None  # (T, B, N), where it is small beside the input events: nothing is replayed
+    near: Tensor | None = None  # 0-dim int64 on the device: how many neuron-steps lie inside the window
+    words: Tensor | None = None  # LayerResult.words again, for a backward that is called with no events
+
+
+def enough(call: LayerCall) -> float:
+    """How many neuron-steps have to lie inside the window for it to hold."""
+    return call.min_active * call.T * call.B * call.N
 
 
 class LayerResult(NamedTuple):
+    """What a forward gives; where events are wanted, ``events`` or ``words`` (see :mod:`snn_sparse_plugin.core.bits`).
+
+    ``active_fraction`` is a 0-dim tensor on the device where a number would have to be waited for.
+    """
+
     spikes: Tensor | None  # (T, B, N)
     events: tuple[Tensor, Tensor] | None  # indptr, indices
     mem: Tensor | None  # (T, B, N)
     v: Tensor  # (B, N)
     i: Tensor | None
     saved: Saved | None
-    active_fraction: float
+    active_fraction: float | Tensor
+    words: Tensor | None = None  # (T, B, ceil(N / 32)) int32
 
 
 class OutputGrads(NamedTuple):

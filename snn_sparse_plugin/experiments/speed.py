@@ -102,7 +102,7 @@ def time_second_layer(
         "layers": net.settings.layers,
         "threshold": net.settings.threshold,
         "shape": [x.T, x.B, x.features],
-        "active": whole.active,
+        "active": [float(a) for a in whole.active],
         "rate": [s.density for s in whole.spikes],
     }
     for name, steps in cases.items():

@@ -226,7 +226,7 @@ def _layers(net: nn.Sequential, x: SpikeTrain) -> list[tuple[SpikeTrain, float]]
             events=True,
         )
         x = out.spikes.detach()
-        found.append((x, out.active_fraction))
+        found.append((x, float(out.active_fraction)))
     return found
 
 

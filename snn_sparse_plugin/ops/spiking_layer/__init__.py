@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ...backends import select
 from ...core import tally
-from ...core.backend import LayerCall, LayerResult, calls
+from ...core.backend import LayerCall, LayerResult, calls, enough
 from ...core.config import SparseConfig, current_config
 from ...core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ...core.equations import Equations
@@ -31,13 +32,14 @@ class SpikingLayerOutput(NamedTuple):
     """``spikes`` (T, B, N...) dense or SpikeTrain (the membrane for a readout), ``mem`` or None, final ``state``
     in the form it is given in (:class:`NeuronState`, or a dict with equations).
 
-    ``active_fraction`` is the share of neuron-steps that pass a gradient.
+    ``active_fraction`` is the share of neuron-steps inside the window that pass a gradient: a number, or a 0-dim
+    tensor where a device counts them, which nothing waits for until you read it.
     """
 
     spikes: Any
     mem: Tensor | None
     state: Any
-    active_fraction: float
+    active_fraction: float | Tensor
 
 
 def spiking_layer(
@@ -192,9 +194,21 @@ def _events_or_current(call: Given) -> tuple[SpikeTrain | None, Tensor | None]:
 def _count(call: LayerCall, result: LayerResult) -> None:
     ran = tally.current()
     ran.count("fused")
-    if result.saved is not None and result.saved.threshold is None and call.threshold is not None:
-        calls["guard", call.name] += 1  # min_active made this call exact
-        ran.count("guard")
+    saved = result.saved
+    if saved is None or call.threshold is None:
+        return
+    guarded = partial(_guarded, ran, call.name)
+    if saved.near is not None:
+        if call.min_active > 0:
+            ran.count_later(saved.near < enough(call), call.name, guarded)
+    elif saved.threshold is None:
+        guarded(1)
+
+
+def _guarded(ran: tally.Record, name: str, n: int) -> None:
+    """``min_active`` made n calls exact."""
+    calls["guard", name] += n
+    ran.count("guard", n)
 
 
 def _wrap(
@@ -209,21 +223,24 @@ def _wrap(
         spikes = SpikeTrain(
             *result.events, shape, dtype=call.dtype, carrier=carrier, active=active, check=False
         )
-    if call.spec.spiking:
+    if call.spec.spiking and tally.watchers.get() is not None:
         tally.show(spikes, _passing(described, result), call.T)
     mem = result.mem if return_mem else None
     return _output(call, spikes, mem, result.v, result.i, result.active_fraction)
 
 
-def _passing(call: LayerCall, result: LayerResult) -> float:
+def _passing(call: LayerCall, result: LayerResult) -> float | Tensor:
     """The share of neuron-steps that pass a gradient; NaN where none was asked for."""
-    if result.saved is None or call.surrogate.kind == "zero":
+    saved, share = result.saved, result.active_fraction
+    if saved is None or call.surrogate.kind == "zero":
         return math.nan
-    return 1.0 if result.saved.threshold is None else result.active_fraction
+    if saved.near is not None:
+        return torch.where(saved.near < enough(call), 1.0, share)
+    return 1.0 if saved.threshold is None else share
 
 
 def _output(
-    call: Given, spikes: Any, mem: Tensor | None, v: Tensor, i: Tensor | None, active_fraction: float
+    call: Given, spikes: Any, mem: Tensor | None, v: Tensor, i: Tensor | None, active_fraction: float | Tensor
 ) -> SpikingLayerOutput:
     spec, features, B = call.spec, call.features, call.B
     steps = (call.T, B)

@@ -55,7 +55,7 @@ class _SpikingLayer(torch.autograd.Function):
         kept = list(inputs[1:])
         if not saved.needs_current:
             kept[0] = None
-        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem]
+        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem, saved.near, result.words]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
             kept += [train.indptr, train.indices, train.values, *(train.active or (None, None))]
@@ -78,14 +78,14 @@ class _SpikingLayer(torch.autograd.Function):
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = replace(ctx.call, **leaves)
         call.current = _of_all_steps(call.current, call.T)
-        u, v_checkpoints, i_checkpoints, mem, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 8]
+        u, v_checkpoints, i_checkpoints, mem, near, words, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 10]
         if ctx.train_like is not None:
-            indptr, indices, values, in_ptr, in_idx = kept[n + 8 :]
+            indptr, indices, values, in_ptr, in_idx = kept[n + 10 :]
             shape, dtype = ctx.train_like
             active = None if in_ptr is None else Active(in_ptr, in_idx)
             call.train = SpikeTrain(indptr, indices, shape, values, dtype=dtype, active=active, check=False)
         active = None if act_ptr is None else Active(act_ptr, act_idx)
-        saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem)
+        saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem, near=near, words=words)
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable(ctx, call, saved, {"carrier": carrier, **leaves}, grads)
         carrier_grad, g_spikes, g_mem, g_v, g_i = grads

@@ -118,7 +118,10 @@ def _forward(
     numbers: list[float],
     backend: str,
 ) -> list[Tensor]:
-    """spikes, mem (T, B, N), v, i (B, N), checkpoints of v and i, what forward decided: window (-1: exact), backend."""
+    """spikes, mem (T, B, N), v, i (B, N), checkpoints of v and i, and for the backward: window, near, backend.
+
+    ``window`` is on the CPU: the window (-1: exact), min_active, and 1 where ``near``, on the device, is to reach it.
+    """
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend)
     out = chosen.spiking_layer(call)
@@ -133,7 +136,15 @@ def _forward(
         empty if out.i is None else out.i,
         saved.v_checkpoints,
         saved.i_checkpoints if call.i0 is not None and saved.i_checkpoints is not None else empty.clone(),
-        torch.tensor(EXACT if saved.threshold is None else saved.threshold, dtype=torch.float64),
+        torch.tensor(
+            [
+                EXACT if saved.threshold is None else saved.threshold,
+                call.min_active,
+                saved.near is not None,
+            ],
+            dtype=torch.float64,
+        ),
+        v0.new_zeros((), dtype=torch.int64) if saved.near is None else saved.near,
         _name_tensor(chosen.name),
     ]
 
@@ -150,7 +161,8 @@ def _(x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, *_):  # type: ignore[
         v0.new_empty(i_shape),
         v0.new_empty(chunks, B, N),
         v0.new_empty(i_chunks),
-        torch.empty((), dtype=torch.float64),
+        torch.empty(3, dtype=torch.float64),
+        v0.new_empty((), dtype=torch.int64),
         torch.empty(NAME_BYTES, dtype=torch.uint8),
     ]
 
@@ -174,6 +186,7 @@ def _backward(
     v_checkpoints: Tensor,
     i_checkpoints: Tensor,
     window: Tensor,
+    near: Tensor,
     name: Tensor,
     spec: str,
     surrogate: str,
@@ -184,9 +197,12 @@ def _backward(
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
     decided = bytes(name.tolist()).rstrip(b"\0").decode()
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend, decided)
-    used = float(window)
+    used, call.min_active, undecided = window.tolist()
     saved = Saved(
-        None if used == EXACT else used, None, None, v_checkpoints, i_checkpoints if i0 is not None else None
+        None if used == EXACT else used,
+        v_checkpoints=v_checkpoints,
+        i_checkpoints=i_checkpoints if i0 is not None else None,
+        near=near if undecided else None,
     )
     events = None
     if spikes is not None:  # a recurrent layer replays from its own spikes
