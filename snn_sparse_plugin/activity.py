@@ -80,16 +80,20 @@ class ActivityLog(Mapping[str, list[Activity]]):
     ) -> None:
         name = self._names.get(record)
         if name is not None:
-            share = _share(active) if isinstance(active, Tensor) else active
-            rate = spikes.density if isinstance(spikes, SpikeTrain) else _share(spikes)
+            share, rate = (
+                _share(active),
+                _share(spikes._share() if isinstance(spikes, SpikeTrain) else spikes),
+            )
             calls = self._entries[name]
             if isinstance(share, Tensor) or isinstance(rate, Tensor):
                 self._unread.setdefault(name, []).append(len(calls))
             calls.append(Activity(len(calls), rate, share, steps))  # type: ignore[arg-type]  # until it is read
 
 
-def _share(x: Tensor) -> float | Tensor:
+def _share(x: Tensor | float) -> float | Tensor:
     """The share of a mask, or the number that a 0-dim tensor of floats is; on a device not read yet."""
+    if not isinstance(x, Tensor):
+        return x
     x = x.detach()
     share = x if not x.dim() and x.is_floating_point() else x.count_nonzero().double() / max(1, x.numel())
     return share if waits(x) else float(share)

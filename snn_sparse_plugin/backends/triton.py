@@ -25,10 +25,11 @@ from ..core.backend import (
     calls,
     enough,
 )
+from ..core.bits import pack_events, unpack
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
-from ..core.errors import InputError, UnsupportedError
-from ..core.spikes import MAX_EVENTS, at_active, coordinates
+from ..core.errors import UnsupportedError
+from ..core.spikes import at_active
 from ..core.surrogates import KINDS, Surrogate
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     equations = True
+    takes_dense = True
     priority = 100
 
     def available(self) -> tuple[bool, str]:
@@ -96,8 +98,7 @@ class TritonBackend(Backend):
             saved = Saved(
                 threshold, v_checkpoints=out.v_checkpoints, i_checkpoints=out.i_checkpoints, near=near
             )
-        events = unpack_events(out.words, call.N) if call.want_events and out.words is not None else None
-        return LayerResult(out.spikes, events, out.mem, out.v, out.i, saved, fraction)
+        return LayerResult(out.spikes, None, out.mem, out.v, out.i, saved, fraction, out.words)
 
     def spiking_layer_backward(
         self,
@@ -117,9 +118,8 @@ class TritonBackend(Backend):
             grads = grads._replace(spikes=None, mem=both)
         words = None
         if call.rec_weight is not None and call.spec.spiking:
-            if events is not None:
-                words = pack_events(*events, (T, B, N))
-            else:  # a caller that kept no events
+            words = saved.words if events is None else pack_events(*events, (T, B, N))
+            if words is None:  # a caller that kept none
                 words = self._forward(
                     call, words=True, spikes=False, mem=False, checkpoints=False, window=None
                 ).words
@@ -134,9 +134,9 @@ class TritonBackend(Backend):
         out = adjoint(saved.threshold if call.spec.spiking else None)
         if saved.near is not None and call.min_active > 0:
             # the kernel has its window built in, and whether it holds is known on the device alone
-            pairs: Any = zip(out, adjoint(None), strict=True)
-            holds = saved.near >= enough(call)
-            out = kernels.Backward(*(a if a is None else torch.where(holds, a, b) for a, b in pairs))
+            holds, exact = saved.near >= enough(call), adjoint(None)
+            pairs: Any = zip(out, exact, strict=True)
+            out = kernels.Backward._make(a if a is None else torch.where(holds, a, b) for a, b in pairs)
         nu = out.nu
 
         found: dict[str, Tensor | None] = {}
@@ -197,7 +197,7 @@ def _inputs(call: LayerCall) -> tuple[Tensor | None, Tensor | None]:
     if train is None:
         return call.current, None
     if train.values is None:
-        return None, pack_events(train.indptr, train.indices, train.shape)
+        return None, train.words
     assert call.weight is not None
     with torch.no_grad():
         return F.linear(train._dense_data(), call.weight, call.bias), None
@@ -223,31 +223,3 @@ def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
     grad = nu @ call.weight.detach()
     active = call.train.active
     return grad if active is None else at_active(grad, active)
-
-
-def pack_events(indptr: Tensor, indices: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """CSR events over rows b * T + t as bit-packed words (T, B, ceil(N / 32)) int32."""
-    T, B, N = shape
-    n_words = -(-N // 32)
-    rows, columns = coordinates(indptr, indices)
-    row = (rows % max(1, T)) * B + rows // max(1, T)
-    bit = torch.ones_like(indices) << (indices % 32)
-    words = torch.zeros(T * B * n_words, dtype=torch.int32, device=indices.device)
-    return words.index_add_(0, row * n_words + columns // 32, bit).view(T, B, n_words)
-
-
-def unpack(words: Tensor, features: int) -> Tensor:
-    """Bit-packed words (..., ceil(N / 32)) as 0 and 1, (..., N) int32."""
-    bits = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> bits) & 1).flatten(-2)[..., :features]
-
-
-def unpack_events(words: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """Bit-packed words (T, B, ceil(N / 32)) as CSR events over rows b * T + t: int32 indptr and indices."""
-    spikes = unpack(words.transpose(0, 1).flatten(0, 1), features)
-    columns = spikes.nonzero()[:, 1]
-    if columns.numel() > MAX_EVENTS:
-        raise InputError(f"more than {MAX_EVENTS} events in one train; split the batch.")
-    indptr = torch.zeros(spikes.shape[0] + 1, dtype=torch.int32, device=words.device)
-    indptr[1:] = spikes.sum(1).cumsum(0)
-    return indptr, columns.to(torch.int32)

@@ -219,6 +219,9 @@ class Backend:
     priority = 0
     equations = False
     """Whether it also runs neurons given by :class:`~snn_sparse_plugin.core.equations.Equations`."""
+    takes_dense = False
+    """Whether it is made for a device that Python should not wait for: it takes an input with a weight densely as it is
+    (:attr:`LayerCall.dense`), without a look at how many of its numbers are zero, and events as bits."""
     takes_products = False
     """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import registry
+from . import bits, registry
+from .bits import MAX_EVENTS
 from .errors import InputError, MissingDependencyError, NonFiniteError
-
-MAX_EVENTS = 2**31 - 1
+from .host import waits
 
 
 class Active(NamedTuple):
@@ -20,6 +21,25 @@ class Active(NamedTuple):
 
     indptr: Tensor
     indices: Tensor
+
+
+class _Forms:
+    """Events as CSR and as bits: each is made of the other when it is first asked for, once for all trains of them."""
+
+    def __init__(self, features: int, csr: tuple[Tensor, Tensor] | None, words: Tensor | None) -> None:
+        self.features, self.csr, self.bits = features, csr, words
+
+    def events(self) -> tuple[Tensor, Tensor]:
+        if self.csr is None:
+            assert self.bits is not None
+            self.csr = bits.unpack_events(self.bits, self.features)
+        return self.csr
+
+    def words(self, T: int, B: int) -> Tensor:
+        if self.bits is None:
+            assert self.csr is not None
+            self.bits = bits.pack_events(*self.csr, (T, B, self.features))
+        return self.bits
 
 
 class SpikeTrain:
@@ -35,6 +55,10 @@ class SpikeTrain:
 
     ``carrier`` and ``active`` tie the train to autograd: the gradient of a train is one number per active
     neuron-step (``active`` given), or dense (``active`` None and ``carrier`` of the full shape).
+
+    A GPU makes trains of bits (:meth:`from_words`, :attr:`words`): the dense forms, views and copies of one are made
+    without a look at its numbers. Its ``indptr`` and ``indices``, ``events`` and ``density`` wait for the device when
+    they are first asked for.
 
     Example:
         >>> x = torch.zeros(5, 2, 3); x[1, 0, 2] = 1
@@ -77,12 +101,78 @@ class SpikeTrain:
         self.indptr, self.indices, self.values = indptr, indices, values
         self.dtype = values.dtype if values is not None else dtype
         self.carrier, self.active = carrier, active
+        self._forms = _Forms(self.features, (indptr, indices), None)
+
+    @classmethod
+    def from_words(
+        cls,
+        words: Tensor,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        carrier: Tensor | None = None,
+        active: Active | None = None,
+    ) -> SpikeTrain:
+        """From bits (T, B, ceil(N / 32)) int32: neuron n is bit n % 32 of word n // 32, bits beyond N are 0.
+
+        Example:
+            >>> train = SpikeTrain.from_words(torch.tensor([[[5]]], dtype=torch.int32), (1, 1, 3))
+            >>> train.to_dense().tolist(), train.indices.tolist()
+            ([[[1.0, 0.0, 1.0]]], [0, 2])
+        """
+        T, B, *features = shape
+        N = math.prod(features)
+        if not features or words.dtype != torch.int32 or words.shape != (T, B, -(-N // 32)):
+            raise InputError(
+                f"words of a SpikeTrain of shape {tuple(shape)} are int32 of shape (T, B, ceil(N / 32)), "
+                f"got {words.dtype} of shape {tuple(words.shape)}."
+            )
+        return cls._of(_Forms(N, None, words), shape, None, dtype, carrier, active)
+
+    @classmethod
+    def _of(
+        cls,
+        forms: _Forms,
+        shape: Sequence[int],
+        values: Tensor | None,
+        dtype: torch.dtype,
+        carrier: Tensor | None,
+        active: Active | None,
+    ) -> SpikeTrain:
+        train = cls.__new__(cls)
+        train.shape, train.values, train.dtype = torch.Size(shape), values, dtype
+        train.carrier, train.active, train._forms = carrier, active, forms
+        if forms.csr is not None:
+            train.indptr, train.indices = forms.csr
+        return train
 
     # --- what it is ---
 
+    # attributes of a train that was made of them; else found here, once
+    @cached_property
+    def indptr(self) -> Tensor:
+        return self._forms.events()[0]
+
+    @cached_property
+    def indices(self) -> Tensor:
+        return self._forms.events()[1]
+
+    @property
+    def words(self) -> Tensor:
+        """The events as bits (T, B, ceil(N / 32)) int32, as :meth:`from_words` takes them; of a graded train, where
+        its events are."""
+        return self._forms.words(self.T, self.B)
+
+    def _bits(self) -> Tensor | None:
+        """The words, where they say all and dense forms are best made of them; else None."""
+        if self.values is not None or (self._forms.csr is not None and not waits(self.indices)):
+            return None
+        return self.words
+
     @property
     def device(self) -> torch.device:
-        return self.indices.device
+        held = self._forms.csr
+        return self._forms.bits.device if held is None else held[1].device  # type: ignore[union-attr]
 
     @property
     def T(self) -> int:
@@ -105,6 +195,11 @@ class SpikeTrain:
     def density(self) -> float:
         """Spikes per neuron-step."""
         return self.events / max(1, math.prod(self.shape))
+
+    def _share(self) -> float | Tensor:
+        """The density; a 0-dim tensor where a number would have to be waited for."""
+        size = max(1, math.prod(self.shape))
+        return self.density if self._forms.csr is not None else bits.count(self.words).double() / size
 
     @property
     def requires_grad(self) -> bool:
@@ -129,6 +224,9 @@ class SpikeTrain:
     # --- forms ---
 
     def _dense_data(self) -> Tensor:
+        words = self._bits()
+        if words is not None:
+            return bits.unpack(words, self.features).to(self.dtype).view(self.shape)
         out = torch.zeros(self.T, self.B, self.features, dtype=self.dtype, device=self.device)
         rows, columns = coordinates(self.indptr, self.indices)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
@@ -154,6 +252,11 @@ class SpikeTrain:
         kernels = self._kernels()
         if kernels is not None:
             return self._summed(kernels, range(t, t + 1))
+        words = self._bits()
+        if words is not None:
+            return bits.unpack(words[t], self.features).to(self.dtype).view(self.shape[1:])
+        if waits(self.indices):  # how many events a step has is known on the device alone
+            return self._dense_data()[t]
         picked = _entries(self.indptr, torch.arange(self.B, device=self.device) * self.T + t)
         out = torch.zeros(self.B, self.features, dtype=self.dtype, device=self.device)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
@@ -176,8 +279,14 @@ class SpikeTrain:
         kernels = self._kernels()
         if kernels is not None:
             return self._summed(kernels, range(self.T))
+        words = self._bits()
+        if words is not None:
+            return bits.unpack(words, self.features).sum(0).to(self.dtype).view(self.shape[1:])
         values = None if self.values is None else self.values.detach()
         cells = _cells(self.indptr, self.indices, self.shape)
+        if values is not None and waits(cells):  # bincount looks for the largest
+            counts = values.new_zeros(self.B * self.features).index_add_(0, cells, values)
+            return counts.view(self.shape[1:])
         counts = torch.bincount(cells, values, minlength=self.B * self.features)
         return counts.to(self.dtype).view(self.shape[1:])
 
@@ -188,7 +297,9 @@ class SpikeTrain:
         return summed.view(self.shape[1:])
 
     def _kernels(self) -> Any:
-        return _kernels(self.device, self.dtype) if self.B * self.features else None
+        """The compiled conversions, for a train that has CSR events at hand; else None."""
+        held = self._forms.csr is not None and self.B * self.features
+        return _kernels(self.device, self.dtype) if held else None
 
     @classmethod
     def from_dense(cls, x: Tensor, *, binary: bool = False) -> SpikeTrain:
@@ -320,15 +431,15 @@ class SpikeTrain:
         if self.requires_grad:
             raise InputError("a SpikeTrain that carries a gradient stays where it is; detach() it first.")
         values = None if self.values is None else moved(self.values)
-        indptr, indices = moved(self.indptr), moved(self.indices)
-        return SpikeTrain(indptr, indices, self.shape, values, dtype=self.dtype, check=False)
+        held = self._forms
+        if held.csr is not None:
+            indptr, indices = map(moved, held.csr)
+            return SpikeTrain(indptr, indices, self.shape, values, dtype=self.dtype, check=False)
+        return SpikeTrain.from_words(moved(self.words), self.shape, dtype=self.dtype)
 
     def _replace(self, **changes: Any) -> SpikeTrain:
         fields = {"shape": self.shape, "carrier": self.carrier, "active": self.active} | changes
-        shape = fields.pop("shape")
-        return SpikeTrain(
-            self.indptr, self.indices, shape, self.values, dtype=self.dtype, check=False, **fields
-        )
+        return SpikeTrain._of(self._forms, values=self.values, dtype=self.dtype, **fields)
 
 
 def check_csr(indptr: Tensor, indices: Tensor, features: int) -> None:

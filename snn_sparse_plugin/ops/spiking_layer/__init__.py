@@ -23,7 +23,7 @@ from ...core.surrogates import Surrogate
 from . import autograd
 from .inputs import Given, Synapses, check_finite, given, inputs_of
 from .library import spiking_layer_op
-from .products import events_or_product
+from .products import events_of, events_or_product
 
 __all__ = ["SpikingLayerOutput", "spiking_layer"]
 
@@ -217,12 +217,8 @@ def _wrap(
     """What the user gets of a backend's result."""
     spikes: Any = result.spikes if call.spec.spiking else result.mem
     if call.spec.spiking and not described.want_spikes:
-        assert result.events is not None
         active = result.saved.active if result.saved is not None else None
-        shape = (call.T, call.B, call.N)
-        spikes = SpikeTrain(
-            *result.events, shape, dtype=call.dtype, carrier=carrier, active=active, check=False
-        )
+        spikes = events_of(result, (call.T, call.B, call.N), call.dtype, carrier, active)
     if call.spec.spiking and tally.watchers.get() is not None:
         tally.show(spikes, _passing(described, result), call.T)
     mem = result.mem if return_mem else None

@@ -58,7 +58,9 @@ class _SpikingLayer(torch.autograd.Function):
         kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem, saved.near, result.words]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
-            kept += [train.indptr, train.indices, train.values, *(train.active or (None, None))]
+            as_bits = backend.takes_dense and train.values is None
+            kept += [train.words, None] if as_bits else [train.indptr, train.indices]
+            kept += [train.values, *(train.active or (None, None))]
         else:
             kept += [None] * 5
         ctx.save_for_backward(*kept, inputs[0])
@@ -80,10 +82,15 @@ class _SpikingLayer(torch.autograd.Function):
         call.current = _of_all_steps(call.current, call.T)
         u, v_checkpoints, i_checkpoints, mem, near, words, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 10]
         if ctx.train_like is not None:
-            indptr, indices, values, in_ptr, in_idx = kept[n + 10 :]
+            first, indices, values, in_ptr, in_idx = kept[n + 10 :]
             shape, dtype = ctx.train_like
             active = None if in_ptr is None else Active(in_ptr, in_idx)
-            call.train = SpikeTrain(indptr, indices, shape, values, dtype=dtype, active=active, check=False)
+            if indices is None:
+                call.train = SpikeTrain.from_words(first, shape, dtype=dtype, active=active)
+            else:
+                call.train = SpikeTrain(
+                    first, indices, shape, values, dtype=dtype, active=active, check=False
+                )
         active = None if act_ptr is None else Active(act_ptr, act_idx)
         saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem, near=near, words=words)
         if torch.is_grad_enabled():  # create_graph=True

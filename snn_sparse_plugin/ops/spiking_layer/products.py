@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.spikes import SpikeTrain
+from ...core.backend import LayerResult
+from ...core.spikes import Active, SpikeTrain
 
 DENSE_ABOVE = (
     0.4  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
@@ -37,3 +38,17 @@ def _looks_dense(x: Tensor) -> bool:
     # few enough values for torch to count them on this thread
     sample = rows[:: max(1, rows.shape[0] // max(1, min(64, 16384 // x.shape[-1])))]
     return float(sample.count_nonzero()) > DENSE_ABOVE * sample.numel()
+
+
+def events_of(
+    result: LayerResult,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    carrier: Tensor | None,
+    active: Active | None,
+) -> SpikeTrain:
+    """The spikes of a backend that was asked for events."""
+    if result.words is not None:
+        return SpikeTrain.from_words(result.words, shape, dtype=dtype, carrier=carrier)
+    assert result.events is not None
+    return SpikeTrain(*result.events, shape, dtype=dtype, carrier=carrier, active=active, check=False)
