@@ -141,10 +141,9 @@ class TritonBackend(Backend):
 
         found: dict[str, Tensor | None] = {}
         if needs.input:
-            found["input"] = nu if call.train is None else _input_grad(call, nu)
+            found["input"] = nu if call.weight is None else _input_grad(call, nu)
         if needs.weight and call.weight is not None:
-            assert call.train is not None
-            dense = None if in_words is not None else call.train._dense_data()
+            dense = None if in_words is not None else _dense(call)
             found["weight"] = _outer(nu, in_words, dense, call.weight.shape[1])
         if needs.bias and call.bias is not None:
             found["bias"] = nu.sum((0, 1))
@@ -193,14 +192,20 @@ def _interpreting() -> bool:
 
 def _inputs(call: LayerCall) -> tuple[Tensor | None, Tensor | None]:
     """What the kernels read: the current (T, B, N), or the packed spikes of a binary train."""
-    train = call.train
-    if train is None:
+    if call.weight is None:
         return call.current, None
-    if train.values is None:
-        return None, train.words
-    assert call.weight is not None
-    with torch.no_grad():
-        return F.linear(train._dense_data(), call.weight, call.bias), None
+    if call.train is not None and call.train.values is None:
+        return None, call.train.words
+    with torch.no_grad(), torch.autocast(call.v0.device.type, enabled=False):
+        return F.linear(_dense(call), call.weight, call.bias), None
+
+
+def _dense(call: LayerCall) -> Tensor:
+    """The input (T, B, M) in numbers."""
+    if call.train is not None:
+        return call.train._dense_data()
+    assert call.dense is not None
+    return call.dense.detach()
 
 
 def _outer(nu: Tensor, words: Tensor | None, dense: Tensor | None, features: int) -> Tensor:
@@ -219,7 +224,6 @@ def _outer(nu: Tensor, words: Tensor | None, dense: Tensor | None, features: int
 
 def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
     assert call.weight is not None
-    assert call.train is not None
     grad = nu @ call.weight.detach()
-    active = call.train.active
+    active = None if call.train is None else call.train.active
     return grad if active is None else at_active(grad, active)

@@ -29,9 +29,9 @@ calls: Counter[tuple[str, str]] = Counter()
 class LayerCall:
     """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened.
 
-    Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input; the stride of a current
-    over the steps is 0 where it is the same at all. ``rec0`` is the
-    recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
+    The input is one of ``train`` (events) and ``dense`` (T, B, M: any numbers in any strides, for a backend that takes
+    them), both with ``weight``, and ``current`` (T, B, N), of stride 0 over the steps where it is the same at all.
+    ``rec0`` is the recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
     :data:`~snn_sparse_plugin.core.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
     and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``; a neuron with C inputs
     has C·N currents, input by input, where another one has N: in ``current``, ``rec0`` and the rows of all weights.
@@ -62,6 +62,7 @@ class LayerCall:
     once: bool = False  # the current is one for all steps, and its gradient the sum over them, (1, B, N)
     name: str = "spiking_layer"  # how error messages call the layer
     save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
+    dense: Tensor | None = None
 
     @property
     def currents(self) -> int:
@@ -88,12 +89,13 @@ def check_finite(call: LayerCall, v: Tensor, finite: Callable[[Tensor], bool] = 
 
     Rows of weights that meet no spike are never added, and 0 times infinity would turn into 0 unseen.
     """
-    seen = (v, call.params, call.weight if call.train is not None else None, call.bias, call.rec_weight)
+    weight = call.weight if call.current is None else None
+    seen = (v, call.params, weight, call.bias, call.rec_weight)
     if all(tensor is None or finite(tensor) for tensor in seen):
         return
     named = {
         "the input current": call.current,
-        "the input": None if call.train is None else call.train.values,
+        "the input": call.dense if call.train is None else call.train.values,
         "the weight": call.weight,
         "the bias": call.bias,
         "the recurrent weight": call.rec_weight,

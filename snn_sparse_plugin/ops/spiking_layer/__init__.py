@@ -23,7 +23,7 @@ from ...core.surrogates import Surrogate
 from . import autograd
 from .inputs import Given, Synapses, check_finite, given, inputs_of
 from .library import spiking_layer_op
-from .products import events_of, events_or_product
+from .products import events_of, how_to_multiply
 
 __all__ = ["SpikingLayerOutput", "spiking_layer"]
 
@@ -112,7 +112,7 @@ def spiking_layer(
         surrogate=surrogate,
         recurrent=call.recurrent,
     )
-    described = _describe(call, config, events, return_mem)
+    described = _describe(call, config, events, return_mem, backend.takes_dense)
     result, carrier = autograd.apply(described, backend)
     _count(described, result)
     return _wrap(call, described, result, carrier, return_mem)
@@ -137,14 +137,17 @@ def _in_graph(call: Given, overrides: dict[str, Any], events: bool, return_mem: 
     return _output(call, node, membrane if return_mem else None, v, i, math.nan)
 
 
-def _describe(call: Given, config: SparseConfig, events: bool, return_mem: bool) -> LayerCall:
-    """The call as a backend gets it: events with their weights, or currents."""
+def _describe(
+    call: Given, config: SparseConfig, events: bool, return_mem: bool, takes_dense: bool
+) -> LayerCall:
+    """The call as a backend gets it: events or a dense input with their weights, or currents."""
     synapses, spec = call.synapses, call.spec
-    train, current = _events_or_current(call)
-    weight, bias = (synapses.weight, synapses.bias) if train is not None else (None, None)
-    leaves = [current, synapses.recurrent, synapses.recurrent_bias, call.rec0, call.v0, call.i0, call.params]
+    train, dense, current = _input(call, takes_dense)
+    weight, bias = (synapses.weight, synapses.bias) if current is None else (None, None)
+    leaves = [synapses.recurrent, synapses.recurrent_bias, call.rec0, call.v0, call.i0, call.params]
+    leaves += [current] if current is not None else [dense, weight, bias]
     if train is not None:
-        leaves += [train.carrier, weight, bias]
+        leaves.append(train.carrier)
     return LayerCall(
         spec=spec,
         surrogate=call.surrogate,
@@ -154,6 +157,7 @@ def _describe(call: Given, config: SparseConfig, events: bool, return_mem: bool)
         B=call.B,
         N=call.N,
         train=train,
+        dense=dense,
         current=current,
         weight=weight,
         bias=bias,
@@ -172,8 +176,8 @@ def _describe(call: Given, config: SparseConfig, events: bool, return_mem: bool)
     )
 
 
-def _events_or_current(call: Given) -> tuple[SpikeTrain | None, Tensor | None]:
-    """Events for a backend to multiply with the weight, or the current (T or 1, B, C·N)."""
+def _input(call: Given, takes_dense: bool) -> tuple[SpikeTrain | None, Tensor | None, Tensor | None]:
+    """Events or a dense input (T, B, M) for a backend to multiply with the weight, or the current (T or 1, B, C·N)."""
     train, dense, weight = call.train, call.dense, call.synapses.weight
     if train is not None and 0 in (*train.shape, call.N):
         dense, train = train.to_dense(), None
@@ -181,14 +185,13 @@ def _events_or_current(call: Given) -> tuple[SpikeTrain | None, Tensor | None]:
     if weight is None:
         whole = train.to_dense() if train is not None else dense
         assert whole is not None
-        return None, whole.reshape(len(whole), call.B, inputs_of(call.spec) * call.N)
+        return None, None, whole.reshape(len(whole), call.B, inputs_of(call.spec) * call.N)
     if train is None:
         assert dense is not None
         if len(dense) == call.T:
-            train, current = events_or_product(dense, weight, call.synapses.bias)
-        else:
-            current = F.linear(dense, weight, call.synapses.bias)
-    return None if train is None else train.flatten(), current
+            return how_to_multiply(dense, weight, call.synapses.bias, takes_dense)
+        current = F.linear(dense, weight, call.synapses.bias)
+    return None if train is None else train.flatten(), None, current
 
 
 def _count(call: LayerCall, result: LayerResult) -> None:

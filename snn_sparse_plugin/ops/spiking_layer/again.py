@@ -30,7 +30,7 @@ def gradients(
         call: the call without its tensors.
         surrogate: of the call.
         saved: window and active entries of its forward.
-        train: input events, or None where ``leaves["current"]`` is the input.
+        train: input events, or None where ``leaves["current"]`` or ``leaves["dense"]`` is the input.
         leaves: the op's tensor inputs at their place in the graph; ``"carrier"`` is that of the input events.
         grads: of the output's carrier, spikes, mem, v, i.
 
@@ -47,6 +47,8 @@ def gradients(
         current = inputs["current"]
         if train is not None:
             current = F.linear(_input(train, inner.get("carrier")), inputs["weight"], inputs["bias"])
+        elif inputs["dense"] is not None:
+            current = F.linear(inputs["dense"], inputs["weight"], inputs["bias"])
         current = current.expand(call.T, -1, -1)
         _, spikes, mems, v, i = run(call, lambda x: _Spike.apply(x, surrogate, window), current, inputs)
         g_carrier, *rest = grads

@@ -27,6 +27,19 @@ def events_or_product(
     return SpikeTrain.from_dense(x), None
 
 
+def how_to_multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, takes_dense: bool
+) -> tuple[SpikeTrain | None, Tensor | None, Tensor | None]:
+    """An input (T, B, M) as (events, dense input, current (T, B, N)), two of them None.
+
+    ``takes_dense``: the backend is for a device that is not to be waited for, which a look at the numbers would do.
+    """
+    if takes_dense and x.numel() and not is_still(x):
+        return None, x, None
+    train, current = events_or_product(x, weight, bias)
+    return (None if train is None else train.flatten()), None, current
+
+
 def is_still(x: Tensor) -> bool:
     """Whether all steps are one tensor without a gradient, which need be multiplied only once."""
     return x.shape[0] > 1 and x.stride(0) == 0 and not (x.requires_grad and torch.is_grad_enabled())
