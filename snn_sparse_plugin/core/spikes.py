@@ -306,7 +306,8 @@ class SpikeTrain:
         """Events of a dense (T, B, N...) tensor; values other than 0 and 1 make a graded train.
 
         Args:
-            binary: promise that every value is 0 or 1; anything else raises.
+            binary: promise that every value is 0 or 1; anything else raises, but on a device, which is not asked: what
+                is not 0 is a spike there.
 
         Raises:
             InputError: fewer than three dimensions, an integer dtype, a NaN or infinity, or a broken promise.
@@ -318,6 +319,9 @@ class SpikeTrain:
             )
         if x.dim() < 3:
             raise InputError(f"a SpikeTrain is made from (T, B, N...), got shape {tuple(x.shape)}.")
+        carrier = x.flatten(2) if x.requires_grad and torch.is_grad_enabled() else None
+        if binary and waits(x):
+            return cls.from_words(bits.pack(x.detach().flatten(2)), x.shape, dtype=x.dtype, carrier=carrier)
         kernels = _kernels(x.device, x.dtype) if x.numel() else None
         if kernels is not None:
             # a step loop may have had them looked for while it was recorded
@@ -331,8 +335,7 @@ class SpikeTrain:
             if binary:
                 raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
         train = cls(indptr, indices, x.shape, values, dtype=x.dtype, check=False)
-        if x.requires_grad and torch.is_grad_enabled():
-            train.carrier = x.reshape(*x.shape[:2], train.features)
+        train.carrier = carrier
         return train
 
     def to_sparse_csr(self) -> Tensor:
