@@ -163,6 +163,12 @@ class SpikeTrain:
         its events are."""
         return self._forms.words(self.T, self.B)
 
+    def tensors(self) -> list[Tensor]:
+        """Those that the events stand in: CSR, or bits."""
+        csr, words = self._forms.csr, self._forms.bits
+        held = list(csr) if csr is not None else [words] if words is not None else []
+        return held if self.values is None else [*held, self.values]
+
     def _bits(self) -> Tensor | None:
         """The words, where they say all and dense forms are best made of them; else None."""
         if self.values is not None or (self._forms.csr is not None and not waits(self.indices)):

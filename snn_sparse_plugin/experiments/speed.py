@@ -40,7 +40,7 @@ def second_layer(net: Network, x: SpikeTrain, y: Tensor, provider: str) -> Steps
         if active is not None:
             rows, columns = coordinates(*active)
             grad = grad[rows % first.T, rows // first.T, columns]
-        kept = [first.indptr, first.indices, *(first.active or ())]
+        kept = [*first.tensors(), *(first.active or ())]
 
         def backward(out: Any) -> Any:
             return torch.autograd.grad(out.carrier, (weight, first.carrier), grad)  # type: ignore[arg-type]

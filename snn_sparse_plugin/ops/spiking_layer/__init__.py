@@ -83,7 +83,8 @@ def spiking_layer(
         **overrides: options of :class:`~snn_sparse_plugin.core.config.SparseConfig` for this call.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, or non-finite values where they are seen.
+        InputError: shapes, dtypes or devices that do not fit, or non-finite values where they are seen. On a GPU nobody
+            looks at the numbers, unless with ``check=True``: a membrane there turns NaN as upstream's does.
         UnsupportedError: the backend asked for by name cannot do it.
 
     Example:

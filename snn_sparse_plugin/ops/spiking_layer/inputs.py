@@ -224,7 +224,7 @@ def _pack_params(
         numbers = torch.tensor([float(value) for value in values], dtype=dtype)
         return numbers.unsqueeze(1).expand(-1, N).contiguous()
     for label, value in zip(names, values, strict=True):
-        # to copy a number to a device is to wait for it
+        # a number of the host is written by the device: to copy it there would be to wait
         if not isinstance(value, Tensor) or (eager and is_device(device) and _is_number(value)):
             rows.append(torch.full((N,), float(value), dtype=dtype, device=device))
             continue
@@ -267,6 +267,8 @@ def _pack_state(
             raise InputError(
                 f"{name}: state {label!r} is {value.dtype}, the input {dtype}; convert one of them."
             )
+        if is_device(device) and not torch.compiler.is_compiling() and _is_number(value):
+            return torch.full(flat, float(value), dtype=dtype, device=device)
         try:
             return value.to(device=device, dtype=dtype).expand(shape).reshape(flat).contiguous()
         except RuntimeError as error:
