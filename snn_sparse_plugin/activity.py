@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapters import adapter_of, loaded_adapters, record_of
 from .core import tally
 from .core.errors import InputError
+from .core.host import waits
 from .core.spikes import SpikeTrain
 from .fusion.flush import flush
 
@@ -42,9 +43,14 @@ class ActivityLog(Mapping[str, list[Activity]]):
             if adapter_of(module, adapters) is not None
         }
         self._entries: dict[str, list[Activity]] = {name: [] for name in self._names.values()}
+        self._unread: dict[str, list[int]] = {}  # entries whose numbers a device has
 
     def __getitem__(self, name: str) -> list[Activity]:
-        return self._entries[name]
+        calls = self._entries[name]
+        for k in self._unread.pop(name, ()):
+            call, rate, active, steps = calls[k]
+            calls[k] = Activity(call, float(rate), float(active), steps)
+        return calls
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -65,6 +71,7 @@ class ActivityLog(Mapping[str, list[Activity]]):
 
     def clear(self) -> None:
         """Forget what was recorded, for example at the end of an epoch; calls are numbered from 0 again."""
+        self._unread.clear()
         for calls in self._entries.values():
             calls.clear()
 
@@ -73,14 +80,23 @@ class ActivityLog(Mapping[str, list[Activity]]):
     ) -> None:
         name = self._names.get(record)
         if name is not None:
-            share = _share(active) if isinstance(active, Tensor) else active
-            rate = spikes.density if isinstance(spikes, SpikeTrain) else _share(spikes)
+            share, rate = (
+                _share(active),
+                _share(spikes._share() if isinstance(spikes, SpikeTrain) else spikes),
+            )
             calls = self._entries[name]
-            calls.append(Activity(len(calls), rate, share, steps))
+            if isinstance(share, Tensor) or isinstance(rate, Tensor):
+                self._unread.setdefault(name, []).append(len(calls))
+            calls.append(Activity(len(calls), rate, share, steps))  # type: ignore[arg-type]  # until it is read
 
 
-def _share(x: Tensor) -> float:
-    return int(x.detach().count_nonzero()) / max(1, x.numel())
+def _share(x: Tensor | float) -> float | Tensor:
+    """The share of a mask, or the number that a 0-dim tensor of floats is; on a device not read yet."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach()
+    share = x if not x.dim() and x.is_floating_point() else x.count_nonzero().double() / max(1, x.numel())
+    return share if waits(x) else float(share)
 
 
 def _mean(calls: list[Activity], value: Callable[[Activity], float]) -> float:

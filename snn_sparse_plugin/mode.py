@@ -182,6 +182,7 @@ class SparsityReport:
             {'': {'masked': 1, 'backward': 1}}
         """
         flush(reason="a report")
+        tally.fold()
         return {e.name: dict(e.record.calls) for e in self.entries if e.record is not None}
 
     def as_dict(self) -> dict[str, Any]:
@@ -210,6 +211,7 @@ class SparsityReport:
 
     def _rows(self) -> list[tuple[str, ...]]:
         flush(reason="a report")
+        tally.fold()
         entries = self._now()
         rows: list[tuple[str, ...]] = [
             ("module", "neuron", "mode", "why", "ran"),

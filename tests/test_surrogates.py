@@ -7,6 +7,7 @@ import torch
 from helpers import relative
 
 from snn_sparse_plugin import Surrogate
+from snn_sparse_plugin.core import host, tally
 from snn_sparse_plugin.core.errors import FusionError
 from snn_sparse_plugin.core.surrogates import masked_spike
 
@@ -122,3 +123,39 @@ def test_a_second_derivative_of_the_masked_gradient_is_refused():
         torch.autograd.grad(grad.sum(), x, retain_graph=True)
     with pytest.raises(FusionError, match="backprop_threshold=None"):
         grad.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("min_active", [0, 0.3, 1])
+def test_a_device_masks_the_same_elements_and_counts_the_guard_later(min_active, monkeypatch):
+    surrogate = Surrogate("fast_sigmoid", (25.0,))
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    upstream = torch.arange(40.0).view(8, 5)
+    found = []
+    for hosts in (frozenset({"cpu"}), frozenset()):
+        monkeypatch.setattr(host, "HOSTS", hosts)
+        record = tally.Record("Tested")
+        with tally.running(record):
+            spikes = masked_spike(x, surrogate, surrogate, 0.3, min_active)
+        (grad,) = torch.autograd.grad(spikes, x, upstream)
+        tally.fold()
+        found.append((spikes.detach(), grad, record.calls.get("guard", 0)))
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
+    assert found[0][2] == (min_active == 1)
+
+
+def test_a_number_of_a_device_is_read_again_when_it_changed(monkeypatch):
+    monkeypatch.setattr(host, "HOSTS", frozenset())
+    reads = []
+
+    def read(x):
+        reads.append(x)
+        return float(x)
+
+    x = torch.tensor(2.0)
+    assert [host.known(x, read), host.known(x, read)] == [2, 2]
+    x.add_(1)
+    assert [host.known(x, read), host.known(x, read)] == [3, 3]
+    assert len(reads) == 2
+    assert host.number(x) == 3
+    assert host.number(0.5) == 0.5

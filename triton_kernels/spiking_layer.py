@@ -5,6 +5,7 @@ A canonical neuron is run from the program that is traced from its step, like on
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..core.backend import CHUNK, LayerCall, OutputGrads
+from ..core.backend import CHUNK, LayerCall, OutputGrads, enough
 from ..core.canonical import traced
 from ..core.dynamics import PARAM_NAMES, NeuronSpec
 from ..core.equations import Equations
@@ -230,7 +231,7 @@ def backward(
             _checkpoint_rows(call),
             _flat(call.params),
             near,
-            _least(call) if near is not None else 0,
+            math.ceil(enough(call)),
             g_spikes,
             g_stride,
             g_mem,
@@ -248,12 +249,3 @@ def backward(
             **launch,
         )
     return out
-
-
-def _least(call: LayerCall) -> int:
-    """How many neuron-steps near the threshold are a share of ``min_active``."""
-    size = max(1, call.T * call.B * call.N)
-    least = int(call.min_active * size)
-    while least / size < call.min_active:
-        least += 1
-    return least

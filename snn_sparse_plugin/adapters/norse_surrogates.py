@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
+from ..core.host import number
 from ..core.surrogates import Surrogate
 
 upstream_apply: dict[Any, Callable[..., Tensor]] = {}
@@ -33,7 +34,7 @@ def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
     if method == "heaviside":
         return Surrogate("zero")
     try:
-        value = float(alpha)
+        value = number(alpha)
         if method == "super":
             return Surrogate("fast_sigmoid", (value if _super_uses_alpha() else 1.0,))
         if method in METHODS:

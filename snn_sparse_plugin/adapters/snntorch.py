@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.config import active_config
 from ..core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..core.equations import Equations
+from ..core.host import number
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
 from .hooks import has_hooks, hook, patched
@@ -101,7 +102,7 @@ class SnnTorchAdapter(Adapter):
         if isinstance(parts, str):
             return parts
         factor = module.graded_spikes_factor
-        graded = factor.requires_grad or factor.numel() != 1 or float(factor) != 1
+        graded = factor.requires_grad or factor.numel() != 1 or number(factor) != 1
         if graded and cls is not snn.DeltaLeaky:
             if "recurrent_weight" in parts or "recurrent_diagonal" in parts:
                 return "graded spikes with recurrence"
@@ -332,7 +333,7 @@ def _parts(module: Any, cls: Any, snn: Any) -> Parts | str:
     if not module.reset_delay:
         if cls is snn.RSynaptic:
             return "RSynaptic with reset_delay=False raises in snnTorch"
-        if ("subtract", "zero", "none")[int(module.reset_mechanism_val)] != reset:
+        if ("subtract", "zero", "none")[int(number(module.reset_mechanism_val))] != reset:
             return "reset_mechanism was changed after construction, so that its two resets differ"
     spec = NeuronSpec(
         synapse=synapse,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.dynamics import NeuronParams, NeuronSpec
 from ..core.equations import Equations
+from ..core.host import known
 from ..core.spikes import SpikeTrain
 from .hooks import has_hooks
 
@@ -164,7 +165,7 @@ def describe_parallel(module: Any) -> Parts | str:
     diagonal = weight.diagonal()
     if weight.requires_grad and not weight._backward_hooks:
         return "its recurrent matrix is learned as a whole (weight_hh_enable)"
-    if not torch.equal(weight.detach(), diagonal.detach().diag_embed()):
+    if not known(weight, _is_diagonal):
         return "its recurrent matrix is not diagonal"
     parts: Parts = {
         "spec": _equations(_PARALLEL, "mem"),
@@ -174,6 +175,10 @@ def describe_parallel(module: Any) -> Parts | str:
     if rnn.bias:
         parts["input_bias"] = rnn.bias_ih_l0 + rnn.bias_hh_l0
     return parts
+
+
+def _is_diagonal(weight: Tensor) -> bool:
+    return torch.equal(weight.detach(), weight.detach().diagonal().diag_embed())
 
 
 class Absent:

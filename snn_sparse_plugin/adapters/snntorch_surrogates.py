@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
+from ..core.host import number
 from ..core.surrogates import Surrogate
 
 SpikeFunction = Callable[[Tensor], Tensor]
@@ -117,7 +118,7 @@ def _by_class(function: SpikeFunction) -> Surrogate | None:
 
 def _surrogate(kind: str, *params: Any) -> Surrogate | None:
     try:
-        return Surrogate(kind, tuple(float(p) for p in params))
+        return Surrogate(kind, tuple(number(p) for p in params))
     except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one slope per neuron
         return None
 

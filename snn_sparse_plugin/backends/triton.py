@@ -1,15 +1,17 @@
-"""The ``triton`` backend: one kernel launch walks all steps of a layer; spikes travel bit-packed.
+"""The ``triton`` backend: products with spikes for all steps at once, then one kernel that walks them.
 
-The forward keeps checkpoints of the state, the backward replays from them; weight and input gradients are
-matrix products with the gradient of the input current. Triton is imported on first use.
+Spikes travel bit-packed. The forward keeps checkpoints of the state, the backward replays from them; weight and input
+gradients are products with the gradient of the input current. Nothing waits for the device: what Python would have to
+know is decided there, or was read when it arrived. Triton is imported on first use.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any  # noqa: F401
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.backend import (
@@ -23,10 +25,11 @@ from ..core.backend import (
     TtfsBackward,
     calls,
 )
+from ..core.bits import pack_events
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
-from ..core.errors import InputError, UnsupportedError
-from ..core.spikes import MAX_EVENTS, at_active, coordinates
+from ..core.errors import UnsupportedError
+from ..core.spikes import at_active
 from ..core.surrogates import KINDS, Surrogate
 
 
@@ -35,6 +38,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     equations = True
+    takes_dense = True
     priority = 100
 
     def available(self) -> tuple[bool, str]:
@@ -74,28 +78,25 @@ class TritonBackend(Backend):
         calls[self.name, "forward"] += 1
         from ..triton_kernels import spiking_layer as kernels
 
-        spec, size = call.spec, call.T * call.B * call.N
         _check_width(call, kernels.MAX_RECURRENT)
-        threshold = call.threshold if spec.spiking and call.needs_grad else None
+        spiking, size = call.spec.spiking, call.T * call.B * call.N
+        threshold = call.threshold if spiking and call.needs_grad else None
         out = kernels.forward(
             call,
-            _current(call)[0],
-            words=spec.spiking and (call.want_events or call.rec_weight is not None),
-            spikes=spec.spiking and call.want_spikes,
+            _driven(call).current,
+            words=spiking and (call.want_events or call.rec_weight is not None),
+            spikes=spiking and call.want_spikes,
             mem=call.want_mem,
             checkpoints=call.needs_grad,
             window=threshold,
         )
-        fraction = 1.0
-        if threshold is not None:
-            assert out.counts is not None
-            fraction = int(out.counts[0]) / max(1, size)
+        near = None if threshold is None or out.counts is None else out.counts[0]
+        fraction = 1.0 if near is None else near.double() / max(1, size)
         saved = None
         if call.needs_grad:
-            window = threshold if fraction >= call.min_active else None
-            saved = Saved(window, v_checkpoints=out.v_checkpoints, i_checkpoints=out.i_checkpoints)
-        events = unpack_events(out.words, call.N) if call.want_events and out.words is not None else None
-        return LayerResult(out.spikes, events, out.mem, out.v, out.i, saved, fraction)
+            kept = out.v_checkpoints, out.i_checkpoints
+            saved = Saved(threshold, v_checkpoints=kept[0], i_checkpoints=kept[1], near=near)
+        return LayerResult(out.spikes, None, out.mem, out.v, out.i, saved, fraction, out.words)
 
     def spiking_layer_backward(
         self,
@@ -114,25 +115,30 @@ class TritonBackend(Backend):
         if not call.spec.spiking and grads.spikes is not None:  # a readout's output is its membrane
             both = grads.spikes if grads.mem is None else grads.spikes + grads.mem
             grads = grads._replace(spikes=None, mem=both)
-        current, in_words, values = _current(call)
+        driven = _driven(call)
         words = None
         if call.rec_weight is not None and call.spec.spiking:
-            if events is not None:
-                words = pack_events(*events, (T, call.B, N))
-            else:  # a caller that kept no events
+            words = saved.words if events is None else pack_events(*events, (T, call.B, N))
+            if words is None:  # a caller that kept none
                 wanted = {"words": True, "spikes": False, "mem": False, "checkpoints": False}
-                words = kernels.forward(call, current, window=None, **wanted).words
-        checkpoints = (saved.v_checkpoints, saved.i_checkpoints)
-        window = saved.threshold if call.spec.spiking else None
-        out = kernels.backward(call, current, words, checkpoints, window, None, grads, params=needs.params)
+                words = kernels.forward(call, driven.current, window=None, **wanted).words
+        out = kernels.backward(
+            call,
+            driven.current,
+            words,
+            (saved.v_checkpoints, saved.i_checkpoints),
+            saved.threshold if call.spec.spiking else None,
+            saved.near if call.min_active > 0 else None,
+            grads,
+            params=needs.params,
+        )
         nu = out.nu
 
         found: dict[str, Tensor | None] = {}
         if needs.input:
-            found["input"] = nu if call.train is None else _input_grad(call, nu)
+            found["input"] = nu if call.weight is None else _input_grad(call, nu)
         if needs.weight and call.weight is not None:
-            assert in_words is not None
-            found["weight"] = products.weight_gradient(nu, in_words, values, call.weight.shape[1])
+            found["weight"] = driven.weight_gradient(nu, call.weight.shape[1])
         if needs.bias and call.bias is not None:
             found["bias"] = nu.sum((0, 1))
         if call.rec_weight is not None:
@@ -176,52 +182,46 @@ def _check_width(call: LayerCall, widest: int) -> None:
         )
 
 
-def _current(call: LayerCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The input current (T, B, C * N), and the spikes it was made from: as words, and their values if graded."""
-    from ..triton_kernels import products
+class _Driven(NamedTuple):
+    """The input current (T, B, C * N), and what it was made from: events as words, with values where they are graded,
+    or numbers (T, B, M) alone."""
 
-    train = call.train
-    if train is None:
+    current: Tensor
+    words: Tensor | None = None
+    values: Tensor | None = None
+
+    def weight_gradient(self, nu: Tensor, features: int) -> Tensor:
+        from ..triton_kernels import products
+
+        if self.words is not None:
+            return products.weight_gradient(nu, self.words, self.values, features)
+        assert self.values is not None
+        return nu.flatten(0, 1).t() @ self.values.flatten(0, 1)
+
+
+def _driven(call: LayerCall) -> _Driven:
+    from ..triton_kernels import products
+    from ..triton_kernels.choice import adds_rows
+
+    if call.weight is None:
         assert call.current is not None
-        return call.current, None, None
-    assert call.weight is not None
-    words = pack_events(train.indptr, train.indices, train.shape)
-    values = None if train.values is None else train._dense_data()
-    bias = None if call.bias is None else call.bias.detach()
-    return products.current(words, values, call.weight.detach(), bias), words, values
+        return _Driven(call.current)
+    weight, bias = call.weight.detach(), None if call.bias is None else call.bias.detach()
+    with torch.autocast(weight.device.type, enabled=False):
+        if call.train is not None:
+            words = call.train.words
+            values = None if call.train.values is None else call.train._dense_data()
+            return _Driven(products.current(words, values, weight, bias), words, values)
+        assert call.dense is not None
+        x = call.dense.detach()
+        if not adds_rows(call.name, x, weight):
+            return _Driven(F.linear(x, weight, bias), None, x)
+        words = products.packed(x)
+        return _Driven(products.current(words, x, weight, bias), words, x)
 
 
 def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
     assert call.weight is not None
-    assert call.train is not None
     grad = nu @ call.weight.detach()
-    active = call.train.active
+    active = None if call.train is None else call.train.active
     return grad if active is None else at_active(grad, active)
-
-
-def pack_events(indptr: Tensor, indices: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """CSR events over rows b * T + t as bit-packed words (T, B, ceil(N / 32)) int32."""
-    T, B, N = shape
-    n_words = -(-N // 32)
-    rows, columns = coordinates(indptr, indices)
-    row = (rows % max(1, T)) * B + rows // max(1, T)
-    bit = torch.ones_like(indices) << (indices % 32)
-    words = torch.zeros(T * B * n_words, dtype=torch.int32, device=indices.device)
-    return words.index_add_(0, row * n_words + columns // 32, bit).view(T, B, n_words)
-
-
-def unpack(words: Tensor, features: int) -> Tensor:
-    """Bit-packed words (..., ceil(N / 32)) as 0 and 1, (..., N) int32."""
-    bits = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> bits) & 1).flatten(-2)[..., :features]
-
-
-def unpack_events(words: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """Bit-packed words (T, B, ceil(N / 32)) as CSR events over rows b * T + t: int32 indptr and indices."""
-    spikes = unpack(words.transpose(0, 1).flatten(0, 1), features)
-    columns = spikes.nonzero()[:, 1]
-    if columns.numel() > MAX_EVENTS:
-        raise InputError(f"more than {MAX_EVENTS} events in one train; split the batch.")
-    indptr = torch.zeros(spikes.shape[0] + 1, dtype=torch.int32, device=words.device)
-    indptr[1:] = spikes.sum(1).cumsum(0)
-    return indptr, columns.to(torch.int32)

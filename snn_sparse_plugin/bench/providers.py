@@ -90,7 +90,7 @@ def _require(module: str, install: str) -> Any:
 
 def _tensors(x: Any) -> list[Tensor]:
     if isinstance(x, SpikeTrain):
-        return [x.indptr, x.indices]
+        return x.tensors()
     return [x]
 
 
@@ -326,7 +326,7 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
     bias = torch.zeros(second.shape[0], device=second.device, requires_grad=True)
 
     if provider == "sparse":
-        kept = [train.indptr, train.indices, *(train.active or ())]
+        kept = [*train.tensors(), *(train.active or ())]
 
         def forward() -> Any:
             return spiking_layer(train, weight, bias, events=True, **options).spikes

@@ -21,16 +21,17 @@ CHUNK = 32  # steps between two checkpoints of the state; backward replays one c
 
 calls: Counter[tuple[str, str]] = Counter()
 """How often each backend ran, ``calls["cpu", "forward"]``, and how often ``min_active`` made a layer's call exact,
-``calls["guard", "fc1→lif1"]``. Tests use it to prove that the fast path ran."""
+``calls["guard", "fc1→lif1"]``, which a device counts by itself and which is here once :mod:`tally
+<snn_sparse_plugin.core.tally>` was asked. Tests use it to prove that the fast path ran."""
 
 
 @dataclass
 class LayerCall:
     """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened.
 
-    Exactly one of ``train`` (events, with ``weight``) and ``current`` (T, B, N) is the input; the stride of a current
-    over the steps is 0 where it is the same at all. ``rec0`` is the
-    recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
+    The input is one of ``train`` (events) and ``dense`` (T, B, M: any numbers in any strides, for a backend that takes
+    them), both with ``weight``, and ``current`` (T, B, N), of stride 0 over the steps where it is the same at all.
+    ``rec0`` is the recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
     :data:`~snn_sparse_plugin.core.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
     and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``; a neuron with C inputs
     has C·N currents, input by input, where another one has N: in ``current``, ``rec0`` and the rows of all weights.
@@ -61,6 +62,7 @@ class LayerCall:
     once: bool = False  # the current is one for all steps, and its gradient the sum over them, (1, B, N)
     name: str = "spiking_layer"  # how error messages call the layer
     save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
+    dense: Tensor | None = None
 
     @property
     def currents(self) -> int:
@@ -87,12 +89,13 @@ def check_finite(call: LayerCall, v: Tensor, finite: Callable[[Tensor], bool] = 
 
     Rows of weights that meet no spike are never added, and 0 times infinity would turn into 0 unseen.
     """
-    seen = (v, call.params, call.weight if call.train is not None else None, call.bias, call.rec_weight)
+    weight = call.weight if call.current is None else None
+    seen = (v, call.params, weight, call.bias, call.rec_weight)
     if all(tensor is None or finite(tensor) for tensor in seen):
         return
     named = {
         "the input current": call.current,
-        "the input": None if call.train is None else call.train.values,
+        "the input": call.dense if call.train is None else call.train.values,
         "the weight": call.weight,
         "the bias": call.bias,
         "the recurrent weight": call.rec_weight,
@@ -115,7 +118,9 @@ class Saved(NamedTuple):
 
     Either the active list (``active``, ``u`` = membrane - threshold there) with the output events, or
     checkpoints of the state every :data:`CHUNK` steps, from which the backward replays.
-    ``threshold`` is the window that was used: None when the call ran exact.
+    ``threshold`` is the window that was used: None when the call ran exact. Where ``near`` is given it is the window
+    that was asked for, and the backward decides on the device whether it holds: where ``near`` reaches
+    :func:`enough`.
     """
 
     threshold: float | None
@@ -125,16 +130,29 @@ class Saved(NamedTuple):
     i_checkpoints: Tensor | None = None
     needs_current: bool = True  # False: the backward never reads the input current, so it is not kept
     mem: Tensor | None = None  # (T, B, N), where it is small beside the input events: nothing is replayed
+    near: Tensor | None = None  # 0-dim int64 on the device: how many neuron-steps lie inside the window
+    words: Tensor | None = None  # LayerResult.words again, for a backward that is called with no events
+
+
+def enough(call: LayerCall) -> float:
+    """How many neuron-steps have to lie inside the window for it to hold."""
+    return call.min_active * call.T * call.B * call.N
 
 
 class LayerResult(NamedTuple):
+    """What a forward gives; where events are wanted, ``events`` or ``words`` (see :mod:`snn_sparse_plugin.core.bits`).
+
+    ``active_fraction`` is a 0-dim tensor on the device where a number would have to be waited for.
+    """
+
     spikes: Tensor | None  # (T, B, N)
     events: tuple[Tensor, Tensor] | None  # indptr, indices
     mem: Tensor | None  # (T, B, N)
     v: Tensor  # (B, N)
     i: Tensor | None
     saved: Saved | None
-    active_fraction: float
+    active_fraction: float | Tensor
+    words: Tensor | None = None  # (T, B, ceil(N / 32)) int32
 
 
 class OutputGrads(NamedTuple):
@@ -203,6 +221,9 @@ class Backend:
     priority = 0
     equations = False
     """Whether it also runs neurons given by :class:`~snn_sparse_plugin.core.equations.Equations`."""
+    takes_dense = False
+    """Whether it is made for a device that Python should not wait for: it takes an input with a weight densely as it is
+    (:attr:`LayerCall.dense`), without a look at how many of its numbers are zero, and events as bits."""
     takes_products = False
     """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import registry
+from . import bits, registry
 from .csr import (
     MAX_EVENTS,
     Active,
@@ -24,6 +25,7 @@ from .csr import (
     int32,
 )
 from .errors import InputError, MissingDependencyError, NonFiniteError
+from .host import waits
 from .spike_grads import Counts, Step, ToDense
 
 __all__ = [
@@ -39,6 +41,25 @@ __all__ = [
 ]
 
 
+class _Forms:
+    """Events as CSR and as bits: each is made of the other when it is first asked for, once for all trains of them."""
+
+    def __init__(self, features: int, csr: tuple[Tensor, Tensor] | None, words: Tensor | None) -> None:
+        self.features, self.csr, self.bits = features, csr, words
+
+    def events(self) -> tuple[Tensor, Tensor]:
+        if self.csr is None:
+            assert self.bits is not None
+            self.csr = bits.unpack_events(self.bits, self.features)
+        return self.csr
+
+    def words(self, T: int, B: int) -> Tensor:
+        if self.bits is None:
+            assert self.csr is not None
+            self.bits = bits.pack_events(*self.csr, (T, B, self.features))
+        return self.bits
+
+
 class SpikeTrain:
     """Spike events of shape (T, B, N...), CSR over rows ``b * T + t`` (one sample's steps are contiguous).
 
@@ -52,6 +73,10 @@ class SpikeTrain:
 
     ``carrier`` and ``active`` tie the train to autograd: the gradient of a train is one number per active
     neuron-step (``active`` given), or dense (``active`` None and ``carrier`` of the full shape).
+
+    A GPU makes trains of bits (:meth:`from_words`, :attr:`words`): the dense forms, views and copies of one are made
+    without a look at its numbers. Its ``indptr`` and ``indices``, ``events`` and ``density`` wait for the device when
+    they are first asked for.
 
     Example:
         >>> x = torch.zeros(5, 2, 3); x[1, 0, 2] = 1
@@ -94,12 +119,84 @@ class SpikeTrain:
         self.indptr, self.indices, self.values = indptr, indices, values
         self.dtype = values.dtype if values is not None else dtype
         self.carrier, self.active = carrier, active
+        self._forms = _Forms(self.features, (indptr, indices), None)
+
+    @classmethod
+    def from_words(
+        cls,
+        words: Tensor,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        carrier: Tensor | None = None,
+        active: Active | None = None,
+    ) -> SpikeTrain:
+        """From bits (T, B, ceil(N / 32)) int32: neuron n is bit n % 32 of word n // 32, bits beyond N are 0.
+
+        Example:
+            >>> train = SpikeTrain.from_words(torch.tensor([[[5]]], dtype=torch.int32), (1, 1, 3))
+            >>> train.to_dense().tolist(), train.indices.tolist()
+            ([[[1.0, 0.0, 1.0]]], [0, 2])
+        """
+        T, B, *features = shape
+        N = math.prod(features)
+        if not features or words.dtype != torch.int32 or words.shape != (T, B, -(-N // 32)):
+            raise InputError(
+                f"words of a SpikeTrain of shape {tuple(shape)} are int32 of shape (T, B, ceil(N / 32)), "
+                f"got {words.dtype} of shape {tuple(words.shape)}."
+            )
+        return cls._of(_Forms(N, None, words), shape, None, dtype, carrier, active)
+
+    @classmethod
+    def _of(
+        cls,
+        forms: _Forms,
+        shape: Sequence[int],
+        values: Tensor | None,
+        dtype: torch.dtype,
+        carrier: Tensor | None,
+        active: Active | None,
+    ) -> SpikeTrain:
+        train = cls.__new__(cls)
+        train.shape, train.values, train.dtype = torch.Size(shape), values, dtype
+        train.carrier, train.active, train._forms = carrier, active, forms
+        if forms.csr is not None:
+            train.indptr, train.indices = forms.csr
+        return train
 
     # --- what it is ---
 
+    # attributes of a train that was made of them; else found here, once
+    @cached_property
+    def indptr(self) -> Tensor:
+        return self._forms.events()[0]
+
+    @cached_property
+    def indices(self) -> Tensor:
+        return self._forms.events()[1]
+
+    @property
+    def words(self) -> Tensor:
+        """The events as bits (T, B, ceil(N / 32)) int32, as :meth:`from_words` takes them; of a graded train, where
+        its events are."""
+        return self._forms.words(self.T, self.B)
+
+    def tensors(self) -> list[Tensor]:
+        """Those that the events stand in: CSR, or bits."""
+        csr, words = self._forms.csr, self._forms.bits
+        held = list(csr) if csr is not None else [words] if words is not None else []
+        return held if self.values is None else [*held, self.values]
+
+    def _bits(self) -> Tensor | None:
+        """The words, where they say all and dense forms are best made of them; else None."""
+        if self.values is not None or (self._forms.csr is not None and not waits(self.indices)):
+            return None
+        return self.words
+
     @property
     def device(self) -> torch.device:
-        return self.indices.device
+        held = self._forms.csr
+        return self._forms.bits.device if held is None else held[1].device  # type: ignore[union-attr]
 
     @property
     def T(self) -> int:
@@ -122,6 +219,11 @@ class SpikeTrain:
     def density(self) -> float:
         """Spikes per neuron-step."""
         return self.events / max(1, math.prod(self.shape))
+
+    def _share(self) -> float | Tensor:
+        """The density; a 0-dim tensor where a number would have to be waited for."""
+        size = max(1, math.prod(self.shape))
+        return self.density if self._forms.csr is not None else bits.count(self.words).double() / size
 
     @property
     def requires_grad(self) -> bool:
@@ -146,6 +248,9 @@ class SpikeTrain:
     # --- forms ---
 
     def _dense_data(self) -> Tensor:
+        words = self._bits()
+        if words is not None:
+            return bits.unpack(words, self.features).to(self.dtype).view(self.shape)
         out = torch.zeros(self.T, self.B, self.features, dtype=self.dtype, device=self.device)
         rows, columns = coordinates(self.indptr, self.indices)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
@@ -171,6 +276,11 @@ class SpikeTrain:
         kernels = self._kernels()
         if kernels is not None:
             return self._summed(kernels, range(t, t + 1))
+        words = self._bits()
+        if words is not None:
+            return bits.unpack(words[t], self.features).to(self.dtype).view(self.shape[1:])
+        if waits(self.indices):  # how many events a step has is known on the device alone
+            return self._dense_data()[t]
         picked = entries(self.indptr, torch.arange(self.B, device=self.device) * self.T + t)
         out = torch.zeros(self.B, self.features, dtype=self.dtype, device=self.device)
         values = torch.ones((), dtype=self.dtype, device=self.device) if self.values is None else self.values
@@ -193,8 +303,14 @@ class SpikeTrain:
         kernels = self._kernels()
         if kernels is not None:
             return self._summed(kernels, range(self.T))
+        words = self._bits()
+        if words is not None:
+            return bits.unpack(words, self.features).sum(0).to(self.dtype).view(self.shape[1:])
         values = None if self.values is None else self.values.detach()
         places = cells(self.indptr, self.indices, self.shape)
+        if values is not None and waits(places):  # bincount looks for the largest
+            counts = values.new_zeros(self.B * self.features).index_add_(0, places, values)
+            return counts.view(self.shape[1:])
         counts = torch.bincount(places, values, minlength=self.B * self.features)
         return counts.to(self.dtype).view(self.shape[1:])
 
@@ -205,14 +321,17 @@ class SpikeTrain:
         return summed.view(self.shape[1:])
 
     def _kernels(self) -> Any:
-        return _kernels(self.device, self.dtype) if self.B * self.features else None
+        """The compiled conversions, for a train that has CSR events at hand; else None."""
+        held = self._forms.csr is not None and self.B * self.features
+        return _kernels(self.device, self.dtype) if held else None
 
     @classmethod
     def from_dense(cls, x: Tensor, *, binary: bool = False) -> SpikeTrain:
         """Events of a dense (T, B, N...) tensor; values other than 0 and 1 make a graded train.
 
         Args:
-            binary: promise that every value is 0 or 1; anything else raises.
+            binary: promise that every value is 0 or 1; anything else raises, but on a device, which is not asked: what
+                is not 0 is a spike there.
 
         Raises:
             InputError: fewer than three dimensions, an integer dtype, a NaN or infinity, or a broken promise.
@@ -224,6 +343,9 @@ class SpikeTrain:
             )
         if x.dim() < 3:
             raise InputError(f"a SpikeTrain is made from (T, B, N...), got shape {tuple(x.shape)}.")
+        carrier = x.flatten(2) if x.requires_grad and torch.is_grad_enabled() else None
+        if binary and waits(x):
+            return cls.from_words(bits.pack(x.detach().flatten(2)), x.shape, dtype=x.dtype, carrier=carrier)
         kernels = _kernels(x.device, x.dtype) if x.numel() else None
         if kernels is not None:
             # a step loop may have had them looked for while it was recorded
@@ -237,8 +359,7 @@ class SpikeTrain:
             if binary:
                 raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
         train = cls(indptr, indices, x.shape, values, dtype=x.dtype, check=False)
-        if x.requires_grad and torch.is_grad_enabled():
-            train.carrier = x.reshape(*x.shape[:2], train.features)
+        train.carrier = carrier
         return train
 
     def to_sparse_csr(self) -> Tensor:
@@ -326,15 +447,15 @@ class SpikeTrain:
         if self.requires_grad:
             raise InputError("a SpikeTrain that carries a gradient stays where it is; detach() it first.")
         values = None if self.values is None else moved(self.values)
-        indptr, indices = moved(self.indptr), moved(self.indices)
-        return SpikeTrain(indptr, indices, self.shape, values, dtype=self.dtype, check=False)
+        held = self._forms
+        if held.csr is not None:
+            indptr, indices = map(moved, held.csr)
+            return SpikeTrain(indptr, indices, self.shape, values, dtype=self.dtype, check=False)
+        return SpikeTrain.from_words(moved(self.words), self.shape, dtype=self.dtype)
 
     def _replace(self, **changes: Any) -> SpikeTrain:
         fields = {"shape": self.shape, "carrier": self.carrier, "active": self.active} | changes
-        shape = fields.pop("shape")
-        return SpikeTrain(
-            self.indptr, self.indices, shape, self.values, dtype=self.dtype, check=False, **fields
-        )
+        return SpikeTrain._of(self._forms, values=self.values, dtype=self.dtype, **fields)
 
 
 def _leaf_values(x: Tensor, values: Tensor) -> Tensor:

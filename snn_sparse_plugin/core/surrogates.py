@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import tally
 from .errors import ConfigError, FusionError
+from .host import waits
 
 _Formula = Callable[..., Tensor]
 
@@ -257,6 +259,40 @@ class _MaskedSpike(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
+class _MaskedOnDevice(torch.autograd.Function):
+    """The same where nothing may be read: all elements are kept with a mask, and the device counts the guard."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        spikes: Tensor,
+        surrogate: Surrogate,
+        threshold: float,
+        min_active: float,
+        sequence: bool,
+    ) -> Tensor:
+        near = x.abs() < threshold
+        keep = _kept(near, min_active, sequence)
+        ctx.surrogate, ctx.ran, ctx.always_exact = surrogate, tally.current(), min_active >= 1
+        ctx.ran.count("masked")
+        if min_active > 0:
+            ctx.ran.count_later(keep.all() & ~near.all(), "masked", partial(ctx.ran.count, "guard"))
+        tally.show(spikes, keep, _steps(x, sequence))
+        ctx.save_for_backward(x, keep)
+        return spikes.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.ran.count("backward")
+        x, keep = ctx.saved_tensors
+        slope = ctx.surrogate.grad(x)
+        out = torch.where(keep, grads[0] * slope, 0).to(x.dtype)
+        if torch.is_grad_enabled() and not ctx.always_exact:
+            out = once(out, "the gradient of spikes inside a window")
+        return out, None, None, None, None, None
+
+
 def blocked_spike(
     x: Tensor,
     function: Callable[[Tensor], Tensor],
@@ -324,4 +360,5 @@ def masked_spike(
         return spikes
     with torch.no_grad():
         spikes = function(x)
-    return _MaskedSpike.apply(x, spikes, surrogate, threshold, min_active, sequence)
+    masked: Any = _MaskedOnDevice if waits(x) else _MaskedSpike
+    return masked.apply(x, spikes, surrogate, threshold, min_active, sequence)

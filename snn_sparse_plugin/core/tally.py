@@ -1,6 +1,7 @@
 """How often neurons ran in sparse mode, and in which way: counted per module and per class.
 
-A count is two dict increments under a lock. What runs inside a compiled graph is not counted.
+A count is two dict increments under a lock. What runs inside a compiled graph is not counted. What only a device knows,
+as whether the guard stepped in, is counted there and read when somebody asks for counts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import ref
+
+import torch
+from torch import Tensor
 
 from .scopes import Scoped
 
@@ -43,13 +47,26 @@ class Record:
     origin: Record | None = None  # that of the module of which this one is a copy
     copies: dict[str, int] = field(default_factory=dict)  # what the copies did
 
-    def count(self, way: str) -> None:
+    def count(self, way: str, n: int = 1) -> None:
         with _lock:
-            _count(_classes, self, self.calls, way)
+            _count(_classes, self, self.calls, way, n)
             if self.origin is not None:
-                self.origin.copies[way] = self.origin.copies.get(way, 0) + 1
+                self.origin.copies[way] = self.origin.copies.get(way, 0) + n
             for account in _accounts:
-                _count(account.classes, self, account.calls.setdefault(self, {}), way)
+                _count(account.classes, self, account.calls.setdefault(self, {}), way, n)
+
+    def count_later(self, happened: Tensor, name: str, tell: Callable[[int], None]) -> None:
+        """Count on its device whether a 0-dim tensor is true; ``tell`` gets the number when counts are read.
+
+        One number for each ``name``, on memory that stays: a CUDA graph that was captured after a first call adds
+        to it as well.
+        """
+        with _lock:
+            key = self, name, happened.device
+            if key not in _later:
+                with torch.inference_mode(False):
+                    _later[key] = torch.zeros((), dtype=torch.int64, device=happened.device), tell
+            _later[key][0].add_(happened)
 
     def look(self, reason: str) -> None:
         """The reason as it is now: options of a module may have been set since it first ran."""
@@ -88,14 +105,14 @@ class Account:
     calls: dict[Record, dict[str, int]] = field(default_factory=dict)
 
 
-def _count(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], way: str) -> None:
+def _count(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], way: str, n: int) -> None:
     of_class = classes.get(record.kind) or classes.setdefault(record.kind, ClassRuns())
     if way not in calls and record.module:
         of_class.modules[way] = of_class.modules.get(way, 0) + 1
         if way in _STEPPED and not _STEPPED & calls.keys():
             of_class.reasons[record.reason] = of_class.reasons.get(record.reason, 0) + 1
-    calls[way] = calls.get(way, 0) + 1
-    of_class.calls[way] = of_class.calls.get(way, 0) + 1
+    calls[way] = calls.get(way, 0) + n
+    of_class.calls[way] = of_class.calls.get(way, 0) + n
 
 
 def _look(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], reason: str) -> None:
@@ -114,6 +131,7 @@ _here = threading.local()
 _records: dict[int, tuple[Record, ref[Any], Callable[[Any], str]]] = {}
 _classes: dict[str, ClassRuns] = {}
 _outside = Record("functional", module=False)
+_later: dict[tuple[Record, str, torch.device], tuple[Tensor, Callable[[int], None]]] = {}
 
 
 def of(module: Any, describe: Callable[[Any], str], origin: Record | None = None) -> Record:
@@ -164,7 +182,8 @@ def current() -> Record:
 
 
 Watcher = Callable[[Record, Any, Any, int], None]
-"""Is told of a call: whose it is, its spikes, its active share (a number or a mask), and its number of steps."""
+"""Is told of a call: whose it is, its spikes, its active share (a number, on a device maybe a 0-dim tensor, or a mask),
+and its number of steps."""
 
 watchers: Scoped[Watcher] = Scoped("snn_sparse_plugin.watchers")
 
@@ -210,9 +229,22 @@ def account() -> Iterator[Account]:
             found.calls.clear()
 
 
+def fold() -> None:
+    """Read what devices have counted; this waits for them."""
+    with _lock:
+        alive = {_outside, *(entry[0] for entry in list(_records.values()))}
+        for key, (number, tell) in list(_later.items()):
+            if n := int(number):
+                number.zero_()
+                tell(n)
+            if key[0] not in alive:
+                del _later[key]
+
+
 def _settle() -> None:
     for run in settle:
         run()
+    fold()
     for record, reference, describe in list(_records.values()):
         module = reference()
         if module is not None and _STEPPED & record.calls.keys():
@@ -223,6 +255,7 @@ def clear() -> None:
     """Start again from zero."""
     for run in settle:
         run()
+    fold()
     with _lock:
         _classes.clear()
         for record in [_outside, *(entry[0] for entry in list(_records.values()))]:

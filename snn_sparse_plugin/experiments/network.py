@@ -23,7 +23,7 @@ class Output(NamedTuple):
 
     mem: Tensor
     spikes: list[SpikeTrain]
-    active: list[float]
+    active: list[float | Tensor]
 
 
 class Network(nn.Module):

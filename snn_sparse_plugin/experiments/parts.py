@@ -93,7 +93,7 @@ def _threshold(session: Session) -> Any:
     for row, trial in zip(rows[1:], trials[1:], strict=True):
         net, row["weights_epochs"] = session.network(trial.settings, trial.seed, trials[0])
         row["gradients"] = gradients.compare(net, x, y)
-        row["active_same_weights"] = net(x).active
+        row["active_same_weights"] = [float(a) for a in net(x).active]
     return rows
 
 

@@ -40,7 +40,7 @@ def second_layer(net: Network, x: SpikeTrain, y: Tensor, provider: str) -> Steps
         if active is not None:
             rows, columns = coordinates(*active)
             grad = grad[rows % first.T, rows // first.T, columns]
-        kept = [first.indptr, first.indices, *(first.active or ())]
+        kept = [*first.tensors(), *(first.active or ())]
 
         def backward(out: Any) -> Any:
             return torch.autograd.grad(out.carrier, (weight, first.carrier), grad)  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def time_second_layer(
         "layers": net.settings.layers,
         "threshold": net.settings.threshold,
         "shape": [x.T, x.B, x.features],
-        "active": whole.active,
+        "active": [float(a) for a in whole.active],
         "rate": [s.density for s in whole.spikes],
     }
     for name, steps in cases.items():

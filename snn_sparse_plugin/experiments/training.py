@@ -116,7 +116,7 @@ class Training:
             losses.append(entropy.detach())
             hits.append(_hits(out.mem, y, settings))
             seen += len(y)
-            active.append(out.active)
+            active.append([float(a) for a in out.active])
             rates.append([s.density for s in out.spikes])
             batch_done()
         seconds = perf_counter() - start

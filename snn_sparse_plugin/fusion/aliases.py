@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import FusionError
+from ..core.host import waits
 from .arguments import Entry
 from .description import version
 
@@ -98,8 +99,8 @@ class Plain:
             return copy, version(copy)
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype)
         found = self._copies.get(key)
-        # a frame that is still the same stays one tensor, which is multiplied once
-        if found is None or not torch.equal(_bits(found[0]), _bits(x)):
+        # a frame that is still the same stays one tensor, which is multiplied once; a device would have to be asked
+        if found is None or waits(x) or not torch.equal(_bits(found[0]), _bits(x)):
             copy = x.detach().clone()
             found = self._copies[key] = copy, (copy, version(copy))
         return found[1]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters import Neuron, config_of, has_hooks, refuse
 from ..core.config import current_config
 from ..core.errors import InputError
+from ..core.host import waits
 from ..core.spikes import SpikeTrain
 from .fused import FusedCall, dense
 from .modules import is_plain_linear, keeps_events
@@ -134,5 +135,6 @@ def _as_events(flow: Flow, layers: list[Layer]) -> SpikeTrain:
     neuron = None if last.adapter is None else last.adapter.neuron(last.module)
     if neuron is None or (isinstance(neuron, Neuron) and not neuron.spec.spiking):
         raise InputError(f"events=True wants spikes, but the last layer {last.label} emits none.")
-    train = SpikeTrain.from_dense(flow)
+    binary = isinstance(neuron, Neuron) and neuron.output is None
+    train = SpikeTrain.from_dense(flow, binary=binary and waits(flow))
     return train._replace(carrier=flow.flatten(2)) if flow.requires_grad else train

@@ -185,7 +185,7 @@ def _train(
         for index in torch.randperm(len(data.train_y), generator=generator).split(options.batch):
             x, y = encode(data.train_x[index]), data.train_y[index]
             if not seconds:
-                inputs = [x.indptr, x.indices] if isinstance(x, SpikeTrain) else [x]
+                inputs = x.tensors() if isinstance(x, SpikeTrain) else [x]
                 found.saved_bytes, _ = saved_bytes(partial(logits, x), [*inputs, *net.parameters()])
             start = perf_counter()
             optimizer.zero_grad()
@@ -226,7 +226,7 @@ def _layers(net: nn.Sequential, x: SpikeTrain) -> list[tuple[SpikeTrain, float]]
             events=True,
         )
         x = out.spikes.detach()
-        found.append((x, out.active_fraction))
+        found.append((x, float(out.active_fraction)))
     return found
 
 

@@ -12,6 +12,7 @@ from helpers import some
 
 from snn_sparse_plugin.backends import calls, select
 from snn_sparse_plugin.backends.triton import TritonBackend
+from snn_sparse_plugin.core import tally
 from snn_sparse_plugin.core.dynamics import RESETS, SCOPES, TIMINGS, NeuronParams, NeuronSpec, NeuronState
 from snn_sparse_plugin.core.errors import ConfigError, UnsupportedError
 from snn_sparse_plugin.core.spikes import SpikeTrain
@@ -226,8 +227,9 @@ class LayerTests:
         backward = TritonBackend.spiking_layer_backward
 
         def without_events(self, call, saved, events, *rest):
-            assert events is not None
-            return backward(self, call, saved, None, *rest)
+            assert events is None
+            assert saved.words is not None
+            return backward(self, call, saved._replace(words=None), None, *rest)
 
         monkeypatch.setattr(TritonBackend, "spiking_layer_backward", without_events)
         spec = RECURRENT["lif-recurrent"]
@@ -366,6 +368,36 @@ class LayerTests:
         del expected["active_fraction"]
         assert_outputs_equal(outputs, expected)
         assert_grads_close({k: x.grad for k, x in leaves.items() if x.grad is not None}, expected_grads)
+
+    @pytest.mark.parametrize("min_active", [0.0, 0.9], ids=["window", "guard"])
+    def test_an_op_of_a_graph_keeps_to_the_guard(self, min_active):
+        # the backward knows no config: how many neurons have to be near travels with the graph
+        tensors = self.inputs(NeuronSpec(), 8, 2, 5, 20)
+        leaf = tensors["weight"].clone().requires_grad_()
+        params = torch.stack([tensors[k] for k in NeuronParams._fields])
+        inputs = (tensors["x"], leaf, None, None, None, None, tensors["v"], None, params)
+        options = {"backprop_threshold": 1e-7, "min_active": min_active, "backend": "triton"}
+        spikes, *_ = spiking_layer_op(inputs, NeuronSpec(), FAST_SIGMOID, options)
+        spikes.sum().backward()
+        assert bool((leaf.grad != 0).any()) == (min_active > 0)
+
+    def test_the_guard_is_counted_where_it_happens_and_read_when_asked(self):
+        tensors = self.inputs(NeuronSpec(), 8, 2, 5, 20)
+        leaf = tensors["weight"].clone().requires_grad_()
+        record, name = tally.Record("TestedNeuron"), "the guarded layer"
+        options = {"params": NeuronParams(mem=0.9), "backend": "triton", "name": name}
+        with tally.running(record):
+            for threshold in (1e-7, 0.5, 1e-7):
+                out = spiking_layer(
+                    tensors["x"], leaf, backprop_threshold=threshold, min_active=0.1, **options
+                )
+                assert out.active_fraction.dim() == 0
+        assert record.calls == {"fused": 3}
+        tally.fold()
+        assert record.calls == {"fused": 3, "guard": 2}
+        assert calls["guard", name] == 2
+        tally.fold()
+        assert calls.pop(("guard", name)) == 2
 
     def test_chosen_automatically(self):
         what = {"dtype": torch.float32, "spec": NeuronSpec(), "surrogate": FAST_SIGMOID}

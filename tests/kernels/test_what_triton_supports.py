@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from snn_sparse_plugin.backends import select
-from snn_sparse_plugin.backends.triton import TritonBackend, pack_events, unpack, unpack_events
+from snn_sparse_plugin.backends.triton import TritonBackend
 from snn_sparse_plugin.core.dynamics import NeuronSpec
 from snn_sparse_plugin.core.errors import UnsupportedError
-from snn_sparse_plugin.core.spikes import SpikeTrain
 from snn_sparse_plugin.core.surrogates import Surrogate
 from snn_sparse_plugin.triton_kernels import OLDEST
 
@@ -68,20 +67,6 @@ def test_importing_the_backend_leaves_triton_alone():
     code = "import sys, snn_sparse_plugin.backends.triton; print('triton' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
-
-
-@pytest.mark.parametrize("N", [1, 31, 32, 33, 100])
-@pytest.mark.parametrize(("T", "B"), [(0, 2), (7, 0), (7, 3)])
-def test_packed_words_round_trip(T, B, N):
-    dense = (torch.rand(T, B, N, generator=torch.Generator().manual_seed(N)) < 0.4).float()
-    train = SpikeTrain.from_dense(dense)
-    words = pack_events(train.indptr, train.indices, dense.shape)
-    assert words.dtype == torch.int32
-    assert words.shape == (T, B, (N + 31) // 32)
-    assert torch.equal(unpack(words, N), dense.int())
-    indptr, indices = unpack_events(words, N)
-    assert torch.equal(indptr, train.indptr)
-    assert torch.equal(indices, train.indices)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ...backends import select
 from ...core import tally
-from ...core.backend import LayerCall, LayerResult, calls
+from ...core.backend import LayerCall, LayerResult, calls, enough
 from ...core.config import SparseConfig, current_config
 from ...core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ...core.equations import Equations
@@ -22,7 +23,7 @@ from ...core.surrogates import Surrogate
 from . import autograd
 from .inputs import Given, Synapses, check_finite, given, inputs_of
 from .library import spiking_layer_op
-from .products import events_or_product
+from .products import events_of, how_to_multiply
 
 __all__ = ["SpikingLayerOutput", "spiking_layer"]
 
@@ -31,13 +32,14 @@ class SpikingLayerOutput(NamedTuple):
     """``spikes`` (T, B, N...) dense or SpikeTrain (the membrane for a readout), ``mem`` or None, final ``state``
     in the form it is given in (:class:`NeuronState`, or a dict with equations).
 
-    ``active_fraction`` is the share of neuron-steps that pass a gradient.
+    ``active_fraction`` is the share of neuron-steps inside the window that pass a gradient: a number, or a 0-dim
+    tensor where a device counts them, which nothing waits for until you read it.
     """
 
     spikes: Any
     mem: Tensor | None
     state: Any
-    active_fraction: float
+    active_fraction: float | Tensor
 
 
 def spiking_layer(
@@ -81,7 +83,8 @@ def spiking_layer(
         **overrides: options of :class:`~snn_sparse_plugin.core.config.SparseConfig` for this call.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, or non-finite values where they are seen.
+        InputError: shapes, dtypes or devices that do not fit, or non-finite values where they are seen. On a GPU nobody
+            looks at the numbers, unless with ``check=True``: a membrane there turns NaN as upstream's does.
         UnsupportedError: the backend asked for by name cannot do it.
 
     Example:
@@ -110,7 +113,7 @@ def spiking_layer(
         surrogate=surrogate,
         recurrent=call.recurrent,
     )
-    described = _describe(call, config, events, return_mem)
+    described = _describe(call, config, events, return_mem, backend.takes_dense)
     result, carrier = autograd.apply(described, backend)
     _count(described, result)
     return _wrap(call, described, result, carrier, return_mem)
@@ -135,14 +138,17 @@ def _in_graph(call: Given, overrides: dict[str, Any], events: bool, return_mem: 
     return _output(call, node, membrane if return_mem else None, v, i, math.nan)
 
 
-def _describe(call: Given, config: SparseConfig, events: bool, return_mem: bool) -> LayerCall:
-    """The call as a backend gets it: events with their weights, or currents."""
+def _describe(
+    call: Given, config: SparseConfig, events: bool, return_mem: bool, takes_dense: bool
+) -> LayerCall:
+    """The call as a backend gets it: events or a dense input with their weights, or currents."""
     synapses, spec = call.synapses, call.spec
-    train, current = _events_or_current(call)
-    weight, bias = (synapses.weight, synapses.bias) if train is not None else (None, None)
-    leaves = [current, synapses.recurrent, synapses.recurrent_bias, call.rec0, call.v0, call.i0, call.params]
+    train, dense, current = _input(call, takes_dense)
+    weight, bias = (synapses.weight, synapses.bias) if current is None else (None, None)
+    leaves = [synapses.recurrent, synapses.recurrent_bias, call.rec0, call.v0, call.i0, call.params]
+    leaves += [current] if current is not None else [dense, weight, bias]
     if train is not None:
-        leaves += [train.carrier, weight, bias]
+        leaves.append(train.carrier)
     return LayerCall(
         spec=spec,
         surrogate=call.surrogate,
@@ -152,6 +158,7 @@ def _describe(call: Given, config: SparseConfig, events: bool, return_mem: bool)
         B=call.B,
         N=call.N,
         train=train,
+        dense=dense,
         current=current,
         weight=weight,
         bias=bias,
@@ -170,8 +177,8 @@ def _describe(call: Given, config: SparseConfig, events: bool, return_mem: bool)
     )
 
 
-def _events_or_current(call: Given) -> tuple[SpikeTrain | None, Tensor | None]:
-    """Events for a backend to multiply with the weight, or the current (T or 1, B, C·N)."""
+def _input(call: Given, takes_dense: bool) -> tuple[SpikeTrain | None, Tensor | None, Tensor | None]:
+    """Events or a dense input (T, B, M) for a backend to multiply with the weight, or the current (T or 1, B, C·N)."""
     train, dense, weight = call.train, call.dense, call.synapses.weight
     if train is not None and 0 in (*train.shape, call.N):
         dense, train = train.to_dense(), None
@@ -179,22 +186,33 @@ def _events_or_current(call: Given) -> tuple[SpikeTrain | None, Tensor | None]:
     if weight is None:
         whole = train.to_dense() if train is not None else dense
         assert whole is not None
-        return None, whole.reshape(len(whole), call.B, inputs_of(call.spec) * call.N)
+        return None, None, whole.reshape(len(whole), call.B, inputs_of(call.spec) * call.N)
     if train is None:
         assert dense is not None
         if len(dense) == call.T:
-            train, current = events_or_product(dense, weight, call.synapses.bias)
-        else:
-            current = F.linear(dense, weight, call.synapses.bias)
-    return None if train is None else train.flatten(), current
+            return how_to_multiply(dense, weight, call.synapses.bias, takes_dense)
+        current = F.linear(dense, weight, call.synapses.bias)
+    return None if train is None else train.flatten(), None, current
 
 
 def _count(call: LayerCall, result: LayerResult) -> None:
     ran = tally.current()
     ran.count("fused")
-    if result.saved is not None and result.saved.threshold is None and call.threshold is not None:
-        calls["guard", call.name] += 1  # min_active made this call exact
-        ran.count("guard")
+    saved = result.saved
+    if saved is None or call.threshold is None:
+        return
+    guarded = partial(_guarded, ran, call.name)
+    if saved.near is not None:
+        if call.min_active > 0:
+            ran.count_later(saved.near < enough(call), call.name, guarded)
+    elif saved.threshold is None:
+        guarded(1)
+
+
+def _guarded(ran: tally.Record, name: str, n: int) -> None:
+    """``min_active`` made n calls exact."""
+    calls["guard", name] += n
+    ran.count("guard", n)
 
 
 def _wrap(
@@ -203,27 +221,26 @@ def _wrap(
     """What the user gets of a backend's result."""
     spikes: Any = result.spikes if call.spec.spiking else result.mem
     if call.spec.spiking and not described.want_spikes:
-        assert result.events is not None
         active = result.saved.active if result.saved is not None else None
-        shape = (call.T, call.B, call.N)
-        spikes = SpikeTrain(
-            *result.events, shape, dtype=call.dtype, carrier=carrier, active=active, check=False
-        )
-    if call.spec.spiking:
+        spikes = events_of(result, (call.T, call.B, call.N), call.dtype, carrier, active)
+    if call.spec.spiking and tally.watchers.get() is not None:
         tally.show(spikes, _passing(described, result), call.T)
     mem = result.mem if return_mem else None
     return _output(call, spikes, mem, result.v, result.i, result.active_fraction)
 
 
-def _passing(call: LayerCall, result: LayerResult) -> float:
+def _passing(call: LayerCall, result: LayerResult) -> float | Tensor:
     """The share of neuron-steps that pass a gradient; NaN where none was asked for."""
-    if result.saved is None or call.surrogate.kind == "zero":
+    saved, share = result.saved, result.active_fraction
+    if saved is None or call.surrogate.kind == "zero":
         return math.nan
-    return 1.0 if result.saved.threshold is None else result.active_fraction
+    if saved.near is not None:
+        return torch.where(saved.near < enough(call), 1.0, share)
+    return 1.0 if saved.threshold is None else share
 
 
 def _output(
-    call: Given, spikes: Any, mem: Tensor | None, v: Tensor, i: Tensor | None, active_fraction: float
+    call: Given, spikes: Any, mem: Tensor | None, v: Tensor, i: Tensor | None, active_fraction: float | Tensor
 ) -> SpikingLayerOutput:
     spec, features, B = call.spec, call.features, call.B
     steps = (call.T, B)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.backend import LayerCall, Saved
+from ...core.backend import LayerCall, Saved, enough
 from ...core.spikes import SpikeTrain, coordinates
 from ...core.surrogates import Surrogate
 from .reference import run
@@ -30,10 +30,14 @@ def gradients(
         call: the call without its tensors.
         surrogate: of the call.
         saved: window and active entries of its forward.
-        train: input events, or None where ``leaves["current"]`` is the input.
+        train: input events, or None where ``leaves["current"]`` or ``leaves["dense"]`` is the input.
         leaves: the op's tensor inputs at their place in the graph; ``"carrier"`` is that of the input events.
         grads: of the output's carrier, spikes, mem, v, i.
+
+    Whether the window holds is read from ``saved.near`` on the host: the reference loop is in Python.
     """
+    held = saved.near is None or bool(saved.near >= enough(call))
+    window = saved.threshold if held else None
     with torch.enable_grad():
         # views, as one leaf may be made of another, such as rec0 of rec_weight
         inner = {
@@ -43,10 +47,10 @@ def gradients(
         current = inputs["current"]
         if train is not None:
             current = F.linear(_input(train, inner.get("carrier")), inputs["weight"], inputs["bias"])
+        elif inputs["dense"] is not None:
+            current = F.linear(inputs["dense"], inputs["weight"], inputs["bias"])
         current = current.expand(call.T, -1, -1)
-        _, spikes, mems, v, i = run(
-            call, lambda x: _Spike.apply(x, surrogate, saved.threshold), current, inputs
-        )
+        _, spikes, mems, v, i = run(call, lambda x: _Spike.apply(x, surrogate, window), current, inputs)
         g_carrier, *rest = grads
         pairs = list(zip((spikes, mems, v, i), rest, strict=True))
         if g_carrier is not None and saved.active is None:

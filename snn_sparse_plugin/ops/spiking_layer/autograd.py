@@ -15,7 +15,7 @@ from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once
 from . import again
 
-_LEAVES = ("current", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
+_LEAVES = ("current", "dense", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
 
 
 def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
@@ -55,10 +55,12 @@ class _SpikingLayer(torch.autograd.Function):
         kept = list(inputs[1:])
         if not saved.needs_current:
             kept[0] = None
-        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem]
+        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem, saved.near, result.words]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
-            kept += [train.indptr, train.indices, train.values, *(train.active or (None, None))]
+            as_bits = backend.takes_dense and train.values is None
+            kept += [train.words, None] if as_bits else [train.indptr, train.indices]
+            kept += [train.values, *(train.active or (None, None))]
         else:
             kept += [None] * 5
         ctx.save_for_backward(*kept, inputs[0])
@@ -78,14 +80,19 @@ class _SpikingLayer(torch.autograd.Function):
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = replace(ctx.call, **leaves)
         call.current = _of_all_steps(call.current, call.T)
-        u, v_checkpoints, i_checkpoints, mem, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 8]
+        u, v_checkpoints, i_checkpoints, mem, near, words, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 10]
         if ctx.train_like is not None:
-            indptr, indices, values, in_ptr, in_idx = kept[n + 8 :]
+            first, indices, values, in_ptr, in_idx = kept[n + 10 :]
             shape, dtype = ctx.train_like
             active = None if in_ptr is None else Active(in_ptr, in_idx)
-            call.train = SpikeTrain(indptr, indices, shape, values, dtype=dtype, active=active, check=False)
+            if indices is None:
+                call.train = SpikeTrain.from_words(first, shape, dtype=dtype, active=active)
+            else:
+                call.train = SpikeTrain(
+                    first, indices, shape, values, dtype=dtype, active=active, check=False
+                )
         active = None if act_ptr is None else Active(act_ptr, act_idx)
-        saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem)
+        saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem, near=near, words=words)
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable(ctx, call, saved, {"carrier": carrier, **leaves}, grads)
         carrier_grad, g_spikes, g_mem, g_v, g_i = grads
@@ -97,8 +104,8 @@ class _SpikingLayer(torch.autograd.Function):
                 g_spikes = carrier_grad if g_spikes is None else g_spikes + carrier_grad
         if isinstance(g_spikes, ProductGrad) and not ctx.backend.takes_products:
             g_spikes = g_spikes.dense()
-        of_events, of_current, *others = ctx.needs_input_grad[3:]
-        needs = Needs(of_events or of_current, *others)
+        of_events, of_current, of_dense, *others = ctx.needs_input_grad[3:]
+        needs = Needs(of_events or of_current or of_dense, *others)
         events = None if ev_ptr is None else (ev_ptr, ev_idx)
         found = ctx.backend.spiking_layer_backward(
             call, saved, events, OutputGrads(g_active, g_spikes, g_mem, g_v, g_i), needs
@@ -106,22 +113,17 @@ class _SpikingLayer(torch.autograd.Function):
         grad_input, *rest = found
         if grad_input is not None and call.once and len(grad_input) > 1:
             grad_input = grad_input.sum(0, keepdim=True)
-        from_train = ctx.train_like is not None
-        return (
-            None,
-            None,
-            None,
-            grad_input if from_train else None,
-            None if from_train else grad_input,
-            *rest,
-        )
+        place = 0 if ctx.train_like is not None else 1 if call.dense is None else 2
+        of_inputs = [grad_input if k == place else None for k in range(3)]
+        return (None, None, None, *of_inputs, *rest)
 
 
 def _differentiable(
     ctx: Any, call: LayerCall, saved: Saved, leaves: dict[str, Any], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """What backward returns, as a function of the op's inputs and of ``grads``."""
-    if call.train is None and leaves["current"] is None:  # it was not kept, as a window needs it nowhere
+    inputs = call.train, leaves["current"], leaves["dense"]
+    if all(x is None for x in inputs):  # it was not kept, as a window needs it nowhere
         with torch.no_grad():
             once_only = _SpikingLayer.backward(ctx, *grads)
         return tuple(None if g is None else once(g, f"the gradient of {call.name}") for g in once_only)

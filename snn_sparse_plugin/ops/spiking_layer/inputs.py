@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core.dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
 from ...core.equations import Equations
 from ...core.errors import InputError
+from ...core.host import is_device, waits
 from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from ...core.surrogates import Surrogate
 from .products import is_still
@@ -218,12 +219,13 @@ def _pack_params(
         names, values = spec.program.params, _by_name(params, spec, name)
     rows = []
     N = math.prod(features)
-    eager = device.type == "cpu" and not torch.compiler.is_compiling()
-    if values and eager and all(map(_is_number, values)):
+    eager = not torch.compiler.is_compiling()
+    if values and eager and not is_device(device) and all(map(_is_number, values)):
         numbers = torch.tensor([float(value) for value in values], dtype=dtype)
         return numbers.unsqueeze(1).expand(-1, N).contiguous()
     for label, value in zip(names, values, strict=True):
-        if not isinstance(value, Tensor):
+        # a number of the host is written by the device: to copy it there would be to wait
+        if not isinstance(value, Tensor) or (eager and is_device(device) and _is_number(value)):
             rows.append(torch.full((N,), float(value), dtype=dtype, device=device))
             continue
         if value.dim() and value.device != device:
@@ -241,9 +243,7 @@ def _pack_params(
 
 def _is_number(value: Any) -> bool:
     """Whether a parameter is one number for all neurons, without a gradient."""
-    return not isinstance(value, Tensor) or (
-        not value.dim() and not value.requires_grad and value.device.type == "cpu"
-    )
+    return not isinstance(value, Tensor) or (not value.dim() and not value.requires_grad and not waits(value))
 
 
 def _pack_state(
@@ -267,6 +267,8 @@ def _pack_state(
             raise InputError(
                 f"{name}: state {label!r} is {value.dtype}, the input {dtype}; convert one of them."
             )
+        if is_device(device) and not torch.compiler.is_compiling() and _is_number(value):
+            return torch.full(flat, float(value), dtype=dtype, device=device)
         try:
             return value.to(device=device, dtype=dtype).expand(shape).reshape(flat).contiguous()
         except RuntimeError as error:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ...backends import select
+from ...core import bits
 from ...core.backend import CHUNK, Backend, LayerCall, Needs, OutputGrads, Saved
 from ...core.config import SparseConfig, current_config
 from ...core.dynamics import NeuronSpec
 from ...core.spikes import SpikeTrain
 from ...core.surrogates import Surrogate
-from .products import events_or_product
+from .products import how_to_multiply
 
 NAME_BYTES = 64  # the backend's name travels from forward to backward as a tensor of this size
 UNSET, EXACT, AUTO = math.nan, -1.0, -2.0  # what the float option ``threshold`` says beside a window
@@ -58,11 +59,21 @@ def _prepare(
     if backend:
         overrides["backend"] = backend
     config = current_config().updated(**overrides) if decided is None else SparseConfig(backend=decided)
-    train, current = None, x
-    if weight is not None:
-        train, product = events_or_product(x.detach(), weight, bias)
-        current = product if product is not None else x
     the_spec, the_surrogate = _decode_spec(spec), Surrogate(surrogate, tuple(surrogate_params))
+    chosen = select(
+        config.backend,
+        "spiking_layer",
+        device=x.device,
+        dtype=x.dtype,
+        spec=the_spec,
+        surrogate=the_surrogate,
+        recurrent=rec_weight is not None,
+    )
+    train: SpikeTrain | None = None
+    dense: Tensor | None = None
+    current: Tensor | None = x
+    if weight is not None:
+        train, dense, current = how_to_multiply(x.detach(), weight, bias, chosen.takes_dense)
     call = LayerCall(
         spec=the_spec,
         surrogate=the_surrogate,
@@ -72,9 +83,10 @@ def _prepare(
         B=x.shape[1],
         N=v0.shape[1],
         train=train,
-        current=None if train is not None else current.contiguous(),
-        weight=weight if train is not None else None,
-        bias=bias if train is not None else None,
+        dense=dense,
+        current=None if current is None else current.contiguous(),
+        weight=weight if current is None else None,
+        bias=bias if current is None else None,
         rec_weight=rec_weight,
         rec_bias=rec_bias,
         rec0=rec0,
@@ -85,15 +97,6 @@ def _prepare(
         want_events=rec_weight is not None,
         params_grad=True,
         save_active=False,
-    )
-    chosen = select(
-        config.backend,
-        "spiking_layer",
-        device=x.device,
-        dtype=x.dtype,
-        spec=the_spec,
-        surrogate=the_surrogate,
-        recurrent=rec_weight is not None,
     )
     return call, chosen
 
@@ -118,7 +121,10 @@ def _forward(
     numbers: list[float],
     backend: str,
 ) -> list[Tensor]:
-    """spikes, mem (T, B, N), v, i (B, N), checkpoints of v and i, what forward decided: window (-1: exact), backend."""
+    """spikes, mem (T, B, N), v, i (B, N), checkpoints of v and i, and for the backward: window, near, backend.
+
+    ``window`` is on the CPU: the window (-1: exact), min_active, and 1 where ``near``, on the device, is to reach it.
+    """
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend)
     out = chosen.spiking_layer(call)
@@ -133,7 +139,15 @@ def _forward(
         empty if out.i is None else out.i,
         saved.v_checkpoints,
         saved.i_checkpoints if call.i0 is not None and saved.i_checkpoints is not None else empty.clone(),
-        torch.tensor(EXACT if saved.threshold is None else saved.threshold, dtype=torch.float64),
+        torch.tensor(
+            [
+                EXACT if saved.threshold is None else saved.threshold,
+                call.min_active,
+                saved.near is not None,
+            ],
+            dtype=torch.float64,
+        ),
+        v0.new_zeros((), dtype=torch.int64) if saved.near is None else saved.near,
         _name_tensor(chosen.name),
     ]
 
@@ -150,7 +164,8 @@ def _(x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, *_):  # type: ignore[
         v0.new_empty(i_shape),
         v0.new_empty(chunks, B, N),
         v0.new_empty(i_chunks),
-        torch.empty((), dtype=torch.float64),
+        torch.empty(3, dtype=torch.float64),
+        v0.new_empty((), dtype=torch.int64),
         torch.empty(NAME_BYTES, dtype=torch.uint8),
     ]
 
@@ -174,6 +189,7 @@ def _backward(
     v_checkpoints: Tensor,
     i_checkpoints: Tensor,
     window: Tensor,
+    near: Tensor,
     name: Tensor,
     spec: str,
     surrogate: str,
@@ -184,12 +200,17 @@ def _backward(
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
     decided = bytes(name.tolist()).rstrip(b"\0").decode()
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend, decided)
-    used = float(window)
+    used, call.min_active, undecided = window.tolist()
     saved = Saved(
-        None if used == EXACT else used, None, None, v_checkpoints, i_checkpoints if i0 is not None else None
+        None if used == EXACT else used,
+        v_checkpoints=v_checkpoints,
+        i_checkpoints=i_checkpoints if i0 is not None else None,
+        near=near if undecided else None,
     )
     events = None
-    if spikes is not None:  # a recurrent layer replays from its own spikes
+    if spikes is not None and chosen.takes_dense:  # a recurrent layer replays from its own spikes
+        saved = saved._replace(words=bits.pack(spikes))
+    elif spikes is not None:
         train = SpikeTrain.from_dense(spikes)
         events = (train.indptr, train.indices)
     if not call.spec.spiking:
@@ -204,7 +225,7 @@ def _backward(
     found = list(
         chosen.spiking_layer_backward(call, saved, events, grads, Needs(*(p is not None for p in inputs)))
     )
-    if weight is not None and call.train is None:  # the product was dense: finish it here
+    if weight is not None and call.current is not None:  # the product was dense: finish it here
         nu = found[0]
         assert nu is not None
         found[0] = nu @ weight

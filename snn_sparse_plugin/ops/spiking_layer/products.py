@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.spikes import SpikeTrain
+from ...core.backend import LayerResult
+from ...core.spikes import Active, SpikeTrain
 
 DENSE_ABOVE = (
     0.4  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
@@ -26,6 +27,19 @@ def events_or_product(
     return SpikeTrain.from_dense(x), None
 
 
+def how_to_multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, takes_dense: bool
+) -> tuple[SpikeTrain | None, Tensor | None, Tensor | None]:
+    """An input (T, B, M) as (events, dense input, current (T, B, N)), two of them None.
+
+    ``takes_dense``: the backend is for a device that is not to be waited for, which a look at the numbers would do.
+    """
+    if takes_dense and x.numel() and not is_still(x):
+        return None, x, None
+    train, current = events_or_product(x, weight, bias)
+    return (None if train is None else train.flatten()), None, current
+
+
 def is_still(x: Tensor) -> bool:
     """Whether all steps are one tensor without a gradient, which need be multiplied only once."""
     return x.shape[0] > 1 and x.stride(0) == 0 and not (x.requires_grad and torch.is_grad_enabled())
@@ -37,3 +51,17 @@ def _looks_dense(x: Tensor) -> bool:
     # few enough values for torch to count them on this thread
     sample = rows[:: max(1, rows.shape[0] // max(1, min(64, 16384 // x.shape[-1])))]
     return float(sample.count_nonzero()) > DENSE_ABOVE * sample.numel()
+
+
+def events_of(
+    result: LayerResult,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    carrier: Tensor | None,
+    active: Active | None,
+) -> SpikeTrain:
+    """The spikes of a backend that was asked for events."""
+    if result.words is not None:
+        return SpikeTrain.from_words(result.words, shape, dtype=dtype, carrier=carrier)
+    assert result.events is not None
+    return SpikeTrain(*result.events, shape, dtype=dtype, carrier=carrier, active=active, check=False)
