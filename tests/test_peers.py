@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from snn_sparse_plugin import MissingDependencyError
-from snn_sparse_plugin.bench import providers
+from snn_sparse_plugin.bench import models
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import peers
@@ -45,14 +45,14 @@ def test_every_library_trains_the_same(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_library_that_is_missing_is_a_skipped_row(tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("snntorch")
-    require = providers._require
+    require = models._require
 
     def without_norse(module: str, install: str) -> object:
         if module == "norse.torch":
             raise MissingDependencyError(f"{module} cannot be imported: pip install {install}")
         return require(module, install)
 
-    monkeypatch.setattr(providers, "_require", without_norse)
+    monkeypatch.setattr(models, "_require", without_norse)
     options = ["--steps", "2", "--rounds", "1", "--providers", "sparse-events", "snntorch", "norse"]
     rows = rows_of(tmp_path / "rows.json", *options)
     assert "pip install norse" in rows["norse"]["skipped"]

@@ -11,6 +11,8 @@ import logging
 import torch
 from torch import Tensor
 
+from ..core.host import waits
+
 log = logging.getLogger("snn_sparse_plugin")
 
 # the densities below which rows are added, by how the library multiplies float32, for up to so many outputs.
@@ -26,7 +28,7 @@ class _Seen:
     def __init__(self) -> None:
         self.calls, self.next = 0, 1
         self.density: float | None = None
-        self.waiting: tuple[Tensor, torch.cuda.Event | None, int] | None = None
+        self.waiting: tuple[Tensor, torch.cuda.Event, int] | None = None
 
     def look(self, x: Tensor) -> float | None:
         """What is known now; at calls 1, 2, 4, 8 and so on a new count is asked for."""
@@ -37,14 +39,15 @@ class _Seen:
         if self.calls >= self.next:
             self.next = 2 * self.calls
             self._ask(x)
-            self._receive()
         return self.density
 
     def _ask(self, x: Tensor) -> None:
         count = x.count_nonzero()
-        if x.device.type != "cuda":
-            self.waiting = count, None, x.numel()
+        if not waits(x):
+            self.density = int(count) / max(1, x.numel())
             return
+        if x.device.type != "cuda":
+            return  # nothing tells when a copy has arrived
         arrived = torch.empty((), dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -53,8 +56,8 @@ class _Seen:
     def _receive(self) -> None:
         if self.waiting is not None:
             count, event, size = self.waiting
-            if event is None or event.query():
-                self.density, self.waiting = int(count.numpy()) / max(1, size), None
+            if event.query():
+                self.density, self.waiting = int(count) / max(1, size), None
 
 
 _seen: dict[tuple[object, ...], _Seen] = {}

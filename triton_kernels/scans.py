@@ -349,7 +349,7 @@ class _Writer:
         return [
             "if WINDOW is not None:",
             f"    {made} = step({given})",
-            "    active = ((tl.abs(site) < WINDOW) | everywhere) & mask",
+            "    active = (tl.abs(site) < WINDOW) & mask",
             "    tl.debug_barrier()  # the bits of the step after have been read",
             "    store_bits(bits_ptr + b * n_words, active, first, n_words, BLOCK)",
             barrier,

@@ -21,7 +21,7 @@ from .problem import Config
 
 @dataclass(frozen=True)
 class Steps:
-    """What is timed: ``backward(forward())``. ``kept``: tensors that live anyway, inputs and parameters."""
+    """What is timed: ``backward(forward())``. ``kept``: inputs and parameters, which are no memory of the backward."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any]

@@ -30,11 +30,13 @@ class LayerCall:
     """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened.
 
     The input is one of ``train`` (events) and ``dense`` (T, B, M: any numbers in any strides, for a backend that takes
-    them), both with ``weight``, and ``current`` (T, B, N), of stride 0 over the steps where it is the same at all.
-    ``rec0`` is the recurrent current of the first step, made from the initial spikes. ``params`` is (5, N), rows as in
-    :data:`~snn_sparse_plugin.core.dynamics.PARAM_NAMES`. With equations ``params`` has their parameters as rows, ``v0``
-    and every other membrane of a state are their K states, (K, B, N), and there is no ``i0``; a neuron with C inputs
-    has C·N currents, input by input, where another one has N: in ``current``, ``rec0`` and the rows of all weights.
+    them), both with ``weight``, and ``current`` (T, B, N). A current that is the same at all steps has stride 0 over
+    them. ``rec0`` (B, N) is the recurrent current of the first step, made from the initial spikes. ``params`` is
+    (5, N), rows as in :data:`~snn_sparse_plugin.core.dynamics.PARAM_NAMES`.
+
+    With :class:`~snn_sparse_plugin.core.equations.Equations` the rows of ``params`` are their parameters. ``v0``, and
+    ``v`` of results and gradients, hold their K states, (K, B, N); there is no ``i0``. A neuron with C inputs has C·N
+    currents, input by input: in ``current``, ``rec0`` and the rows of all weights.
     """
 
     spec: NeuronSpec | Equations
@@ -71,15 +73,18 @@ class LayerCall:
 
 
 def keeps_active(call: LayerCall) -> bool:
-    """Whether a list of active entries says all that a gradient of the output needs.
+    """Whether the active neuron-steps are all that a gradient of the output needs.
 
-    Not where equations make the output of more than the spike that the window looks at.
+    They are not where equations compute the output from more than the one spike that the window applies to.
     """
     return not isinstance(call.spec, Equations) or call.spec.program.direct
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all numbers are: of a sum, which costs a fifth of looking at each, and else one by one."""
+    """Whether no number is NaN or infinite.
+
+    The sum is tested first, at a fifth of the cost; only where it is not finite are the numbers tested one by one.
+    """
     x = x.detach()
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
@@ -87,7 +92,7 @@ def is_finite(x: Tensor) -> bool:
 def check_finite(call: LayerCall, v: Tensor, finite: Callable[[Tensor], bool] = is_finite) -> None:
     """Raise :class:`NonFiniteError` if the final membrane ``v`` or what it was made from is NaN or infinite.
 
-    Rows of weights that meet no spike are never added, and 0 times infinity would turn into 0 unseen.
+    Parameters are tested as well: a weight whose input never spikes is never added, so the membrane would not show it.
     """
     weight = call.weight if call.current is None else None
     seen = (v, call.params, weight, call.bias, call.rec_weight)
@@ -129,7 +134,7 @@ class Saved(NamedTuple):
     v_checkpoints: Tensor | None = None  # (ceil(T / CHUNK), B, N)
     i_checkpoints: Tensor | None = None
     needs_current: bool = True  # False: the backward never reads the input current, so it is not kept
-    mem: Tensor | None = None  # (T, B, N), where it is small beside the input events: nothing is replayed
+    mem: Tensor | None = None  # (T, B, N), kept where input events outnumber it: no replay then
     near: Tensor | None = None  # 0-dim int64 on the device: how many neuron-steps lie inside the window
     words: Tensor | None = None  # LayerResult.words again, for a backward that is called with no events
 
@@ -261,7 +266,7 @@ class Backend:
 
 
 class RunsTtfs(Protocol):
-    """What a backend has besides to run time-to-first-spike layers, the op ``"ttfs"``. One without is passed over."""
+    """What a backend also needs to run time-to-first-spike layers, the op ``"ttfs"``; others are not chosen for it."""
 
     def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
         """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""

@@ -40,7 +40,7 @@ def check_csr(indptr: Tensor, indices: Tensor, features: int) -> None:
 
 
 def at_active(x: Tensor, active: Active) -> Tensor:
-    """The numbers of ``x`` (T, B, N) at these entries, in the order of the list."""
+    """The values of ``x`` (T, B, N) at the active neuron-steps, (entries,), in the order of the list."""
     T = max(len(x), 1)
     rows, columns = coordinates(*active)
     return x[rows % T, rows // T, columns]

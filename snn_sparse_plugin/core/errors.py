@@ -26,7 +26,7 @@ class MissingDependencyError(SparsePluginError, ImportError):
 
 
 class FusionError(SparsePluginError):
-    """Recorded steps that cannot run any more as the step loop would have run them."""
+    """Recorded steps can no longer run as the step loop would have run them."""
 
 
 class FileError(SparsePluginError, OSError):

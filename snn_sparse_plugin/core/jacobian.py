@@ -1,7 +1,7 @@
 """Local derivatives of a neuron's equations, as further operations on the registers of its program.
 
-Reverse mode with symbols in place of numbers: zeros and ones fold away, so that what is left of a step are the few
-products that depend on its state. The only function to be known besides is the surrogate's derivative at each spike.
+Reverse mode with symbols in place of numbers: zeros and ones fold away, and the few products that depend on
+the state are left. The surrogate's derivative at each spike is an input: it is not derived here.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Program(NamedTuple):
 
     @property
     def direct(self) -> bool:
-        """Whether the output is the spike at the site: then its gradient matters only where the site is active."""
+        """Whether the output is the one spike that the window applies to: only active neuron-steps get a gradient."""
         return any(op.kind == "spike" and (op.out, op.a) == (self.spikes, self.site) for op in self.ops)
 
     def passes(self, params_grad: bool) -> list[tuple[bool, bool]]:

@@ -43,7 +43,7 @@ _EXECUTOR = "snn_sparse_plugin.fusion.sequence", "hooked"
 
 
 def executor() -> Any:
-    """What hooks on neurons ask to run them fused: of this package, and found by its name like the plugins."""
+    """The function that runs hooked neurons fused. It lies in a higher room, so it is found by name as plugins are."""
     return getattr(importlib.import_module(_EXECUTOR[0]), _EXECUTOR[1])
 
 
@@ -52,8 +52,9 @@ _CONVERSIONS = {"cpu": "snn_sparse_plugin.backends.cpu.conversions"}
 
 @cache
 def conversions(device: str) -> Any:
-    """The module with compiled conversions between dense spikes and events for this type of device; None: there is
-    none, and torch does it.
+    """The module of compiled conversions between dense spikes and events for a type of device, such as ``"cpu"``.
+
+    None where there is none; torch operations do it then.
     """
     return importlib.import_module(_CONVERSIONS[device]) if device in _CONVERSIONS else None
 

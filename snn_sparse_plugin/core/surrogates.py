@@ -195,7 +195,7 @@ class _Spike(torch.autograd.Function):
 
 
 def once(grad: Tensor, what: str) -> Tensor:
-    """``grad``, which raises :class:`FusionError` where it is differentiated, and is no constant there."""
+    """``grad``, made so that differentiating it again raises :class:`FusionError`, not gives zero."""
     return _Once.apply(grad, torch.zeros((), device=grad.device, requires_grad=True), what)
 
 

@@ -99,7 +99,7 @@ class ClassRuns:
 
 @dataclass(eq=False)
 class Account:
-    """What ran since :func:`account` opened it: the same as :func:`by_class`, of that time alone."""
+    """What ran inside an :func:`account` block: the counts of :func:`by_class`, of that time alone."""
 
     classes: dict[str, ClassRuns] = field(default_factory=dict)
     calls: dict[Record, dict[str, int]] = field(default_factory=dict)

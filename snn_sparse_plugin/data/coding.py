@@ -51,7 +51,7 @@ def latency_spikes(x: Tensor, steps: int, *, tau: float = 20.0, floor: float = 0
 
 
 def single_spikes(times: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> SpikeTrain:
-    """One spike per neuron at most, at its step: whole numbers (B, N...), silent from ``steps`` on.
+    """At most one spike per neuron, at the step given: whole numbers (B, N...); ``steps`` and above are silent.
 
     Example:
         >>> single_spikes(torch.tensor([[1, 9, 0]]), 3).to_dense().nonzero().tolist()

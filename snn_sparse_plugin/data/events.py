@@ -10,7 +10,7 @@ _LAST = np.int64(2**63 - 1)  # microseconds
 
 
 def whole(values: np.ndarray, bound: int, what: str) -> np.ndarray:
-    """Values that have to be whole numbers from 0 to below ``bound``, as they are where they are integers already.
+    """Check that values are whole numbers, 0 <= value < ``bound``. Integer arrays are returned as they are.
 
     Raises:
         InputError: NaN, fractions, other dtypes, or values outside; ``what`` names them.

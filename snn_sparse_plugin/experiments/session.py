@@ -20,7 +20,7 @@ from .training import Training, Trial
 
 @dataclass
 class Session:
-    """Data are loaded when first needed."""
+    """A study with its data, which are loaded when first needed."""
 
     study: Study
     console: Console

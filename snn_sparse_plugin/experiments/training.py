@@ -31,7 +31,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The trial's folder: unlike for all trials of a study."""
+        """Name of the trial's folder, different for each trial of a study."""
         s = self.settings
         window = f"sparse-b{s.threshold:g}" if self.sparse else "dense"
         guard = f"-guard{s.min_active:g}" if self.sparse and s.min_active else ""

@@ -72,7 +72,7 @@ def write_text(path: str | PathLike[str], text: str) -> None:
 
 @contextmanager
 def reading(path: str | PathLike[str], what: str, advice: str = "") -> Iterator[None]:
-    """Whatever a parser raises in the block about a file that is not ``what`` becomes one line that names it.
+    """A parser's error inside the block is raised as an :class:`InputError` of one line: ``path`` is not ``what``.
 
     Example:
         >>> with reading("a", "b", "Fetch it."):

@@ -24,7 +24,7 @@ def bound(packed: int) -> int:
 
 
 def check_bound(unpacked: int, packed: int) -> None:
-    """Raise ValueError where ``packed`` bytes unpack to more than data does."""
+    """Raise ValueError where ``packed`` bytes unpack to more than real data would."""
     if unpacked > bound(packed):
         raise ValueError(
             f"{packed} bytes would unpack to {unpacked} or more, expected {bound(packed)} at most"
@@ -96,6 +96,6 @@ def arrays(
 
 
 def check_members(archive: zipfile.ZipFile, names: Iterable[str]) -> None:
-    """Raise ValueError where files of an archive unpack to more than data does; zipfile gives no more than declared."""
+    """Raise ValueError where files of an archive declare more bytes than real data would unpack to."""
     infos = [archive.getinfo(name) for name in names]
     check_bound(sum(info.file_size for info in infos), os.path.getsize(str(archive.filename)))

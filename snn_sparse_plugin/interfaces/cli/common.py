@@ -34,7 +34,7 @@ def readable_errors(context: typer.Context) -> Iterator[None]:
 
 
 def consoles(as_json: bool) -> tuple[Console, Callable[[Any], None]]:
-    """A console for people, and a printer of JSON; with ``--json`` people are served on stderr."""
+    """A console for people, and a printer of JSON; with ``--json`` the console writes to stderr."""
     return Console(stderr=as_json), lambda data: print(json.dumps(data, indent=2), file=sys.stdout)
 
 

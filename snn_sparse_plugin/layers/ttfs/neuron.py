@@ -36,7 +36,7 @@ class TTFS(nn.Module):
         window: T, steps in the window, 2…255.
         tau: time constant in steps, > 0. It is kept above ``tau_floor``, at which the kernel would fall by e^-64,
             by a softplus.
-        t_d: delay in steps: ``exp(t_d / tau)`` is the largest value that can be told.
+        t_d: delay in steps: ``exp(t_d / tau)`` is the largest value that a spike can stand for.
         train_kernel: whether tau and t_d are parameters.
         rounding: ``"ceil"``: the threshold is the value; ``"nearest"``, ``"floor"``: it runs half a step or a step
             ahead.
@@ -117,7 +117,7 @@ class TTFS(nn.Module):
 
     @property
     def drifted(self) -> bool:
-        """Whether training has brought tau within a tenth of its floor: the kernel then tells few values apart."""
+        """Whether training has brought tau within a tenth of its floor: few values then have different spike times."""
         return self.train_kernel and float(self.tau.detach()) < 1.1 * self.tau_floor
 
     def table(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -134,7 +134,7 @@ class TTFS(nn.Module):
 
     @property
     def x_M(self) -> float:
-        """The largest value that can be told."""
+        """The largest value that a spike can stand for."""
         return float(self.table()[1, 0])
 
     @property

@@ -38,7 +38,7 @@ class TTFSRun(NamedTuple):
 
 
 class Simulator:
-    """What of a :class:`TTFSNetwork` runs."""
+    """The part of a :class:`TTFSNetwork` that runs spikes: encoding, and the simulation of its stages."""
 
     def __init__(
         self,

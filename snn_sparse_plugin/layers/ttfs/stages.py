@@ -123,7 +123,7 @@ def integrate(stage: Stage, times: Tensor, values: Tensor, first_fire: int) -> t
     """Run one stage on the clock: -> membrane after all steps (B, …), and spike times (B, …) or None.
 
     Step k adds the spikes of time k, all samples and neurons at once. From step ``first_fire`` on the threshold
-    falls by one entry a step; ``first_fire`` = the incoming window is a phase of its own, less fires early.
+    falls by one entry a step. ``first_fire`` as long as the incoming window waits for all spikes; less fires early.
     """
     u = stage.start(times.shape[0])
     arriving = stage.pooled(times)

@@ -36,7 +36,7 @@ class Totals:
         return loss
 
     def add_all(self, outputs: Tensor, target: Targets) -> Tensor:
-        """The sum of the losses of some steps, from outputs (K, B, C) that hang on nothing else."""
+        """The sum of the losses of some steps, from outputs (K, B, C) without a graph."""
         losses = [self.loss_fn(y, target(t)) for t, y in enumerate(outputs.unbind(0))]
         loss = torch.stack(losses).sum()
         self.losses = self.losses + loss.detach()

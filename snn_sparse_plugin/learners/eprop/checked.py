@@ -16,7 +16,7 @@ _ENTRIES = {"steps_seen", "batch", "filter", "indirect", "feedback", "layers", "
 
 
 def fitting() -> AbstractContextManager[None]:
-    """Whatever goes wrong in the block is the state's fault."""
+    """Any error inside the block is raised as one of a saved state that does not fit the model."""
     what = "one that EProp.state_dict gave for this model"
     return reading("the state given to EProp.load_state_dict", what, "Begin with a new learner.")
 

@@ -25,7 +25,7 @@ def open_steps(layers: Sequence[WatchedLayer]) -> int:
 
 
 def check_call(layer: WatchedLayer, records: list[Record], fresh: bool, batch: int | None) -> None:
-    """A layer has run some steps that go on where the traces are.
+    """Check that the steps a layer has just run continue the sequence that its traces belong to.
 
     Args:
         fresh: whether its state began anew.

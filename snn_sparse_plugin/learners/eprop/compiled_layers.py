@@ -174,7 +174,7 @@ class CompiledLayer:
 
 
 class Traces:
-    """Of one weight matrix: per input, of the adaptation and of the output per synapse, in rows of P neurons."""
+    """Traces of one weight matrix: per input; per synapse of the adaptation and the output, in rows of P neurons."""
 
     def __init__(
         self, B: int, rows: int, P: int, low: int, common: Common, spare: Traces | None = None

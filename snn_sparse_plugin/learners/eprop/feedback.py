@@ -14,7 +14,7 @@ FEEDBACKS = ("symmetric", "random", "adaptive")
 
 
 class Feedback:
-    """One matrix for each weight of the readout, by its name; none where errors take the weight itself.
+    """One matrix for each weight of the readout, by its name; none where the weight itself carries errors back.
 
     Args:
         kind: ``"symmetric"``, ``"random"``, ``"adaptive"``, or the matrix.

@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the first step has shown, and every further one repeats."""
+    """What the first step has shown about a neuron. Later steps are checked against it."""
 
     current: (
         int  # which of the currents stands for their sum: those of linear layers inside, then the outer one
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 
 @dataclass(eq=False)
 class Inputs:
-    """What a neuron made a step from."""
+    """The tensors that one step of a neuron was computed from."""
 
     x: Tensor
     inner: list[Tensor]  # currents of linear layers inside the neuron

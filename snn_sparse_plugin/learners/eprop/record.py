@@ -36,5 +36,5 @@ class Record:
         return self.place.local() if self.place is not None else self.local or {}
 
     def gain(self) -> Tensor | float:
-        """That of the output by the current."""
+        """The derivative of the output by the current, (B, N)."""
         return self.place.gain() if self.place is not None else self.jacobian().get((0, 0), 0.0)

@@ -17,7 +17,7 @@ log = logging.getLogger("snn_sparse_plugin")
 
 
 class Signals:
-    """Two ways lead from a loss to a spike: direct, where the loss uses it, and through the readout and its memory.
+    """Learning signals reach a spike in two ways: directly, where the loss uses it, and through the readout's memory.
 
     ``indirect`` are the layers that only other hidden layers bring signals to, None before the first loss.
     """

@@ -29,7 +29,7 @@ class Original:
 
 
 class SnnTorchState:
-    """In buffers of the module, and passed as arguments unless ``init_hidden``."""
+    """A state kept in attributes of the module, and passed as arguments unless ``init_hidden``."""
 
     aliases: set[int]
     leaves: list[Tensor]
@@ -89,7 +89,7 @@ def _names(kind: type) -> tuple[str, ...] | None:
 
 
 class TupleState:
-    """Passed in and returned: Norse's and ours, and any ``forward(x, *state) -> (spikes, *state)``."""
+    """A state passed in and returned: Norse's and ours, and any ``forward(x, *state) -> (spikes, *state)``."""
 
     def __init__(self, neuron: Original, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.neuron, self.x = neuron, x

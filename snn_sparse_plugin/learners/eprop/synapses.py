@@ -37,12 +37,12 @@ class Synapses:
         self.grad = grad if self.grad is None else self.grad.add_(grad)
 
     def take(self) -> Tensor | None:
-        """The gradient so far, which begins anew."""
+        """Return the gradient so far and start again from zero."""
         grad, self.grad = self.grad, None
         return grad if grad is None or self.mask is None else grad.masked_fill_(~self.mask, 0.0)
 
     def kept(self, traces: Tensor) -> Tensor:
-        """(..., N, M) as it is stored."""
+        """A tensor (..., N, M) in the form in which traces are stored: where a mask exists, its synapses alone."""
         traces = traces if self.exists is None else traces[..., self.exists[0], self.exists[1]]
         return traces if self.trace_dtype is None else traces.to(self.trace_dtype)
 

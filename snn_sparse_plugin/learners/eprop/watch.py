@@ -41,7 +41,7 @@ class Neuron:
     Args:
         parameters: names of the model's.
         returned: of a readout outputs keep their graph from the current on, instead of being tapped.
-        known: whether the way of errors from readout to hidden layers is, so that steps need no graph.
+        known: whether it is known how errors come from the readout to the hidden layers; steps then need no graph.
         block_steps: of a block of derivatives that a kernel finds.
     """
 
