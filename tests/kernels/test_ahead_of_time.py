@@ -20,6 +20,7 @@ from snn_sparse_plugin.core.surrogates import KINDS, Surrogate
 from snn_sparse_plugin.triton_kernels import (
     eprop,
     eprop_step,
+    generate,
     parts,
     products,
     scans,
@@ -129,6 +130,16 @@ def test_layers_compile(way, case, target):
     gpu, binary = TARGETS[target]
     compiled = compile_layer(way, *LAYERS[case], gpu)
     assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("case", ["leaky-events", "synaptic-zero-sum"])
+def test_layers_compile_as_they_are_run(case, way):
+    # the cases above hold two steps in registers, which compiles sooner
+    unroll = generate.unrolled(spiking_layer.neuron_of(*LAYERS[case][:2]).program, 4)
+    assert unroll == {"leaky-events": 16, "synaptic-zero-sum": 16}[case]
+    compiled = compile_layer(way, *LAYERS[case], TARGETS["sm_90"][0], unroll)
+    assert len(compiled.asm["cubin"]) > 0
 
 
 PRODUCTS = {
