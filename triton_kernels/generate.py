@@ -6,7 +6,9 @@ Triton that knows ``tl.load`` compiles it, and a reader sees the neuron. ``snn-s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from keyword import iskeyword
 from textwrap import indent
 from typing import NamedTuple
 
@@ -44,7 +46,15 @@ _TO_FIRST = {
 }
 _TO_SECOND = {"add": "{g}", "sub": "-{g}", "mul": "{g} * {a}", "div": "-divide({g} * {o}, {b})"}
 
-_TAKEN = {"tl", "triton", "T", "B", "N", "WINDOW", "KIND", "P0", "P1", "BLOCK", "everywhere", "g_s"}
+# what kernels have variables of their own for
+_TAKEN = frozenset(
+    """
+    tl triton T B N WINDOW KIND P0 P1 BLOCK TILE ONCE b first cols mask rows row stride start full t j k g h chunk
+    chunks chunk_rows checkpoint_rows groups begin steps back zero near fired least everywhere site s active bits
+    gs gm g_s gs_step gm_step n_words x_stride divide slope step adjoint forward backward
+    """.split()  # noqa: SIM905, one to a line is a page
+)
+_MADE = re.compile(r"(g|d|nu|sum|live|gs|gm)_.*|[rcgdn]\d+|_.*|.*_(ptr|stride|at\d+|\d+)")
 
 
 class Neuron(NamedTuple):
@@ -56,24 +66,26 @@ class Neuron(NamedTuple):
 
 
 class Names:
-    """The variables of a program: its own names where they are free, ``r7`` for register 7."""
+    """The variables of a program: its own names where no kernel has one like it, ``r7`` for register 7."""
 
     def __init__(self, program: Program, recurrent: bool) -> None:
-        rec = tuple(f"rec_{name}" for name in program.inputs) if len(program.inputs) > 1 else ("rec",)
-        self.states, self.inputs = _free(program.states), _free(program.inputs)
+        rec = ("rec",) if len(program.inputs) == 1 else tuple(f"rec_{name}" for name in program.inputs)
+        names = [*program.states, *program.inputs, *rec, *program.params]
+        free = [
+            f"n{k}" if n in _TAKEN or _MADE.fullmatch(n) or iskeyword(n) else n for k, n in enumerate(names)
+        ]
+        K, C = len(program.states), len(program.inputs)
+        self.states, self.inputs, rec = (
+            tuple(free[:K]),
+            tuple(free[K : K + C]),
+            tuple(free[K + C : K + 2 * C]),
+        )
         self.rec = rec if recurrent else ()
-        self.params = _free(program.params)
+        self.params = tuple(free[K + 2 * C :])
         self.constants = tuple(f"c{k}" for k in range(len(program.constants)))
         leaves = (*self.states, *self.inputs, *rec, *self.params, *self.constants)
         self.of = dict(enumerate(leaves)) | {op.out: f"r{op.out}" for op in program.ops}
         self.arguments = (*self.states, *self.inputs, *self.rec, *self.params)
-
-
-def _free(names: Iterable[str]) -> tuple[str, ...]:
-    def clashes(name: str) -> bool:
-        return name in _TAKEN or (name[0] in "rcgd" and name[1:].strip("_").isdigit())
-
-    return tuple(f"{name}_" if clashes(name) or name.endswith("_ptr") else name for name in names)
 
 
 def _without_absent(program: Program, recurrent: bool) -> list[Op]:

@@ -7,11 +7,15 @@ backward, the states of a group are made again from a checkpoint and walked back
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from textwrap import dedent, indent
 
 from ..core.backend import CHUNK
+from ..core.canonical import traced
+from ..core.dynamics import PARAM_NAMES, NeuronSpec
+from ..core.equations import Equations
 from ..core.programs import Program
-from .generate import Names, Neuron, adjoint_source, step_source
+from .generate import Names, Neuron, adjoint_source, step_source, unrolled
 
 _HEAD = '''"""{title}. Generated; a change to it is lost."""
 
@@ -21,6 +25,27 @@ import triton.language as tl
 from snn_sparse_plugin.triton_kernels.parts import {parts}
 
 '''
+
+
+def neuron_of(spec: NeuronSpec | Equations, recurrent: bool) -> Neuron:
+    """The neuron as kernels are generated for it."""
+    if isinstance(spec, Equations):
+        program = spec.program
+        return Neuron(program, spec.states.index(spec.membrane), tuple(range(len(program.params))))
+    program = traced(spec, recurrent).program
+    return Neuron(program, 0, tuple(PARAM_NAMES.index(name) for name in program.params))
+
+
+@cache
+def source_of(
+    spec: NeuronSpec | Equations, recurrent: bool, way: str, params_grad: bool = False, element_size: int = 4
+) -> str:
+    """The source of a layer's kernel: ``way`` is ``"forward"`` or ``"backward"``."""
+    neuron = neuron_of(spec, recurrent)
+    unroll = unrolled(neuron.program, element_size)
+    if way == "forward":
+        return forward_source(neuron, recurrent, unroll)
+    return backward_source(neuron, recurrent, unroll, params_grad)
 
 
 def forward_source(neuron: Neuron, recurrent: bool, unroll: int) -> str:
@@ -205,7 +230,7 @@ class _Writer:
     def _arriving(self, steps: Sequence[int]) -> list[str]:
         """The gradients of spikes and membranes of some steps, 0 where none arrives."""
         found = []
-        for short, what in (("gs", "g_spikes"), ("gm", "g_mem")):
+        for short, what in (("gs", "spikes_grad"), ("gm", "mem_grad")):
             if short == "gs" and not self.spiking:
                 continue
             loads = [
@@ -249,8 +274,8 @@ class _Writer:
             "    everywhere = False",
             *(line for name in self.states for line in self._last_gradient(name)),
             "chunk_rows = checkpoint_rows.to(tl.int64)",
-            "gs_step = g_spikes_stride.to(tl.int64)",
-            "gm_step = g_mem_stride.to(tl.int64)",
+            "gs_step = spikes_grad_stride.to(tl.int64)",
+            "gm_step = mem_grad_stride.to(tl.int64)",
         ]
         start += [f"nu_{x} = zero" for x in self.inputs]
         start += [f"sum_{name} = zero" for name in (self.params if self.params_grad else ())]
@@ -264,10 +289,10 @@ class _Writer:
             end += ["if ONCE:", *_indented(stores)]
         if self.params_grad:
             end += [
-                f"tl.store(d_params_ptr + ({row} * rows + b) * N + cols, sum_{name}, mask=mask)"
+                f"tl.store(params_grad_ptr + ({row} * rows + b) * N + cols, sum_{name}, mask=mask)"
                 for row, name in zip(self.rows, self.params, strict=True)
             ]
-        free = ["x_stride", "checkpoint_rows", "g_spikes_stride", "g_mem_stride", "least", "T", "B"]
+        free = ["x_stride", "checkpoint_rows", "spikes_grad_stride", "mem_grad_stride", "least", "T", "B"]
         states = self._pointers("{}_kept", "g_{}", "d_{}")
         return _kernel("backward", free, [*states, *arguments], [*start, *end], doc)
 
@@ -316,7 +341,7 @@ class _Writer:
             *loads,
             *self._load_inputs("start + j", "mask"),
         ]
-        for short, what in (("gs", "g_spikes"), ("gm", "g_mem")):
+        for short, what in (("gs", "spikes_grad"), ("gm", "mem_grad")):
             load = f"tl.load({what}_ptr + (start + j) * {short}_step + b * N + cols, mask=mask, other=0.0)"
             back += [f"{short} = zero", f"if {what}_ptr is not None:", f"    {short} = {load}"]
         back += [*self._fed_back(), *self._walk_back("", "gs", "gm", "mask", "row")]
@@ -395,7 +420,15 @@ _FORWARD = [
 _RECURRENT_FORWARD = [*_LAYER, *_FORWARD]
 _BACKWARD = [
     *("x_ptr", "x_stride", "checkpoint_rows", "params_ptr", "near_ptr", "least"),
-    *("g_spikes_ptr", "g_spikes_stride", "g_mem_ptr", "g_mem_stride", "nu_ptr", "d_params_ptr", *_SIZES),
+    *(
+        "spikes_grad_ptr",
+        "spikes_grad_stride",
+        "mem_grad_ptr",
+        "mem_grad_stride",
+        "nu_ptr",
+        "params_grad_ptr",
+        *_SIZES,
+    ),
     *(f"{name}: tl.constexpr" for name in ("WINDOW", "KIND", "P0", "P1", "BLOCK")),
 ]
 _ONCE = ["ONCE: tl.constexpr"]

@@ -6,7 +6,6 @@ A canonical neuron is run from the program that is traced from its step, like on
 from __future__ import annotations
 
 import math
-from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,11 +14,9 @@ import triton
 from torch import Tensor
 
 from ..core.backend import CHUNK, LayerCall, OutputGrads, enough
-from ..core.canonical import traced
-from ..core.dynamics import PARAM_NAMES, NeuronSpec
+from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
-from .generate import Neuron, unrolled
-from .scans import backward_source, forward_source
+from .scans import source_of
 from .sources import module_of
 
 MAX_RECURRENT = 16384  # neurons of a recurrent layer: one program holds them all in registers
@@ -48,27 +45,6 @@ class Backward(NamedTuple):
     v0: Tensor
     i0: Tensor | None
     params: Tensor | None
-
-
-def neuron_of(spec: NeuronSpec | Equations, recurrent: bool) -> Neuron:
-    """The neuron as kernels are generated for it."""
-    if isinstance(spec, Equations):
-        program = spec.program
-        return Neuron(program, spec.states.index(spec.membrane), tuple(range(len(program.params))))
-    program = traced(spec, recurrent).program
-    return Neuron(program, 0, tuple(PARAM_NAMES.index(name) for name in program.params))
-
-
-@cache
-def source_of(
-    spec: NeuronSpec | Equations, recurrent: bool, way: str, params_grad: bool = False, element_size: int = 4
-) -> str:
-    """The source of a layer's kernel: ``way`` is ``"forward"`` or ``"backward"``."""
-    neuron = neuron_of(spec, recurrent)
-    unroll = unrolled(neuron.program, element_size)
-    if way == "forward":
-        return forward_source(neuron, recurrent, unroll)
-    return backward_source(neuron, recurrent, unroll, params_grad)
 
 
 def _module(call: LayerCall, way: str, params_grad: bool = False) -> ModuleType:
@@ -186,8 +162,9 @@ def backward(
     grads: OutputGrads,
     *,
     params: bool,
+    in_place: bool,
 ) -> Backward:
-    """Run the adjoint of :func:`forward`.
+    """Run the adjoint of :func:`forward`. ``in_place``: nu takes the memory of the current.
 
     ``words`` are the layer's own spikes where it is recurrent. ``window`` is None for the exact surrogate; with
     ``near``, the count of the forward, it holds where that reaches ``call.min_active``.
@@ -196,7 +173,8 @@ def backward(
     synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
     recurrent, once = call.rec_weight is not None, call.once and call.rec_weight is None
     out = Backward(
-        like.new_empty(1 if once else T, B, call.currents),
+        # a thread reads its currents of a group of steps before it writes their gradients
+        current if in_place else like.new_empty(1 if once else T, B, call.currents),
         torch.empty_like(like),
         torch.empty_like(like) if synapse else None,
         like.new_zeros(len(call.params), B, N) if params else None,

@@ -46,6 +46,14 @@ class TritonBackend(Backend):
             from triton import __version__
         except ImportError as error:
             return False, f"triton is not installed ({error}): pip install snn-sparse-plugin[triton]"
+        from ..triton_kernels import OLDEST
+
+        if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            return (
+                False,
+                f"triton {__version__} does not compile every kernel: {oldest} (torch 2.8) and newer do",
+            )
         if _interpreting():
             return True, f"triton {__version__} (interpreter)"
         if not torch.cuda.is_available():
@@ -131,6 +139,7 @@ class TritonBackend(Backend):
             saved.near if call.min_active > 0 else None,
             grads,
             params=needs.params,
+            in_place=call.weight is not None,  # the current was made here
         )
         nu = out.nu
 

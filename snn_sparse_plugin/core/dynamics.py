@@ -1,7 +1,7 @@
 """The canonical neuron family: which equations a layer runs, without any tensor.
 
 One step, from state (v, i) and input x (upstream's order of float operations is kept, see ``step`` in
-``ops/spiking_layer/reference.py``)::
+``core/canonical.py``)::
 
     decay   i' = syn * i + x          u = mem * v + i'               (no synapse: i' = x)
     euler   j  = i + x                u = v + mem * ((leak - v) + j),   i' = j - syn * j

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import sys
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import outside_tested
+from ..adapters import loaded_adapters, outside_tested
 from ..backends import Backend
 from ..core import registry
 from ..core.contracts import named
 from ..core.dynamics import NeuronParams, NeuronSpec
-from ..core.errors import SparsePluginError, UnsupportedError
+from ..core.errors import InputError, SparsePluginError, UnsupportedError
 from ..core.surrogates import Surrogate
 from ..core.version import VERSION, installed
 from ..ops.spiking_layer import spiking_layer
@@ -54,6 +55,37 @@ def diagnose() -> dict[str, Any]:
         "backends": backends,
         "ok": all(b["state"] in ("ok", "unavailable", "idle") for b in backends),
     }
+
+
+def kernel_source(neuron: str) -> str:
+    """The Triton kernels that run a neuron class on a GPU, as they are generated for its default options.
+
+    Args:
+        neuron: a class of an installed library, ``"Leaky"`` or ``"snntorch.Leaky"``.
+
+    Raises:
+        InputError: no such class, or one that is not fused.
+
+    Example:
+        >>> "def step(v, x, mem, threshold):" in kernel_source("snntorch.Leaky")
+        True
+    """
+    from ..triton_kernels.scans import source_of
+
+    known = {}
+    for adapter in loaded_adapters():
+        for name, example in adapter.examples().items():
+            known[f"{adapter.name}.{name}"] = adapter, example
+    found = [pair for name, pair in known.items() if neuron in (name, name.partition(".")[2])]
+    if not found:
+        close = difflib.get_close_matches(neuron, [*known, *(name.partition(".")[2] for name in known)], 3)
+        meant = f"; did you mean {' or '.join(close)}?" if close else "."
+        raise InputError(f"no neuron class {neuron!r} in the installed libraries{meant}")
+    adapter, example = found[0]
+    described = adapter.neuron(example.build())
+    if isinstance(described, str):
+        raise InputError(f"{neuron} has no kernel: {described}.")
+    return "\n\n".join(source_of(described.spec, described.recurrent, way) for way in ("forward", "backward"))
 
 
 def _optional(name: str, use: str) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from snn_sparse_plugin.triton_kernels import (
     parts,
     products,
     scans,
-    spiking_layer,
     surrogates,
     ttfs,
     ttfs_events,
@@ -57,7 +56,7 @@ OPTIONS = {
 WIDE = {"BLOCK": 512, "TILE": 8}
 EXACT = {"WINDOW": None}
 NO_GUARD = {"near_ptr": None}
-EVENTS_OUT = {"spikes_ptr": None, "mem_ptr": None, "g_mem_ptr": None}
+EVENTS_OUT = {"spikes_ptr": None, "mem_ptr": None, "mem_grad_ptr": None}
 DENSE_OUT = {"words_ptr": None}
 LAST = {"g_v_ptr": None, "g_i_ptr": None}
 NOTHING_KEPT = {"v_kept_ptr": None}
@@ -96,7 +95,7 @@ LAYERS = {
 
 
 def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2):
-    described = spiking_layer.neuron_of(neuron, recurrent)
+    described = scans.neuron_of(neuron, recurrent)
     if way == "forward":
         source = scans.forward_source(described, recurrent, unroll)
     else:
@@ -136,7 +135,7 @@ def test_layers_compile(way, case, target):
 @pytest.mark.parametrize("case", ["leaky-events", "synaptic-zero-sum"])
 def test_layers_compile_as_they_are_run(case, way):
     # the cases above hold two steps in registers, which compiles sooner
-    unroll = generate.unrolled(spiking_layer.neuron_of(*LAYERS[case][:2]).program, 4)
+    unroll = generate.unrolled(scans.neuron_of(*LAYERS[case][:2]).program, 4)
     assert unroll == {"leaky-events": 16, "synaptic-zero-sum": 16}[case]
     compiled = compile_layer(way, *LAYERS[case], TARGETS["sm_90"][0], unroll)
     assert len(compiled.asm["cubin"]) > 0
@@ -254,7 +253,7 @@ def test_no_multiply_add_is_contracted(case):
 @pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_a_new_length_does_not_recompile(way, recurrent):
-    kernel = getattr(module_of(spiking_layer.source_of(NeuronSpec(), recurrent, way), way), way)
+    kernel = getattr(module_of(scans.source_of(NeuronSpec(), recurrent, way), way), way)
     free = {p.name for p in kernel.params if p.do_not_specialize}
     assert {"T", "B", "x_stride"} <= free
 

@@ -13,6 +13,7 @@ from eprop_scan_cases import ScanTests
 from eprop_step_cases import StepTests
 from equation_cases import EquationTests
 from layer_cases import RECURRENT, LayerTests, compare
+from product_cases import ProductTests
 from ttfs_cases import TtfsTests
 from ttfs_event_cases import TtfsEventTests
 
@@ -36,10 +37,13 @@ class TestGpu(LayerTests):
         compare(spec, tensors, backprop_threshold=0.3, min_active=0)
 
     def test_a_new_length_does_not_recompile(self):
-        from snn_sparse_plugin.triton_kernels.forward import spiking_layer_forward
+        from snn_sparse_plugin.triton_kernels.scans import source_of
+        from snn_sparse_plugin.triton_kernels.sources import module_of
+
+        kernel = module_of(source_of(NeuronSpec(), False, "forward"), "forward").forward
 
         def variants():
-            return sum(len(entry[0]) for entry in spiking_layer_forward.device_caches.values())
+            return sum(len(entry[0]) for entry in kernel.device_caches.values())
 
         compare(NeuronSpec(), self.inputs(NeuronSpec(), 16, 4, 30, 50), backprop_threshold=None)
         before = variants()
@@ -89,3 +93,8 @@ class TestGpuEPropScan(ScanTests):
             learner.run(x, lambda y, _: y.square().sum())
         for p, grad in zip(net.parameters(), expected, strict=True):
             assert (p.grad - grad).norm() < 1e-12 * grad.norm()
+
+
+@pytest.mark.gpu
+class TestGpuProducts(ProductTests):
+    device = "cuda"

@@ -12,6 +12,7 @@ from eprop_scan_cases import ScanTests
 from eprop_step_cases import StepTests
 from equation_cases import EquationTests
 from layer_cases import LayerTests
+from product_cases import ProductTests
 from ttfs_cases import TtfsTests
 from ttfs_event_cases import TtfsEventTests
 
@@ -44,4 +45,9 @@ class TestEPropScan(ScanTests):
 
 @pytest.mark.triton_interpreter
 class TestEPropStep(StepTests):
+    device = "cpu"
+
+
+@pytest.mark.triton_interpreter
+class TestProducts(ProductTests):
     device = "cpu"

@@ -1,7 +1,7 @@
 """The equations on one row of N neurons: synaptic input, one step of the neuron, the surrogate's derivative.
 
 Rows are short and stay in cache, so each line is its own loop: the compiler vectorises all of them. The neuron
-keeps upstream's order of float operations (see ``ops/spiking_layer/reference.py``); only dot products may reorder.
+keeps upstream's order of float operations (see ``core/canonical.py``); only dot products may reorder.
 """
 
 from __future__ import annotations

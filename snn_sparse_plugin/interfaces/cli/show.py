@@ -22,11 +22,20 @@ _COLOURS = {
 }
 
 
-def doctor(context: typer.Context, as_json: JsonFlag = False) -> None:
+KernelOf = Annotated[
+    str | None, typer.Option("--kernel", metavar="NEURON", help="Print a neuron's GPU kernels instead.")
+]
+
+
+def doctor(context: typer.Context, as_json: JsonFlag = False, kernel: KernelOf = None) -> None:
     """Show versions, devices and backends, and check each backend against the reference."""
     with readable_errors(context):
-        from ..doctor import diagnose
+        from ..doctor import diagnose, kernel_source
 
+        if kernel is not None:
+            _import_libraries()
+            typer.echo(kernel_source(kernel))
+            return
         console, emit = consoles(as_json)
         with console.status("running every backend against the reference"):
             found = diagnose()
@@ -36,6 +45,18 @@ def doctor(context: typer.Context, as_json: JsonFlag = False) -> None:
             _show_diagnosis(console, found)
     if not found["ok"]:
         raise typer.Exit(1)
+
+
+def _import_libraries() -> None:
+    """Adapters know the neurons of a library once it is imported."""
+    from importlib import import_module
+
+    from ...core import registry
+
+    for adapter in registry.load_all("adapters").values():
+        if adapter.available()[0]:
+            with suppress(ImportError):  # installed, but broken: it has no neurons
+                import_module(adapter.package)
 
 
 def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
@@ -131,15 +152,9 @@ def supported(
 ) -> None:
     """Show every neuron class of the installed libraries: fused or not, with which options, and why."""
     with readable_errors(context):
-        from importlib import import_module
-
-        from ...core import registry
         from .. import supported
 
-        for adapter in registry.load_all("adapters").values():
-            if adapter.available()[0]:
-                with suppress(ImportError):  # installed, but broken: it has no rows
-                    import_module(adapter.package)
+        _import_libraries()
         table = supported.rows()
         console, emit = consoles(as_json)
         if as_json:
