@@ -46,7 +46,7 @@ test-triton: $(VENV)/.test $(TRITON_VERSIONS:%=$(VENV)/triton-%/.installed)  ## 
 	done
 
 test-triton-all:  ## the same for every minor version and every target
-	$(MAKE) test-triton TRITON_VERSIONS="3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0" TRITON_CASES=test
+	$(MAKE) test-triton TRITON_VERSIONS="3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0" TRITON_CASES=test ARGS="-m 'slow or not slow'"
 
 test-upstream: $(VENV)/.upstream  ## run Norse's own test suite, without and with sparse mode (ARGS=auto for another mode)
 	$(BIN)/python tests/upstream/run_norse_suite.py $(ARGS)

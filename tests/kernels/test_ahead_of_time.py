@@ -122,8 +122,17 @@ def compile_kernel(kernel, fixed, element, gpu, options):
     return triton.compile(ASTSource(kernel, signature, fixed), target=gpu, options=options)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", LAYERS)
+EVERYWHERE = ("leaky-events", "leaky-recurrent", "adaptive-double", "readout")
+
+
+def of_every_target():
+    for case in LAYERS:
+        for target in TARGETS:
+            quick = target == "sm_90" or case in EVERYWHERE
+            yield pytest.param(case, target, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "target"), of_every_target())
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_layers_compile(way, case, target):
     gpu, binary = TARGETS[target]
