@@ -200,7 +200,7 @@ class LayerTests:
             assert 0.02 < float(expected["spikes"].mean()) < 0.9
             assert 0 < expected["active_fraction"] < 1
 
-    @pytest.mark.parametrize("T", [0, 1, 33, 40])
+    @pytest.mark.parametrize("T", [0, 1, 33, pytest.param(40, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(("B", "N"), [(1, 1), (3, 63), (1, 65), (1, 130), (0, 5)])
     def test_shapes_from_events(self, T, B, N):
         spec = NeuronSpec(synapse=True)
@@ -214,7 +214,7 @@ class LayerTests:
         compare(spec, tensors, surrogate=SURROGATES[kind], backprop_threshold=threshold, min_active=0)
 
     @pytest.mark.parametrize("events", [False, True], ids=["dense", "events"])
-    @pytest.mark.parametrize("N", [1, 33])
+    @pytest.mark.parametrize("N", [pytest.param(1, marks=pytest.mark.slow), 33])
     @pytest.mark.parametrize("name", RECURRENT)
     def test_recurrent(self, name, N, events):
         spec = RECURRENT[name]
