@@ -94,3 +94,21 @@ def test_the_gradient_of_a_train_of_words_is_dense(form):
 def test_words_that_do_not_fit(words, shape):
     with pytest.raises(InputError, match="int32 of shape"):
         SpikeTrain.from_words(words, shape)
+
+
+def test_a_number_that_somebody_may_write_unseen_is_read_again(monkeypatch):
+    from snn_sparse_plugin.core import host
+    from snn_sparse_plugin.fusion.aliases import note_alias
+
+    monkeypatch.setattr(host, "HOSTS", frozenset())  # the CPU stands for a device
+    x = torch.tensor(2.0)
+    reads = []
+    read = lambda t: reads.append(1) or float(t)  # noqa: E731
+    assert [host.known(x, read) for _ in range(3)] == [2.0] * 3
+    assert len(reads) == 1
+    x.fill_(3)
+    assert host.known(x, read) == 3
+    alias = x.data
+    note_alias(x, alias)
+    alias.fill_(4)  # the version of x does not tell
+    assert host.known(x, read) == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from textwrap import dedent, indent
+from textwrap import indent
 
 from ..core.backend import CHUNK
 from .writer import FED_BACK, SIZES, Writer, kernel
@@ -14,14 +14,10 @@ class ForwardWriter(Writer):
 
     def _write(self, row: str) -> str:
         if self.spiking:
-            given = f"site, s, {self.membrane}, near, fired, {row}, first, cols, mask, N, n_words"
-            return f"near, fired = write_step({given}, words_ptr, spikes_ptr, mem_ptr, WINDOW, BLOCK)"
-        return _block(
-            f"""
-            if mem_ptr is not None:
-                tl.store(mem_ptr + ({row}) * N + cols, {self.membrane}, mask=mask)
-            """
-        )
+            given = f"site, s, {self.membrane}, near, {row}, first, cols, mask, N, n_words"
+            return f"near = write_step({given}, words_ptr, spikes_ptr, mem_ptr, WINDOW, BLOCK)"
+        store = f"tl.store(mem_ptr + ({row}) * N + cols, {self.membrane}, mask=mask)"
+        return f"if mem_ptr is not None:\n    {store}"
 
     def _checkpoint(self, t: str) -> str:
         store = self._store_states("{}_kept", f"{t} // {CHUNK} * chunk_rows + b")
@@ -33,16 +29,14 @@ class ForwardWriter(Writer):
         end = [self._store_states("{}_last", "b")]
         if self.spiking:
             end.append(
-                "if counts_ptr is not None:\n"
-                "    tl.atomic_add(counts_ptr, tl.sum(near.to(tl.int64), axis=0))\n"
-                "    tl.atomic_add(counts_ptr + 1, tl.sum(fired.to(tl.int64), axis=0))"
+                "if near_ptr is not None:\n    tl.atomic_add(near_ptr, tl.sum(near.to(tl.int64), axis=0))"
             )
         start = [
             self._places(),
             self._load_states("{}_start", "b"),
             "chunk_rows = checkpoint_rows.to(tl.int64)",
         ]
-        start += ["near = tl.zeros([BLOCK], dtype=tl.int32)", "fired = near"] if self.spiking else []
+        start += ["near = tl.zeros([BLOCK], dtype=tl.int32)"] if self.spiking else []
         states = self._pointers("{}_start", "{}_last", "{}_kept")
         free = ["x_stride", "checkpoint_rows", "T", "B"]
         return kernel("forward", free, [*states, *arguments], [*start, *body, *end], doc)
@@ -77,21 +71,8 @@ class ForwardWriter(Writer):
         return self._forward_kernel(_RECURRENT_FORWARD, [loop], "Grid (B, 1).")
 
 
-def _block(text: str, depth: int = 0) -> str:
-    return indent(dedent(text).strip("\n"), "    " * depth)
-
-
 _FORWARD = [
-    *(
-        "x_ptr",
-        "x_stride",
-        "checkpoint_rows",
-        "params_ptr",
-        "words_ptr",
-        "spikes_ptr",
-        "mem_ptr",
-        "counts_ptr",
-    ),
+    *("x_ptr", "x_stride", "checkpoint_rows", "params_ptr", "words_ptr", "spikes_ptr", "mem_ptr", "near_ptr"),
     *(*SIZES, "n_words", "WINDOW: tl.constexpr", "BLOCK: tl.constexpr"),
 ]
 _RECURRENT_FORWARD = [*FED_BACK, *_FORWARD]

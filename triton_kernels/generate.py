@@ -50,7 +50,7 @@ _TO_SECOND = {"add": "{g}", "sub": "-{g}", "mul": "{g} * {a}", "div": "-divide({
 _TAKEN = frozenset(
     """
     tl triton T B N WINDOW KIND P0 P1 BLOCK TILE ONCE b first cols mask rows row stride start full t j k g h chunk
-    chunks chunk_rows checkpoint_rows groups begin steps back zero near fired least everywhere site s active bits
+    chunks chunk_rows checkpoint_rows groups begin steps back zero near least everywhere site s active bits
     gs gm g_s gs_step gm_step n_words x_stride divide slope step adjoint forward backward
     """.split()  # noqa: SIM905, one to a line is a page
 )

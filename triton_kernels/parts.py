@@ -41,13 +41,19 @@ def lowest_bit(word):
 
 
 @triton.jit
-def gather_rows(acc, words_ptr, n_words, table_ptr, stride, cols, mask):
-    """``acc`` plus one row of the table, ``stride`` long, for every bit set in the words: cost follows the spikes."""
-    for k in range(n_words):
+def gather_rows(acc, words_ptr, first, last, values_ptr, step, table_ptr, stride, cols, mask):
+    """``acc`` plus one row of the table, ``stride`` long, for every bit set in words ``first`` to ``last``.
+
+    A row counts as often as the value of its bit says, ``step`` apart from the next one's; all are 1 where it is None.
+    """
+    for k in range(first, last):
         word = tl.load(words_ptr + k)
         while word != 0:
-            row = (k * 32 + lowest_bit(word)).to(tl.int64)
-            acc += tl.load(table_ptr + row * stride + cols, mask=mask, other=0.0)
+            bit = (k * 32 + lowest_bit(word)).to(tl.int64)
+            row = tl.load(table_ptr + bit * stride + cols, mask=mask, other=0.0)
+            if values_ptr is not None:
+                row = row * tl.load(values_ptr + bit * step)
+            acc += row
             word = word ^ (word & -word)
     return acc
 
@@ -58,7 +64,6 @@ def write_step(
     s,
     membrane,
     near,
-    fired,
     row,
     first,
     cols,
@@ -71,18 +76,16 @@ def write_step(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write what a step of a spiking neuron gave; -> how often each came near the threshold, and fired, so far."""
+    """Write what a step of a spiking neuron gave; -> how often each came near the threshold so far."""
     if WINDOW is not None:
         near += ((tl.abs(site) < WINDOW) & mask).to(tl.int32)
     if words_ptr is not None:
-        fires = (s > 0) & mask
-        store_bits(words_ptr + row * n_words, fires, first, n_words, BLOCK)
-        fired += fires.to(tl.int32)
+        store_bits(words_ptr + row * n_words, (s > 0) & mask, first, n_words, BLOCK)
     if spikes_ptr is not None:
         tl.store(spikes_ptr + row * N + cols, s, mask=mask)
     if mem_ptr is not None:
         tl.store(mem_ptr + row * N + cols, membrane, mask=mask)
-    return near, fired
+    return near
 
 
 @triton.jit
@@ -96,7 +99,8 @@ def recurrent_current(
         rec = tl.zeros_like(like)
         if rec_bias_ptr is not None:
             rec = tl.load(rec_bias_ptr + cols, mask=mask, other=0.0)
-        rec = gather_rows(rec, words_ptr + (row - B) * n_words, n_words, rec_weight_ptr, width, cols, mask)
+        words_ptr += (row - B) * n_words
+        rec = gather_rows(rec, words_ptr, 0, n_words, None, 0, rec_weight_ptr, width, cols, mask)
     return rec
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .parts import lowest_bit
+from .parts import gather_rows
 
 _SPLITS = (
     16  # parts that the long sums of a weight's gradient are made of, so that every multiprocessor has some
@@ -41,15 +41,11 @@ def sum_rows(
     if bias_ptr is not None:
         acc = tl.load(bias_ptr + cols, mask=mask, other=0.0)
     first = split * share
-    for k in range(first, tl.minimum(first + share, n_words)):
-        word = tl.load(words_ptr + r * n_words + k)
-        while word != 0:
-            bit = (k * 32 + lowest_bit(word)).to(tl.int64)
-            row = tl.load(table_ptr + bit * N + cols, mask=mask, other=0.0)
-            if values_ptr is not None:
-                row = row * tl.load(values_ptr + r * row_step + bit * bit_step)
-            acc += row
-            word = word ^ (word & -word)
+    last = tl.minimum(first + share, n_words)
+    words_ptr += r * n_words
+    if values_ptr is not None:
+        values_ptr += r * row_step
+    acc = gather_rows(acc, words_ptr, first, last, values_ptr, bit_step, table_ptr, N, cols, mask)
     tl.store(out_ptr + (split.to(tl.int64) * tl.num_programs(0) + r) * N + cols, acc, mask=mask)
 
 

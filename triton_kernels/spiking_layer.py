@@ -32,9 +32,7 @@ class Forward(NamedTuple):
     i: Tensor | None  # (B, N)
     v_checkpoints: Tensor | None  # (ceil(T / CHUNK), *v0.shape)
     i_checkpoints: Tensor | None
-    counts: (
-        Tensor | None
-    )  # (2,) int64: neuron-steps near the threshold, and spikes where ``words`` are written
+    near: Tensor | None  # 0-dim int64: neuron-steps within ``window`` of the threshold
 
 
 class Backward(NamedTuple):
@@ -114,7 +112,6 @@ def forward(
     T, B, N, like = call.T, call.B, call.N, call.v0.detach()
     synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
     kept = (triton.cdiv(T, CHUNK), *like.shape)
-    counts = call.spec.spiking and (window is not None or words)
     out = Forward(
         torch.empty(T, B, triton.cdiv(N, 32), dtype=torch.int32, device=like.device) if words else None,
         like.new_empty(T, B, N) if spikes else None,
@@ -123,7 +120,7 @@ def forward(
         torch.empty_like(like) if synapse else None,
         like.new_empty(kept) if checkpoints else None,
         like.new_empty(kept) if checkpoints and synapse else None,
-        torch.zeros(2, dtype=torch.int64, device=like.device) if counts else None,
+        None if window is None else torch.zeros((), dtype=torch.int64, device=like.device),
     )
     if B * N == 0:
         return out
@@ -141,7 +138,7 @@ def forward(
             out.words,
             out.spikes,
             out.mem,
-            out.counts,
+            out.near,
             T,
             B,
             N,

@@ -21,7 +21,7 @@ class Writer:
         self.states, self.inputs, self.params = self.names.states, self.names.inputs, self.names.params
         self.membrane = self.states[neuron.membrane]
         self.spiking = program.spikes is not None
-        self.K, self.C = len(self.states), len(self.inputs)
+        self.C = len(self.inputs)
 
     def _places(self) -> str:
         lines = [

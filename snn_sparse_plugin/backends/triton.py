@@ -89,21 +89,23 @@ class TritonBackend(Backend):
         _check_width(call, kernels.MAX_RECURRENT)
         spiking, size = call.spec.spiking, call.T * call.B * call.N
         threshold = call.threshold if spiking and call.needs_grad else None
+        driven = _driven(call, None)
         out = kernels.forward(
             call,
-            _driven(call).current,
+            driven.current,
             words=spiking and (call.want_events or call.rec_weight is not None),
             spikes=spiking and call.want_spikes,
             mem=call.want_mem,
             checkpoints=call.needs_grad,
             window=threshold,
         )
-        near = None if threshold is None or out.counts is None else out.counts[0]
+        near = out.near
         fraction = 1.0 if near is None else near.double() / max(1, size)
         saved = None
         if call.needs_grad:
             kept = out.v_checkpoints, out.i_checkpoints
-            saved = Saved(threshold, v_checkpoints=kept[0], i_checkpoints=kept[1], near=near)
+            rows = driven.words is not None
+            saved = Saved(threshold, v_checkpoints=kept[0], i_checkpoints=kept[1], near=near, adds_rows=rows)
         return LayerResult(out.spikes, None, out.mem, out.v, out.i, saved, fraction, out.words)
 
     def spiking_layer_backward(
@@ -123,7 +125,7 @@ class TritonBackend(Backend):
         if not call.spec.spiking and grads.spikes is not None:  # a readout's output is its membrane
             both = grads.spikes if grads.mem is None else grads.spikes + grads.mem
             grads = grads._replace(spikes=None, mem=both)
-        driven = _driven(call)
+        driven = _driven(call, saved.adds_rows)
         words = None
         if call.rec_weight is not None and call.spec.spiking:
             words = saved.words if events is None else pack_events(*events, (T, call.B, N))
@@ -208,7 +210,8 @@ class _Driven(NamedTuple):
         return nu.flatten(0, 1).t() @ self.values.flatten(0, 1)
 
 
-def _driven(call: LayerCall) -> _Driven:
+def _driven(call: LayerCall, rows: bool | None) -> _Driven:
+    """``rows``: how the forward multiplied a dense input; None: this is the forward."""
     from ..triton_kernels import products
     from ..triton_kernels.choice import adds_rows
 
@@ -223,7 +226,7 @@ def _driven(call: LayerCall) -> _Driven:
             return _Driven(products.current(words, values, weight, bias), words, values)
         assert call.dense is not None
         x = call.dense.detach()
-        if not adds_rows(call.name, x, weight):
+        if not (adds_rows(call.name, x, weight) if rows is None else rows):
             return _Driven(F.linear(x, weight, bias), None, x)
         words = products.packed(x)
         return _Driven(products.current(words, x, weight, bias), words, x)

@@ -137,6 +137,9 @@ class Saved(NamedTuple):
     mem: Tensor | None = None  # (T, B, N), kept where input events outnumber it: no replay then
     near: Tensor | None = None  # 0-dim int64 on the device: how many neuron-steps lie inside the window
     words: Tensor | None = None  # LayerResult.words again, for a backward that is called with no events
+    adds_rows: bool | None = (
+        None  # how a dense input was multiplied: a replay sums in the same order, to the bit
+    )
 
 
 def enough(call: LayerCall) -> float:

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .csr import MAX_EVENTS, coordinates
 from .errors import InputError
-
-MAX_EVENTS = 2**31 - 1
 
 
 def pack(spikes: Tensor) -> Tensor:
@@ -45,12 +44,11 @@ def pack_events(indptr: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor
     """Bits (T, B, ceil(N / 32)) of CSR events over rows b * T + t."""
     T, B, N = shape
     words = -(-N // 32)
-    rows = torch.arange(T * B, device=indptr.device)
-    rows = torch.repeat_interleave(rows, indptr.diff().long(), output_size=indices.numel())
+    rows, columns = coordinates(indptr, indices)
     row = (rows % max(1, T)) * B + rows // max(1, T)
     out = torch.zeros(T * B * words, dtype=torch.int32, device=indices.device)
     bit = torch.ones_like(indices) << (indices % 32)
-    return out.index_add_(0, row * words + indices.long() // 32, bit).view(T, B, words)
+    return out.index_add_(0, row * words + columns // 32, bit).view(T, B, words)
 
 
 def unpack_events(words: Tensor, features: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bits import MAX_EVENTS
 from .errors import InputError
+
+MAX_EVENTS = 2**31 - 1
 
 
 class Active(NamedTuple):

@@ -16,6 +16,9 @@ _known: MutableMapping[Tensor, dict[Any, tuple[int, Any]]] = WeakIdKeyDictionary
 
 HOSTS = frozenset({"cpu"})
 
+ALIASES = "_snn_sparse_aliases"
+"""Attribute of storages that others write to without a trace in a tensor's version, as through ``.data``."""
+
 
 def is_device(device: torch.device) -> bool:
     """Whether it works on its own, so that to read a number of it is to wait, and what a CUDA graph cannot capture."""
@@ -30,9 +33,10 @@ def waits(x: Tensor) -> bool:
 def known(x: Tensor, read: Callable[[Tensor], V]) -> V:
     """``read(x)`` of a parameter or buffer that hardly ever changes.
 
-    Of a device it is read once, and again where the tensor was written to in place since, as its version tells.
+    Of a device it is read once, and again where the tensor was written to in place since, as its version tells. Behind
+    a ``.data`` that somebody took it is read at each call.
     """
-    if not waits(x):
+    if not waits(x) or ALIASES in x.untyped_storage().__dict__:
         return read(x)
     version = 0 if x.is_inference() else x._version
     found = _known.setdefault(x, {})

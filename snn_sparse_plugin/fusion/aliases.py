@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import FusionError
-from ..core.host import waits
+from ..core.host import ALIASES, waits
 from .arguments import Entry
 from .description import version
 
-_ALIASES = "_snn_sparse_aliases"
 PINNED = "_snn_sparse_pinned"
 """Attribute of storages that torch resizes no more because a thread of ours reads them (``backends/cpu/memory.py``)."""
 
@@ -21,8 +20,8 @@ PINNED = "_snn_sparse_pinned"
 def note_alias(x: Tensor, alias: Any = None) -> None:
     """``alias``, with a version of its own, is on the memory of ``x`` from now on; None: something outside torch is."""
     storage = x.untyped_storage()
-    known = [other for other in getattr(storage, _ALIASES, ()) if other() is not None]
-    setattr(storage, _ALIASES, [*known, (lambda: True) if alias is None else ref(alias)])
+    known = [other for other in getattr(storage, ALIASES, ()) if other() is not None]
+    setattr(storage, ALIASES, [*known, (lambda: True) if alias is None else ref(alias)])
 
 
 def _unseen(storage: Any) -> bool:
@@ -30,7 +29,7 @@ def _unseen(storage: Any) -> bool:
     held = storage.__dict__
     if not storage.resizable() and PINNED not in held:  # numpy's, C's, another process's
         return True
-    return _ALIASES in held and any(alias() is not None for alias in held[_ALIASES])
+    return ALIASES in held and any(alias() is not None for alias in held[ALIASES])
 
 
 def _uses(storage: Any) -> int:

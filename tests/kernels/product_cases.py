@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from snn_sparse_plugin.core.dynamics import NeuronParams
 from snn_sparse_plugin.core.equations import Equations
 from snn_sparse_plugin.ops import spiking_layer
 
@@ -73,6 +74,28 @@ class ProductTests:
         assert ways(0.05, "sparse")[1:] == [True, True]
         assert ways(0.9, "dense") == [False, False, False]
         assert ways(0.01, "dense")[-1]  # turned sparse: it is looked at again at calls 4, 8 and so on
+
+    @pytest.mark.parametrize("forward", [False, True], ids=["library", "rows"])
+    def test_backward_replays_the_sums_of_the_forward(self, forward, monkeypatch):
+        # sums in another order differ in the last bit, and a replay would spike where the forward did not
+        from snn_sparse_plugin.triton_kernels import choice, products
+
+        asked, added = [], []
+
+        def adds_rows(*_):
+            asked.append(
+                forward if not asked else not forward
+            )  # a count that arrives in between changes the choice
+            return asked[-1]
+
+        current = products.current
+        monkeypatch.setattr(choice, "adds_rows", adds_rows)
+        monkeypatch.setattr(products, "current", lambda *args: added.append(1) or current(*args))
+        weight = torch.randn(6, 5, device=self.device, requires_grad=True)
+        x = self.spikes(6, 2, 5)
+        spiking_layer(x, weight, params=NeuronParams(mem=0.9), backend="triton").spikes.sum().backward()
+        assert asked == [forward]
+        assert len(added) == 2 * forward
 
     def test_a_neuron_whose_names_a_kernel_needs_itself(self):
         spec = Equations("tl = T * tl + x - r7\ns = spike(tl - N)", ("tl",), membrane="tl")

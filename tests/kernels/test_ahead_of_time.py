@@ -108,7 +108,7 @@ def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2):
     )
 
 
-INTEGERS = {"words_ptr": "*i32", "bits_ptr": "*i32", "counts_ptr": "*i64", "near_ptr": "*i64"}
+INTEGERS = {"words_ptr": "*i32", "bits_ptr": "*i32", "near_ptr": "*i64"}
 
 
 def compile_kernel(kernel, fixed, element, gpu, options):

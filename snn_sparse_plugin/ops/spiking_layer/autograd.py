@@ -49,6 +49,7 @@ class _SpikingLayer(torch.autograd.Function):
         box.append(result._replace(spikes=None, mem=None, saved=saved))
         train = call.train
         ctx.backend, ctx.threshold, ctx.train_like = backend, saved.threshold, None
+        ctx.adds_rows = saved.adds_rows
         ctx.ran = tally.current()
         if train is not None:
             ctx.train_like = (train.shape, train.dtype)
@@ -92,7 +93,13 @@ class _SpikingLayer(torch.autograd.Function):
                     first, indices, shape, values, dtype=dtype, active=active, check=False
                 )
         active = None if act_ptr is None else Active(act_ptr, act_idx)
-        saved = Saved(ctx.threshold, active, u, v_checkpoints, i_checkpoints, mem=mem, near=near, words=words)
+        saved = Saved(
+            *(ctx.threshold, active, u, v_checkpoints, i_checkpoints),
+            mem=mem,
+            near=near,
+            words=words,
+            adds_rows=ctx.adds_rows,
+        )
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable(ctx, call, saved, {"carrier": carrier, **leaves}, grads)
         carrier_grad, g_spikes, g_mem, g_v, g_i = grads

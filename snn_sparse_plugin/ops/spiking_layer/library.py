@@ -123,7 +123,8 @@ def _forward(
 ) -> list[Tensor]:
     """spikes, mem (T, B, N), v, i (B, N), checkpoints of v and i, and for the backward: window, near, backend.
 
-    ``window`` is on the CPU: the window (-1: exact), min_active, and 1 where ``near``, on the device, is to reach it.
+    ``window`` is on the CPU: the window (-1: exact), min_active, 1 where ``near``, on the device, is to reach
+    it, and 1 where a dense input was multiplied by adding rows.
     """
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend)
@@ -144,6 +145,7 @@ def _forward(
                 EXACT if saved.threshold is None else saved.threshold,
                 call.min_active,
                 saved.near is not None,
+                bool(saved.adds_rows),
             ],
             dtype=torch.float64,
         ),
@@ -164,7 +166,7 @@ def _(x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, *_):  # type: ignore[
         v0.new_empty(i_shape),
         v0.new_empty(chunks, B, N),
         v0.new_empty(i_chunks),
-        torch.empty(3, dtype=torch.float64),
+        torch.empty(4, dtype=torch.float64),
         v0.new_empty((), dtype=torch.int64),
         torch.empty(NAME_BYTES, dtype=torch.uint8),
     ]
@@ -200,12 +202,13 @@ def _backward(
     inputs = (x, weight, bias, rec_weight, rec_bias, rec0, v0, i0, params)
     decided = bytes(name.tolist()).rstrip(b"\0").decode()
     call, chosen = _prepare(inputs, spec, surrogate, numbers, backend, decided)
-    used, call.min_active, undecided = window.tolist()
+    used, call.min_active, undecided, adds_rows = window.tolist()
     saved = Saved(
         None if used == EXACT else used,
         v_checkpoints=v_checkpoints,
         i_checkpoints=i_checkpoints if i0 is not None else None,
         near=near if undecided else None,
+        adds_rows=bool(adds_rows),
     )
     events = None
     if spikes is not None and chosen.takes_dense:  # a recurrent layer replays from its own spikes
