@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import ArgumentSeries, Entry
-from .context import here, mode_to_record
+from .context import casts, here, mode_to_record
 from .flush import flush
 from .nodes import FunctionNode, StackNode
 from .record import Record
@@ -35,7 +35,7 @@ class _Call:
             value = value_of(item)
             if value is None:
                 raise TypeError
-            return self._tensor(value, (value[0], value[2]), value[0].shape, value[0].dtype)
+            return self._tensor(value, (value[0], value[2]), value[0].shape, value[0].dtypes[value[2]])
         if kind is Tensor or kind is nn.Parameter:
             if item.layout is not torch.strided:
                 raise TypeError
@@ -96,11 +96,11 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             key = (key, node.repeats)
             node = record.functions.get(key)
         if node is None:
-            made = _result(tuple(call.shapes), func, form, named, call)
+            made = _result(call, func, form, named, mode, device)
             if made is None:
                 return None
             node = FunctionNode(record, func, form, named, len(call.entries), func in VIEWS)
-            node.shape, node.dtype, node.device = *made, device
+            node.shape, node.dtypes, node.device = made[0], made[1:], device
             record.functions[key] = node
         node.complete()
         node.repeats = 0
@@ -171,9 +171,9 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
         return None
     try:
         node = StackNode(record, argument)
-        node.shape, node.dtype, node.device = (
+        node.shape, node.dtypes, node.device = (
             torch.Size((len(steps), *source.shape)),
-            source.dtype,
+            (source.dtypes[slot],),
             source.device,
         )
         record.count(node)
@@ -203,14 +203,18 @@ def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
 _shapes: dict[Any, tuple[torch.Size, torch.dtype] | None] = {}
 
 
-def _result(key: Any, func: Any, form: Any, named: Any, call: _Call) -> tuple[torch.Size, torch.dtype] | None:
+def _result(
+    call: _Call, func: Any, form: Any, named: Any, mode: int, device: torch.device
+) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and dtype of a call's result, seen on tensors without data; None where it is no single tensor."""
-    key = (key, torch.get_default_dtype())
+    key = (*call.shapes, mode, torch.get_default_dtype())
     if key not in _shapes:
         if len(_shapes) > 4096:
             _shapes.clear()
         shapes = [part for part in call.shapes if _of_tensor(part)]
-        tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+        # autocast looks at the device
+        on = device if casts(mode) else torch.device("meta")
+        tensors = [torch.zeros(shape, dtype=dtype, device=on) for shape, dtype in shapes]
         try:
             with torch.no_grad():
                 out = func(*filled(form, tensors), **{n: filled(f, tensors) for n, f in named.items()})

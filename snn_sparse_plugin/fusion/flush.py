@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..core import tally
 from ..core.errors import FusionError
-from .context import here, in_mode, paused, without_autocast
+from ..core.precision import without_autocast
+from .context import here, in_mode, paused
 from .nodes import FunctionNode, NeuronNode, Node
 from .places import note_places, wants_places
 from .planner import Plan
@@ -46,7 +47,7 @@ def flush(
         reasons[reason if isinstance(reason, str) else getattr(reason, "__name__", str(reason))] += 1
         try:
             # whoever wants the numbers may be in a mode that the steps were not in
-            with paused(), torch._C.DisableTorchFunction(), without_autocast(record.nodes[0].device):
+            with paused(), torch._C.DisableTorchFunction(), without_autocast():
                 _run(record, stepped, apart)
         except BaseException as error:
             record.error = error

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron
 from ..core.config import SparseConfig
 from .arguments import ArgumentSeries, Entry, Slices
-from .context import grad_mode
+from .context import call_mode
 from .description import Description, version
+from .precision import Dtypes
 from .recorded import Recorded, Value
 from .reuse import ALONE, REUSES, held, make, put_by, references, spare_of
 
@@ -30,12 +31,23 @@ class Node:
     """
 
     __slots__ = (
-        *("arguments", "device", "dtype", "given", "linears", "mode", "newest", "order", "record", "results"),
-        *("shape", "spare", "where"),
+        *(
+            "arguments",
+            "device",
+            "dtypes",
+            "given",
+            "linears",
+            "mode",
+            "newest",
+            "order",
+            "record",
+            "results",
+        ),
+        *("shape", "spares", "where"),
     )
 
     def __init__(self, record: Record, arguments: int, slots: int) -> None:
-        self.record, self.mode = record, grad_mode()
+        self.record, self.mode = record, call_mode()
         self.arguments = [ArgumentSeries() for _ in range(arguments)]
         self.order: list[int] = []
         self.given: list[list[Recorded]] = [[] for _ in range(slots)]
@@ -44,9 +56,9 @@ class Node:
         # the nodes of linear layers that read this one: by the ids of weight and bias, and the result's slot
         self.linears: dict[tuple[int, int, int], FunctionNode] = {}
         self.shape: torch.Size
-        self.dtype: torch.dtype
+        self.dtypes: tuple[torch.dtype, ...]  # of each result
         self.device: torch.device
-        self.spare: list[Recorded] | None = None
+        self.spares: list[list[Recorded] | None] = [None] * slots
         self.where = _users_line()
         record.nodes.append(self)
 
@@ -64,18 +76,20 @@ class Node:
                 given[-2], given[-1] = given[-1], made
                 made._value = value
                 return made
-        spare = self.spare
+        spare = self.spares[slot]
         if spare is None:
-            spare = self.spare = spare_of(self.shape, self.dtype, self.device, self.mode)
-        made = spare.pop() if spare else make(Recorded, self.shape, dtype=self.dtype, device=self.device)
+            spare = self.spares[slot] = spare_of(self.shape, self.dtypes[slot], self.device, self.mode)
+        made = (
+            spare.pop() if spare else make(Recorded, self.shape, dtype=self.dtypes[slot], device=self.device)
+        )
         made._value = value
         given.append(made)
         return made
 
     def size(self) -> int:
         """Bytes that its calls take, with their results as if each were made; a tensor object is about a kilobyte."""
-        each = self.shape.numel() * self.dtype.itemsize
-        return len(self.order) * each * len(self.given) + sum(
+        each = self.shape.numel() * sum(dtype.itemsize for dtype in self.dtypes)
+        return len(self.order) * each + sum(
             [argument.size() for argument in self.arguments] + [1024 * len(given) for given in self.given]
         )
 
@@ -97,8 +111,10 @@ class Node:
         """Of all tensors and other nodes; shape, dtype, device and place of origin stay known."""
         for argument in self.arguments:
             argument.clear()
-        if self.spare is not None and REUSES:
-            put_by(self.given, self.spare)
+        if REUSES:
+            for given, spare in zip(self.given, self.spares, strict=True):
+                if spare is not None:
+                    put_by(given, spare)
         self.given.clear()
         self.linears.clear()
         self.newest = [None] * len(self.newest)
@@ -216,7 +232,9 @@ class NeuronNode(Node):
             "config",
             "description",
             "forward",
+            "half",
             "initial",
+            "input_dtype",
             "input_shape",
             "like",
             "module",
@@ -235,6 +253,7 @@ class NeuronNode(Node):
         config: SparseConfig,
         leaves: dict[str, Any],
         like: Any,
+        half: Dtypes | None,
     ) -> None:
         names = list(leaves)
         same = adapter.output_leaf(module, neuron)
@@ -243,6 +262,11 @@ class NeuronNode(Node):
         self.adapter, self.module, self.neuron, self.config = adapter, module, neuron, config
         self.upstream, self.like = upstream, like
         self.input_shape: torch.Size
+        self.input_dtype: torch.dtype
+        self.half = half  # what is given where half precision comes in
+        self.dtypes = (torch.float32,) * (1 + len(others))
+        if half is not None:
+            self.dtypes = (half.out, *(half.state[name] for name in others))
         self.slots = {name: 0 if name == same else 1 + others.index(name) for name in names}
         self.named_slots, self.order_of_state = tuple(self.slots.items()), tuple(self.slots.values())
         self.forward: Any = None  # of the class, if a call of the module comes to nothing but it

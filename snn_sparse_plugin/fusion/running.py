@@ -155,6 +155,7 @@ def _run_neuron(node: NeuronNode, plan: Plan) -> bool:
         last=plan.is_last(node),
         config=node.config,
         steps=n if once else None,
+        half=node.half,
     )
     events = plan.wants_events(node) and not single
     want_mem = membrane > 0 and (node, membrane) in plan.early
