@@ -238,7 +238,7 @@ def test_a_loop_that_enters_and_leaves_autocast() -> None:
         mem, out = torch.zeros(B, N), []
         for t, step in enumerate(x):
             with torch.autocast("cpu", torch.bfloat16, enabled=4 <= t < 8):
-                spk, mem = lif(fc(step), mem)
+                _, mem = lif(fc(step), mem)
             out.append(mem)
         return torch.stack(out)
 
