@@ -27,9 +27,9 @@ from torch import Tensor
 from .calls import next_linear, record_call, record_linear, record_steps
 from .context import mode_to_record
 from .flush import realize
-from .nodes import FunctionNode
+from .in_place import WRITES, renew, write
 from .recordable import LINEAR, RECORDABLE, functions
-from .recorded import Recorded, Value, answers
+from .recorded import Recorded, answers
 
 
 def _template(x: Recorded) -> Tensor:
@@ -192,25 +192,13 @@ _IN_PLACE = {
 
 
 def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
-    """``x += y``: the object stands for the new value from now on; earlier calls keep the old one."""
-    x = args[0]
-    if type(x) is not Recorded or x._value in x._value[0].record.viewed or _is_view(x._value):
-        return NotImplemented
-    node, _, slot = x._value
-    found = record_call(_IN_PLACE[func], args, kwargs)
-    if found is None:
-        return NotImplemented
-    made = found._value[0]
-    if made.shape != node.shape or made.dtypes[0] != node.dtypes[slot]:
-        return NotImplemented
-    node.given[slot][:] = [other for other in node.given[slot] if other is not x]
-    x._value = found._value
-    made.given[0][-1] = x
-    return x
+    """``x += y``: the object stands for the new value from now on."""
+    return renew(args[0], _IN_PLACE[func], args, kwargs)
 
 
-def _is_view(value: Value) -> bool:
-    return isinstance(value[0], FunctionNode) and value[0].view
+def _out(func: Any, args: Any, kwargs: Any) -> Any:
+    """``torch.maximum(best, x, out=best)``."""
+    return renew(kwargs["out"], func, args, {name: x for name, x in kwargs.items() if name != "out"})
 
 
 _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
@@ -218,6 +206,7 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     **dict.fromkeys(_EQ | _NE, _compared_with_none),
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_IN_PLACE, _in_place),
+    **dict.fromkeys(WRITES, write),
     Tensor.to: _to,
     F.dropout: _dropout,
     F.dropout2d: _dropout,
@@ -233,9 +222,9 @@ def _without_running(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         found = handler(func, args, dict(kwargs))
         if found is not NotImplemented:
             return found
-    if func in RECORDABLE and not kwargs.get("inplace") and kwargs.get("out") is None:
-        return _recorded(func, args, kwargs)
-    return NotImplemented
+    if func not in RECORDABLE or kwargs.get("inplace"):
+        return NotImplemented
+    return _recorded(func, args, kwargs) if kwargs.get("out") is None else _out(func, args, kwargs)
 
 
 def called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -110,7 +110,7 @@ def _advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
 
 def _takes(node: NeuronNode, source: Node, slot: int) -> bool:
     """Whether a result of another node is what this one may read."""
-    here = source.record is node.record
+    here = source.record is node.record and source.readable
     return here and _likes(node, source.shape, source.dtypes[slot], source.device)
 
 
@@ -159,7 +159,7 @@ def _record(
         return _record(adapter, module, upstream, args, kwargs, config)
     if before is None and type(x) is Tensor:
         record = _without_leftovers(record)
-    if (value is not None and value[0].record is not record) or not record.enter():
+    if (value is not None and not (value[0].record is record and value[0].readable)) or not record.enter():
         return None
     try:
         node: Any = before
@@ -274,7 +274,7 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 def _fits(leaf: Any, record: Record) -> bool:
     value = value_of(leaf)
     if value is not None:
-        return value[0].record is record
+        return value[0].record is record and value[0].readable
     return isinstance(leaf, Tensor) and type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided
 
 

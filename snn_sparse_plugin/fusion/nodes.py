@@ -46,6 +46,9 @@ class Node:
         *("shape", "spares", "where"),
     )
 
+    readable = True
+    """Whether the value of a call may be an argument of another."""
+
     def __init__(self, record: Record, arguments: int, slots: int) -> None:
         self.record, self.mode = record, call_mode()
         self.arguments = [ArgumentSeries() for _ in range(arguments)]
@@ -119,6 +122,11 @@ class Node:
         self.linears.clear()
         self.newest = [None] * len(self.newest)
         self.results = []
+
+    def replace(self, x: Tensor, other: Tensor) -> None:
+        """Read ``other`` wherever ``x`` was to be read."""
+        for argument in self.arguments:
+            argument.replace(x, other)
 
     def entries(self) -> list[Entry]:
         """The tensor arguments of all calls, of successive values the first."""
@@ -223,6 +231,36 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+class Borrowed:
+    """A tensor of the user's that recorded steps are written into, and how often it has been changed."""
+
+    __slots__ = ("changes", "home")
+
+    def __init__(self, home: Tensor) -> None:
+        self.home, self.changes = home, 1
+
+
+class WriteNode(Node):
+    """Calls that write into one borrowed tensor. ``forms``: function and arguments, but for tensors, of each."""
+
+    __slots__ = ("forms", "home")
+
+    readable = False
+
+    def __init__(self, record: Record, home: Tensor, arguments: int) -> None:
+        super().__init__(record, arguments, 1)
+        self.home, self.forms = home, list[tuple[Callable[..., Any], Any]]()
+        self.shape, self.dtypes, self.device = home.shape, (home.dtype,), home.device
+
+    def size(self) -> int:
+        return self.home.numel() * self.home.element_size() + sum(a.size() for a in self.arguments)
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.forms = []
+        del self.home
+
+
 class NeuronNode(Node):
     """Successive steps of one neuron, each from the state that the one before left."""
 
@@ -289,6 +327,12 @@ class NeuronNode(Node):
             if type(leaf) is not Recorded or leaf._value is not newest[slot]:
                 return False
         return True
+
+    def replace(self, x: Tensor, other: Tensor) -> None:
+        super().replace(x, other)
+        for name, entry in self.initial.items():
+            if entry is not None and entry[0] is x:
+                self.initial[name] = (other, entry[1])
 
     def let_go(self) -> None:
         super().let_go()
