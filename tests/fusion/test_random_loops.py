@@ -87,7 +87,9 @@ class Program:
         loss = loss + sum((x**2).mean() for x in self.written.values())
         loss.backward() if loss.requires_grad else None
         whole = [x.detach() for x in self.written.values()]
-        return [out.detach(), torch.tensor(read), loss.detach(), *whole], [p.grad for p in self.modules.parameters()]
+        return [out.detach(), torch.tensor(read), loss.detach(), *whole], [
+            p.grad for p in self.modules.parameters()
+        ]
 
     def _value(
         self, kind: str, k: int, module: Any, x: Tensor, y: Tensor, states: Any, before: Any
