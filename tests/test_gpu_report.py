@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu_check
 from gpu import checks, report
 
-
 # --- the tests of the ops ---
 
 
