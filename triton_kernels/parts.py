@@ -41,16 +41,53 @@ def lowest_bit(word):
 
 
 @triton.jit
-def gather_rows(acc, words_ptr, first, last, values_ptr, step, table_ptr, stride, cols, mask):
+def bf16_bits(x):
+    """A float32 rounded to bf16, as the bits of a float32; what is not finite, or would not stay so, is cut."""
+    bits = x.to(tl.int32, bitcast=True)
+    nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+    return tl.where(tl.abs(x) < 3e38, nearest, bits) & -65536
+
+
+@triton.jit
+def remainder(x, bits):
+    """What :func:`bf16_bits` left of x. Nothing is left of an infinite number, and NaN of NaN."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x - bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def paired(x):
+    """A float32 as a pair of bf16 numbers in the same 32 bits: their sum is x to 2^-17 of it, the upper one the larger.
+
+    In memory the smaller comes first: (R, N) floats are (R, 2 N) bf16 numbers.
+    """
+    high = bf16_bits(x)
+    low = bf16_bits(remainder(x, high))
+    return (high | ((low >> 16) & 0xFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unpaired(x):
+    """The sum of a pair."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits & -65536).to(tl.float32, bitcast=True) + (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gather_rows(
+    acc, words_ptr, first, last, values_ptr, step, table_ptr, stride, cols, mask, PAIRS: tl.constexpr = False
+):
     """``acc`` plus one row of the table, ``stride`` long, for every bit set in words ``first`` to ``last``.
 
     A row counts as often as the value of its bit says, ``step`` apart from the next one's; all are 1 where it is None.
+    ``PAIRS``: the table holds pairs of bf16 numbers.
     """
     for k in range(first, last):
         word = tl.load(words_ptr + k)
         while word != 0:
             bit = (k * 32 + lowest_bit(word)).to(tl.int64)
             row = tl.load(table_ptr + bit * stride + cols, mask=mask, other=0.0)
+            if PAIRS:
+                row = unpaired(row)
             if values_ptr is not None:
                 row = row * tl.load(values_ptr + bit * step)
             acc += row

@@ -31,6 +31,7 @@ def sum_rows(
     N,
     share,  # words of a split
     BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,  # the table holds pairs of bf16 numbers
 ):
     """Grid (R, blocks of N, splits)."""
     r = tl.program_id(0).to(tl.int64)
@@ -45,7 +46,7 @@ def sum_rows(
     words_ptr += r * n_words
     if values_ptr is not None:
         values_ptr += r * row_step
-    acc = gather_rows(acc, words_ptr, first, last, values_ptr, bit_step, table_ptr, N, cols, mask)
+    acc = gather_rows(acc, words_ptr, first, last, values_ptr, bit_step, table_ptr, N, cols, mask, PAIRS)
     tl.store(out_ptr + (split.to(tl.int64) * tl.num_programs(0) + r) * N + cols, acc, mask=mask)
 
 
@@ -96,12 +97,16 @@ def current(words: Tensor, values: Tensor | None, weight: Tensor, bias: Tensor |
     out = weight.new_empty(T, B, N)
     if out.numel():
         values = None if values is None else values.contiguous()
+        # turned at each call: what is kept would be stale once the replay of a CUDA graph has changed the weight, of
+        # which its version tells nothing
         _launch(words, values, weight.t().contiguous(), bias, out, T * B, M, 1, n_words, 1)
     return out
 
 
-def weight_gradient(nu: Tensor, words: Tensor, values: Tensor | None, M: int) -> Tensor:
-    """Sum over steps and samples of nu (T, B, N) times the spikes, (N, M)."""
+def weight_gradient(
+    nu: Tensor, words: Tensor, values: Tensor | None, M: int, pairs: bool = False
+) -> Tensor:
+    """Sum over steps and samples of nu (T, B, N), which may be pairs of bf16 numbers, times the spikes: (N, M)."""
     T, B, N = nu.shape
     R = T * B
     if R * N * M == 0:
@@ -114,8 +119,11 @@ def weight_gradient(nu: Tensor, words: Tensor, values: Tensor | None, M: int) ->
     splits = min(_SPLITS, row_words)
     out = nu.new_empty(splits, M, N)
     values = None if values is None else values.contiguous()
-    _launch(turned, values, nu.contiguous(), None, out, M, 1, M, row_words, splits)
-    return out.sum(0).t() if splits > 1 else out[0].t()
+    _launch(turned, values, nu.contiguous(), None, out, M, 1, M, row_words, splits, pairs)
+    # in the layout of the weight, in which it can become its gradient without a copy
+    grad = nu.new_empty(N, M)
+    torch.sum(out, 0, out=grad.t())
+    return grad
 
 
 def _launch(
@@ -129,6 +137,7 @@ def _launch(
     bit_step: int,
     n_words: int,
     splits: int,
+    pairs: bool = False,
 ) -> None:
     N = out.shape[-1]
     block = min(256, max(32, triton.next_power_of_2(N)))
@@ -136,5 +145,6 @@ def _launch(
         sum_rows[(rows, triton.cdiv(N, block), splits)](
             *(words, values, table, bias, out, row_step, bit_step, n_words, N, triton.cdiv(n_words, splits)),
             BLOCK=block,
+            PAIRS=pairs,
             num_warps=1,
         )

@@ -100,12 +100,18 @@ class TritonBackend(Backend):
             window=threshold,
         )
         near = out.near
-        fraction = 1.0 if near is None else near.double() / max(1, size)
+        # by a number of float64 on the host: one kernel
+        fraction = 1.0 if near is None else near / torch.tensor(max(1.0, size), dtype=torch.float64)
         saved = None
         if call.needs_grad:
             kept = out.v_checkpoints, out.i_checkpoints
-            rows = driven.words is not None
-            saved = Saved(threshold, v_checkpoints=kept[0], i_checkpoints=kept[1], near=near, adds_rows=rows)
+            saved = Saved(
+                threshold,
+                v_checkpoints=kept[0],
+                i_checkpoints=kept[1],
+                near=near,
+                adds_rows=driven.added_rows,
+            )
         return LayerResult(out.spikes, None, out.mem, out.v, out.i, saved, fraction, out.words)
 
     def spiking_layer_backward(
@@ -119,6 +125,7 @@ class TritonBackend(Backend):
         calls[self.name, "backward"] += 1
         from ..triton_kernels import products
         from ..triton_kernels import spiking_layer as kernels
+        from ..triton_kernels.choice import pairs_for_input_gradient
 
         T, N = call.T, call.N
         assert saved.v_checkpoints is not None
@@ -132,6 +139,14 @@ class TritonBackend(Backend):
             if words is None:  # a caller that kept none
                 wanted = {"words": True, "spikes": False, "mem": False, "checkpoints": False}
                 words = kernels.forward(call, driven.current, window=None, **wanted).words
+        bias, rec_bias = needs.bias and call.bias is not None, needs.rec_bias and call.rec_bias is not None
+        pairs = (
+            needs.input
+            and call.weight is not None
+            and call.rec_weight is None  # the recurrence reads nu back
+            and (driven.words is not None or not needs.weight)  # the library's product of a dense input, too
+            and pairs_for_input_gradient(T * call.B, call.weight)
+        )
         out = kernels.backward(
             call,
             driven.current,
@@ -141,23 +156,34 @@ class TritonBackend(Backend):
             saved.near if call.min_active > 0 else None,
             grads,
             params=needs.params,
+            sums=bias or rec_bias or (call.once and needs.input),
             in_place=call.weight is not None,  # the current was made here
+            pairs=pairs,
         )
-        nu = out.nu
+        nu, sums = out.nu, out.sums
 
         found: dict[str, Tensor | None] = {}
         if needs.input:
-            found["input"] = nu if call.weight is None else _input_grad(call, nu)
+            if call.once:
+                assert sums is not None
+                found["input"] = sums[:1]
+            else:
+                assert nu is not None
+                found["input"] = nu if call.weight is None else _input_grad(call, nu, out.odd)
         if needs.weight and call.weight is not None:
-            found["weight"] = driven.weight_gradient(nu, call.weight.shape[1])
-        if needs.bias and call.bias is not None:
-            found["bias"] = nu.sum((0, 1))
+            assert nu is not None
+            found["weight"] = driven.weight_gradient(nu, call.weight.shape[1], pairs)
+        if bias:
+            assert sums is not None
+            found["bias"] = sums[0].sum(0)
         if call.rec_weight is not None:
+            assert nu is not None
             if needs.rec_weight:
                 assert words is not None
                 found["rec_weight"] = products.weight_gradient(nu[1:], words[:-1], None, N)
-            if needs.rec_bias and call.rec_bias is not None:
-                found["rec_bias"] = nu[1:].sum((0, 1))
+            if rec_bias:
+                assert sums is not None
+                found["rec_bias"] = sums[1].sum(0)
             if needs.rec0:
                 found["rec0"] = nu[0] if T else nu.new_zeros(nu.shape[1:])
         if needs.v0:
@@ -195,25 +221,26 @@ def _check_width(call: LayerCall, widest: int) -> None:
 
 class _Driven(NamedTuple):
     """The input current (T, B, C * N), and what it was made from: events as words, with values where they are graded,
-    or numbers (T, B, M) alone."""
+    or numbers (T, B, M) alone. ``added_rows``: so the events were multiplied."""
 
     current: Tensor
     words: Tensor | None = None
     values: Tensor | None = None
+    added_rows: bool | None = None
 
-    def weight_gradient(self, nu: Tensor, features: int) -> Tensor:
+    def weight_gradient(self, nu: Tensor, features: int, pairs: bool) -> Tensor:
         from ..triton_kernels import products
 
         if self.words is not None:
-            return products.weight_gradient(nu, self.words, self.values, features)
+            return products.weight_gradient(nu, self.words, self.values, features, pairs)
         assert self.values is not None
         return nu.flatten(0, 1).t() @ self.values.flatten(0, 1)
 
 
 def _driven(call: LayerCall, rows: bool | None) -> _Driven:
-    """``rows``: how the forward multiplied a dense input; None: this is the forward."""
-    from ..triton_kernels import products
-    from ..triton_kernels.choice import adds_rows
+    """``rows``: how the forward multiplied its input; None: this is the forward."""
+    from ..triton_kernels import products, terms
+    from ..triton_kernels.choice import adds_rows, adds_rows_of_bits
 
     if call.weight is None:
         assert call.current is not None
@@ -223,17 +250,26 @@ def _driven(call: LayerCall, rows: bool | None) -> _Driven:
         if call.train is not None:
             words = call.train.words
             values = None if call.train.values is None else call.train._dense_data()
-            return _Driven(products.current(words, values, weight, bias), words, values)
+            if rows is None:
+                rows = values is not None or adds_rows_of_bits(call.name, words, weight)
+            if not rows:
+                return _Driven(terms.current(words, weight, bias), words, None, False)
+            return _Driven(products.current(words, values, weight, bias), words, values, True)
+        # numbers of any kind, which no bf16 is known to hold
         assert call.dense is not None
         x = call.dense.detach()
         if not (adds_rows(call.name, x, weight) if rows is None else rows):
-            return _Driven(F.linear(x, weight, bias), None, x)
+            return _Driven(F.linear(x, weight, bias), None, x, False)
         words = products.packed(x)
-        return _Driven(products.current(words, x, weight, bias), words, x)
+        return _Driven(products.current(words, x, weight, bias), words, x, True)
 
 
-def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
+def _input_grad(call: LayerCall, nu: Tensor, odd: Tensor | None) -> Tensor:
+    """``odd`` is given where nu is pairs of bf16 numbers."""
+    from ..triton_kernels import terms
+
     assert call.weight is not None
-    grad = nu @ call.weight.detach()
+    weight = call.weight.detach()
+    grad = nu @ weight if odd is None else terms.input_gradient(nu, odd, weight)
     active = None if call.train is None else call.train.active
     return grad if active is None else at_active(grad, active)
