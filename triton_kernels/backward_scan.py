@@ -76,9 +76,7 @@ class BackwardWriter(Writer):
         lines += [f"g_{name} = tl.where({live}, d_{name}, g_{name})" for name in self.states]
         lines += [f"sum_{name} += tl.where({live}, d_{name}, zero)" for name in (self.params if sums else ())]
         places = [f"nu_ptr + ({row}) * {times(self.C, 'N')} + {times(c, 'N')} + cols" for c in range(self.C)]
-        stores = [
-            f"tl.store({at}, d_{x}, mask={live})" for at, x in zip(places, self.inputs, strict=True)
-        ]
+        stores = [f"tl.store({at}, d_{x}, mask={live})" for at, x in zip(places, self.inputs, strict=True)]
         if self.names.rec:
             return [*lines, *stores]
         sums = [f"nu_{x} += tl.where({live}, d_{x}, zero)" for x in self.inputs]

@@ -1,7 +1,7 @@
 """Where one way to multiply begins to beat another: measured numbers of a card, in one table.
 
-The built-in table was measured on an H100. ``snn-sparse tune`` measures another card and writes its table to
-``$SNN_SPARSE_CACHE_DIR/crossovers``, by default ``~/.cache/snn-sparse-plugin/crossovers``, a file for each device's name.
+The built-in table was measured on an H100. ``snn-sparse tune`` measures another card and writes a file with its name to
+``$SNN_SPARSE_CACHE_DIR/crossovers``, by default ``~/.cache/snn-sparse-plugin/crossovers``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,8 @@ class Crossovers(NamedTuple):
     terms_from: float
     """Multiply-adds of a product, R * M * N, from which bf16 terms beat the library's float32 product."""
 
+
+_LIMITS = Crossovers._fields[:3]
 
 H100 = Crossovers(
     # 32000 x 700 -> 200: rows 0.053 ms at 2 %, 0.158 at 10 %; float32 0.244, TF32 0.091.
@@ -92,7 +94,7 @@ def read(path: Path) -> Crossovers:
     if not isinstance(data, dict):
         raise ValueError("not a table of crossovers")
     try:
-        tables = [tuple((_number(w), _number(x)) for w, x in data[name]) for name in Crossovers._fields[:3]]
+        tables = [tuple((_number(w), _number(x)) for w, x in data[name]) for name in _LIMITS]
         found = Crossovers(*tables, _number(data["terms_from"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a table of crossovers: {error!r}") from error
@@ -107,11 +109,14 @@ def write(path: Path, table: Crossovers, **about: str) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    plain = {
-        name: [[_plain(w), _plain(x)] for w, x in getattr(table, name)] for name in Crossovers._fields[:3]
-    }
-    write_text(path, json.dumps(about | plain | {"terms_from": _plain(table.terms_from)}, indent=2) + "\n")
+    write_text(path, json.dumps(about | plain(table), indent=2) + "\n")
     of_device.cache_clear()
+
+
+def plain(table: Crossovers) -> dict[str, Any]:
+    """A table as JSON has it."""
+    limits = {name: [[_plain(w), _plain(x)] for w, x in getattr(table, name)] for name in _LIMITS}
+    return limits | {"terms_from": _plain(table.terms_from)}
 
 
 def _number(x: object) -> float:

@@ -131,11 +131,11 @@ def recurrent_current(
 ):
     """What the layer's spikes of the step before feed back; at the first step it is given. Rows are ``width`` long."""
     if t == 0:
-        rec = tl.load(rec0_ptr + b * width + cols, mask=mask, other=0.0)
+        rec = tl.load(rec0_ptr + b * width + cols, mask=mask, other=0.0).to(like.dtype)
     else:
         rec = tl.zeros_like(like)
         if rec_bias_ptr is not None:
-            rec = tl.load(rec_bias_ptr + cols, mask=mask, other=0.0)
+            rec = tl.load(rec_bias_ptr + cols, mask=mask, other=0.0).to(like.dtype)
         words_ptr += (row - B) * n_words
         rec = gather_rows(rec, words_ptr, 0, n_words, None, 0, rec_weight_ptr, width, cols, mask)
     return rec
@@ -146,7 +146,7 @@ def all_back(g_s, nu_ptr, rec_weight_ptr, row, width, N, cols, mask, TILE: tl.co
     """``g_s`` plus W_rec^T nu of a row, for every neuron: TILE rows of W_rec at a time."""
     for first in range(0, width, TILE):
         rows = first + tl.arange(0, TILE)
-        nu = tl.load(nu_ptr + row * width + rows, mask=rows < width, other=0.0)
+        nu = tl.load(nu_ptr + row * width + rows, mask=rows < width, other=0.0).to(g_s.dtype)
         weight = tl.load(
             rec_weight_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :],
             mask=(rows < width)[:, None] & mask[None, :],

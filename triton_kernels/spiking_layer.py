@@ -43,7 +43,7 @@ class Backward(NamedTuple):
     """(T, B, C * N), as pairs of bf16 numbers where ``odd`` is given; None where one current serves all steps."""
     odd: Tensor | None  # (1,) int32: 1 where a number of nu is not finite
     sums: Tensor | None
-    """nu summed over the steps, (1, B, C * N); of a recurrent layer (2, B, C * N), with the sum over all but the first"""
+    """nu summed over the steps, (1, B, C * N); of a recurrent layer (2, B, C * N), with that over all but the first"""
     v0: Tensor
     i0: Tensor | None
     params: Tensor | None
@@ -60,7 +60,7 @@ def _launch(recurrent: bool, N: int) -> tuple[int, dict[str, Any]]:
     block = max(32, triton.next_power_of_2(N)) if recurrent else 32
     # upstream rounds after every product: a contracted multiply-add would move spikes
     options = {"BLOCK": block, "num_warps": min(16, block // 32), "enable_fp_fusion": False, "num_stages": 1}
-    return triton.cdiv(N, block), options
+    return -(-N // block), options
 
 
 def _steps(x: Tensor | None) -> tuple[Tensor | None, int]:
@@ -109,7 +109,7 @@ def forward(
     """
     spec, T, B, N, like = call.spec, call.T, call.B, call.N, call.v0
     recurrent, synapse = call.rec_weight is not None, isinstance(spec, NeuronSpec) and spec.synapse
-    kept, n_words = (triton.cdiv(T, CHUNK), *like.shape), triton.cdiv(N, 32)
+    kept, n_words = (-(-T // CHUNK), *like.shape), -(-N // 32)
     out = Forward(
         torch.empty(T, B, n_words, dtype=torch.int32, device=like.device) if words else None,
         like.new_empty(T, B, N) if spikes else None,
@@ -124,18 +124,17 @@ def forward(
         return out
     x, stride = _steps(current)
     programs, options = _launch(recurrent, N)
-    with torch.cuda.device_of(like):
-        _kernel(spec, recurrent, "forward", False, like.element_size())[B, programs](
-            *_states(spec, like, call.i0),
-            *_states(spec, out.v, out.i),
-            *_states(spec, out.v_checkpoints, out.i_checkpoints, dim=1),
-            *_fed_back(call),
-            *(x, stride, B * _planes(call), _flat(call.params)),
-            *(out.words, out.spikes, out.mem, out.near),
-            *(T, B, N, n_words),
-            WINDOW=window,
-            **options,
-        )
+    _kernel(spec, recurrent, "forward", False, like.element_size())[B, programs](
+        *_states(spec, like, call.i0),
+        *_states(spec, out.v, out.i),
+        *_states(spec, out.v_checkpoints, out.i_checkpoints, dim=1),
+        *_fed_back(call),
+        *(x, stride, B * _planes(call), _flat(call.params)),
+        *(out.words, out.spikes, out.mem, out.near),
+        *(T, B, N, n_words),
+        WINDOW=window,
+        **options,
+    )
     return out
 
 
@@ -186,31 +185,30 @@ def backward(
     own: list[Any] = []
     more: dict[str, Any] = {"odd_ptr": out.odd}
     if recurrent:
-        n_words = triton.cdiv(N, 32)
+        n_words = -(-N // 32)
         states = len(spec.states) if isinstance(spec, Equations) else 1 + synapse
         scratch = like.new_empty(CHUNK, states + call.currents // N, B, N)
         bits = torch.empty(B, n_words, dtype=torch.int32, device=like.device)
         own = [*_fed_back(call), _flat(call.rec_weight), words, scratch, bits]
         more = {"n_words": n_words, "TILE": max(1, 4096 // options["BLOCK"])}
     p0, p1 = call.surrogate.packed
-    with torch.cuda.device_of(like):
-        _kernel(spec, recurrent, "backward", params, like.element_size())[B, programs](
-            *_states(spec, *checkpoints, dim=1),
-            *_states(spec, _flat(grads.v), _flat(grads.i)),
-            *_states(spec, out.v0, out.i0),
-            *own,
-            *_steps(current),
-            *(B * _planes(call), _flat(call.params)),
-            *(near, math.ceil(enough(call))),
-            *_steps(grads.spikes),
-            *_steps(grads.mem),
-            *(out.nu, out.sums, out.params),
-            *(T, B, N),
-            WINDOW=window,
-            KIND=call.surrogate.kind,
-            P0=p0,
-            P1=p1,
-            **more,
-            **options,
-        )
+    _kernel(spec, recurrent, "backward", params, like.element_size())[B, programs](
+        *_states(spec, *checkpoints, dim=1),
+        *_states(spec, _flat(grads.v), _flat(grads.i)),
+        *_states(spec, out.v0, out.i0),
+        *own,
+        *_steps(current),
+        *(B * _planes(call), _flat(call.params)),
+        *(near, math.ceil(enough(call))),
+        *_steps(grads.spikes),
+        *_steps(grads.mem),
+        *(out.nu, out.sums, out.params),
+        *(T, B, N),
+        WINDOW=window,
+        KIND=call.surrogate.kind,
+        P0=p0,
+        P1=p1,
+        **more,
+        **options,
+    )
     return out

@@ -1,8 +1,11 @@
 """Products in float32 accuracy by the library's bf16 products, which are many times as fast as its float32 ones.
 
-A spike is exact in bf16, and a weight is the sum of three bf16 numbers: the current is off by about 4e-7 of it. The
-input's gradient multiplies nu as pairs, which the scan writes, with the weight as pairs: off by about 3.5e-6 of it.
-bf16 has the range of float32; an infinite or NaN weight or nu has no terms, and its product is made in float32.
+A spike is exact in bf16, and a weight is the sum of three bf16 numbers: the current is as exact as a float32 one. The
+input's gradient multiplies nu as pairs, which the scan writes, with the weight as pairs: each is off by 2^-17 of it at
+most. bf16 has the range of float32; an infinite or NaN number has no terms, and the gradient is made in float32 then.
+
+A pair takes the place of its float32, which is where a thread of the scan may write. Rows that hold all larger terms
+and then all smaller ones would save a quarter of the product, and take memory of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from torch import Tensor
 
 from .parts import bf16_bits, remainder, unpaired
 
-_BLOCK_NUMBERS = 1 << 23  # of what is made on the way, so that little memory is needed and much stays in the cache
+_BLOCK_NUMBERS = (
+    1 << 23
+)  # of what is made on the way, so that little memory is needed and much stays in the cache
 
 
 @triton.jit(do_not_specialize=["first", "R"])
@@ -93,15 +98,14 @@ def current(words: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = weight.new_empty(T, B, N)
     flat, added = out.view(R, N), 0.0 if bias is None else bias
     terms = weight.new_empty(3 * width, cols, dtype=torch.int16)
-    with torch.cuda.device_of(out):
-        grid = (triton.cdiv(width, 32), triton.cdiv(cols, 32))
-        strides = weight.stride()
-        weight_terms[grid](weight, terms, N, M, *strides, width, cols, ROWS=32, COLS=32, num_warps=4)
-        for first, size in _blocks(R, 3 * width):
-            spikes = terms.new_empty(size, 3 * width)
-            grid = (triton.cdiv(size, 32), n_words)
-            unpack_three[grid](words, spikes, first, size, n_words, ROWS=32, num_warps=4)
-            torch.add(_product(spikes, terms)[:, :N], added, out=flat[first : first + size])
+    grid = (-(-width // 32), -(-cols // 32))
+    strides = weight.stride()
+    weight_terms[grid](weight, terms, N, M, *strides, width, cols, ROWS=32, COLS=32, num_warps=4)
+    for first, size in _blocks(R, 3 * width):
+        spikes = terms.new_empty(size, 3 * width)
+        grid = (-(-size // 32), n_words)
+        unpack_three[grid](words, spikes, first, size, n_words, ROWS=32, num_warps=4)
+        torch.add(_product(spikes, terms)[:, :N], added, out=flat[first : first + size])
     return out
 
 
@@ -114,16 +118,13 @@ def input_gradient(nu: Tensor, odd: Tensor, weight: Tensor) -> Tensor:
     flat, strides = out.view(R, M), weight.stride()
     terms = weight.new_empty(2 * N, 2 * width, dtype=torch.int16)
     numbers = nu.view(R, N)
-    with torch.cuda.device_of(out):
-        grid = (triton.cdiv(N, 32), triton.cdiv(width, 32))
-        weight_pairs[grid](weight, terms, odd, N, M, *strides, width, ROWS=32, COLS=32, num_warps=4)
-        for first, size in _blocks(R, 2 * width):
-            both = _product(numbers[first : first + size], terms)
-            torch.add(both[:, :M], both[:, width : width + M], out=flat[first : first + size])
-        tiles = triton.cdiv(R, 32) * triton.cdiv(M, 32)
-        again_where_odd[(min(tiles, 512),)](
-            odd, nu, weight, out, R, N, M, *strides, tiles, BLOCK=32, num_warps=4
-        )
+    grid = (-(-N // 32), -(-width // 32))
+    weight_pairs[grid](weight, terms, odd, N, M, *strides, width, ROWS=32, COLS=32, num_warps=4)
+    for first, size in _blocks(R, 2 * width):
+        both = _product(numbers[first : first + size], terms)
+        torch.add(both[:, :M], both[:, width : width + M], out=flat[first : first + size])
+    tiles = -(-R // 32) * -(-M // 32)
+    again_where_odd[(min(tiles, 512),)](odd, nu, weight, out, R, N, M, *strides, tiles, BLOCK=32, num_warps=4)
     return out
 
 

@@ -69,7 +69,9 @@ class ProductTests:
         added = torch.randn(N, device=self.device) if bias else None
         close(
             terms.current(products.packed(x), weight, added),
-            torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double()),
+            torch.nn.functional.linear(
+                x.double(), weight.double(), None if added is None else added.double()
+            ),
         )
 
     @pytest.mark.parametrize(("T", "B", "M", "N"), [(3, 2, 5, 4), (40, 2, 33, 12)])
@@ -155,6 +157,57 @@ class ProductTests:
         assert {"current", "input_gradient"} <= set(used)
         for grad, want in zip(grads, expected_grads, strict=True):
             close(grad, want, 1e-5)
+
+    def test_a_scan_says_that_nu_is_not_finite(self, monkeypatch):
+        from snn_sparse_plugin.core.spikes import SpikeTrain
+        from snn_sparse_plugin.triton_kernels import choice, crossovers
+
+        weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(self.device)
+        x, upstream = self.spikes(6, 2, 6, 0.5), torch.ones(6, 2, 8, device=self.device)
+        upstream[2, 1, 4] = float("inf")
+
+        def grads(terms_from):
+            monkeypatch.setattr(
+                choice, "of_device", lambda _: crossovers.H100._replace(terms_from=terms_from)
+            )
+            leaf = x.clone().requires_grad_()
+            train = SpikeTrain.from_dense(leaf, binary=True)
+            options = {"params": NeuronParams(mem=0.9), "backend": "triton", "backprop_threshold": None}
+            spiking_layer(train, weight, **options).spikes.backward(upstream)
+            return leaf.grad
+
+        got, expected = grads(0), grads(float("inf"))
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(got), kind(expected))
+        assert expected.isinf().any()
+
+    def test_crossovers_are_measured(self):
+        from snn_sparse_plugin.triton_kernels import tune
+
+        times, told = iter(range(1, 100)), []
+
+        def timer(run):
+            run()
+            return next(times)
+
+        device = torch.device(self.device)
+        sizes = {"widths": ((8, 64), (12, float("inf"))), "rows": (4, 8)}
+        found = tune.measure(device, **sizes, timer=timer, tell=told.append)
+        assert [width for width, _ in found.rows_below_float32] == [64, float("inf")]
+        # each call takes longer than the one before: rows always win, and terms never do
+        assert {x for limits in found[:3] for _, x in limits} == {1.0}
+        assert found.terms_from == float("inf")
+        assert len(told) == 7
+        falling = iter(range(100, 0, -1))
+        found = tune.measure(device, **sizes, timer=lambda run: next(falling), tell=told.append)
+        assert {x for limits in found[:3] for _, x in limits} == {0.0}
+        assert found.terms_from == 4 * 8 * 8
+
+    @pytest.mark.parametrize(("other", "expected"), [(0.5, 0.0), (3.5, 0.03), (4, 0.04), (8, 1.0)])
+    def test_where_times_cross(self, other, expected):
+        from snn_sparse_plugin.triton_kernels import tune
+
+        assert tune.crossing([1, 2, 3, 4, 5, 6, 7], other) == pytest.approx(expected)
 
     def test_words_are_those_of_the_package(self):
         from snn_sparse_plugin.core.bits import pack

@@ -97,7 +97,7 @@ LAYERS = {
 }
 
 
-def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2):
+def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2, **pointers):
     described = scans.neuron_of(neuron, recurrent)
     if way == "forward":
         source = scans.forward_source(described, recurrent, unroll)
@@ -106,9 +106,8 @@ def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2):
     kernel = getattr(module_of(source, way), way)
     fixed = {k: v for k, v in (OPTIONS | changes).items() if k in kernel.arg_names and v is not GIVEN}
     warps = min(16, fixed["BLOCK"] // 32)
-    return compile_kernel(
-        kernel, fixed, element, gpu, {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
-    )
+    options = {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
+    return compile_kernel(kernel, fixed, element, gpu, options, **pointers)
 
 
 INTEGERS = {"words_ptr": "*i32", "bits_ptr": "*i32", "odd_ptr": "*i32", "near_ptr": "*i64"}
@@ -141,6 +140,27 @@ def test_layers_compile(way, case, target):
     gpu, binary = TARGETS[target]
     compiled = compile_layer(way, *LAYERS[case], gpu)
     assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", ["synaptic-zero-sum", "two-inputs-recurrent"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_what_comes_and_leaves_may_be_in_half_precision(way, case, half):
+    names = (
+        "x",
+        "spikes",
+        "mem",
+        "spikes_grad",
+        "mem_grad",
+        "nu",
+        "rec_weight",
+        "rec_weight_t",
+        "rec_bias",
+        "rec0",
+    )
+    pointers = {f"{name}_ptr": f"*{half}" for name in names}
+    compiled = compile_layer(way, *LAYERS[case], TARGETS["sm_90"][0], **pointers)
+    assert len(compiled.asm["cubin"]) > 0
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
