@@ -134,6 +134,9 @@ class BackwardWriter(Writer):
         return [f"g_{name} = zero", f"if g_{name}_ptr is not None:", f"    {load}"]
 
     def recurrent_backward(self) -> str:
+        # A step's recurrent current is a sum of rows. It is made once and goes through memory with the states: held in
+        # registers, which have no room for a chunk, it would be made twice. A program has one sample: several would
+        # read W_rec once for all, but their spikes and active neurons are different ones, to be walked one by one.
         kept = [*self.states, *self.names.rec]
         places = [f"scratch_ptr + ((j * {len(kept)} + {k}) * rows + b) * N + cols" for k in range(len(kept))]
         loads = [

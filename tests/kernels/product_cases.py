@@ -61,7 +61,7 @@ class ProductTests:
     def test_three_terms_of_a_weight_are_all_of_it(self, T, B, M, N, bias, monkeypatch):
         from snn_sparse_plugin.triton_kernels import products, terms
 
-        monkeypatch.setattr(terms, "_BLOCK_NUMBERS", 1)  # rows in blocks of 1024
+        monkeypatch.setattr(terms, "_LONGEST_OF_SPIKES", 40)
         monkeypatch.setattr(terms, "_blocks", lambda rows, _: [(0, rows // 2), (rows // 2, rows - rows // 2)])
         x = self.spikes(T, B, M, 0.5)
         torch.manual_seed(0)
@@ -75,9 +75,10 @@ class ProductTests:
         )
 
     @pytest.mark.parametrize(("T", "B", "M", "N"), [(3, 2, 5, 4), (40, 2, 33, 12)])
-    def test_pairs_are_close_to_float32(self, T, B, M, N):
+    def test_pairs_are_close_to_float32(self, T, B, M, N, monkeypatch):
         from snn_sparse_plugin.triton_kernels import products, terms
 
+        monkeypatch.setattr(terms, "_LONGEST_OF_PAIRS", 8)
         torch.manual_seed(0)
         nu, weight = torch.randn(T, B, N, device=self.device), torch.randn(N, M, device=self.device)
         pairs, odd = as_pairs(nu), torch.zeros(1, dtype=torch.int32, device=self.device)
