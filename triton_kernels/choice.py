@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core import bits
 from ..core.host import waits
+from ..core.precision import HALF
 from .crossovers import Crossovers, limit, of_device
 
 log = logging.getLogger("snn_sparse_plugin")
@@ -64,6 +65,8 @@ _seen: dict[tuple[object, ...], _Seen] = {}
 
 def adds_rows(name: str, x: Tensor, weight: Tensor) -> bool:
     """Whether the events of a dense ``x`` (T, B, M) are to be added row by row, weight (N, M)."""
+    if weight.dtype in HALF:  # on tensor cores
+        return False
     table = of_device(x.device)
     limits = table.rows_below_tf32 if _tf32(weight) else table.rows_below_float32
     below = limit(limits, weight.shape[0])

@@ -86,10 +86,9 @@ def gather_rows(
         while word != 0:
             bit = (k * 32 + lowest_bit(word)).to(tl.int64)
             row = tl.load(table_ptr + bit * stride + cols, mask=mask, other=0.0)
-            if PAIRS:
-                row = unpaired(row)
+            row = unpaired(row) if PAIRS else row.to(acc.dtype)
             if values_ptr is not None:
-                row = row * tl.load(values_ptr + bit * step)
+                row = row * tl.load(values_ptr + bit * step).to(acc.dtype)
             acc += row
             word = word ^ (word & -word)
     return acc

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.precision import state_dtype
 from .parts import gather_rows
 
 _SPLITS = (
@@ -39,7 +40,11 @@ def sum_rows(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < N
     split = tl.program_id(2)
-    acc = tl.zeros([BLOCK], dtype=out_ptr.dtype.element_ty)
+    # sums are not made in half precision
+    if out_ptr.dtype.element_ty.primitive_bitwidth == 64:
+        acc = tl.zeros([BLOCK], dtype=tl.float64)
+    else:
+        acc = tl.zeros([BLOCK], dtype=tl.float32)
     if bias_ptr is not None:
         acc = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(acc.dtype)
     first = split * share
@@ -114,12 +119,12 @@ def weight_gradient(nu: Tensor, words: Tensor, values: Tensor | None, M: int, pa
     grid = (-(-R // 1024), words.shape[2])
     transpose_words[grid](words, turned, R, M, words.shape[2], row_words, ROWS=1024, num_warps=4)
     splits = min(_SPLITS, row_words)
-    out = nu.new_empty(splits, M, N)
+    out = nu.new_empty(splits, M, N, dtype=state_dtype(nu.dtype))
     values = None if values is None else values.contiguous()
     _launch(turned, values, nu.contiguous(), None, out, M, 1, M, row_words, splits, pairs)
     # in the layout of the weight, in which it can become its gradient without a copy
     grad = nu.new_empty(N, M)
-    torch.sum(out, 0, out=grad.t())
+    torch.sum(out, 0, dtype=grad.dtype, out=grad.t())
     return grad
 
 

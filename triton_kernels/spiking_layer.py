@@ -109,11 +109,12 @@ def forward(
     """
     spec, T, B, N, like = call.spec, call.T, call.B, call.N, call.v0
     recurrent, synapse = call.rec_weight is not None, isinstance(spec, NeuronSpec) and spec.synapse
+    leaves = like.dtype if call.out_dtype is None else call.out_dtype
     kept, n_words = (-(-T // CHUNK), *like.shape), -(-N // 32)
     out = Forward(
         torch.empty(T, B, n_words, dtype=torch.int32, device=like.device) if words else None,
-        like.new_empty(T, B, N) if spikes else None,
-        like.new_empty(T, B, N) if mem else None,
+        like.new_empty(T, B, N, dtype=leaves) if spikes else None,
+        like.new_empty(T, B, N, dtype=leaves) if mem else None,
         torch.empty_like(like),
         torch.empty_like(like) if synapse else None,
         like.new_empty(kept) if checkpoints else None,
@@ -166,8 +167,14 @@ def backward(
     recurrent, synapse = call.rec_weight is not None, isinstance(spec, NeuronSpec) and spec.synapse
     nu: Tensor | None = None
     if recurrent or not call.once:
-        # a thread reads its currents of a group of steps before it writes their gradients
-        nu = current if in_place else like.new_empty(T, B, call.currents)
+        # a thread reads its currents of a group of steps before it writes their gradients; a recurrence reads those
+        # again, and wants them in full
+        dtype = like.dtype if recurrent else current.dtype
+        nu = (
+            current
+            if in_place and current.dtype == dtype
+            else like.new_empty(T, B, call.currents, dtype=dtype)
+        )
     out = Backward(
         nu,
         torch.zeros(1, dtype=torch.int32, device=like.device) if pairs else None,

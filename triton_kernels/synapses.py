@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +33,7 @@ class Driven(NamedTuple):
         if self.words is not None:
             return products.weight_gradient(nu, self.words, self.values, features, pairs)
         assert self.values is not None
-        return nu.flatten(0, 1).t() @ self.values.flatten(0, 1)
+        return nu.flatten(0, 1).t().to(self.values.dtype) @ self.values.flatten(0, 1)
 
 
 def drive(call: LayerCall, rows: bool | None = None) -> Driven:
@@ -57,8 +55,7 @@ def drive(call: LayerCall, rows: bool | None = None) -> Driven:
     if rows is None:
         rows = choice.adds_rows(call.name, x, weight)
     if not rows:  # in float32: any numbers may stand here, and a spike alone is sure to be exact in bf16
-        with _own_precision(x):
-            return Driven(F.linear(x, weight, bias), None, x, False)
+        return Driven(F.linear(x, weight, bias), None, x, False)
     words = products.packed(x)
     return Driven(products.current(words, x, weight, bias), words, x, True)
 
@@ -67,13 +64,7 @@ def input_gradient(call: LayerCall, nu: Tensor, odd: Tensor | None) -> Tensor:
     """nu (T, B, C * N) times the weight; ``odd`` is given where nu is pairs of bf16 numbers."""
     assert call.weight is not None
     weight = call.weight.detach()
+    nu = nu if odd is not None else nu.to(weight.dtype)  # of a recurrent layer it is float32
     grad = nu @ weight if odd is None else terms.input_gradient(nu, odd, weight)
     active = None if call.train is None else call.train.active
     return grad if active is None else at_active(grad, active)
-
-
-def _own_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Products in the precision of their factors."""
-    if torch._C._is_any_autocast_enabled():
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()

@@ -57,6 +57,11 @@ class TritonBackend(Backend):
             return False, "torch sees no CUDA or ROCm device"
         return True, f"triton {__version__}"
 
+    def takes_half(self, device: torch.device, dtype: torch.dtype) -> bool:
+        if dtype is torch.float16 or device.type != "cuda" or torch.version.hip:
+            return True
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # an older one has no bfloat16
+
     def supports(
         self,
         op: str,

@@ -27,7 +27,8 @@ calls: Counter[tuple[str, str]] = Counter()
 
 @dataclass
 class LayerCall:
-    """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened.
+    """One call of the op, validated: all tensors on one device, one dtype, contiguous, features flattened. For a
+    backend that :meth:`~Backend.takes_half` the input, ``weight`` and ``bias`` may be half, with all else in float32.
 
     The input is one of ``train`` (events) and ``dense`` (T, B, M: any numbers in any strides, for a backend that takes
     them), both with ``weight``, and ``current`` (T, B, N). A current that is the same at all steps has stride 0 over
@@ -65,6 +66,7 @@ class LayerCall:
     name: str = "spiking_layer"  # how error messages call the layer
     save_active: bool = True  # False: keep checkpoints only, so that every saved shape is static
     dense: Tensor | None = None
+    out_dtype: torch.dtype | None = None  # of spikes and membranes; None: that of the state
 
     @property
     def currents(self) -> int:
@@ -234,6 +236,10 @@ class Backend:
     (:attr:`LayerCall.dense`), without a look at how many of its numbers are zero, and events as bits."""
     takes_products = False
     """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
+
+    def takes_half(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it reads float16 or bfloat16 as it is, and writes it; it gets float32 copies else."""
+        return False
 
     def available(self) -> tuple[bool, str]:
         """Whether it can run on this machine, and its version or the reason why not."""

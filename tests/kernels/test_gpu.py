@@ -12,6 +12,7 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 from eprop_scan_cases import ScanTests
 from eprop_step_cases import StepTests
 from equation_cases import EquationTests
+from half_cases import HalfTests
 from layer_cases import RECURRENT, LayerTests, compare
 from product_cases import ProductTests
 from ttfs_cases import TtfsTests
@@ -53,6 +54,11 @@ class TestGpu(LayerTests):
 
 @pytest.mark.gpu
 class TestGpuEquations(EquationTests):
+    device = "cuda"
+
+
+@pytest.mark.gpu
+class TestGpuHalf(HalfTests):
     device = "cuda"
 
 

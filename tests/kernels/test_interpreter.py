@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from eprop_scan_cases import ScanTests
 from eprop_step_cases import StepTests
 from equation_cases import EquationTests
+from half_cases import HalfTests
 from layer_cases import LayerTests
 from product_cases import ProductTests
 from ttfs_cases import TtfsTests
@@ -24,6 +25,11 @@ class TestInterpreter(LayerTests):
 
 @pytest.mark.triton_interpreter
 class TestEquations(EquationTests):
+    device = "cpu"
+
+
+@pytest.mark.triton_interpreter
+class TestHalf(HalfTests):
     device = "cpu"
 
 

@@ -103,11 +103,14 @@ def spiking_layer(
     spec, surrogate = spec or NeuronSpec(), surrogate or Surrogate("atan", (2.0,))
     with without_autocast():  # what is given says in which precision to compute
         call = given(x, synapses, spec, params, surrogate, state, steps, name)
-        out = _run(call, overrides, events, return_mem)
-    return _rounded(out, call.dtype if dtype is None else dtype)
+        wanted = call.dtype if dtype is None else dtype
+        out = _run(call, overrides, events, return_mem, wanted)
+    return _rounded(out, wanted)
 
 
-def _run(call: Given, overrides: dict[str, Any], events: bool, return_mem: bool) -> SpikingLayerOutput:
+def _run(
+    call: Given, overrides: dict[str, Any], events: bool, return_mem: bool, wanted: torch.dtype
+) -> SpikingLayerOutput:
     if torch.compiler.is_compiling():
         return _in_graph(call, overrides, events, return_mem)
     config = current_config().updated(**overrides) if overrides else current_config()
@@ -122,9 +125,11 @@ def _run(call: Given, overrides: dict[str, Any], events: bool, return_mem: bool)
         surrogate=call.surrogate,
         recurrent=call.recurrent,
     )
-    if call.dtype in HALF:
+    if call.dtype in HALF and not backend.takes_half(call.device, call.dtype):
         call = widened(call)
     described = _describe(call, config, events, return_mem, backend.takes_dense)
+    if wanted in HALF and backend.takes_half(call.device, wanted):
+        described.out_dtype = wanted
     result, carrier = autograd.apply(described, backend)
     _count(described, result)
     return _wrap(call, described, result, carrier, return_mem)

@@ -245,9 +245,8 @@ def _pack_params(
     rows = []
     N = math.prod(features)
     eager = not torch.compiler.is_compiling()
-    if values and eager and not is_device(device) and all(map(_is_number, values)):
-        numbers = torch.tensor([float(value) for value in values], dtype=dtype)
-        return numbers.unsqueeze(1).expand(-1, N).contiguous()
+    if values and eager and all(map(_is_number, values)):
+        return _constant(tuple(map(float, values)), N, dtype, device)
     for label, value in zip(names, values, strict=True):
         # a number of the host is written by the device: to copy it there would be to wait
         if not isinstance(value, Tensor) or (eager and is_device(device) and _is_number(value)):
@@ -264,6 +263,31 @@ def _pack_params(
             ) from error
         rows.append(row.reshape(N))
     return torch.stack(rows) if rows else torch.empty(0, N, dtype=dtype, device=device)
+
+
+_constants: dict[tuple[Any, ...], Tensor] = {}
+_MOST = 256  # constants that are kept
+
+
+def _constant(numbers: tuple[float, ...], N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A row of N for each number, made once. A CUDA graph makes its own, as it outlives what is kept here."""
+    key = (numbers, N, dtype, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _rows(*key)
+    if key not in _constants:
+        if len(_constants) >= _MOST:
+            _constants.clear()
+        with torch.inference_mode(False):
+            _constants[key] = _rows(*key)
+    return _constants[key]
+
+
+def _rows(numbers: tuple[float, ...], N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # numbers of the host are written by the device: to copy them there would be to wait
+    rows = torch.empty(len(numbers), N, dtype=dtype, device=device)
+    for row, number in zip(rows.unbind(0), numbers, strict=True):
+        row.fill_(number)
+    return rows
 
 
 def _is_number(value: Any) -> bool:
