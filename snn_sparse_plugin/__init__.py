@@ -60,6 +60,7 @@ _MODULES = {
     "mode",
     "ops",
     "plot",
+    "readout",
 }
 
 __all__ = [

@@ -14,6 +14,7 @@ from ..core import registry
 from ..core.config import SparseConfig
 from ..core.dynamics import NeuronParams, NeuronSpec
 from ..core.equations import Equations
+from ..core.errors import UnsupportedError
 from ..core.spikes import SpikeTrain
 from ..core.surrogates import Surrogate
 
@@ -161,6 +162,11 @@ class Adapter:
     def final_state(self, module: nn.Module, state: Any, initial: Any) -> Any:
         """The library's own form of the op's final state."""
         raise NotImplementedError
+
+    def first_state(self, module: nn.Module, like: Any, B: int) -> Any:
+        """The state of B samples before their first step, in the form and with the features of ``like``, which is the
+        library's state of some samples. Asked for samples without a step."""
+        raise UnsupportedError(f"the adapter {self.name} does not say what state a sample of length 0 has.")
 
     def keeps(self, module: nn.Module) -> tuple[str | None, str | None]:
         """The attributes in which the module's own forward leaves its output and its membranes of all steps."""

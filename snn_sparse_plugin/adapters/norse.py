@@ -117,6 +117,12 @@ class NorseAdapter(Adapter):
             return _rebuilt(initial, {"v": state.v, "i": state.i, "z": state.spikes})
         return _rebuilt(initial, {**state, "z": state.get("spikes")})
 
+    def first_state(self, module: Any, like: Any, B: int) -> Any:
+        v = membrane(like)
+        assert v is not None
+        steps = (1,) if self.takes_sequence(module) else ()
+        return _fallback_state(module, v.new_zeros(*steps, B, *v.shape[1:]))
+
     def _recorded_forward(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
         in_own_mode = _in_own_mode(upstream)
 

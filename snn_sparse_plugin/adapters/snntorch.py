@@ -136,6 +136,9 @@ class SnnTorchAdapter(Adapter):
             values = {"mem": state.v, "syn": state.i, "spk": state.spikes}
         return {name: _own(values[name]) for name in initial}
 
+    def first_state(self, module: Any, like: Any, B: int) -> Any:
+        return {name: x.new_zeros(B, *x.shape[1:]) for name, x in like.items()}
+
     def keeps(self, module: Any) -> tuple[str | None, str | None]:
         snn = Classes()
         if not isinstance(module, snn.StateLeaky):

@@ -1,7 +1,8 @@
 """Data as spike events: images in a latency code, recordings of spikes and of event cameras, and batches of them."""
 
+from .batches import collate, loader
 from .coding import latency_spikes
-from .dataset import SpikeDataset, collate, loader
+from .dataset import SpikeDataset
 from .images import NAMES, ImageData, load_images
 from .official import check_files
 from .recordings import from_tonic

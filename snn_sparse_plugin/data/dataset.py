@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..core.errors import ConfigError, InputError
+from ..core.lengths import read_lengths
 from ..core.spikes import MAX_EVENTS, SpikeTrain, check_csr
 
 
@@ -27,9 +28,10 @@ class SpikeDataset(Dataset):
         labels: int64 (samples,).
         features: N.
         check: look at every event; False trusts the caller, and wrong ones are then out-of-bounds accesses.
+        lengths: int64 (samples,), how many of the T steps a sample has; None is up to its last event.
 
     Raises:
-        InputError: events that do not fit together, or lie outside the features.
+        InputError: events that do not fit together, lie outside the features or after the end of their sample.
 
     Example:
         >>> train = SpikeTrain.from_dense((torch.rand(20, 5, 7) < 0.1).float())
@@ -42,7 +44,14 @@ class SpikeDataset(Dataset):
     """
 
     def __init__(
-        self, columns: Tensor, ends: Tensor, labels: Tensor, features: int, *, check: bool = True
+        self,
+        columns: Tensor,
+        ends: Tensor,
+        labels: Tensor,
+        features: int,
+        *,
+        check: bool = True,
+        lengths: Tensor | None = None,
     ) -> None:
         if ends.dim() != 2 or len(ends) != len(labels):
             raise InputError(f"ends {tuple(ends.shape)} must have a row for each of {len(labels)} labels.")
@@ -54,16 +63,37 @@ class SpikeDataset(Dataset):
         if check:
             rows = (self.starts[:-1, None] + ends).reshape(-1)
             check_csr(torch.cat([self.starts[:1], rows]), columns.int(), features)
+        self._lengths = None if lengths is None else read_lengths(lengths, self.T, len(self))
+        if self._lengths is not None and bool((self._lengths < self._active()).any()):
+            sample = int((self._lengths < self._active()).nonzero()[0])
+            raise InputError(f"sample {sample} has events after its {int(self._lengths[sample])} steps.")
 
     @classmethod
-    def from_spikes(cls, train: SpikeTrain, labels: Tensor) -> SpikeDataset:
-        """The samples of a train of ones, (T, samples, N...), and their labels."""
+    def from_spikes(cls, train: SpikeTrain, labels: Tensor, lengths: Any = None) -> SpikeDataset:
+        """The samples of a train of ones, (T, samples, N...), their labels and, if they differ, numbers of steps."""
         if train.values is not None:
             raise InputError("a SpikeDataset holds spikes of 1; this train is graded.")
         indptr = train.indptr.cpu().long()
         ends = indptr[1:].view(train.B, train.T) - indptr[:-1].view(train.B, train.T)[:, :1]
         columns = _narrow(train.indices.cpu().numpy(), train.features)
-        return cls(torch.from_numpy(columns), ends.int(), labels, train.features, check=False)
+        stored = torch.from_numpy(columns)
+        return cls(stored, ends.int(), labels, train.features, check=False, lengths=lengths)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Steps that each sample has, int64 (samples,): as given, else up to and with the last that holds an event.
+
+        Example:
+            >>> train = SpikeTrain.from_dense(torch.eye(4).unsqueeze(2))  # sample b spikes at step b alone
+            >>> SpikeDataset.from_spikes(train, torch.arange(4)).lengths.tolist()
+            [1, 2, 3, 4]
+        """
+        return self._active() if self._lengths is None else self._lengths
+
+    def _active(self) -> Tensor:
+        if not self.T:
+            return torch.zeros(len(self), dtype=torch.int64)
+        return (self.ends < self.ends[:, -1:]).sum(1) + (self.ends[:, -1] > 0)
 
     @property
     def T(self) -> int:
@@ -134,7 +164,9 @@ class SpikeDataset(Dataset):
         ranges = zip(self.starts[places].tolist(), self.starts[places + 1].tolist(), strict=True)
         parts = [self.columns[begin:end] for begin, end in ranges]
         columns = torch.cat(parts) if parts else self.columns[:0]
-        return SpikeDataset(columns, self.ends[places], self.labels[places], self.features, check=False)
+        lengths = None if self._lengths is None else self._lengths[places]
+        ends, labels = self.ends[places], self.labels[places]
+        return SpikeDataset(columns, ends, labels, self.features, check=False, lengths=lengths)
 
     def _chosen(self, indices: Sequence[int] | Tensor) -> np.ndarray:
         """Numbers of samples from 0 on, int64."""
@@ -206,119 +238,3 @@ class EventStore:
             self.features,
             check=False,
         )
-
-
-def collate(samples: Sequence[tuple[SpikeTrain, Any]]) -> tuple[SpikeTrain, Tensor]:
-    """Samples ``(SpikeTrain, label)`` as one batch: the ``collate_fn`` for a DataLoader over data of your own.
-
-    Trains are joined along B and have the same T and features; none carries a gradient. Labels are numbers or
-    tensors of one shape, and keep their dtype.
-
-    Example:
-        >>> one = SpikeTrain.from_dense(torch.ones(4, 1, 2))
-        >>> x, y = collate([(one, 3), (one, 5)])
-        >>> x.shape, y.tolist()
-        (torch.Size([4, 2, 2]), [3, 5])
-    """
-    trains = [train for train, _ in samples]
-    if not trains:
-        raise InputError("collate needs at least one sample.")
-    shapes = {(train.T, *train.shape[2:]) for train in trains}
-    if len(shapes) > 1:
-        raise InputError(f"samples of one batch have the same steps and features, got {sorted(shapes)}.")
-    if any(train.requires_grad for train in trains):
-        raise InputError("samples of a batch carry no gradient: detach() them.")
-    offset, indptrs = 0, [trains[0].indptr[:1]]
-    for train in trains:
-        indptrs.append(train.indptr[1:] + offset)
-        offset += train.events
-        if offset > MAX_EVENTS:
-            raise InputError(f"more than {MAX_EVENTS} events in one batch; make it smaller.")
-    values = None
-    if any(train.values is not None for train in trains):
-        values = torch.cat(
-            [t.indices.new_ones(t.events, dtype=t.dtype) if t.values is None else t.values for t in trains]
-        )
-    joined = SpikeTrain(
-        torch.cat(indptrs),
-        torch.cat([train.indices for train in trains]),
-        (trains[0].T, sum(train.B for train in trains), *trains[0].shape[2:]),
-        values,
-        dtype=trains[0].dtype,
-        check=False,
-    )
-    return joined, torch.stack([torch.as_tensor(label) for _, label in samples])
-
-
-class _Batches(Sampler):
-    """Lists of indices. The order of an epoch is drawn with its first batch, from ``generator`` and nothing else."""
-
-    def __init__(
-        self, samples: int, batch_size: int, shuffle: bool, generator: torch.Generator | None, drop_last: bool
-    ) -> None:
-        self.samples, self.batch_size = samples, batch_size
-        self.shuffle, self.generator, self.drop_last = shuffle, generator, drop_last
-
-    def __len__(self) -> int:
-        whole, rest = divmod(self.samples, self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        order = (
-            torch.randperm(self.samples, generator=self.generator)
-            if self.shuffle
-            else torch.arange(self.samples)
-        )
-        # yield, so that nothing is drawn before the first batch: with workers torch makes two iterators and uses one
-        yield from order.split(self.batch_size)[: len(self)]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def loader(
-    dataset: SpikeDataset,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    generator: torch.Generator | None = None,
-    drop_last: bool = False,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Iterable[tuple[SpikeTrain, Tensor]]:
-    """Batches of a set, an epoch each time it is iterated over: torch's DataLoader over whole batches.
-
-    Args:
-        batch_size: B.
-        shuffle: a new order in every epoch.
-        generator: where the order comes from; its state when an epoch begins decides the whole epoch, whatever
-            ``num_workers`` is. None is torch's global generator.
-        drop_last: leave out a last batch of fewer samples.
-        num_workers: processes that gather batches. Gathering takes well below a millisecond, so 0 is nearly
-            always the fastest.
-        pin_memory: batches in page-locked memory, for ``x.to("cuda", non_blocking=True)``.
-
-    Returns:
-        A DataLoader, with ``len()`` batches of (SpikeTrain (T, B, N), labels (B,)).
-
-    Raises:
-        ConfigError: ``batch_size`` below 1.
-
-    Example:
-        >>> from snn_sparse_plugin.data import load_spikes
-        >>> batches = loader(load_spikes("digits").train, 256, shuffle=True)
-        >>> [len(y) for x, y in batches]
-        [256, 256, 256, 256, 256, 157]
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=_Batches(len(dataset), batch_size, shuffle, generator, drop_last),
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # of the workers' seeds: the global one stays untouched
-    )

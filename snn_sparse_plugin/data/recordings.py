@@ -275,7 +275,8 @@ def from_tonic(
         merge_polarity: one feature per pixel, instead of one per polarity and pixel.
 
     Returns:
-        A set of N = polarities × height × width features, in this order.
+        A set of N = polarities × height × width features, in this order. Recordings of different durations have
+        different ``lengths``: up to the last event, ``steps`` at most.
 
     Raises:
         ConfigError: steps or dt that are not positive.

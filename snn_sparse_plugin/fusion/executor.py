@@ -30,7 +30,7 @@ def run(
     """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer)."""
     if per_step and (not current_config().fuse_time or _shares_state(layers)):
         spikes, mem, states = loop(layers, dense(x), states)
-        return (_as_events(spikes, layers) if events else spikes), mem, states
+        return (spikes_as_events(spikes, layers) if events else spikes), mem, states
     neurons = [_fusable(layer, per_step) for layer in layers]
     passed, index = Passed(x), 0
     while index < len(layers):
@@ -53,7 +53,7 @@ def run(
             found = apply(layer, flow, states[index], per_step, want_mem and last)
         passed, states[index] = found, found.state
         index += 1
-    out = _as_events(passed.flow, layers) if events else dense(passed.flow)
+    out = spikes_as_events(passed.flow, layers) if events else dense(passed.flow)
     return out, passed.mem, states
 
 
@@ -128,7 +128,8 @@ def _takes_events(layers: list[Layer], neurons: list[Neuron | None], index: int,
     return joins and _linear(layers[index], per_step) is not None
 
 
-def _as_events(flow: Flow, layers: list[Layer]) -> SpikeTrain:
+def spikes_as_events(flow: Flow, layers: list[Layer]) -> SpikeTrain:
+    """The spikes of the last layer as events; InputError where it emits none."""
     if isinstance(flow, SpikeTrain):
         return flow
     last = layers[-1]

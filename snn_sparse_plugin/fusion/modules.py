@@ -44,8 +44,17 @@ _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def applies_per_sample(module: Any, dims: int) -> bool:
     """Whether one call on (T * B, ...) gives what T calls on (B, ...) give, for an input of ``dims`` dimensions."""
-    if has_hooks(module) or dims < 3:
-        return False
+    return not has_hooks(module) and dims >= 3 and _keeps_apart(module, dims)
+
+
+def may_mix(module: nn.Module) -> bool:
+    """Whether a step of this module may look at several samples, or keep something for the next step."""
+    if _is(module, (nn.Sequential,)):
+        return any(may_mix(child) for child in module.children())
+    return not _is(module, _DROPOUT) and not any(_keeps_apart(module, dims) for dims in range(3, 7))
+
+
+def _keeps_apart(module: Any, dims: int) -> bool:
     for spatial, classes in _SPATIAL.items():
         if _is(module, classes):
             return dims == spatial + 3

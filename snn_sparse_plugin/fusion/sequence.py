@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..adapters import Adapter, config_of, entered, has_hooks, loaded_adapters, refuse
 from ..core.config import current_config
 from ..core.errors import InputError, NonFiniteError
+from ..core.lengths import read_lengths
 from ..core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from .boundaries import install
 from .executor import run, run_neuron
 from .neurons import settle, step
+from .ragged import run_ragged
 from .stepping import Flow, Layer
 
 __all__ = ["Unrolled", "unroll"]
@@ -34,6 +36,7 @@ def unroll(
     x: Tensor | SpikeTrain | Any,
     state: Sequence[Any] | None = None,
     *,
+    lengths: Any = None,
     events: bool = False,
     batch_size: int | None = None,
     **overrides: Any,
@@ -53,6 +56,9 @@ def unroll(
         state: what an earlier call returned, one entry per layer. Default: where the step loop would start,
             snnTorch's hidden states or Norse's initial ones. snnTorch's hidden states are left as the loop
             leaves them.
+        lengths: how many steps each sample has, B whole numbers from 0 to T (list, numpy array or tensor). Every
+            sample runs for its own steps and for no other: its spikes and membrane are 0 after them, its state is
+            that after its last step. Not for layers that look at several samples or keep a state of their own.
         events: return the spikes of the last layer as a :class:`~snn_sparse_plugin.SpikeTrain`.
         batch_size: B, for a two-dimensional sparse matrix (B * T, N).
         **overrides: options of :class:`~snn_sparse_plugin.SparseConfig` for this call.
@@ -63,7 +69,7 @@ def unroll(
         layer: Norse's state tuples, dicts of snnTorch's hidden states by name, None for stateless layers.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, or a network that is no sequence of layers. Hidden
+        InputError: shapes, dtypes or lengths that do not fit, or a network that is no sequence of layers. Hidden
             states are then as before the call.
 
     Example:
@@ -74,9 +80,13 @@ def unroll(
         >>> spikes, mem, state = unroll(net, (torch.rand(50, 4, 30) < 0.05).float())
         >>> spikes.shape, mem.shape
         (torch.Size([50, 4, 10]), torch.Size([50, 4, 10]))
+        >>> spikes, mem, state = unroll(net, torch.ones(50, 4, 30), lengths=[50, 7, 20, 31])
+        >>> mem.detach().abs().sum(2)[-1].nonzero().flatten().tolist()  # who is still running at the last step
+        [0]
     """
     config = current_config().updated(**overrides)
     flow = _input(x, batch_size)
+    steps = None if lengths is None else read_lengths(lengths, *flow.shape[:2])
     adapters = loaded_adapters()
     layers = _layers(net, adapters)
     if state is not None and len(state) != len(layers):
@@ -91,7 +101,10 @@ def unroll(
     before = [layer.adapter.read_state(layer.module) if layer.adapter else None for layer in layers]
     try:
         with entered(config, {name: getattr(config, name) for name in overrides}):
-            result = Unrolled(*run(layers, flow, states, per_step=per_step, events=events))
+            if steps is None:
+                result = Unrolled(*run(layers, flow, states, per_step=per_step, events=events))
+            else:
+                result = Unrolled(*run_ragged(layers, flow, states, steps, per_step=per_step, events=events))
     except BaseException:
         _write(layers, before)  # stepped layers may have moved on
         raise
