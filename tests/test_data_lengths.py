@@ -65,4 +65,4 @@ def test_from_tonic() -> None:
     kind = [("t", int), ("x", int), ("y", int), ("p", int)]
     short, long = np.array([(0, 1, 0, 1), (3500, 1, 0, 1)], kind), np.array([(99000, 0, 0, 0)], kind)
     data = from_tonic([(short, 0), (long, 1), (long[:0], 1)], 10, 1e-3, sensor_size=(2, 1, 2))
-    assert data.lengths.tolist() == [4, 0, 0]  # what comes after the last step is left out
+    assert data.lengths.tolist() == [4, 10, 0]  # the second goes on after the last step

@@ -28,7 +28,7 @@ class SpikeDataset(Dataset):
         labels: int64 (samples,).
         features: N.
         check: look at every event; False trusts the caller, and wrong ones are then out-of-bounds accesses.
-        lengths: int64 (samples,), how many of the T steps a sample has; None is up to its last event.
+        lengths: how many of the T steps a sample has, (samples,) whole numbers; None is up to its last event.
 
     Raises:
         InputError: events that do not fit together, lie outside the features or after the end of their sample.
@@ -207,6 +207,7 @@ class EventStore:
         self.T, self.features = T, features
         self._columns: list[np.ndarray] = []
         self._ends: list[np.ndarray] = []
+        self._late: list[np.ndarray] = []  # who goes on after the last step
 
     def add(self, sample: np.ndarray, step: np.ndarray, column: np.ndarray, samples: int) -> None:
         """Events of the next ``samples`` samples, in any order, by number of the sample (from 0), step and feature.
@@ -214,6 +215,9 @@ class EventStore:
         A step holds one spike of a feature at most; what comes after the last step is left out.
         """
         keep = step < self.T
+        late = np.zeros(samples, np.bool_)
+        late[sample[~keep]] = True
+        self._late.append(late)
         places = sample[keep].astype(np.int64)
         places *= self.T
         places += step[keep]
@@ -231,10 +235,14 @@ class EventStore:
         """The set, with a label for each sample."""
         columns = np.concatenate(self._columns) if self._columns else np.empty(0, np.uint16)
         ends = np.concatenate(self._ends) if self._ends else np.empty((0, self.T), np.int32)
-        return SpikeDataset(
+        late = torch.from_numpy(np.concatenate([*self._late, np.empty(0, np.bool_)]))
+        data = SpikeDataset(
             torch.from_numpy(columns),
             torch.from_numpy(ends),
             torch.as_tensor(labels),
             self.features,
             check=False,
         )
+        if bool(late.any()):
+            data._lengths = torch.where(late, self.T, data.lengths)
+        return data

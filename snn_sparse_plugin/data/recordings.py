@@ -276,7 +276,7 @@ def from_tonic(
 
     Returns:
         A set of N = polarities × height × width features, in this order. Recordings of different durations have
-        different ``lengths``: up to the last event, ``steps`` at most.
+        different ``lengths``: up to the last event, and all ``steps`` where events come after them.
 
     Raises:
         ConfigError: steps or dt that are not positive.

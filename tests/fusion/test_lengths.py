@@ -306,6 +306,22 @@ def test_refused_layers(layer, named: str) -> None:
     assert named in str(error.value)
 
 
+def test_dropout_in_train_mode_runs() -> None:
+    net, x = made(fully_connected)
+    dropped = nn.Sequential(nn.Dropout(0.0), *net)
+    assert torch.equal(
+        unroll(fresh(dropped), x, lengths=LENGTHS).mem, unroll(fresh(net), x, lengths=LENGTHS).mem
+    )
+
+
+def test_an_error_leaves_hidden_states_as_they_were() -> None:
+    net, x = made(fully_connected)
+    before = unroll(fresh(net), x).state[1]["mem"].clone()
+    with pytest.raises(InputError, match="features"):
+        unroll(net, torch.ones(T, B, 10), lengths=LENGTHS)
+    assert torch.equal(net[1].mem, before)
+
+
 def test_a_module_with_a_state_of_its_own_is_refused() -> None:
     net = norse.SequentialState(nn.Linear(9, 9), nn.GRU(9, 4))
     with pytest.raises(InputError, match=r"lengths: 1 \(GRU\)"):
