@@ -31,6 +31,8 @@ from snn_sparse_plugin.triton_kernels import (
 from snn_sparse_plugin.triton_kernels.sources import module_of
 
 TTFS_KERNELS = {
+    "ttfs-table": ttfs.ttfs_table,
+    "ttfs-parameters": ttfs.ttfs_parameters,
     "ttfs-forward": ttfs.ttfs_forward,
     "ttfs-backward": ttfs.ttfs_backward,
     "dense-events": ttfs_events.dense_events,
@@ -172,11 +174,21 @@ def test_products_compile(case, element, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("element", ["fp32", "fp64"])
 @pytest.mark.parametrize(
-    ("kernel", "rate"), [*((name, 1.0) for name in TTFS_KERNELS), ("ttfs-backward", 0.0)]
+    ("kernel", "rate"),
+    [*((name, 1.0) for name in TTFS_KERNELS), *((f"ttfs-{name}", 0.0) for name in ("table", "backward"))],
 )
 def test_ttfs_compiles(kernel, rate, element, target):
     function = TTFS_KERNELS[kernel]
-    fixed = {"BLOCK": 128, "RATE": rate, "PARAMS": True, **TAPS}
+    fixed = {
+        "BLOCK": 128,
+        "RATE": rate,
+        "PARAMS": True,
+        "SEARCH": 6,
+        "AHEAD": 0.5,
+        "LEAST": 1e-38,
+        "MOST": 3e38,
+    }
+    fixed |= TAPS
     constexprs = {name: fixed[name] for name in function.arg_names if name in fixed}
     signature = {}
     for name in function.arg_names:
@@ -189,6 +201,27 @@ def test_ttfs_compiles(kernel, rate, element, target):
     gpu, binary = TARGETS[target]
     compiled = triton.compile(ASTSource(function, signature, constexprs), target=gpu)
     assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("function", [ttfs.ttfs_forward, ttfs.ttfs_backward])
+def test_ttfs_of_half_precision_moves_sixteen_bytes_at_a_time(function, half):
+    fixed = {"BLOCK": ttfs.BLOCK, "RATE": 1.0, "PARAMS": True, "SEARCH": 6}
+    constexprs = {name: fixed[name] for name in function.arg_names if name in fixed}
+    pointers = dict.fromkeys(("x_ptr", "grad_ptr", "out_ptr"), f"*{half}") | {"times_ptr": "*u8"}
+    signature = {
+        name: "constexpr"
+        if name in constexprs
+        else pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in function.arg_names
+    }
+    aligned = [
+        k for k, name in enumerate(function.arg_names) if name == "n" or signature[name].startswith("*")
+    ]
+    source = ASTSource(function, signature, constexprs, {(k,): [["tt.divisibility", 16]] for k in aligned})
+    ptx = triton.compile(source, target=TARGETS["sm_90"][0], options={"num_warps": ttfs.WARPS}).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
 
 
 @pytest.mark.parametrize("target", TARGETS)
