@@ -100,7 +100,7 @@ class TtfsTests:
     @settings(max_examples=30, deadline=None)
     @given(
         window=st.integers(2, 255), dtype=st.sampled_from([torch.float32, torch.float64]), data=st.data(),
-        kernel=st.sampled_from(["exp", "power-of-two", "linear"]), rounding=st.sampled_from(["ceil", "nearest", "floor"]),
+        kernel=st.sampled_from(sorted(KERNELS)), rounding=st.sampled_from(["ceil", "nearest", "floor"]),
     )  # fmt: skip
     def test_any_number(self, window, dtype, data, kernel, rounding):
         tau = torch.tensor(data.draw(st.floats(2 * window, 1e6, width=32)), dtype=dtype)
