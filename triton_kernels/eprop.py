@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .sources import module_of
 
-_SOURCE = '''"""E-prop's scan over {states} states of a neuron and {memory} of the readout. Generated; a change to it is lost."""
+_SOURCE = '''"""E-prop's scan over {states} states and {memory} of the readout. Generated; a change to it is lost."""
 
 import triton
 import triton.language as tl
@@ -77,7 +77,9 @@ def source_of(
     components, targets = states + memory, range(1 + len(lanes))
     given = [*(f"e{k}" for k in sorted(set(which))), "filtered", "direct"]
     begin = [f"c{k} = tl.full([BLOCK], {value!r}, zero.dtype)" for k, value in enumerate(constants)]
-    begin += [f"A{p}_{q} = tl.load(decay_ptr + {p * memory + q})" for p in range(memory) for q in range(memory)]
+    begin += [
+        f"A{p}_{q} = tl.load(decay_ptr + {p * memory + q})" for p in range(memory) for q in range(memory)
+    ]
     begin += [f"b{p} = tl.load(gain_ptr + {p})" for p in range(memory)]
     step = [f"{x} = tl.load({x}_ptr + t * {x}_t + b * {x}_b + cols, mask=mask, other=0.0)" for x in given]
     end = []
@@ -148,7 +150,16 @@ def scan(
     block = min(128, max(32, triton.next_power_of_2(N)))
     with torch.cuda.device_of(filtered):
         module_of(source, "eprop_scan").scan[(B, triton.cdiv(N, block))](
-            *given, decay.contiguous(), gain.contiguous(), nu, start, K, B, N, BLOCK=block, num_warps=block // 32
+            *given,
+            decay.contiguous(),
+            gain.contiguous(),
+            nu,
+            start,
+            K,
+            B,
+            N,
+            BLOCK=block,
+            num_warps=block // 32,
         )
     return nu, start
 

@@ -83,7 +83,8 @@ def source_of(components: int, shared: tuple[int, ...], own: tuple[int, ...], ca
         carry: whether traces per synapse move on.
     """
     before = [
-        f"s{k} = tl.load(s{k}_ptr + b * M + inputs, mask=known, other=0.0)[:, None]" for k in range(len(shared))
+        f"s{k} = tl.load(s{k}_ptr + b * M + inputs, mask=known, other=0.0)[:, None]"
+        for k in range(len(shared))
     ]
     for k in range(len(own)):
         before += [

@@ -80,9 +80,7 @@ def source_of(
     return _SOURCE.format(states=", ".join(program.states), body=indent("\n".join(lines), "    "))
 
 
-def statements(
-    program: Program, derivatives: Derivatives, names: Names
-) -> tuple[list[str], dict[int, str]]:
+def statements(program: Program, derivatives: Derivatives, names: Names) -> tuple[list[str], dict[int, str]]:
     """A step and its local derivatives, and the variable of each register."""
     first = names.states[0]
     lines = [constant(*pair, first) for pair in zip(names.constants, program.constants, strict=True)]

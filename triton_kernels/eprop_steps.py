@@ -70,11 +70,11 @@ def source_of(program: Program, derivatives: Derivatives, kept: tuple[int, ...])
     begin = [load.format(n, f"before_ptr + ({k} * rows + b) * N", 0.0) for k, n in enumerate(states)]
     begin += [load.format(n, f"params_ptr + {k} * N", 1.0) for k, n in enumerate(names.params)]
     step = [load.format(x, "x_ptr + row * N", 0.0), f"{rec} = tl.zeros_like({x})"]
-    gather = f"{rec} = gather_rows({rec}, words_ptr + row * n_words, 0, n_words, None, 0, rec_weight_t_ptr, N, cols, mask)"
+    before = "words_ptr + row * n_words, 0, n_words, None, 0"
     step += [
         "if rec_weight_t_ptr is not None:",
         "    tl.debug_barrier()  # the words of the step before were written by other threads",
-        f"    {gather}",
+        f"    {rec} = gather_rows({rec}, {before}, rec_weight_t_ptr, N, cols, mask)",
     ]
     computed, of = statements(program, derivatives, names)
     assert program.spikes is not None
@@ -90,9 +90,7 @@ def source_of(program: Program, derivatives: Derivatives, kept: tuple[int, ...])
     ]
     step += [f"_after{k} = {of[register]}" for k, register in enumerate(program.results)]
     step += [f"{name} = _after{k}" for k, name in enumerate(states)]
-    end = [
-        f"tl.store(after_ptr + ({k} * rows + b) * N + cols, {n}, mask=mask)" for k, n in enumerate(states)
-    ]
+    end = [f"tl.store(after_ptr + ({k} * rows + b) * N + cols, {n}, mask=mask)" for k, n in enumerate(states)]
     return _SOURCE.format(
         states=", ".join(program.states),
         begin=indent("\n".join(begin), " " * 4),
@@ -131,8 +129,8 @@ class Chunk:
     ) -> None:
         """Run x (K, B, N) from ``states`` (S, B, N), which become the last ones.
 
-        ``spikes`` (1 + K, B, N), ``words`` (1 + K, B, ceil(N / 32)) int32 and ``local`` (V, K, B, N) are written; row 0 of
-        ``words`` has the spikes before, of which ``rec_weight`` (N, N) makes a current.
+        ``spikes`` (1 + K, B, N), ``words`` (1 + K, B, ceil(N / 32)) int32 and ``local`` (V, K, B, N) are written. Row 0
+        of ``words`` has the spikes before, of which ``rec_weight`` (N, N) makes a current.
         """
         K, B, N = x.shape
         block = max(32, triton.next_power_of_2(N))

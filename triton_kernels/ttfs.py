@@ -38,19 +38,14 @@ def ttfs_table(
     left = t_d - k.to(tl.float64)
     for row in tl.static_range(2):
         u = (left - tl.full([BLOCK], AHEAD if row == 0 else 0.0, tl.float64)) / tau
-        if RATE == 0:
-            value = u + 1.0
-        else:
-            value = tl.exp(u * tl.full([BLOCK], RATE, tl.float64))
+        value = u + 1.0 if RATE == 0 else tl.exp(u * tl.full([BLOCK], RATE, tl.float64))
         value = tl.maximum(value, tl.full([BLOCK], LEAST, tl.float64))
         value = tl.minimum(value, tl.full([BLOCK], MOST, tl.float64))
         tl.store(out_ptr + row * window + k, value.to(out_ptr.dtype.element_ty), mask=k < window)
 
 
 @triton.jit(do_not_specialize=["window"])
-def ttfs_forward(
-    x_ptr, table_ptr, out_ptr, times_ptr, n, window, SEARCH: tl.constexpr, BLOCK: tl.constexpr
-):
+def ttfs_forward(x_ptr, table_ptr, out_ptr, times_ptr, n, window, SEARCH: tl.constexpr, BLOCK: tl.constexpr):
     """``table`` holds the thresholds of the window's steps, then their values; 2^``SEARCH`` is more than the window."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n

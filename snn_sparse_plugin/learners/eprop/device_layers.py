@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core import bits
 from .blocks import Window
 from .compiled_readout import Common
+from .described import parameters
 from .layer import WatchedLayer
 from .lsnn import LSNN, LSNNState
 from .options import one_pole
@@ -57,6 +58,11 @@ class DeviceLayer:
         spare: the layer in the sequence before, whose kernels and memory are used again where they fit.
     """
 
+    stepper: Stepper
+    local: Tensor  # derivatives of the chunk, (entries, K, B, N)
+    spikes: Tensor  # (1 + K, B, N), those before it first
+    words: Tensor  # the same as bits
+
     def __init__(
         self,
         common: Common,
@@ -71,7 +77,7 @@ class DeviceLayer:
         zeros = torch.zeros(B, N, dtype=common.dtype, device=common.device)
         given = LSNNState(*(zeros if state is None else x.detach().to(zeros) for x in (state or 4 * [zeros])))
         self.K, neuron = 0, module.neuron()
-        numbers = {k: v for k, v in neuron.params.items() if not isinstance(v, Tensor)}
+        numbers = {k: v for k, v in parameters(neuron).items() if not isinstance(v, Tensor)}
         # to look into tensors would be to wait
         self.made_of = B, common, numbers, neuron.surrogate, module.betas, module.betas._version
         if spare is not None and _same(self.made_of, spare.made_of):

@@ -91,10 +91,13 @@ def _(grad, x, times, table, tau, t_d, rate, params, backend):  # type: ignore[n
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, table, tau, t_d, ctx.rate, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the times
     ctx.save_for_backward(x, output[1], table, tau, t_d)
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None, None
     params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     d_x, d_tau, d_t_d = _backward(grad, *ctx.saved_tensors, ctx.rate, params, ctx.backend)
     return d_x, None, d_tau if params else None, d_t_d if params else None, None, None
