@@ -47,7 +47,7 @@ class BackwardWriter(Writer):
         for j in reversed(steps):
             group += self._walk_back(f"_{j}", f"gs_{j}", f"gm_{j}", f"live_{j}", f"(begin + {j}) * rows + b")
         loop = "\n".join(indented([*chunk, "for h in range(groups):", *indented(group)]))
-        return self._backward_kernel([*_BACKWARD, *_ONCE], loop, "Grid (B, blocks of N).")
+        return self._backward_kernel([*_BACKWARD, "odd_ptr"], loop, "Grid (B, blocks of N).")
 
     def _arriving(self, steps: Sequence[int]) -> list[str]:
         """The gradients of spikes and membranes of some steps, 0 where none arrives."""
@@ -55,9 +55,9 @@ class BackwardWriter(Writer):
         for short, what in (("gs", "spikes_grad"), ("gm", "mem_grad")):
             if short == "gs" and not self.spiking:
                 continue
+            at = "{what}_ptr + (begin + {j}) * {short}_step + b * N + cols"
             loads = [
-                f"    {short}_{j} = tl.load({what}_ptr + (begin + {j}) * {short}_step + b * N + cols, "
-                f"mask=live_{j}, other=0.0)"
+                f"    {short}_{j} = {self._load(at.format(what=what, short=short, j=j), f'live_{j}')}"
                 for j in steps
             ]
             nothing = [f"    {short}_{j} = zero" for j in steps]
@@ -75,14 +75,18 @@ class BackwardWriter(Writer):
         lines = [f"{', '.join([*leaving, *sums])} = adjoint({', '.join(given)})"]
         lines += [f"g_{name} = tl.where({live}, d_{name}, g_{name})" for name in self.states]
         lines += [f"sum_{name} += tl.where({live}, d_{name}, zero)" for name in (self.params if sums else ())]
-        stores = [
-            f"tl.store(nu_ptr + ({row}) * {times(self.C, 'N')} + {times(c, 'N')} + cols, d_{x}, mask={live})"
-            for c, x in enumerate(self.inputs)
-        ]
+        places = [f"nu_ptr + ({row}) * {times(self.C, 'N')} + {times(c, 'N')} + cols" for c in range(self.C)]
+        stores = [f"tl.store({at}, d_{x}, mask={live})" for at, x in zip(places, self.inputs, strict=True)]
         if self.names.rec:
             return [*lines, *stores]
-        once = [f"nu_{x} += tl.where({live}, d_{x}, zero)" for x in self.inputs]
-        return [*lines, "if ONCE:", *indented(once), "else:", *indented(stores)]
+        sums = [f"nu_{x} += tl.where({live}, d_{x}, zero)" for x in self.inputs]
+        lines += ["if sum_ptr is not None:", *indented(sums)]
+        pairs = [
+            f"tl.store({at}, paired(d_{x}), mask={live})" for at, x in zip(places, self.inputs, strict=True)
+        ]
+        pairs += [f"odd |= {live} & ~(tl.abs(d_{x}) < float('inf'))" for x in self.inputs]
+        either = ["if odd_ptr is not None:", *indented(pairs), "else:", *indented(stores)]
+        return [*lines, "if nu_ptr is not None:", *indented(either)]
 
     def _backward_kernel(self, arguments: Sequence[str], loop: str, doc: str) -> str:
         kept = f"tl.load({self.states[0]}_kept_ptr + b * N + cols, mask=mask, other=0.0)"
@@ -100,15 +104,13 @@ class BackwardWriter(Writer):
             "gm_step = mem_grad_stride.to(tl.int64)",
         ]
         start += [f"nu_{x} = zero" for x in self.inputs]
+        start += ["odd = cols < 0"] if not self.names.rec else [f"sum_nu_{x} = zero" for x in self.inputs]
         start += [f"sum_{name} = zero" for name in (self.params if self.params_grad else ())]
         start += [f"chunks = (T + {CHUNK - 1}) // {CHUNK}", f"for k in range(chunks):\n{loop}"]
         end = [self._store_states("d_{}", "b", "g_{}")]
+        end += ["if sum_ptr is not None:", *indented(self._sums())]
         if not self.names.rec:
-            stores = [
-                f"tl.store(nu_ptr + b * {times(self.C, 'N')} + {times(c, 'N')} + cols, nu_{x}, mask=mask)"
-                for c, x in enumerate(self.inputs)
-            ]
-            end += ["if ONCE:", *indented(stores)]
+            end += ["if odd_ptr is not None:", "    tl.store(odd_ptr + (cols - cols), 1, mask=odd)"]
         if self.params_grad:
             end += [
                 f"tl.store(params_grad_ptr + ({row} * rows + b) * N + cols, sum_{name}, mask=mask)"
@@ -118,11 +120,23 @@ class BackwardWriter(Writer):
         states = self._pointers("{}_kept", "g_{}", "d_{}")
         return kernel("backward", free, [*states, *arguments], [*start, *end], doc)
 
+    def _sums(self) -> list[str]:
+        """Stores of nu summed over the steps; of a recurrent layer also over all but the first, which have its bias."""
+        places = [f"sum_ptr + {{}} * {times(self.C, 'N')} + {times(c, 'N')} + cols" for c in range(self.C)]
+        named = list(zip(places, self.inputs, strict=True))
+        if not self.names.rec:
+            return [f"tl.store({at.format('b')}, nu_{x}, mask=mask)" for at, x in named]
+        later = [f"tl.store({at.format('(rows + b)')}, sum_nu_{x}, mask=mask)" for at, x in named]
+        return [*(f"tl.store({at.format('b')}, sum_nu_{x} + nu_{x}, mask=mask)" for at, x in named), *later]
+
     def _last_gradient(self, name: str) -> list[str]:
         load = f"g_{name} = tl.load(g_{name}_ptr + b * N + cols, mask=mask, other=0.0)"
         return [f"g_{name} = zero", f"if g_{name}_ptr is not None:", f"    {load}"]
 
     def recurrent_backward(self) -> str:
+        # A step's recurrent current is a sum of rows. It is made once and goes through memory with the states: held in
+        # registers, which have no room for a chunk, it would be made twice. A program has one sample: several would
+        # read W_rec once for all, but their spikes and active neurons are different ones, to be walked one by one.
         kept = [*self.states, *self.names.rec]
         places = [f"scratch_ptr + ((j * {len(kept)} + {k}) * rows + b) * N + cols" for k in range(len(kept))]
         loads = [
@@ -142,9 +156,10 @@ class BackwardWriter(Writer):
             *self._load_inputs("start + j", "mask"),
         ]
         for short, what in (("gs", "spikes_grad"), ("gm", "mem_grad")):
-            load = f"tl.load({what}_ptr + (start + j) * {short}_step + b * N + cols, mask=mask, other=0.0)"
+            load = self._load(f"{what}_ptr + (start + j) * {short}_step + b * N + cols", "mask")
             back += [f"{short} = zero", f"if {what}_ptr is not None:", f"    {short} = {load}"]
-        back += [*self._fed_back(), *self._walk_back("", "gs", "gm", "mask", "row")]
+        back += [*self._fed_back(), *(f"sum_nu_{x} += nu_{x}" for x in self.inputs)]
+        back += self._walk_back("", "gs", "gm", "mask", "row")
         back += [f"nu_{x} = d_{x}" for x in self.inputs]
         loop = [
             "chunk = chunks - 1 - k",
@@ -197,12 +212,12 @@ _BACKWARD = [
         "mem_grad_ptr",
         "mem_grad_stride",
         "nu_ptr",
+        "sum_ptr",
         "params_grad_ptr",
         *SIZES,
     ),
     *(f"{name}: tl.constexpr" for name in ("WINDOW", "KIND", "P0", "P1", "BLOCK")),
 ]
-_ONCE = ["ONCE: tl.constexpr"]
 _RECURRENT_BACKWARD = [
     *(
         *FED_BACK,

@@ -41,16 +41,53 @@ def lowest_bit(word):
 
 
 @triton.jit
-def gather_rows(acc, words_ptr, first, last, values_ptr, step, table_ptr, stride, cols, mask):
+def bf16_bits(x):
+    """A float32 rounded to bf16, as the bits of a float32; what is not finite, or would not stay so, is cut."""
+    bits = x.to(tl.int32, bitcast=True)
+    nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+    return tl.where(tl.abs(x) < 3e38, nearest, bits) & -65536
+
+
+@triton.jit
+def remainder(x, bits):
+    """What :func:`bf16_bits` left of x. Nothing is left of an infinite number, and NaN of NaN."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x - bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def paired(x):
+    """A float32 as a pair of bf16 numbers in the same 32 bits: their sum is x to 2^-17 of it, the upper one the larger.
+
+    In memory the smaller comes first: (R, N) floats are (R, 2 N) bf16 numbers.
+    """
+    high = bf16_bits(x)
+    low = bf16_bits(remainder(x, high))
+    return (high | ((low >> 16) & 0xFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unpaired(x):
+    """The sum of a pair."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits & -65536).to(tl.float32, bitcast=True) + (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gather_rows(
+    acc, words_ptr, first, last, values_ptr, step, table_ptr, stride, cols, mask, PAIRS: tl.constexpr = False
+):
     """``acc`` plus one row of the table, ``stride`` long, for every bit set in words ``first`` to ``last``.
 
     A row counts as often as the value of its bit says, ``step`` apart from the next one's; all are 1 where it is None.
+    ``PAIRS``: the table holds pairs of bf16 numbers.
     """
     for k in range(first, last):
         word = tl.load(words_ptr + k)
         while word != 0:
             bit = (k * 32 + lowest_bit(word)).to(tl.int64)
             row = tl.load(table_ptr + bit * stride + cols, mask=mask, other=0.0)
+            if PAIRS:
+                row = unpaired(row)
             if values_ptr is not None:
                 row = row * tl.load(values_ptr + bit * step)
             acc += row
@@ -94,11 +131,11 @@ def recurrent_current(
 ):
     """What the layer's spikes of the step before feed back; at the first step it is given. Rows are ``width`` long."""
     if t == 0:
-        rec = tl.load(rec0_ptr + b * width + cols, mask=mask, other=0.0)
+        rec = tl.load(rec0_ptr + b * width + cols, mask=mask, other=0.0).to(like.dtype)
     else:
         rec = tl.zeros_like(like)
         if rec_bias_ptr is not None:
-            rec = tl.load(rec_bias_ptr + cols, mask=mask, other=0.0)
+            rec = tl.load(rec_bias_ptr + cols, mask=mask, other=0.0).to(like.dtype)
         words_ptr += (row - B) * n_words
         rec = gather_rows(rec, words_ptr, 0, n_words, None, 0, rec_weight_ptr, width, cols, mask)
     return rec
@@ -109,7 +146,7 @@ def all_back(g_s, nu_ptr, rec_weight_ptr, row, width, N, cols, mask, TILE: tl.co
     """``g_s`` plus W_rec^T nu of a row, for every neuron: TILE rows of W_rec at a time."""
     for first in range(0, width, TILE):
         rows = first + tl.arange(0, TILE)
-        nu = tl.load(nu_ptr + row * width + rows, mask=rows < width, other=0.0)
+        nu = tl.load(nu_ptr + row * width + rows, mask=rows < width, other=0.0).to(g_s.dtype)
         weight = tl.load(
             rec_weight_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :],
             mask=(rows < width)[:, None] & mask[None, :],

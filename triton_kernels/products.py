@@ -2,6 +2,7 @@
 
 With the spikes of a layer's input as words (R, ceil(M / 32)) and W^T as the table the sum is the input current; with
 the transposed words (M, ceil(R / 32)) and nu as the table it is the gradient of the weight. Both are deterministic.
+Kernels run on the current device: a backend makes the tensors' own the current one, once for a layer.
 """
 
 from __future__ import annotations
@@ -31,21 +32,22 @@ def sum_rows(
     N,
     share,  # words of a split
     BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,  # the table holds pairs of bf16 numbers
 ):
     """Grid (R, blocks of N, splits)."""
     r = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < N
     split = tl.program_id(2)
-    acc = tl.zeros([BLOCK], dtype=table_ptr.dtype.element_ty)
+    acc = tl.zeros([BLOCK], dtype=out_ptr.dtype.element_ty)
     if bias_ptr is not None:
-        acc = tl.load(bias_ptr + cols, mask=mask, other=0.0)
+        acc = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(acc.dtype)
     first = split * share
     last = tl.minimum(first + share, n_words)
     words_ptr += r * n_words
     if values_ptr is not None:
         values_ptr += r * row_step
-    acc = gather_rows(acc, words_ptr, first, last, values_ptr, bit_step, table_ptr, N, cols, mask)
+    acc = gather_rows(acc, words_ptr, first, last, values_ptr, bit_step, table_ptr, N, cols, mask, PAIRS)
     tl.store(out_ptr + (split.to(tl.int64) * tl.num_programs(0) + r) * N + cols, acc, mask=mask)
 
 
@@ -81,11 +83,10 @@ def transpose_words(words_ptr, out_ptr, R, M, n_words, row_words, ROWS: tl.const
 def packed(x: Tensor) -> Tensor:
     """Which numbers of ``x`` (T, B, M) are not 0, as bits: words (T, B, ceil(M / 32)) int32."""
     T, B, M = x.shape
-    words = torch.empty(T, B, triton.cdiv(M, 32), dtype=torch.int32, device=x.device)
+    words = torch.empty(T, B, -(-M // 32), dtype=torch.int32, device=x.device)
     if words.numel():
-        with torch.cuda.device_of(x):
-            grid = (triton.cdiv(T * B, 16), triton.cdiv(words.shape[2], 8))
-            pack_rows[grid](x.contiguous(), words, T * B, M, words.shape[2], ROWS=16, WORDS=8, num_warps=4)
+        grid = (-(-T * B // 16), -(-words.shape[2] // 8))
+        pack_rows[grid](x.contiguous(), words, T * B, M, words.shape[2], ROWS=16, WORDS=8, num_warps=4)
     return words
 
 
@@ -96,26 +97,30 @@ def current(words: Tensor, values: Tensor | None, weight: Tensor, bias: Tensor |
     out = weight.new_empty(T, B, N)
     if out.numel():
         values = None if values is None else values.contiguous()
+        # turned at each call: what is kept would be stale once the replay of a CUDA graph has changed the weight, of
+        # which its version tells nothing
         _launch(words, values, weight.t().contiguous(), bias, out, T * B, M, 1, n_words, 1)
     return out
 
 
-def weight_gradient(nu: Tensor, words: Tensor, values: Tensor | None, M: int) -> Tensor:
-    """Sum over steps and samples of nu (T, B, N) times the spikes, (N, M)."""
+def weight_gradient(nu: Tensor, words: Tensor, values: Tensor | None, M: int, pairs: bool = False) -> Tensor:
+    """Sum over steps and samples of nu (T, B, N), which may be pairs of bf16 numbers, times the spikes: (N, M)."""
     T, B, N = nu.shape
     R = T * B
     if R * N * M == 0:
         return nu.new_zeros(N, M)
-    row_words = triton.cdiv(R, 32)
+    row_words = -(-R // 32)
     turned = torch.empty(M, row_words, dtype=torch.int32, device=nu.device)
-    with torch.cuda.device_of(nu):
-        grid = (triton.cdiv(R, 1024), words.shape[2])
-        transpose_words[grid](words, turned, R, M, words.shape[2], row_words, ROWS=1024, num_warps=4)
+    grid = (-(-R // 1024), words.shape[2])
+    transpose_words[grid](words, turned, R, M, words.shape[2], row_words, ROWS=1024, num_warps=4)
     splits = min(_SPLITS, row_words)
     out = nu.new_empty(splits, M, N)
     values = None if values is None else values.contiguous()
-    _launch(turned, values, nu.contiguous(), None, out, M, 1, M, row_words, splits)
-    return out.sum(0).t() if splits > 1 else out[0].t()
+    _launch(turned, values, nu.contiguous(), None, out, M, 1, M, row_words, splits, pairs)
+    # in the layout of the weight, in which it can become its gradient without a copy
+    grad = nu.new_empty(N, M)
+    torch.sum(out, 0, out=grad.t())
+    return grad
 
 
 def _launch(
@@ -129,12 +134,13 @@ def _launch(
     bit_step: int,
     n_words: int,
     splits: int,
+    pairs: bool = False,
 ) -> None:
     N = out.shape[-1]
-    block = min(256, max(32, triton.next_power_of_2(N)))
-    with torch.cuda.device_of(out):
-        sum_rows[(rows, triton.cdiv(N, block), splits)](
-            *(words, values, table, bias, out, row_step, bit_step, n_words, N, triton.cdiv(n_words, splits)),
-            BLOCK=block,
-            num_warps=1,
-        )
+    block = min(256, max(32, 1 << (N - 1).bit_length()))
+    sum_rows[(rows, -(-N // block), splits)](
+        *(words, values, table, bias, out, row_step, bit_step, n_words, N, -(-n_words // splits)),
+        BLOCK=block,
+        PAIRS=pairs,
+        num_warps=1,
+    )

@@ -60,7 +60,7 @@ def backward_source(neuron: Neuron, recurrent: bool, unroll: int, params_grad: b
     program = neuron.program
     parts = ["divide"] if any(op.kind in ("div", "log") for op in program.ops) else []
     parts += ["slope"] if program.spikes is not None else []
-    parts += ["recurrent_current", "all_back"] if recurrent else []
+    parts += ["recurrent_current", "all_back"] if recurrent else ["paired"]
     parts += ["some_back", "store_bits"] if recurrent and program.direct else []
     writer = BackwardWriter(neuron, recurrent, params_grad)
     body = writer.recurrent_backward() if recurrent else writer.backward(unroll)

@@ -21,10 +21,15 @@ from types import ModuleType
 log = logging.getLogger("snn_sparse_plugin")
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it made for this machine."""
+    home = os.environ.get("SNN_SPARSE_CACHE_DIR")
+    return Path(home) if home else Path.home() / ".cache" / "snn-sparse-plugin"
+
+
 def folder() -> Path:
     """Where generated sources are kept."""
-    home = os.environ.get("SNN_SPARSE_CACHE_DIR")
-    return (Path(home) if home else Path.home() / ".cache" / "snn-sparse-plugin") / "triton"
+    return cache_folder() / "triton"
 
 
 @cache

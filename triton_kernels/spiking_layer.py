@@ -6,7 +6,8 @@ A canonical neuron is run from the program that is traced from its step, like on
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,36 +37,36 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Gradients of the input current (T, B, C * N), or its sum over the steps (1, B, C * N), of the initial state and
-    of the parameters (P, B, N)."""
+    """Gradients of the input current, of the initial state and of the parameters (P, B, N)."""
 
-    nu: Tensor
+    nu: Tensor | None
+    """(T, B, C * N), as pairs of bf16 numbers where ``odd`` is given; None where one current serves all steps."""
+    odd: Tensor | None  # (1,) int32: 1 where a number of nu is not finite
+    sums: Tensor | None
+    """nu summed over the steps, (1, B, C * N); of a recurrent layer (2, B, C * N), with that over all but the first"""
     v0: Tensor
     i0: Tensor | None
     params: Tensor | None
 
 
-def _module(call: LayerCall, way: str, params_grad: bool = False) -> ModuleType:
-    recurrent, size = call.rec_weight is not None, call.v0.element_size()
-    return module_of(source_of(call.spec, recurrent, way, params_grad, size), way)
+@cache
+def _kernel(spec: NeuronSpec | Equations, recurrent: bool, way: str, params_grad: bool, size: int) -> Any:
+    return getattr(module_of(source_of(spec, recurrent, way, params_grad, size), way), way)
 
 
-def _launch(call: LayerCall) -> dict[str, Any]:
-    """A warp has 32 neurons of a sample: whatever N is, there are programs for every multiprocessor."""
-    block = 32 if call.rec_weight is None else max(32, triton.next_power_of_2(call.N))
+@cache
+def _launch(recurrent: bool, N: int) -> tuple[int, dict[str, Any]]:
+    """Programs of a sample, and options. A warp has 32 of its neurons: whatever N is, no multiprocessor waits."""
+    block = max(32, triton.next_power_of_2(N)) if recurrent else 32
     # upstream rounds after every product: a contracted multiply-add would move spikes
-    return {"BLOCK": block, "num_warps": min(16, block // 32), "enable_fp_fusion": False, "num_stages": 1}
-
-
-def _grid(call: LayerCall) -> tuple[int, int]:
-    return call.B, triton.cdiv(call.N, _launch(call)["BLOCK"])
+    options = {"BLOCK": block, "num_warps": min(16, block // 32), "enable_fp_fusion": False, "num_stages": 1}
+    return -(-N // block), options
 
 
 def _steps(x: Tensor | None) -> tuple[Tensor | None, int]:
     """A tensor over (T, B, N) as kernels read it, and how far apart its steps are: 0 where one serves them all."""
     if x is None:
         return None, 0
-    x = x.detach()
     if len(x) > 1 and x.stride(0) == 0:
         return x[0].contiguous(), 0
     x = x.contiguous()
@@ -73,7 +74,7 @@ def _steps(x: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().contiguous()
+    return None if x is None else x.contiguous()
 
 
 def _fed_back(call: LayerCall) -> list[Tensor | None]:
@@ -83,15 +84,12 @@ def _fed_back(call: LayerCall) -> list[Tensor | None]:
     return [_flat(call.rec_weight.t()), _flat(call.rec_bias), _flat(call.rec0)]
 
 
-def _states(call: LayerCall, v: Tensor | None, i: Tensor | None, dim: int = 0) -> list[Tensor | None]:
-    """One tensor a state, of a membrane (and synapse) or of all states of some equations, stacked along ``dim``."""
-    if isinstance(call.spec, Equations):
-        return [None] * len(call.spec.states) if v is None else list(v.unbind(dim))
-    return [v, i] if call.spec.synapse else [v]
-
-
-def _checkpoint_rows(call: LayerCall) -> int:
-    return call.B * (len(call.spec.states) if isinstance(call.spec, Equations) else 1)
+def _states(spec: NeuronSpec | Equations, *tensors: Tensor | None, dim: int = 0) -> Sequence[Tensor | None]:
+    """One tensor a state, of a membrane and a synapse or of all states of some equations, stacked along ``dim``."""
+    v = tensors[0]
+    if isinstance(spec, Equations):
+        return [None] * len(spec.states) if v is None else v.unbind(dim)
+    return tensors if spec.synapse else (v,)
 
 
 def forward(
@@ -109,11 +107,11 @@ def forward(
     ``words``, ``spikes``, ``mem`` and ``checkpoints`` say what to write; ``window`` counts the neuron-steps
     within that distance of the threshold.
     """
-    T, B, N, like = call.T, call.B, call.N, call.v0.detach()
-    synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
-    kept = (triton.cdiv(T, CHUNK), *like.shape)
+    spec, T, B, N, like = call.spec, call.T, call.B, call.N, call.v0
+    recurrent, synapse = call.rec_weight is not None, isinstance(spec, NeuronSpec) and spec.synapse
+    kept, n_words = (-(-T // CHUNK), *like.shape), -(-N // 32)
     out = Forward(
-        torch.empty(T, B, triton.cdiv(N, 32), dtype=torch.int32, device=like.device) if words else None,
+        torch.empty(T, B, n_words, dtype=torch.int32, device=like.device) if words else None,
         like.new_empty(T, B, N) if spikes else None,
         like.new_empty(T, B, N) if mem else None,
         torch.empty_like(like),
@@ -125,28 +123,24 @@ def forward(
     if B * N == 0:
         return out
     x, stride = _steps(current)
-    with torch.cuda.device_of(like):
-        _module(call, "forward").forward[_grid(call)](
-            *_states(call, like, call.i0),
-            *_states(call, out.v, out.i),
-            *_states(call, out.v_checkpoints, out.i_checkpoints, 1),
-            *_fed_back(call),
-            x,
-            stride,
-            _checkpoint_rows(call),
-            _flat(call.params),
-            out.words,
-            out.spikes,
-            out.mem,
-            out.near,
-            T,
-            B,
-            N,
-            triton.cdiv(N, 32),
-            WINDOW=window,
-            **_launch(call),
-        )
+    programs, options = _launch(recurrent, N)
+    _kernel(spec, recurrent, "forward", False, like.element_size())[B, programs](
+        *_states(spec, like, call.i0),
+        *_states(spec, out.v, out.i),
+        *_states(spec, out.v_checkpoints, out.i_checkpoints, dim=1),
+        *_fed_back(call),
+        *(x, stride, B * _planes(call), _flat(call.params)),
+        *(out.words, out.spikes, out.mem, out.near),
+        *(T, B, N, n_words),
+        WINDOW=window,
+        **options,
+    )
     return out
+
+
+def _planes(call: LayerCall) -> int:
+    """Rows (B, N) of a checkpoint."""
+    return len(call.spec.states) if isinstance(call.spec, Equations) else 1
 
 
 def backward(
@@ -159,68 +153,62 @@ def backward(
     grads: OutputGrads,
     *,
     params: bool,
+    sums: bool,
     in_place: bool,
+    pairs: bool = False,
 ) -> Backward:
-    """Run the adjoint of :func:`forward`. ``in_place``: nu takes the memory of the current.
+    """Run the adjoint of :func:`forward`. ``in_place``: nu takes the memory of the current; ``pairs``: as bf16 numbers.
 
     ``words`` are the layer's own spikes where it is recurrent. ``window`` is None for the exact surrogate; with
     ``near``, the count of the forward, it holds where that reaches ``call.min_active``.
     """
-    T, B, N, like = call.T, call.B, call.N, call.v0.detach()
-    synapse = isinstance(call.spec, NeuronSpec) and call.spec.synapse
-    recurrent, once = call.rec_weight is not None, call.once and call.rec_weight is None
-    out = Backward(
+    spec, T, B, N, like = call.spec, call.T, call.B, call.N, call.v0
+    recurrent, synapse = call.rec_weight is not None, isinstance(spec, NeuronSpec) and spec.synapse
+    nu: Tensor | None = None
+    if recurrent or not call.once:
         # a thread reads its currents of a group of steps before it writes their gradients
-        current if in_place else like.new_empty(1 if once else T, B, call.currents),
+        nu = current if in_place else like.new_empty(T, B, call.currents)
+    out = Backward(
+        nu,
+        torch.zeros(1, dtype=torch.int32, device=like.device) if pairs else None,
+        like.new_empty(1 + recurrent, B, call.currents) if sums or nu is None else None,
         torch.empty_like(like),
         torch.empty_like(like) if synapse else None,
         like.new_zeros(len(call.params), B, N) if params else None,
     )
     if T * B * N == 0:
-        for grad, given in ((out.v0, grads.v), (out.i0, grads.i)):
+        for grad, given in ((out.v0, grads.v), (out.i0, grads.i), (out.nu, None), (out.sums, None)):
             if grad is not None:
                 grad.zero_() if given is None else grad.copy_(given)
-        out.nu.zero_()
         return out
-    launch, n_words = _launch(call), triton.cdiv(N, 32)
+    programs, options = _launch(recurrent, N)
     own: list[Any] = []
+    more: dict[str, Any] = {"odd_ptr": out.odd}
     if recurrent:
-        planes = (1 if synapse else 0) + 1 + call.currents // N
-        if isinstance(call.spec, Equations):
-            planes = len(call.spec.states) + len(call.spec.inputs)
+        n_words = -(-N // 32)
+        states = len(spec.states) if isinstance(spec, Equations) else 1 + synapse
+        scratch = like.new_empty(CHUNK, states + call.currents // N, B, N)
         bits = torch.empty(B, n_words, dtype=torch.int32, device=like.device)
-        own = [*_fed_back(call), _flat(call.rec_weight), words, like.new_empty(CHUNK, planes, B, N), bits]
-    x, stride = _steps(current)
-    g_spikes, g_stride = _steps(grads.spikes)
-    g_mem, g_mem_stride = _steps(grads.mem)
+        own = [*_fed_back(call), _flat(call.rec_weight), words, scratch, bits]
+        more = {"n_words": n_words, "TILE": max(1, 4096 // options["BLOCK"])}
     p0, p1 = call.surrogate.packed
-    more = {"n_words": n_words, "TILE": max(1, 4096 // launch["BLOCK"])} if recurrent else {"ONCE": once}
-    with torch.cuda.device_of(like):
-        _module(call, "backward", params).backward[_grid(call)](
-            *_states(call, *checkpoints, 1),
-            *_states(call, _flat(grads.v), _flat(grads.i)),
-            *_states(call, out.v0, out.i0),
-            *own,
-            x,
-            stride,
-            _checkpoint_rows(call),
-            _flat(call.params),
-            near,
-            math.ceil(enough(call)),
-            g_spikes,
-            g_stride,
-            g_mem,
-            g_mem_stride,
-            out.nu,
-            out.params,
-            T,
-            B,
-            N,
-            WINDOW=window,
-            KIND=call.surrogate.kind,
-            P0=p0,
-            P1=p1,
-            **more,
-            **launch,
-        )
+    _kernel(spec, recurrent, "backward", params, like.element_size())[B, programs](
+        *_states(spec, *checkpoints, dim=1),
+        *_states(spec, _flat(grads.v), _flat(grads.i)),
+        *_states(spec, out.v0, out.i0),
+        *own,
+        *_steps(current),
+        *(B * _planes(call), _flat(call.params)),
+        *(near, math.ceil(enough(call))),
+        *_steps(grads.spikes),
+        *_steps(grads.mem),
+        *(out.nu, out.sums, out.params),
+        *(T, B, N),
+        WINDOW=window,
+        KIND=call.surrogate.kind,
+        P0=p0,
+        P1=p1,
+        **more,
+        **options,
+    )
     return out

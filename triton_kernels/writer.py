@@ -50,9 +50,14 @@ class Writer:
             for name in self.states
         )
 
+    def _load(self, at: str, mask: str) -> str:
+        """Numbers that may be stored in half precision, as the state's dtype."""
+        return f"tl.load({at}, mask={mask}, other=0.0).to({self.states[0]}.dtype)"
+
     def _load_inputs(self, t: str, mask: str, suffix: str = "") -> list[str]:
+        at = "x_ptr + ({t}) * stride + {column} + cols"
         return [
-            f"{name}{suffix} = tl.load(x_ptr + ({t}) * stride + {times(c, 'N')} + cols, mask={mask}, other=0.0)"
+            f"{name}{suffix} = {self._load(at.format(t=t, column=times(c, 'N')), mask)}"
             for c, name in enumerate(self.inputs)
         ]
 

@@ -55,6 +55,11 @@ class Neuron:
     def recurrent(self) -> bool:
         return self.recurrent_weight is not None or self.recurrent_diagonal is not None
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether its step has products with matrices."""
+        return self.input_weight is not None or self.recurrent_weight is not None
+
 
 class Example(NamedTuple):
     """How to build one neuron class.

@@ -20,7 +20,7 @@ def record_of(module: nn.Module) -> tally.Record:
 
 def refuse(module: nn.Module, why: str) -> None:
     """Note that a call of the module could have run fused if it were not for this: the reason that reports give."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or tally.is_aside():
         return
     record = record_of(module)
     if record.refused != why:

@@ -8,10 +8,8 @@ know is decided there, or was read when it arrived. Triton is imported on first 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.backend import (
@@ -29,7 +27,6 @@ from ..core.bits import pack_events
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
 from ..core.errors import UnsupportedError
-from ..core.spikes import at_active
 from ..core.surrogates import KINDS, Surrogate
 
 
@@ -85,29 +82,8 @@ class TritonBackend(Backend):
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:
         calls[self.name, "forward"] += 1
-        from ..triton_kernels import spiking_layer as kernels
-
-        _check_width(call, kernels.MAX_RECURRENT)
-        spiking, size = call.spec.spiking, call.T * call.B * call.N
-        threshold = call.threshold if spiking and call.needs_grad else None
-        driven = _driven(call, None)
-        out = kernels.forward(
-            call,
-            driven.current,
-            words=spiking and (call.want_events or call.rec_weight is not None),
-            spikes=spiking and call.want_spikes,
-            mem=call.want_mem,
-            checkpoints=call.needs_grad,
-            window=threshold,
-        )
-        near = out.near
-        fraction = 1.0 if near is None else near.double() / max(1, size)
-        saved = None
-        if call.needs_grad:
-            kept = out.v_checkpoints, out.i_checkpoints
-            rows = driven.words is not None
-            saved = Saved(threshold, v_checkpoints=kept[0], i_checkpoints=kept[1], near=near, adds_rows=rows)
-        return LayerResult(out.spikes, None, out.mem, out.v, out.i, saved, fraction, out.words)
+        with torch.cuda.device_of(call.v0):
+            return _forward(call)
 
     def spiking_layer_backward(
         self,
@@ -118,56 +94,8 @@ class TritonBackend(Backend):
         needs: Needs,
     ) -> InputGrads:
         calls[self.name, "backward"] += 1
-        from ..triton_kernels import products
-        from ..triton_kernels import spiking_layer as kernels
-
-        T, N = call.T, call.N
-        assert saved.v_checkpoints is not None
-        if not call.spec.spiking and grads.spikes is not None:  # a readout's output is its membrane
-            both = grads.spikes if grads.mem is None else grads.spikes + grads.mem
-            grads = grads._replace(spikes=None, mem=both)
-        driven = _driven(call, saved.adds_rows)
-        words = None
-        if call.rec_weight is not None and call.spec.spiking:
-            words = saved.words if events is None else pack_events(*events, (T, call.B, N))
-            if words is None:  # a caller that kept none
-                wanted = {"words": True, "spikes": False, "mem": False, "checkpoints": False}
-                words = kernels.forward(call, driven.current, window=None, **wanted).words
-        out = kernels.backward(
-            call,
-            driven.current,
-            words,
-            (saved.v_checkpoints, saved.i_checkpoints),
-            saved.threshold if call.spec.spiking else None,
-            saved.near if call.min_active > 0 else None,
-            grads,
-            params=needs.params,
-            in_place=call.weight is not None,  # the current was made here
-        )
-        nu = out.nu
-
-        found: dict[str, Tensor | None] = {}
-        if needs.input:
-            found["input"] = nu if call.weight is None else _input_grad(call, nu)
-        if needs.weight and call.weight is not None:
-            found["weight"] = driven.weight_gradient(nu, call.weight.shape[1])
-        if needs.bias and call.bias is not None:
-            found["bias"] = nu.sum((0, 1))
-        if call.rec_weight is not None:
-            if needs.rec_weight:
-                assert words is not None
-                found["rec_weight"] = products.weight_gradient(nu[1:], words[:-1], None, N)
-            if needs.rec_bias and call.rec_bias is not None:
-                found["rec_bias"] = nu[1:].sum((0, 1))
-            if needs.rec0:
-                found["rec0"] = nu[0] if T else nu.new_zeros(nu.shape[1:])
-        if needs.v0:
-            found["v0"] = out.v0
-        if needs.i0:
-            found["i0"] = out.i0
-        if needs.params and out.params is not None:
-            found["params"] = out.params.sum(1)
-        return InputGrads(**found)
+        with torch.cuda.device_of(call.v0):
+            return _backward(call, saved, events, grads, needs)
 
     def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
         from ..triton_kernels.ttfs import forward
@@ -182,6 +110,111 @@ class TritonBackend(Backend):
         return backward(call)
 
 
+def _forward(call: LayerCall) -> LayerResult:
+    from ..triton_kernels import spiking_layer as kernels
+    from ..triton_kernels import synapses
+
+    _check_width(call, kernels.MAX_RECURRENT)
+    spiking, size = call.spec.spiking, call.T * call.B * call.N
+    threshold = call.threshold if spiking and call.needs_grad else None
+    driven = synapses.drive(call)
+    out = kernels.forward(
+        call,
+        driven.current,
+        words=spiking and (call.want_events or call.rec_weight is not None),
+        spikes=spiking and call.want_spikes,
+        mem=call.want_mem,
+        checkpoints=call.needs_grad,
+        window=threshold,
+    )
+    near = out.near
+    # by a number of float64 on the host: one kernel
+    fraction = 1.0 if near is None else near / torch.tensor(max(1.0, size), dtype=torch.float64)
+    saved = None
+    if call.needs_grad:
+        kept = out.v_checkpoints, out.i_checkpoints
+        saved = Saved(
+            threshold,
+            v_checkpoints=kept[0],
+            i_checkpoints=kept[1],
+            near=near,
+            adds_rows=driven.added_rows,
+        )
+    return LayerResult(out.spikes, None, out.mem, out.v, out.i, saved, fraction, out.words)
+
+
+def _backward(
+    call: LayerCall,
+    saved: Saved,
+    events: tuple[Tensor, Tensor] | None,
+    grads: OutputGrads,
+    needs: Needs,
+) -> InputGrads:
+    from ..triton_kernels import products, synapses
+    from ..triton_kernels import spiking_layer as kernels
+
+    T, N = call.T, call.N
+    assert saved.v_checkpoints is not None
+    if not call.spec.spiking and grads.spikes is not None:  # a readout's output is its membrane
+        both = grads.spikes if grads.mem is None else grads.spikes + grads.mem
+        grads = grads._replace(spikes=None, mem=both)
+    driven = synapses.drive(call, saved.adds_rows)
+    words = None
+    if call.rec_weight is not None and call.spec.spiking:
+        words = saved.words if events is None else pack_events(*events, (T, call.B, N))
+        if words is None:  # a caller that kept none
+            wanted = {"words": True, "spikes": False, "mem": False, "checkpoints": False}
+            words = kernels.forward(call, driven.current, window=None, **wanted).words
+    bias, rec_bias = needs.bias and call.bias is not None, needs.rec_bias and call.rec_bias is not None
+    pairs = needs.input and driven.takes_pairs(call, needs.weight)
+    out = kernels.backward(
+        call,
+        driven.current,
+        words,
+        (saved.v_checkpoints, saved.i_checkpoints),
+        saved.threshold if call.spec.spiking else None,
+        saved.near if call.min_active > 0 else None,
+        grads,
+        params=needs.params,
+        sums=bias or rec_bias or (call.once and needs.input),
+        in_place=call.weight is not None,  # the current was made here
+        pairs=pairs,
+    )
+    nu, sums = out.nu, out.sums
+
+    found: dict[str, Tensor | None] = {}
+    if needs.input:
+        if call.once:
+            assert sums is not None
+            found["input"] = sums[:1]
+        else:
+            assert nu is not None
+            found["input"] = nu if call.weight is None else synapses.input_gradient(call, nu, out.odd)
+    if needs.weight and call.weight is not None:
+        assert nu is not None
+        found["weight"] = driven.weight_gradient(nu, call.weight.shape[1], pairs)
+    if bias:
+        assert sums is not None
+        found["bias"] = sums[0].sum(0)
+    if call.rec_weight is not None:
+        assert nu is not None
+        if needs.rec_weight:
+            assert words is not None
+            found["rec_weight"] = products.weight_gradient(nu[1:], words[:-1], None, N)
+        if rec_bias:
+            assert sums is not None
+            found["rec_bias"] = sums[1].sum(0)
+        if needs.rec0:
+            found["rec0"] = nu[0] if T else nu.new_zeros(nu.shape[1:])
+    if needs.v0:
+        found["v0"] = out.v0
+    if needs.i0:
+        found["i0"] = out.i0
+    if needs.params and out.params is not None:
+        found["params"] = out.params.sum(1)
+    return InputGrads(**found)
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
@@ -192,49 +225,3 @@ def _check_width(call: LayerCall, widest: int) -> None:
             f"the triton backend runs recurrent layers of up to {widest} neurons, "
             f'this one has {call.N}: ask for backend="reference".'
         )
-
-
-class _Driven(NamedTuple):
-    """The input current (T, B, C * N), and what it was made from: events as words, with values where they are graded,
-    or numbers (T, B, M) alone."""
-
-    current: Tensor
-    words: Tensor | None = None
-    values: Tensor | None = None
-
-    def weight_gradient(self, nu: Tensor, features: int) -> Tensor:
-        from ..triton_kernels import products
-
-        if self.words is not None:
-            return products.weight_gradient(nu, self.words, self.values, features)
-        assert self.values is not None
-        return nu.flatten(0, 1).t() @ self.values.flatten(0, 1)
-
-
-def _driven(call: LayerCall, rows: bool | None) -> _Driven:
-    """``rows``: how the forward multiplied a dense input; None: this is the forward."""
-    from ..triton_kernels import products
-    from ..triton_kernels.choice import adds_rows
-
-    if call.weight is None:
-        assert call.current is not None
-        return _Driven(call.current)
-    weight, bias = call.weight.detach(), None if call.bias is None else call.bias.detach()
-    with torch.autocast(weight.device.type, enabled=False):
-        if call.train is not None:
-            words = call.train.words
-            values = None if call.train.values is None else call.train._dense_data()
-            return _Driven(products.current(words, values, weight, bias), words, values)
-        assert call.dense is not None
-        x = call.dense.detach()
-        if not (adds_rows(call.name, x, weight) if rows is None else rows):
-            return _Driven(F.linear(x, weight, bias), None, x)
-        words = products.packed(x)
-        return _Driven(products.current(words, x, weight, bias), words, x)
-
-
-def _input_grad(call: LayerCall, nu: Tensor) -> Tensor:
-    assert call.weight is not None
-    grad = nu @ call.weight.detach()
-    active = None if call.train is None else call.train.active
-    return grad if active is None else at_active(grad, active)

@@ -454,8 +454,9 @@ class SpikeTrain:
         return SpikeTrain.from_words(moved(self.words), self.shape, dtype=self.dtype)
 
     def _replace(self, **changes: Any) -> SpikeTrain:
-        fields = {"shape": self.shape, "carrier": self.carrier, "active": self.active} | changes
-        return SpikeTrain._of(self._forms, values=self.values, dtype=self.dtype, **fields)
+        fields: dict[str, Any] = {"shape": self.shape, "values": self.values, "dtype": self.dtype}
+        fields |= {"carrier": self.carrier, "active": self.active} | changes
+        return SpikeTrain._of(self._forms, **fields)
 
 
 def _leaf_values(x: Tensor, values: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class Record:
     copies: dict[str, int] = field(default_factory=dict)  # what the copies did
 
     def count(self, way: str, n: int = 1) -> None:
+        if _here.aside:
+            return
         with _lock:
             _count(_classes, self, self.calls, way, n)
             if self.origin is not None:
@@ -126,7 +128,14 @@ def _look(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], 
 
 _lock = threading.RLock()
 _accounts: list[Account] = []
-_here = threading.local()
+
+
+class _Here(threading.local):
+    record: Record | None = None
+    aside = False
+
+
+_here = _Here()
 # by id, as a look-up by weak reference would make one at every call; a module that dies takes its entry along
 _records: dict[int, tuple[Record, ref[Any], Callable[[Any], str]]] = {}
 _classes: dict[str, ClassRuns] = {}
@@ -169,7 +178,7 @@ class running:
         self.record = record
 
     def __enter__(self) -> None:
-        self.before = getattr(_here, "record", None)
+        self.before = _here.record
         _here.record = self.record
 
     def __exit__(self, *_: object) -> None:
@@ -178,7 +187,21 @@ class running:
 
 def current() -> Record:
     """The record of the innermost :class:`running` block, or that of calls outside any module."""
-    return getattr(_here, "record", None) or _outside
+    return _here.record or _outside
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Inside the block nothing is counted: a neuron is only tried out."""
+    before, _here.aside = _here.aside, True
+    try:
+        yield
+    finally:
+        _here.aside = before
+
+
+def is_aside() -> bool:
+    return _here.aside
 
 
 Watcher = Callable[[Record, Any, Any, int], None]

@@ -7,6 +7,7 @@ import torch
 from ..core.config import SparseConfig
 from ..ops.spiking_layer.products import DENSE_ABOVE
 from .arguments import Slices
+from .context import casts
 from .nodes import InputNode
 
 ENOUGH = 8
@@ -26,6 +27,8 @@ def begin(node: InputNode, config: SparseConfig) -> None:
         return
     if (
         len(node.shape) != 2
+        or casts(node.mode)
+        or node.dtypes[0] != torch.float32
         or node.shape.numel() < SMALLEST
         or not slices.contiguous()
         or not _feeds_neurons(node)

@@ -41,6 +41,14 @@ _sole = torch.empty(1)
 _ALONE = _uses(_sole.untyped_storage()) if hasattr(torch._C, "_storage_Use_Count") else None
 
 
+def is_alone(x: Tensor) -> bool:
+    """Whether no other tensor, and nothing outside torch, sees the memory of ``x``."""
+    storage = x.untyped_storage()
+    if _ALONE is None or _uses(storage) != _ALONE or _unseen(storage):
+        return False
+    return storage.device.type != "cpu" or not storage.is_shared()
+
+
 class Plain:
     """The ordinary tensors that a record reads.
 

@@ -56,6 +56,11 @@ class ArgumentSeries:
         if len(self) < n:
             self.entries += self.entries[-1:] * (n - len(self))
 
+    def replace(self, x: Tensor, other: Tensor) -> None:
+        """Have ``other`` wherever ``x`` was."""
+        if any(entry[0] is x for entry in self.entries):
+            self.entries = [(other, *entry[1:]) if entry[0] is x else entry for entry in self.entries]
+
     def clear(self) -> None:
         self.entries, self.source = [], None
 

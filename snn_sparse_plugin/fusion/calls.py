@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import ArgumentSeries, Entry
-from .context import here, mode_to_record
+from .context import casts, here, mode_to_record
 from .flush import flush
 from .nodes import FunctionNode, StackNode
 from .record import Record
@@ -17,7 +17,7 @@ from .recordable import CONSTANTS, LINEAR, VIEWS, Placeholder, filled
 from .recorded import Recorded, Value, value_of
 
 
-class _Call:
+class Call:
     """The arguments of a call: ``entries`` of the tensors, ``key``, what tells nodes apart, and their ``shapes``."""
 
     __slots__ = ("entries", "key", "record", "shapes")
@@ -33,9 +33,9 @@ class _Call:
         kind = type(item)
         if kind is Recorded:
             value = value_of(item)
-            if value is None:
+            if value is None or not value[0].readable:
                 raise TypeError
-            return self._tensor(value, (value[0], value[2]), value[0].shape, value[0].dtype)
+            return self._tensor(value, (value[0], value[2]), value[0].shape, value[0].dtypes[value[2]])
         if kind is Tensor or kind is nn.Parameter:
             if item.layout is not torch.strided:
                 raise TypeError
@@ -56,6 +56,14 @@ class _Call:
         self._constant(kind, item)
         return item
 
+    @property
+    def tensors(self) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of the tensors."""
+        return [part for part in self.shapes if _of_tensor(part)]
+
+    def without_data(self) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.tensors]
+
     def _tensor(self, entry: Entry, name: Any, shape: torch.Size, dtype: torch.dtype) -> Placeholder:
         self.entries.append(entry)
         self.key.append(name)
@@ -72,7 +80,7 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     opened = here.record
     if opened is None:
         return None
-    call = _Call(func, opened)
+    call = Call(func, opened)
     try:
         form = call.scan(args)
         named = {}
@@ -81,7 +89,7 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             named[name] = call.scan(item)
     except TypeError:
         return None
-    (record, device), mode = _place(call.entries), mode_to_record()
+    (record, device), mode = place_of(call.entries), mode_to_record()
     if record is None or device is None or mode is None:
         return None
     if not record.enter():
@@ -96,11 +104,11 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             key = (key, node.repeats)
             node = record.functions.get(key)
         if node is None:
-            made = _result(tuple(call.shapes), func, form, named, call)
+            made = _result(call, func, form, named, mode, device)
             if made is None:
                 return None
             node = FunctionNode(record, func, form, named, len(call.entries), func in VIEWS)
-            node.shape, node.dtype, node.device = *made, device
+            node.shape, node.dtypes, node.device = made[0], made[1:], device
             record.functions[key] = node
         node.complete()
         node.repeats = 0
@@ -159,6 +167,8 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
     if not steps or type(steps[0]) is not Recorded:
         return None
     source, start, slot = steps[0]._value
+    if not source.readable:
+        return None
     for call, x in enumerate(steps, start):
         if type(x) is not Recorded or x._value != (source, call, slot):
             return None
@@ -171,9 +181,9 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
         return None
     try:
         node = StackNode(record, argument)
-        node.shape, node.dtype, node.device = (
+        node.shape, node.dtypes, node.device = (
             torch.Size((len(steps), *source.shape)),
-            source.dtype,
+            (source.dtypes[slot],),
             source.device,
         )
         record.count(node)
@@ -182,7 +192,7 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
         record.leave()
 
 
-def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
+def place_of(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
     """The one open record of this thread that all recorded arguments belong to, and the device of all arguments."""
     record, device, scalars = here.record, None, True
     for entry in entries:
@@ -203,14 +213,17 @@ def _place(entries: list[Entry]) -> tuple[Record | None, torch.device | None]:
 _shapes: dict[Any, tuple[torch.Size, torch.dtype] | None] = {}
 
 
-def _result(key: Any, func: Any, form: Any, named: Any, call: _Call) -> tuple[torch.Size, torch.dtype] | None:
+def _result(
+    call: Call, func: Any, form: Any, named: Any, mode: int, device: torch.device
+) -> tuple[torch.Size, torch.dtype] | None:
     """Shape and dtype of a call's result, seen on tensors without data; None where it is no single tensor."""
-    key = (key, torch.get_default_dtype())
+    key = (*call.shapes, mode, torch.get_default_dtype())
     if key not in _shapes:
         if len(_shapes) > 4096:
             _shapes.clear()
-        shapes = [part for part in call.shapes if _of_tensor(part)]
-        tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+        tensors = call.without_data()
+        if casts(mode):  # autocast looks at the device
+            tensors = [torch.zeros_like(x, device=device) for x in tensors]
         try:
             with torch.no_grad():
                 out = func(*filled(form, tensors), **{n: filled(f, tensors) for n, f in named.items()})

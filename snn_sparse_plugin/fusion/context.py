@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.precision import Autocast, any_autocast, autocast_now, under
+
 if TYPE_CHECKING:
     from .record import Record
     from .recorded import Recorded
@@ -28,7 +30,6 @@ here = _Here()
 _transformed = torch._C._are_functorch_transforms_active
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_autocast = torch._C._is_any_autocast_enabled
 _tracing = torch._C._is_tracing
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _inference, _grad = torch.is_inference_mode_enabled, torch.is_grad_enabled
@@ -41,23 +42,54 @@ def mode_to_record() -> int | None:
         or _transformed()
         or _function_modes()
         or _dispatch_modes()
-        or _autocast()
         or _tracing()
         or _saving_hooks(True) is not None
     ):
         return None
+    if any_autocast():
+        return None if autocast_now() is None else call_mode()
     return 2 if _inference() else _grad()
 
 
-def grad_mode() -> int:
-    """0 without gradients, 1 with, 2 in inference mode."""
-    return 2 if _inference() else int(_grad())
+_autocasts: list[Autocast] = [()]  # those that were met, by their numbers
+
+
+def call_mode() -> int:
+    """0 without gradients, 1 with, 2 in inference mode; and four times the number of the autocast in force."""
+    mode = 2 if _inference() else int(_grad())
+    if any_autocast():
+        autocast = autocast_now() or ()
+        if autocast not in _autocasts:
+            _autocasts.append(autocast)
+        mode += 4 * _autocasts.index(autocast)
+    return mode
+
+
+def learns(mode: int) -> bool:
+    """Whether gradients are noted in this mode."""
+    return mode & 3 == 1
+
+
+def casts(mode: int) -> bool:
+    """Whether products have another dtype in this mode than their factors."""
+    return mode > 3
 
 
 def in_mode(mode: int) -> AbstractContextManager[Any]:
-    """What :func:`grad_mode` said, again in force."""
-    if mode == grad_mode():
+    """What :func:`call_mode` said, again in force."""
+    now = call_mode()
+    if mode == now:
         return nullcontext()
+    return _in_grad_mode(mode & 3) if mode >> 2 == now >> 2 else _in_autocast(mode)
+
+
+@contextmanager
+def _in_autocast(mode: int) -> Iterator[None]:
+    with under(_autocasts[mode >> 2]), _in_grad_mode(mode & 3):
+        yield
+
+
+def _in_grad_mode(mode: int) -> AbstractContextManager[Any]:
     return torch.inference_mode() if mode == 2 else _without_inference_mode(bool(mode))
 
 
@@ -65,11 +97,6 @@ def in_mode(mode: int) -> AbstractContextManager[Any]:
 def _without_inference_mode(grad: bool) -> Iterator[None]:
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in the precision of their factors."""
-    return torch.autocast(device.type, enabled=False) if _autocast() else nullcontext()
 
 
 class paused:

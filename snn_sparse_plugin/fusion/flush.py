@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ..core import tally
 from ..core.errors import FusionError
-from .context import here, in_mode, paused, without_autocast
+from ..core.precision import without_autocast
+from .context import here, in_mode, paused
 from .nodes import FunctionNode, NeuronNode, Node
 from .places import note_places, wants_places
 from .planner import Plan
 from .record import Record, check_versions, reasons
-from .recorded import Recorded, value_of
+from .recorded import Recorded, give_back, value_of
 from .running import run_node, run_steps
+from .written import written
 
 
 def flush(
@@ -46,10 +48,13 @@ def flush(
         reasons[reason if isinstance(reason, str) else getattr(reason, "__name__", str(reason))] += 1
         try:
             # whoever wants the numbers may be in a mode that the steps were not in
-            with paused(), torch._C.DisableTorchFunction(), without_autocast(record.nodes[0].device):
+            with paused(), torch._C.DisableTorchFunction(), without_autocast():
                 _run(record, stepped, apart)
         except BaseException as error:
             record.error = error
+            for *_, x in record.waiting():
+                if "_borrowed" in x.__dict__:  # the user's own tensor is as it was
+                    give_back(x, x.__dict__["_borrowed"].home)
             raise
         finally:
             record.close()
@@ -129,13 +134,17 @@ def _values(waiting: list[tuple[Node, int, int, Recorded]], plan: Plan) -> list[
     """The tensors that the user's objects become, in the order of ``waiting``."""
     calls: dict[tuple[Node, int], list[int]] = {}
     for node, slot, call, _ in waiting:
-        calls.setdefault((node, slot), []).append(call)
+        if node.readable:
+            calls.setdefault((node, slot), []).append(call)
     found: dict[Any, Tensor] = {}  # by value: node, call, slot
     for (node, slot), wanted in calls.items():
         with in_mode(node.mode):
             found.update(
                 {(node, call, slot): x for call, x in zip(wanted, plan.own(node, slot, wanted), strict=True)}
             )
+    for node, slot, call, recorded in waiting:
+        if "_borrowed" in recorded.__dict__:
+            found[node, call, slot] = written(node, recorded, found.get((node, call, slot)))
     # a view of something that the user holds as well stays a view of it
     for node, slot, call, _ in waiting:
         if isinstance(node, FunctionNode) and node.view:

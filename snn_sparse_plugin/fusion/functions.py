@@ -27,14 +27,19 @@ from torch import Tensor
 from .calls import next_linear, record_call, record_linear, record_steps
 from .context import mode_to_record
 from .flush import realize
-from .nodes import FunctionNode
+from .in_place import WRITES, renew, write
 from .recordable import LINEAR, RECORDABLE, functions
-from .recorded import Recorded, Value, answers
+from .recorded import Recorded, answers
 
 
 def _template(x: Recorded) -> Tensor:
     node = x._value[0]
-    return torch.empty((), dtype=node.dtype, device=node.device).expand(node.shape)
+    return torch.empty((), dtype=_dtype(x), device=node.device).expand(node.shape)
+
+
+def _dtype(x: Recorded) -> torch.dtype:
+    node, _, slot = x._value
+    return node.dtypes[slot]
 
 
 def _size(x: Any, dim: int | None = None) -> Any:
@@ -46,7 +51,7 @@ _get: Any = Tensor  # its attributes as descriptors
 _META: dict[Any, Callable[..., Any]] = {
     _get.shape.__get__: lambda x: x._value[0].shape,
     Tensor.size: _size,
-    _get.dtype.__get__: lambda x: x._value[0].dtype,
+    _get.dtype.__get__: _dtype,
     _get.device.__get__: lambda x: x._value[0].device,
     _get.layout.__get__: lambda x: torch.strided,
     _get.ndim.__get__: lambda x: len(x._value[0].shape),
@@ -56,10 +61,10 @@ _META: dict[Any, Callable[..., Any]] = {
     Tensor.__len__: lambda x: x._value[0].shape[0],
     _get.is_sparse.__get__: lambda x: False,
     _get.is_cuda.__get__: lambda x: x._value[0].device.type == "cuda",
-    Tensor.is_floating_point: lambda x: x._value[0].dtype.is_floating_point,
-    torch.is_floating_point: lambda x: x._value[0].dtype.is_floating_point,
-    Tensor.is_complex: lambda x: x._value[0].dtype.is_complex,
-    torch.is_complex: lambda x: x._value[0].dtype.is_complex,
+    Tensor.is_floating_point: lambda x: _dtype(x).is_floating_point,
+    torch.is_floating_point: lambda x: _dtype(x).is_floating_point,
+    Tensor.is_complex: lambda x: _dtype(x).is_complex,
+    torch.is_complex: lambda x: _dtype(x).is_complex,
     torch.numel: lambda x: x._value[0].shape.numel(),
 }
 _LIKE = functions(
@@ -119,7 +124,7 @@ def _compared_with_none(func: Any, args: Any, kwargs: Any) -> Any:
 def _cast(func: Any, args: Any, kwargs: Any) -> Any:
     """A conversion to the dtype that the tensor has returns it as it is."""
     x = args[0]
-    if type(x) is Recorded and len(args) == 1 and not kwargs and x._value[0].dtype == _CASTS[func]:
+    if type(x) is Recorded and len(args) == 1 and not kwargs and _dtype(x) == _CASTS[func]:
         return x
     return _recorded(func, args, kwargs)
 
@@ -147,7 +152,7 @@ def _to(func: Any, args: Any, kwargs: Any) -> Any:
         same = device.type == node.device.type and device.index in (None, node.device.index)
         return x if same and (device.type == "cpu" or device == node.device) else NotImplemented
     if isinstance(wanted, torch.dtype):
-        return x if wanted == node.dtype else _recorded(Tensor.to, (x, wanted), {})
+        return x if wanted == _dtype(x) else _recorded(Tensor.to, (x, wanted), {})
     return NotImplemented
 
 
@@ -160,10 +165,10 @@ def _dropout(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if not given["training"] or p == 0:
         return x
-    if not x._value[0].dtype.is_floating_point or mode_to_record() is None:
+    if not _dtype(x).is_floating_point or mode_to_record() is None:
         return NotImplemented
     with torch.no_grad():
-        ones = torch.ones(x._value[0].shape, dtype=x._value[0].dtype, device=x._value[0].device)
+        ones = torch.ones(x._value[0].shape, dtype=_dtype(x), device=x._value[0].device)
         mask = torch.dropout(ones, p, True) if func is F.dropout else torch.feature_dropout(ones, p, True)
     # after the draw the call has to be recorded: a second draw would not be upstream's
     found = record_call(torch.mul, (x, mask), {})
@@ -187,25 +192,13 @@ _IN_PLACE = {
 
 
 def _in_place(func: Any, args: Any, kwargs: Any) -> Any:
-    """``x += y``: the object stands for the new value from now on; earlier calls keep the old one."""
-    x = args[0]
-    if type(x) is not Recorded or x._value in x._value[0].record.viewed or _is_view(x._value):
-        return NotImplemented
-    node, _, slot = x._value
-    found = record_call(_IN_PLACE[func], args, kwargs)
-    if found is None:
-        return NotImplemented
-    made = found._value[0]
-    if made.shape != node.shape or made.dtype != node.dtype:
-        return NotImplemented
-    node.given[slot][:] = [other for other in node.given[slot] if other is not x]
-    x._value = found._value
-    made.given[0][-1] = x
-    return x
+    """``x += y``: the object stands for the new value from now on."""
+    return renew(args[0], _IN_PLACE[func], args, kwargs)
 
 
-def _is_view(value: Value) -> bool:
-    return isinstance(value[0], FunctionNode) and value[0].view
+def _out(func: Any, args: Any, kwargs: Any) -> Any:
+    """``torch.maximum(best, x, out=best)``."""
+    return renew(kwargs["out"], func, args, {name: x for name, x in kwargs.items() if name != "out"})
 
 
 _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
@@ -213,6 +206,7 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     **dict.fromkeys(_EQ | _NE, _compared_with_none),
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_IN_PLACE, _in_place),
+    **dict.fromkeys(WRITES, write),
     Tensor.to: _to,
     F.dropout: _dropout,
     F.dropout2d: _dropout,
@@ -228,9 +222,9 @@ def _without_running(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         found = handler(func, args, dict(kwargs))
         if found is not NotImplemented:
             return found
-    if func in RECORDABLE and not kwargs.get("inplace") and kwargs.get("out") is None:
-        return _recorded(func, args, kwargs)
-    return NotImplemented
+    if func not in RECORDABLE or kwargs.get("inplace"):
+        return NotImplemented
+    return _recorded(func, args, kwargs) if kwargs.get("out") is None else _out(func, args, kwargs)
 
 
 def called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

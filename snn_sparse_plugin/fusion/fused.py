@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Neuron, config_of, refuse, running
 from ..core.config import SparseConfig
 from ..core.dynamics import NeuronState
+from ..core.precision import any_autocast, cast, state_dtype
 from ..core.spikes import SpikeTrain
 from ..ops import spiking_layer
+from .precision import Dtypes, factor, matters, of_layer
 from .stepping import Flow, Layer, Passed, check_features
 
 # a one-to-one recurrence runs as a diagonal matrix: beyond this many neurons it is stepped instead
@@ -31,10 +34,9 @@ class Synapses(NamedTuple):
     bias: Tensor | None
 
 
-def takes_step(
-    neuron: Neuron, shape: torch.Size, device: torch.device, state: list[Tensor]
-) -> torch.Size | str:
-    """The shape of a step's output if steps of float32 inputs of this shape can run as one call, else why not."""
+def takes_step(neuron: Neuron, x: Tensor, state: list[Tensor]) -> torch.Size | str:
+    """The shape of a step's output if steps on inputs like ``x`` can run as one call, else why not."""
+    shape, dtype, device = x.shape, x.dtype, x.device
     batch, features = (shape[:1], tuple(shape[1:])) if len(shape) > 1 else (torch.Size(), tuple(shape))
     if neuron.input_weight is not None:
         if len(features) != 1 or features[0] != neuron.input_weight.shape[1]:
@@ -46,11 +48,13 @@ def takes_step(
     present = [w for w in weights if w is not None]
     if not shape.numel():
         return f"an empty input of shape {tuple(shape)}"
-    if any(w.dtype != torch.float32 or w.device != device for w in present):
-        return "weights of another dtype than float32, or on another device than the input"
+    if any(w.device != device for w in present) or (
+        not any_autocast() and any(w.dtype != dtype for w in present)
+    ):
+        return "weights of another dtype than the input, or on another device"
     if neuron.recurrent and _recurrent_weight(neuron, features) is None:
         return _no_recurrence(features)
-    template = torch.empty((), device=device).expand(*batch, *features)
+    template = torch.empty((), dtype=state_dtype(dtype), device=device).expand(*batch, *features)
     tensors = [t for t in (*state, *neuron.values) if isinstance(t, Tensor)]
     if any(t.dim() and t.device != device for t in tensors):
         return f"a state or parameter on another device than the input, which is on {device}"
@@ -76,6 +80,9 @@ class FusedCall:
     last: bool = False
     config: SparseConfig | None = None  # of the call; None: what holds for the module now
     steps: int | None = None  # of a flow (1, B, ...) that is the same at every step
+    half: Dtypes | None = (
+        None  # what upstream gives where half precision comes in; None: look where it matters
+    )
 
     @property
     def adapter(self) -> Adapter:
@@ -94,9 +101,14 @@ class FusedCall:
             check_features(self.name, flow.shape, weight.shape[1])
             if len(flow.shape) != 3:
                 return self._refused(f"an input of shape {tuple(flow.shape)}, where (T, B, N) is fused")
-        # the products with the weights have another dtype under autocast
-        if torch.is_autocast_enabled(flow.device.type) and (weight is not None or neuron.recurrent):
-            return self._refused("autocast, under which its products have another dtype")
+        # in half precision torch's own product is taken: its rounding decides who spikes
+        if self.linear is not None and matters(flow.dtype, True):
+            flow, weight, bias = F.linear(dense(flow), self.linear.weight, self.linear.bias), None, None
+        half = self.half
+        if half is None and matters(flow.dtype, neuron.multiplies):
+            half = of_layer(self.layer, flow, self.state, neuron.values, self.per_step)
+        if half is not None and weight is not None:
+            flow, weight, bias = F.linear(dense(flow), weight, bias), None, None
         T, B = self.steps or len(flow), flow.shape[1]
         features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0] // neuron.inputs,)
         if weight is None and neuron.inputs > 1:
@@ -104,13 +116,10 @@ class FusedCall:
         recurrent = _recurrent_weight(neuron, features)
         if neuron.recurrent and recurrent is None:
             return self._refused(_no_recurrence(features))
-        # half precisions mix with float32 states and spikes in ways that differ from library to library
-        if flow.dtype not in (torch.float32, torch.float64):
-            return self._refused(f"an input of {flow.dtype}, where float32 and float64 are fused")
         if not _per_neuron(neuron.values, features):
             return self._refused(_PER_NEURON)
         shape = (B, *features) if self.per_step else (T, B, *features)
-        template = torch.empty((), dtype=flow.dtype, device=flow.device).expand(shape)
+        template = torch.empty((), dtype=state_dtype(flow.dtype), device=flow.device).expand(shape)
         start, initial = adapter.initial_state(module, neuron, template, self.state)
         states = list(start.values()) if isinstance(start, dict) else list(start)
         if not _same_dtype(template, states + neuron.values):
@@ -122,7 +131,7 @@ class FusedCall:
             # the fraction that the guard looks at does not notice a single class that fell silent
             config = config.updated(min_active=1.0)
         wants_before = self.per_step and adapter.wants_membrane(neuron)
-        as_events = events and neuron.spec.spiking and neuron.output is None
+        as_events = events and neuron.spec.spiking and neuron.output is None and not any_autocast()
         kept_output, kept_mem = adapter.keeps(module)
         with running(module):
             out = spiking_layer(
@@ -132,16 +141,17 @@ class FusedCall:
                 spec=neuron.spec,
                 params=neuron.params,
                 surrogate=neuron.surrogate,
-                recurrent_weight=recurrent,
-                recurrent_bias=neuron.recurrent_bias,
+                recurrent_weight=recurrent if neuron.recurrent_diagonal is not None else factor(recurrent),
+                recurrent_bias=factor(neuron.recurrent_bias),
                 state=start,
                 steps=self.steps,
                 events=as_events,
                 return_mem=want_mem or kept_mem is not None or wants_before,
+                dtype=None if half is None else half.widest,
                 name=self.name,
                 **(vars(config) if config is not None else {}),
             )
-        spikes, ended = out.spikes, out.state
+        spikes, mem, ended = out.spikes, out.mem, out.state
         if self.per_step and neuron.spec.spiking and T:
             _note_last(adapter, module, out, start, T, wants_before)
         if neuron.spec.spiking and neuron.surrogate.kind == "zero":
@@ -153,14 +163,18 @@ class FusedCall:
                 ended = {**ended, "spikes": ended["spikes"].detach()}
         if neuron.output is not None:
             spikes = neuron.output(spikes, flow)  # of an input that is the same at every step, it broadcasts
+        if half is not None:
+            spikes, mem = half.of_output(spikes), cast(mem, half.mem or half.out)
         if kept_output is not None:
             setattr(module, kept_output, dense(spikes))
         if kept_mem is not None:
-            setattr(module, kept_mem, out.mem)
+            setattr(module, kept_mem, mem)
         # a loop of no steps leaves each cell what it had; a sequence neuron makes its initial state even then
         moved = T > 0 or not self.per_step
         state = adapter.final_state(module, ended, initial) if moved else self.state
-        return Passed(spikes, out.mem if want_mem else None, state)
+        if half is not None and moved:
+            state = half.of_state(adapter, state)
+        return Passed(spikes, mem if want_mem else None, state)
 
     def _refused(self, why: str) -> Passed | None:
         refuse(self.layer.module, why)

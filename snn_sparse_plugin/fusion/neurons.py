@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron, config_of, is_hook, is_unmarked, refuse
 from ..core import tally
 from ..core.config import SparseConfig, active_config
+from ..core.precision import HALF
 from .context import here, mode_to_record
 from .flush import flush, realize
 from .fused import takes_step
-from .nodes import NeuronNode
+from .nodes import NeuronNode, Node
+from .precision import matters, of_step
 from .record import Record, backoff, forward_of, open_record, resting
 from .recorded import Recorded, value_of
 from .sources import MODULE_CALL, is_listened_to, note_feeding
@@ -81,9 +83,9 @@ def _advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
         source, call, slot = entry
         if source is argument.source:
             follows = call == argument.stop and slot == argument.slot
-        elif not _takes(node, source):
+        elif not _takes(node, source, slot):
             return None
-    elif type(x) is Tensor and _takes(node, x):
+    elif type(x) is Tensor and _likes(node, x.shape, x.dtype, x.device):
         entry = record.plain.entry(x)
     else:
         return None
@@ -106,10 +108,15 @@ def _advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
         return _result(node)
 
 
-def _takes(node: NeuronNode, x: Any) -> bool:
-    """Whether a tensor, or a node of this record, has the shape, dtype and device of the node's inputs."""
-    here = type(x) is Tensor or x.record is node.record
-    return here and x.shape == node.input_shape and x.dtype is torch.float32 and x.device == node.device
+def _takes(node: NeuronNode, source: Node, slot: int) -> bool:
+    """Whether a result of another node is what this one may read."""
+    here = source.record is node.record and source.readable
+    return here and _likes(node, source.shape, source.dtypes[slot], source.device)
+
+
+def _likes(node: NeuronNode, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether these are those of the node's inputs."""
+    return shape == node.input_shape and dtype is node.input_dtype and device == node.device
 
 
 def _result(node: NeuronNode) -> Any:
@@ -130,16 +137,16 @@ def _record(
     x, leaves, like = call
     value = value_of(x) if isinstance(x, Tensor) else None
     if value is not None:
-        shape, dtype, device = value[0].shape, value[0].dtype, value[0].device
+        shape, dtype, device = value[0].shape, value[0].dtypes[value[2]], value[0].device
     elif type(x) is Tensor and x.layout is torch.strided:
         shape, dtype, device = x.shape, x.dtype, x.device
     else:
         kind = f"layout {x.layout}" if type(x) is Tensor else f"type {type(x).__name__}"
         return refuse(module, f"an input of {kind}: step loops of dense tensors are recorded")
     mode = mode_to_record()
-    if dtype is not torch.float32 or not shape:
+    if dtype not in (torch.float32, *HALF) or not shape:
         what = f"{dtype}" if shape else "no dimensions"
-        return refuse(module, f"an input of {what}: step loops of float32 are recorded")
+        return refuse(module, f"an input of {what}: step loops of float32 and half precision are recorded")
     if mode is None:
         return refuse(module, "a mode, transform or hook of torch under which nothing is recorded")
     if adapter.zeros_for_other_shapes:
@@ -152,7 +159,7 @@ def _record(
         return _record(adapter, module, upstream, args, kwargs, config)
     if before is None and type(x) is Tensor:
         record = _without_leftovers(record)
-    if (value is not None and value[0].record is not record) or not record.enter():
+    if (value is not None and not (value[0].record is record and value[0].readable)) or not record.enter():
         return None
     try:
         node: Any = before
@@ -162,14 +169,14 @@ def _record(
             and node.module is module
             and node.config is config
             and node.mode == mode
-            and node.input_shape == shape
-            and node.device == device
+            and _likes(node, shape, dtype, device)
             and node.left(list(leaves.values()))
             and node.description.holds()
         ):
             if type(x) is Tensor:
                 note_feeding(x)
-            node = _open(record, adapter, module, upstream, config, leaves, like, shape, device)
+            template = torch.empty((), dtype=dtype, device=device).expand(shape)
+            node = _open(record, adapter, module, upstream, config, leaves, like, template)
             if node is None:
                 return None
         node.arguments[0].append(record.entry(x))
@@ -200,9 +207,9 @@ def _open(
     config: SparseConfig,
     leaves: dict[str, Any],
     like: Any,
-    shape: torch.Size,
-    device: torch.device,
+    x: Tensor,
 ) -> NeuronNode | None:
+    """A new node for steps on inputs like ``x``."""
     try:
         neuron = adapter.neuron(module)
     except Exception:  # upstream's own forward does not ask for a description
@@ -210,15 +217,19 @@ def _open(
     present = [leaf for leaf in leaves.values() if leaf is not None]
     out_shape: torch.Size | str = "a state that is no dense tensor, or of another loop"
     if isinstance(neuron, Neuron) and all(_fits(leaf, record) for leaf in present):
-        out_shape = takes_step(neuron, shape, device, [_plain(leaf) for leaf in present])
+        out_shape = takes_step(neuron, x, [_plain(leaf) for leaf in present])
     if isinstance(neuron, str) or isinstance(out_shape, str):
         backoff[module] = [0, ASK_AGAIN, ASK_AGAIN, forward_of(module)]
         if isinstance(neuron, Neuron):
             refuse(module, str(out_shape))
         return None
+    dtypes = None
+    if matters(x.dtype, neuron.multiplies):
+        plain = {name: None if leaf is None else _plain(leaf) for name, leaf in leaves.items()}
+        dtypes = of_step(adapter, upstream, module, x, plain, like, neuron.values)
     adapter.begin(module)
-    node = NeuronNode(record, adapter, module, neuron, upstream, config, leaves, like)
-    node.shape, node.dtype, node.device, node.input_shape = out_shape, torch.float32, device, shape
+    node = NeuronNode(record, adapter, module, neuron, upstream, config, leaves, like, dtypes)
+    node.shape, node.device, node.input_shape, node.input_dtype = out_shape, x.device, x.shape, x.dtype
     node.forward, node.unmarked = _hooked_forward(module), is_unmarked(module)
     record.neurons[id(module)] = node
     return node
@@ -263,7 +274,7 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 def _fits(leaf: Any, record: Record) -> bool:
     value = value_of(leaf)
     if value is not None:
-        return value[0].record is record
+        return value[0].record is record and value[0].readable
     return isinstance(leaf, Tensor) and type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided
 
 

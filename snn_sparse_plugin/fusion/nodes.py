@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron
 from ..core.config import SparseConfig
 from .arguments import ArgumentSeries, Entry, Slices
-from .context import grad_mode
+from .context import call_mode
 from .description import Description, version
+from .precision import Dtypes
 from .recorded import Recorded, Value
 from .reuse import ALONE, REUSES, held, make, put_by, references, spare_of
 
@@ -30,12 +31,26 @@ class Node:
     """
 
     __slots__ = (
-        *("arguments", "device", "dtype", "given", "linears", "mode", "newest", "order", "record", "results"),
-        *("shape", "spare", "where"),
+        *(
+            "arguments",
+            "device",
+            "dtypes",
+            "given",
+            "linears",
+            "mode",
+            "newest",
+            "order",
+            "record",
+            "results",
+        ),
+        *("shape", "spares", "where"),
     )
 
+    readable = True
+    """Whether the value of a call may be an argument of another."""
+
     def __init__(self, record: Record, arguments: int, slots: int) -> None:
-        self.record, self.mode = record, grad_mode()
+        self.record, self.mode = record, call_mode()
         self.arguments = [ArgumentSeries() for _ in range(arguments)]
         self.order: list[int] = []
         self.given: list[list[Recorded]] = [[] for _ in range(slots)]
@@ -44,9 +59,9 @@ class Node:
         # the nodes of linear layers that read this one: by the ids of weight and bias, and the result's slot
         self.linears: dict[tuple[int, int, int], FunctionNode] = {}
         self.shape: torch.Size
-        self.dtype: torch.dtype
+        self.dtypes: tuple[torch.dtype, ...]  # of each result
         self.device: torch.device
-        self.spare: list[Recorded] | None = None
+        self.spares: list[list[Recorded] | None] = [None] * slots
         self.where = _users_line()
         record.nodes.append(self)
 
@@ -64,18 +79,20 @@ class Node:
                 given[-2], given[-1] = given[-1], made
                 made._value = value
                 return made
-        spare = self.spare
+        spare = self.spares[slot]
         if spare is None:
-            spare = self.spare = spare_of(self.shape, self.dtype, self.device, self.mode)
-        made = spare.pop() if spare else make(Recorded, self.shape, dtype=self.dtype, device=self.device)
+            spare = self.spares[slot] = spare_of(self.shape, self.dtypes[slot], self.device, self.mode)
+        made = (
+            spare.pop() if spare else make(Recorded, self.shape, dtype=self.dtypes[slot], device=self.device)
+        )
         made._value = value
         given.append(made)
         return made
 
     def size(self) -> int:
         """Bytes that its calls take, with their results as if each were made; a tensor object is about a kilobyte."""
-        each = self.shape.numel() * self.dtype.itemsize
-        return len(self.order) * each * len(self.given) + sum(
+        each = self.shape.numel() * sum(dtype.itemsize for dtype in self.dtypes)
+        return len(self.order) * each + sum(
             [argument.size() for argument in self.arguments] + [1024 * len(given) for given in self.given]
         )
 
@@ -97,12 +114,19 @@ class Node:
         """Of all tensors and other nodes; shape, dtype, device and place of origin stay known."""
         for argument in self.arguments:
             argument.clear()
-        if self.spare is not None and REUSES:
-            put_by(self.given, self.spare)
+        if REUSES:
+            for given, spare in zip(self.given, self.spares, strict=True):
+                if spare is not None:
+                    put_by(given, spare)
         self.given.clear()
         self.linears.clear()
         self.newest = [None] * len(self.newest)
         self.results = []
+
+    def replace(self, x: Tensor, other: Tensor) -> None:
+        """Read ``other`` wherever ``x`` was to be read."""
+        for argument in self.arguments:
+            argument.replace(x, other)
 
     def entries(self) -> list[Entry]:
         """The tensor arguments of all calls, of successive values the first."""
@@ -207,6 +231,36 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+class Borrowed:
+    """A tensor of the user's that recorded steps are written into, and how often it has been changed."""
+
+    __slots__ = ("changes", "home")
+
+    def __init__(self, home: Tensor) -> None:
+        self.home, self.changes = home, 1
+
+
+class WriteNode(Node):
+    """Calls that write into one borrowed tensor. ``forms``: function and arguments, but for tensors, of each."""
+
+    __slots__ = ("forms", "home")
+
+    readable = False
+
+    def __init__(self, record: Record, home: Tensor, arguments: int) -> None:
+        super().__init__(record, arguments, 1)
+        self.home, self.forms = home, list[tuple[Callable[..., Any], Any]]()
+        self.shape, self.dtypes, self.device = home.shape, (home.dtype,), home.device
+
+    def size(self) -> int:
+        return self.home.numel() * self.home.element_size() + sum(a.size() for a in self.arguments)
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.forms = []
+        del self.home
+
+
 class NeuronNode(Node):
     """Successive steps of one neuron, each from the state that the one before left."""
 
@@ -216,7 +270,9 @@ class NeuronNode(Node):
             "config",
             "description",
             "forward",
+            "half",
             "initial",
+            "input_dtype",
             "input_shape",
             "like",
             "module",
@@ -235,6 +291,7 @@ class NeuronNode(Node):
         config: SparseConfig,
         leaves: dict[str, Any],
         like: Any,
+        half: Dtypes | None,
     ) -> None:
         names = list(leaves)
         same = adapter.output_leaf(module, neuron)
@@ -243,6 +300,11 @@ class NeuronNode(Node):
         self.adapter, self.module, self.neuron, self.config = adapter, module, neuron, config
         self.upstream, self.like = upstream, like
         self.input_shape: torch.Size
+        self.input_dtype: torch.dtype
+        self.half = half  # what is given where half precision comes in
+        self.dtypes = (torch.float32,) * (1 + len(others))
+        if half is not None:
+            self.dtypes = (half.out, *(half.state[name] for name in others))
         self.slots = {name: 0 if name == same else 1 + others.index(name) for name in names}
         self.named_slots, self.order_of_state = tuple(self.slots.items()), tuple(self.slots.values())
         self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
@@ -265,6 +327,12 @@ class NeuronNode(Node):
             if type(leaf) is not Recorded or leaf._value is not newest[slot]:
                 return False
         return True
+
+    def replace(self, x: Tensor, other: Tensor) -> None:
+        super().replace(x, other)
+        for name, entry in self.initial.items():
+            if entry is not None and entry[0] is x:
+                self.initial[name] = (other, entry[1])
 
     def let_go(self) -> None:
         super().let_go()

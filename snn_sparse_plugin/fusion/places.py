@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.dynamics import NeuronSpec
 from ..core.errors import FusionError
+from .context import learns
 from .nodes import FunctionNode, NeuronNode, Node
 from .planner import Plan
 from .recorded import Recorded, Value, value_of
@@ -56,7 +57,7 @@ def wants_places(func: Any, items: Any) -> bool:
 def _is_passed(value: Value) -> bool:
     """Whether something that is recorded already is made of this value."""
     node, _, slot = value
-    if node.mode != 1:
+    if not learns(node.mode):
         return False
     read = (made for other in node.record.nodes if _passes_on(other) for made in other.values())
     return _within_neuron(node, slot) or any(made[0] is node and made[2] == slot for made in read)
@@ -65,7 +66,7 @@ def _is_passed(value: Value) -> bool:
 def _passes_on(reader: Node) -> bool:
     """Whether gradients pass from a node to what it reads; none do from a comparison or what was detached."""
     detaches = isinstance(reader, FunctionNode) and reader.func is Tensor.detach
-    return reader.mode == 1 and reader.dtype.is_floating_point and not detaches
+    return learns(reader.mode) and reader.dtypes[0].is_floating_point and not detaches
 
 
 def _within_neuron(node: Node, slot: int) -> bool:
@@ -90,7 +91,7 @@ def note_places(waiting: list[tuple[Node, int, int, Any]], plan: Plan) -> None:
 
 def _stands_beside(node: Node, slot: int, plan: Plan) -> bool:
     read = any(_passes_on(reader) for reader in plan.readers.get((node, slot), ()))
-    if node.mode != 1 or not (read or _within_neuron(node, slot)):
+    if not learns(node.mode) or not (read or _within_neuron(node, slot)):
         return False
     series = node.results[slot]
     return series is None or series.pieces is None  # single pieces are read themselves

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.precision import HALF
 from .arguments import ArgumentSeries, Entry
+from .context import casts
 from .nodes import FunctionNode, NeuronNode, Node, same
 from .recordable import LINEAR, filled
 from .recorded import Recorded
@@ -65,6 +67,8 @@ class Plan:
             or not readers
             or ((node, 0) in self.waiting and len(self.waiting[node, 0]) > 2)
         ):
+            return False
+        if casts(node.mode) or node.dtypes[0] in HALF:  # torch's own product: its rounding decides who spikes
             return False
         if len(node) < 2 or len(node.shape) != 2 or node not in self.alone or self.feeds_itself(node):
             return False

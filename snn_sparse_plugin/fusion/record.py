@@ -12,7 +12,7 @@ from torch import nn
 from ..core.errors import FusionError
 from .aliases import Plain
 from .arguments import Entry
-from .context import here
+from .context import here, learns
 from .description import version
 from .nodes import FunctionNode, InputNode, NeuronNode, Node
 from .recorded import Recorded, Value
@@ -76,7 +76,7 @@ class Record:
         if self.calls > LONGEST:
             return True
         size = sum(node.size() for node in self.nodes)
-        room = (LARGEST_KEPT if any(node.mode == 1 for node in self.nodes) else LARGEST) - size
+        room = (LARGEST_KEPT if any(learns(node.mode) for node in self.nodes) else LARGEST) - size
         if room <= 0 and any(len(node) >= SHORTEST for node in self.neurons.values()):
             return True
         # half as many more as there seems to be room for

@@ -51,7 +51,8 @@ class Recorded(Tensor):
         mode = torch.inference_mode if real.is_inference() else torch.enable_grad
         with torch._C.DisableTorchFunctionSubclass(), mode():
             own = real.clone()
-            del self._value
+            self.__dict__.pop("_value", None)
+            self.__dict__.pop("_borrowed", None)
             self.__class__ = Filled  # type: ignore[assignment]
             filled: Any = self
             filled.own, filled.at = own, -1
@@ -81,6 +82,28 @@ class Recorded(Tensor):
 def value_of(x: Tensor) -> Value | None:
     """What a recorded tensor stands for; None if it is none, or no more: another thread or a finalizer may run it."""
     return x.__dict__.get("_value")
+
+
+def swapped_out(x: Tensor) -> Tensor | None:
+    """The tensor that ``x`` is, whose object becomes a recorded one; None where C++ code holds it."""
+    stand_in: Any = Tensor._make_wrapper_subclass(
+        Recorded, x.shape, dtype=x.dtype, device=x.device, dispatch_device=True
+    )
+    if x._use_count() > 1:  # type: ignore[attr-defined]
+        return None
+    try:
+        _swap(x, stand_in)
+    except RuntimeError:  # it has weak references, or its node of the graph has
+        return None
+    x.__class__, stand_in.__class__ = Recorded, Tensor
+    return stand_in  # type: ignore[no-any-return]
+
+
+def give_back(x: Recorded, home: Tensor) -> None:
+    """Undo :func:`swapped_out`."""
+    x.__dict__.pop("_borrowed", None)
+    if not swapped(x, home):
+        x.become(home, apart=True)
 
 
 class Filled(Tensor):
@@ -141,5 +164,6 @@ def swapped(x: Tensor, real: Tensor) -> bool:
             except RuntimeError:
                 return False
     x.__dict__.pop("_value", None)
+    x.__dict__.pop("_borrowed", None)
     x.__class__ = Tensor
     return True

@@ -63,17 +63,11 @@ def spare_of(*kind: Any) -> list[Recorded]:
     return spare.setdefault(kind, [])
 
 
-def put_by(given: list[list[Recorded]], spare: list[Recorded]) -> None:
-    """Keep those of a node's tensors that nobody has."""
-    for tensors in given:
-        for x in tensors:
-            if len(spare) >= _SPARE_EACH:
-                return
-            if (
-                references(x) == ALONE
-                and type(x) is Recorded
-                and len(x.__dict__) == 1
-                and not getweakrefcount(x)
-            ):
-                x._value = _NOWHERE
-                spare.append(x)
+def put_by(given: list[Recorded], spare: list[Recorded]) -> None:
+    """Keep those of the tensors for a node's result that nobody has."""
+    for x in given:
+        if len(spare) >= _SPARE_EACH:
+            return
+        if references(x) == ALONE and type(x) is Recorded and len(x.__dict__) == 1 and not getweakrefcount(x):
+            x._value = _NOWHERE
+            spare.append(x)

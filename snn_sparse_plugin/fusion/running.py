@@ -16,7 +16,7 @@ from . import meter
 from .arguments import ArgumentSeries
 from .context import in_mode
 from .fused import FusedCall, Synapses
-from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode
+from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode, WriteNode
 from .planner import Plan
 from .record import backoff
 from .recordable import BATCHED, LINEAR, filled
@@ -155,6 +155,7 @@ def _run_neuron(node: NeuronNode, plan: Plan) -> bool:
         last=plan.is_last(node),
         config=node.config,
         steps=n if once else None,
+        half=node.half,
     )
     events = plan.wants_events(node) and not single
     want_mem = membrane > 0 and (node, membrane) in plan.early
@@ -262,6 +263,8 @@ def _run_step(
     states: dict[Node, dict[str, Tensor | None]],
     pieces: dict[Node, list[list[Tensor]]],
 ) -> None:
+    if isinstance(node, WriteNode):  # in the end
+        return
     tensors = [plan.piece(argument[call]) for argument in node.arguments]
     if isinstance(node, StackNode):
         pieces[node][0].append(torch.stack([plan.piece(entry) for entry in node.steps]))

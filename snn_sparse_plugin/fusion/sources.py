@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import has_hooks
 from ..core.config import SparseConfig, active_config
+from ..core.precision import HALF
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record
@@ -98,7 +99,7 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     if mode is None:
         return None
     if node is None or node.mode != mode or not node.follow(x):
-        if x.layout is not torch.strided or x.dtype is not torch.float32:
+        if x.layout is not torch.strided or x.dtype not in (torch.float32, *HALF):
             return None
         node = _entering(node, self, x, mode, config)
         if node is None:
@@ -152,10 +153,11 @@ def _entering(
             or node.record is not record
             or node.mode != mode
             or node.shape != x.shape
+            or node.dtypes[0] != x.dtype
             or node.device != x.device
         ):
             node = record.inputs[id(module)] = InputNode(record, module)
-            node.shape, node.dtype, node.device = x.shape, x.dtype, x.device
+            node.shape, node.dtypes, node.device = x.shape, (x.dtype,), x.device
         node.take(x)
         if len(node.order) == ENOUGH:
             begin(node, config)

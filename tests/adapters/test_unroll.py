@@ -160,7 +160,8 @@ class TestModulesBetween:
         expected, mem = snntorch_loop(twin, x)
         out = unroll(net, x)
         assert torch.equal(out.spikes, expected)
-        assert torch.equal(out.mem, mem)
+        # upstream rounds what comes back from the other neurons at every step, and carries it on
+        assert (out.mem - mem).abs().max() < 2 * torch.finfo(torch.bfloat16).eps
 
     def test_dropout_in_training_is_drawn_at_every_step(self):
         net = nn.Sequential(*leaky_net())
@@ -451,7 +452,7 @@ class TestInput:
         assert (out.spikes.dtype, out.mem.dtype) == (expected.dtype, mem.dtype)
         assert torch.equal(out.spikes, expected)
 
-    def test_recurrence_without_a_linear_under_autocast_is_upstreams(self):
+    def test_recurrence_under_autocast_is_upstreams_to_half_rounding(self):
         net = nn.Sequential(
             nn.Flatten(), snntorch.RLeaky(0.9, linear_features=30, init_hidden=True, output=True)
         )

@@ -160,10 +160,12 @@ def test_a_change_in_mid_record(change: str) -> None:
     found = outcome(change, {"backprop_threshold": None, "fuse_time": True})
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
+    # under autocast upstream adds the gradients of the steps up in half precision
+    rtol = torch.finfo(torch.bfloat16).eps if change == "autocast" else 1e-5
     for got, want in zip(found[2], expected[2], strict=True):
         assert (got is None) == (want is None)
         if want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got, want, rtol=rtol, atol=1e-5)
     assert found[3] == expected[3]
 
 

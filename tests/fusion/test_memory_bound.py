@@ -14,10 +14,16 @@ from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin.fusion import record
+from snn_sparse_plugin.fusion.flush import flush
 
 snn = pytest.importorskip("snntorch")
 
 B, M, N = 8, 40, 30
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_recorded() -> None:
+    flush()
 
 
 def run(block: Any, steps: int, grad: bool) -> tuple[Tensor, list[Tensor]]:

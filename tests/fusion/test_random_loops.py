@@ -30,6 +30,8 @@ KINDS = (
     "static",
     "drop",
     "detach",
+    "total",
+    "written",
 )
 layers = st.lists(
     st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9
@@ -64,8 +66,10 @@ class Program:
         states: dict[int, Any] = {}
         before: dict[int, Tensor] = {}
         kept: list[Tensor] = []
+        self.written: dict[int, Tensor] = {}
         read = 0.0
         for t in range(self.steps):
+            self.t = t
             values = [self.x[t]]
             for k, ((kind, a, _), module) in enumerate(zip(self.ops, self.modules, strict=True)):
                 x, y = values[a % len(values)], values[-1]
@@ -80,8 +84,12 @@ class Program:
         kept.append(values[-1])
         out = torch.stack(kept)
         loss = F.mse_loss(out, torch.ones_like(out)) + sum(state[-1].mean() for state in states.values())
+        loss = loss + sum((x**2).mean() for x in self.written.values())
         loss.backward() if loss.requires_grad else None
-        return [out.detach(), torch.tensor(read), loss.detach()], [p.grad for p in self.modules.parameters()]
+        whole = [x.detach() for x in self.written.values()]
+        return [out.detach(), torch.tensor(read), loss.detach(), *whole], [
+            p.grad for p in self.modules.parameters()
+        ]
 
     def _value(
         self, kind: str, k: int, module: Any, x: Tensor, y: Tensor, states: Any, before: Any
@@ -100,6 +108,13 @@ class Program:
             return y + self.x[0]
         if kind == "feedback":
             return y + module(before.get(k + 1, torch.zeros(B, N)))
+        if kind == "total":
+            total = self.written.setdefault(k, torch.zeros(B, N))
+            total += 0.25 * y
+            return y if x is y else total * 0.5
+        if kind == "written":
+            self.written.setdefault(k, torch.zeros(self.steps, B, N))[self.t] = y
+            return y
         if kind == "drop":
             return F.dropout(y, 0.25)
         simple = {

@@ -219,11 +219,10 @@ def test_an_error_of_a_step_is_raised_in_the_users_line(lif: Any, x: Tensor) -> 
 @pytest.mark.parametrize(
     "context",
     [
-        lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
         lambda: torch.device("cpu"),  # a mode that sees every function
     ],
-    ids=["autocast", "hooks on saved tensors", "function mode"],
+    ids=["hooks on saved tensors", "function mode"],
 )
 def test_steps_are_not_recorded_inside(context: Any, lif: Any, x: Tensor) -> None:
     with ssp.sparse_mode():

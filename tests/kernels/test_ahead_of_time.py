@@ -28,6 +28,7 @@ from snn_sparse_plugin.triton_kernels import (
     products,
     scans,
     surrogates,
+    terms,
     ttfs,
     ttfs_events,
 )
@@ -54,10 +55,11 @@ OPTIONS = {
     "KIND": "fast_sigmoid",
     "P0": 25.0,
     "P1": 0.0,
-    "ONCE": False,
+    "odd_ptr": None,
     "BLOCK": 32,
     "TILE": 32,
 }
+GIVEN = object()  # a pointer that is None in the options above
 WIDE = {"BLOCK": 512, "TILE": 8}
 EXACT = {"WINDOW": None}
 NO_GUARD = {"near_ptr": None}
@@ -71,7 +73,8 @@ VALUE = {"reset": "value", "timing": "immediate"}
 LAYERS = {
     "leaky-events": (NeuronSpec(), False, EVENTS_OUT | LAST, "fp32"),
     "leaky-dense-exact": (NeuronSpec(), False, DENSE_OUT | EXACT | NO_GUARD, "fp32"),
-    "leaky-once": (NeuronSpec(), False, {"ONCE": True} | NO_GUARD, "fp32"),
+    "leaky-once": (NeuronSpec(), False, {"nu_ptr": None} | NO_GUARD, "fp32"),
+    "leaky-pairs": (NeuronSpec(), False, EVENTS_OUT | {"odd_ptr": GIVEN, "sum_ptr": None}, "fp32"),
     "leaky-double": (NeuronSpec(), False, {}, "fp64"),
     "leaky-recurrent": (NeuronSpec(), True, EVENTS_OUT | LAST | WIDE, "fp32"),
     "leaky-recurrent-exact": (NeuronSpec(), True, EXACT | NO_GUARD | {"rec_bias_ptr": None}, "fp32"),
@@ -99,30 +102,29 @@ LAYERS = {
 }
 
 
-def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2):
+def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2, **pointers):
     described = scans.neuron_of(neuron, recurrent)
     if way == "forward":
         source = scans.forward_source(described, recurrent, unroll)
     else:
         source = scans.backward_source(described, recurrent, unroll, True)
     kernel = getattr(module_of(source, way), way)
-    fixed = {k: v for k, v in (OPTIONS | changes).items() if k in kernel.arg_names}
+    fixed = {k: v for k, v in (OPTIONS | changes).items() if k in kernel.arg_names and v is not GIVEN}
     warps = min(16, fixed["BLOCK"] // 32)
-    return compile_kernel(
-        kernel, fixed, element, gpu, {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
-    )
+    options = {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
+    return compile_kernel(kernel, fixed, element, gpu, options, **pointers)
 
 
-INTEGERS = {"words_ptr": "*i32", "bits_ptr": "*i32", "near_ptr": "*i64"}
+INTEGERS = {"words_ptr": "*i32", "bits_ptr": "*i32", "odd_ptr": "*i32", "near_ptr": "*i64"}
 
 
-def compile_kernel(kernel, fixed, element, gpu, options):
+def compile_kernel(kernel, fixed, element, gpu, options, **pointers):
     signature = {}
     for name in kernel.arg_names:
         if name in fixed:
             signature[name] = "constexpr"
         else:
-            pointer = INTEGERS.get(name, f"*{element}")
+            pointer = (INTEGERS | pointers).get(name, f"*{element}")
             signature[name] = pointer if name.endswith("_ptr") else "i32"
     return triton.compile(ASTSource(kernel, signature, fixed), target=gpu, options=options)
 
@@ -145,6 +147,27 @@ def test_layers_compile(way, case, target):
     assert len(compiled.asm[binary]) > 0
 
 
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", ["synaptic-zero-sum", "two-inputs-recurrent"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_what_comes_and_leaves_may_be_in_half_precision(way, case, half):
+    names = (
+        "x",
+        "spikes",
+        "mem",
+        "spikes_grad",
+        "mem_grad",
+        "nu",
+        "rec_weight",
+        "rec_weight_t",
+        "rec_bias",
+        "rec0",
+    )
+    pointers = {f"{name}_ptr": f"*{half}" for name in names}
+    compiled = compile_layer(way, *LAYERS[case], TARGETS["sm_90"][0], **pointers)
+    assert len(compiled.asm["cubin"]) > 0
+
+
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("case", ["leaky-events", "synaptic-zero-sum"])
 def test_layers_compile_as_they_are_run(case, way):
@@ -156,8 +179,8 @@ def test_layers_compile_as_they_are_run(case, way):
 
 
 PRODUCTS = {
-    "sum": (products.sum_rows, {"BLOCK": 256, "values_ptr": None}, 1),
-    "sum-of-values": (products.sum_rows, {"BLOCK": 32, "bias_ptr": None}, 1),
+    "sum": (products.sum_rows, {"BLOCK": 256, "values_ptr": None, "PAIRS": False}, 1),
+    "sum-of-values": (products.sum_rows, {"BLOCK": 32, "bias_ptr": None, "PAIRS": False}, 1),
     "pack": (products.pack_rows, {"ROWS": 16, "WORDS": 8}, 4),
     "transpose": (products.transpose_words, {"ROWS": 1024}, 4),
 }
@@ -171,6 +194,26 @@ def test_products_compile(case, element, target):
     gpu, binary = TARGETS[target]
     element = "i32" if case == "transpose" else element
     compiled = compile_kernel(kernel, fixed, element, gpu, {"num_warps": warps})
+    assert len(compiled.asm[binary]) > 0
+
+
+TILES = {"ROWS": 32, "COLS": 32}
+# name -> (kernel, fixed arguments, what its out is made of)
+TERMS = {
+    "sum-of-pairs": (products.sum_rows, {"BLOCK": 256, "values_ptr": None, "PAIRS": True}, "*fp32"),
+    "unpack": (terms.unpack_three, {"ROWS": 32}, "*i16"),
+    "weight-terms": (terms.weight_terms, TILES, "*i16"),
+    "weight-pairs": (terms.weight_pairs, TILES, "*i16"),
+    "again": (terms.again_where_odd, {"BLOCK": 32}, "*fp32"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", TERMS)
+def test_terms_compile(case, target):
+    kernel, fixed, out = TERMS[case]
+    gpu, binary = TARGETS[target]
+    compiled = compile_kernel(kernel, fixed, "fp32", gpu, {"num_warps": 4}, out_ptr=out)
     assert len(compiled.asm[binary]) > 0
 
 
@@ -341,10 +384,10 @@ def test_a_new_length_does_not_recompile(way, recurrent):
 def test_the_list_of_kernels_is_complete():
     # every @triton.jit function is a kernel above or a function one of them calls
     found = set()
-    for module in (parts, products, surrogates, ttfs, ttfs_events, eprop, eprop_chunk, eprop_steps):
+    for module in (parts, products, surrogates, terms, ttfs, ttfs_events, eprop, eprop_chunk, eprop_steps):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
     called = {name for name, f in vars(parts).items() if isinstance(f, triton.JITFunction)}
     kernels = {f.__name__ for f in TTFS_KERNELS.values()} | {
-        kernel.__name__ for kernel, _, _ in PRODUCTS.values()
+        kernel.__name__ for kernel, _, _ in (*PRODUCTS.values(), *TERMS.values())
     }
     assert found - called == kernels | {eprop.leaky.__name__}

@@ -78,6 +78,27 @@ def test_every_form_of_input(reads_nothing, form, min_active):
     assert given["weight"].grad is not None
 
 
+def test_bf16_terms(reads_nothing, monkeypatch):
+    from snn_sparse_plugin.triton_kernels import choice, crossovers, terms
+
+    used = []
+    monkeypatch.setattr(choice, "of_device", lambda _: crossovers.H100._replace(terms_from=0))
+    monkeypatch.setattr(choice, "adds_rows_of_bits", lambda *_: False)
+    for name in ("current", "input_gradient"):
+        made = getattr(terms, name)
+        monkeypatch.setattr(terms, name, lambda *a, made=made, name=name: used.append(name) or made(*a))
+    given = inputs(N=8)
+    x = given["x"].requires_grad_()
+
+    def step():
+        train = SpikeTrain.from_dense(x, binary=True)
+        out = spiking_layer(train, given["weight"], given["bias"], params=NeuronParams(mem=0.9), **WINDOW)
+        out.spikes.sum().backward()
+
+    reads_nothing(step)
+    assert used == ["current", "current", "input_gradient"] * 2
+
+
 @pytest.mark.parametrize("events", [False, True], ids=["dense", "events"])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent(reads_nothing, name, events):

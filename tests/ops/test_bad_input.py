@@ -164,12 +164,16 @@ def test_non_contiguous_inputs_weights_and_states():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_runs_on_the_reference(dtype, counted):
-    out = layer(spikes(10, 3, 8).to(dtype), on_grid(5, 8).to(dtype))
-    assert out.spikes.dtype == dtype
-    assert counted["reference", "forward"] == 1
-    with pytest.raises(UnsupportedError, match="float32 and float64"):
-        layer(spikes(10, 3, 8).to(dtype), on_grid(5, 8).to(dtype), backend="cpu")
+def test_half_precision_is_computed_in_float32(dtype, counted):
+    x, weight = spikes(10, 3, 8), on_grid(5, 8)
+    expected = layer(x, weight, return_mem=True)
+    counted.clear()
+    out = layer(x.to(dtype), weight.to(dtype), return_mem=True)
+    assert counted["cpu", "forward"] == 1
+    assert out.spikes.dtype == out.mem.dtype == dtype
+    assert torch.equal(out.spikes, expected.spikes.to(dtype))
+    assert torch.equal(out.mem, expected.mem.to(dtype))
+    assert torch.equal(out.state.v, expected.state.v)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``snn-sparse demo | bench``."""
+"""``snn-sparse demo | bench | tune``."""
 
 from __future__ import annotations
 
@@ -159,3 +159,16 @@ def bench(
         elif out is not None:
             write_text(out, json.dumps(rows, indent=2) + "\n")
             console.print(f"{len(rows)} rows written to {out}")
+
+
+def tune(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Measure on this machine's GPU how to multiply spikes fastest, and keep it for later runs."""
+    with readable_errors(context):
+        from ..tune import tune as measured
+
+        console, emit = consoles(as_json)
+        found = measured(lambda line: console.print(line, highlight=False))
+        if as_json:
+            emit(found)
+        else:
+            console.print(f"written to {found['file']}", highlight=False, soft_wrap=True)

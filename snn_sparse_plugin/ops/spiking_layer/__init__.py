@@ -18,10 +18,11 @@ from ...core.config import SparseConfig, current_config
 from ...core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ...core.equations import Equations
 from ...core.errors import UnsupportedError
+from ...core.precision import HALF, cast, without_autocast
 from ...core.spikes import SpikeTrain
 from ...core.surrogates import Surrogate
 from . import autograd
-from .inputs import Given, Synapses, check_finite, given, inputs_of
+from .inputs import Given, Synapses, check_finite, given, inputs_of, widened
 from .library import spiking_layer_op
 from .products import events_of, how_to_multiply
 
@@ -56,6 +57,7 @@ def spiking_layer(
     steps: int | None = None,
     events: bool = False,
     return_mem: bool = False,
+    dtype: torch.dtype | None = None,
     name: str = "spiking_layer",
     **overrides: Any,
 ) -> SpikingLayerOutput:
@@ -63,8 +65,8 @@ def spiking_layer(
 
     Args:
         x: input, (T, B, M) with ``weight``, the neurons' input current (T, B, N...) without. Dense, SpikeTrain,
-            torch COO (T, B, M), torch CSR (T, B, M) or torch_sparse. float32 and float64; half precisions run on
-            the reference backend.
+            torch COO (T, B, M), torch CSR (T, B, M) or torch_sparse. In float16 and bfloat16 the neurons compute in
+            float32, and what leaves is rounded.
         weight: (N, M), as of ``nn.Linear``. ``bias``: (N,). For equations with C > 1 inputs every N in the shape of a
             weight, bias or current is C·N, the neurons of the first input first; a current may be (T, B, C, N...).
         spec: which neuron: a member of the canonical family, or :class:`~snn_sparse_plugin.core.equations.Equations`;
@@ -79,6 +81,7 @@ def spiking_layer(
             sum over the steps. An x of T steps that is ``expand``-ed from one and needs no gradient is recognised.
         events: return spikes as a :class:`~snn_sparse_plugin.core.spikes.SpikeTrain`.
         return_mem: also return the membrane after every step, (T, B, N...).
+        dtype: of spikes and membranes; default is that of ``x``. The final state is float32 where x is half.
         name: how error messages call this layer.
         **overrides: options of :class:`~snn_sparse_plugin.core.config.SparseConfig` for this call.
 
@@ -98,7 +101,13 @@ def spiking_layer(
     """
     synapses = Synapses(weight, bias, recurrent_weight, recurrent_bias)
     spec, surrogate = spec or NeuronSpec(), surrogate or Surrogate("atan", (2.0,))
-    call = given(x, synapses, spec, params, surrogate, state, steps, name)
+    with without_autocast():  # what is given says in which precision to compute
+        call = given(x, synapses, spec, params, surrogate, state, steps, name)
+        out = _run(call, overrides, events, return_mem)
+    return _rounded(out, call.dtype if dtype is None else dtype)
+
+
+def _run(call: Given, overrides: dict[str, Any], events: bool, return_mem: bool) -> SpikingLayerOutput:
     if torch.compiler.is_compiling():
         return _in_graph(call, overrides, events, return_mem)
     config = current_config().updated(**overrides) if overrides else current_config()
@@ -108,19 +117,29 @@ def spiking_layer(
         config.backend,
         "spiking_layer",
         device=call.device,
-        dtype=call.dtype,
-        spec=spec,
-        surrogate=surrogate,
+        dtype=call.state_dtype,
+        spec=call.spec,
+        surrogate=call.surrogate,
         recurrent=call.recurrent,
     )
+    if call.dtype in HALF:
+        call = widened(call)
     described = _describe(call, config, events, return_mem, backend.takes_dense)
     result, carrier = autograd.apply(described, backend)
     _count(described, result)
     return _wrap(call, described, result, carrier, return_mem)
 
 
+def _rounded(out: SpikingLayerOutput, dtype: torch.dtype) -> SpikingLayerOutput:
+    spikes, mem = out.spikes, out.mem
+    if spikes.dtype != dtype:
+        spikes = spikes._replace(dtype=dtype) if isinstance(spikes, SpikeTrain) else spikes.to(dtype)
+    return out._replace(spikes=spikes, mem=cast(mem, dtype))
+
+
 def _in_graph(call: Given, overrides: dict[str, Any], events: bool, return_mem: bool) -> SpikingLayerOutput:
     """The op as ``torch.compile`` sees it: one node."""
+    call = widened(call) if call.dtype in HALF else call
     name, synapses, dense = call.name, call.synapses, call.dense
     if events or dense is None:
         raise UnsupportedError(f"{name}: inside torch.compile the op takes and returns dense tensors.")
@@ -222,7 +241,7 @@ def _wrap(
     spikes: Any = result.spikes if call.spec.spiking else result.mem
     if call.spec.spiking and not described.want_spikes:
         active = result.saved.active if result.saved is not None else None
-        spikes = events_of(result, (call.T, call.B, call.N), call.dtype, carrier, active)
+        spikes = events_of(result, (call.T, call.B, call.N), call.state_dtype, carrier, active)
     if call.spec.spiking and tally.watchers.get() is not None:
         tally.show(spikes, _passing(described, result), call.T)
     mem = result.mem if return_mem else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...backends.product import ProductGrad
 from ...core import tally
 from ...core.backend import Backend, LayerCall, LayerResult, Needs, OutputGrads, Saved
+from ...core.precision import without_autocast
 from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once
 from . import again
@@ -76,6 +77,11 @@ class _SpikingLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.ran.count("backward")
+        with without_autocast():
+            return _SpikingLayer._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *kept, carrier = ctx.saved_tensors
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))

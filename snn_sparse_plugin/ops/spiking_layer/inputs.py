@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ...core.dynamics import PARAM_NAMES, NeuronParams, NeuronSpec, NeuronState
 from ...core.equations import Equations
 from ...core.errors import InputError
 from ...core.host import is_device, waits
+from ...core.precision import cast, state_dtype
 from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from ...core.surrogates import Surrogate
 from .products import is_still
@@ -35,6 +36,9 @@ class Given:
     """One call as the user made it. One of ``train`` and ``dense`` is the input, of T steps or of the one that is the
     same at all T; ``params`` (P, N); the states (B, N), with equations ``v0`` (K, B, N); ``rec0`` (B, C·N) is the
     recurrent current of the first step.
+
+    ``dtype`` is that of the input and of ``synapses.weight`` and its bias. Neurons compute in :attr:`state_dtype`,
+    which all else has.
     """
 
     name: str
@@ -61,6 +65,10 @@ class Given:
     @property
     def recurrent(self) -> bool:
         return self.synapses.recurrent is not None
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return state_dtype(self.dtype)
 
 
 def given(
@@ -95,19 +103,34 @@ def given(
     elif dense is not None and is_still(dense):
         dense = dense[:1]
     _check_synapses(name, dtype, device, spec, math.prod(features), synapses)
-    packed = _pack_params(params, spec, features, dtype, device, name)
+    precise = state_dtype(dtype)
+    synapses = replace(
+        synapses,
+        recurrent=cast(synapses.recurrent, precise),
+        recurrent_bias=cast(synapses.recurrent_bias, precise),
+    )
+    packed = _pack_params(params, spec, features, precise, device, name)
     recurrent = synapses.recurrent is not None
     if recurrent and isinstance(spec, Equations) and not spec.program.recurrent:
         raise InputError(
             f"{name}: these equations never read a recurrent current, so they take no recurrent_weight."
         )
-    v0, i0, s0 = _pack_state(state, spec, recurrent, (B, *features), dtype, device, name)
+    v0, i0, s0 = _pack_state(state, spec, recurrent, (B, *features), precise, device, name)
     rec0 = None
     if synapses.recurrent is not None:
         assert s0 is not None
-        rec0 = F.linear(s0.to(dtype), synapses.recurrent, synapses.recurrent_bias)
+        rec0 = F.linear(s0, synapses.recurrent, synapses.recurrent_bias)
     form = (T, B, features, packed, v0, i0, s0, rec0, dtype, device)
     return Given(name, spec, surrogate, synapses, train, dense, *form)
+
+
+def widened(call: Given) -> Given:
+    """A call in half precision for a backend that computes in float32: with weights and an input of float32."""
+    precise, synapses, train = call.state_dtype, call.synapses, call.train
+    if train is not None:
+        train = train._replace(dtype=precise, values=cast(train.values, precise))
+    weights = replace(synapses, weight=cast(synapses.weight, precise), bias=cast(synapses.bias, precise))
+    return replace(call, synapses=weights, dense=cast(call.dense, precise), train=train)
 
 
 def inputs_of(spec: NeuronSpec | Equations) -> int:
@@ -187,7 +210,9 @@ def _check_synapses(
     ):
         if tensor is None:
             continue
-        if tensor.dtype != dtype:
+        if tensor.dtype != dtype and not (
+            label.startswith("recurrent") and tensor.dtype == state_dtype(dtype)
+        ):
             raise InputError(f"{name}: {label} is {tensor.dtype}, the input {dtype}; convert one of them.")
         if tensor.device != device:
             raise InputError(f"{name}: {label} is on {tensor.device}, the input on {device}.")
