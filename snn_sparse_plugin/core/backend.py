@@ -212,7 +212,7 @@ class TtfsBackward(NamedTuple):
     grad: Tensor
     x: Tensor
     times: Tensor  # uint8
-    table: Tensor  # (2, window): thresholds, values
+    table: Tensor  # (2, window): thresholds, values, in the dtype that is computed in
     out: Tensor  # takes the gradient of x
     tau: Tensor
     t_d: Tensor
@@ -234,6 +234,8 @@ class Backend:
     takes_dense = False
     """Whether it is made for a device that Python should not wait for: it takes an input with a weight densely as it is
     (:attr:`LayerCall.dense`), without a look at how many of its numbers are zero, and events as bits."""
+    takes_half = False
+    """Whether its ``ttfs`` takes float16 and bfloat16 as they are, with a table in float32."""
     takes_products = False
     """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
 
@@ -281,4 +283,4 @@ class RunsTtfs(Protocol):
         """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
 
     def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
-        """The gradient of x into ``call.out``; those of tau and t_d, zero without ``call.params``."""
+        """The gradient of x into ``call.out``; those of tau and t_d, which nobody reads without ``call.params``."""
