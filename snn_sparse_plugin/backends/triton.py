@@ -36,7 +36,6 @@ class TritonBackend(Backend):
     name = "triton"
     equations = True
     takes_dense = True
-    takes_half = True
     priority = 100
 
     def available(self) -> tuple[bool, str]:

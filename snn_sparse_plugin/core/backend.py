@@ -234,13 +234,14 @@ class Backend:
     takes_dense = False
     """Whether it is made for a device that Python should not wait for: it takes an input with a weight densely as it is
     (:attr:`LayerCall.dense`), without a look at how many of its numbers are zero, and events as bits."""
-    takes_half = False
-    """Whether its ``ttfs`` takes float16 and bfloat16 as they are, with a table in float32."""
     takes_products = False
     """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
 
     def takes_half(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether it reads float16 or bfloat16 as it is, and writes it; it gets float32 copies else."""
+        """Whether it reads float16 or bfloat16 as it is, and writes it; it gets float32 copies else.
+
+        States and parameters, and the table of ``ttfs``, are float32 in either case.
+        """
         return False
 
     def available(self) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ from ...core.host import is_device
 def _backend(x: Tensor, table: Tensor, name: str) -> tuple[RunsTtfs, torch.dtype]:
     """Who runs it, and the dtype that x is handed over in."""
     found = select(name or current_config().backend, "ttfs", device=x.device, dtype=table.dtype)
-    return cast(RunsTtfs, found), x.dtype if found.takes_half else table.dtype
+    return cast(RunsTtfs, found), x.dtype if found.takes_half(x.device, x.dtype) else table.dtype
 
 
 def _like(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
