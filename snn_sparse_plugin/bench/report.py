@@ -54,6 +54,43 @@ def _table(rows: list[dict[str, Any]], baseline: str, phase: str, wide: bool) ->
     return table
 
 
+def show_surrogates(rows: list[dict[str, Any]], console: Console) -> None:
+    """A line for each surrogate and length: how many times faster than snnTorch's loop, and peak memory."""
+    cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["skipped"] is None:
+            cases.setdefault((row["surrogate"], row["shape"]["T"]), {})[row["provider"]] = row
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    table = Table(
+        title="a training step with the surrogates that people use",
+        title_justify="left",
+        caption="ms: median; ratio: step of snntorch / step; peak: memory of a process",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for column in ("surrogate", "T"):
+        table.add_column(column, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for (surrogate, steps), found in cases.items():
+        base = found.get("snntorch")
+        cells = []
+        for name in names:
+            if name not in found:
+                cells.append("–")
+                continue
+            row = found[name]
+            median = row["step_ms"]["median"]
+            ratio = "" if base is None else f"  {base['step_ms']['median'] / median:.1f}×"
+            peak = "" if row["peak_bytes"] is None else f"  {human_bytes(row['peak_bytes'])}"
+            cells.append(f"{median:.1f} ms{ratio}{peak}")
+        table.add_row(surrogate, str(steps), *cells)
+    if cases:
+        console.print(table)
+    _show_skipped(rows, console)
+
+
 def _show_skipped(rows: list[dict[str, Any]], console: Console) -> None:
     skipped = {row["provider"]: row["skipped"] for row in rows if row["skipped"] is not None}
     for provider, reason in skipped.items():
