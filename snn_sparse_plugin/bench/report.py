@@ -55,40 +55,34 @@ def _table(rows: list[dict[str, Any]], baseline: str, phase: str, wide: bool) ->
 
 
 def show_surrogates(rows: list[dict[str, Any]], console: Console) -> None:
-    """A line for each surrogate and length: how many times faster than snnTorch's loop, and peak memory."""
-    cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if row["skipped"] is None:
-            cases.setdefault((row["surrogate"], row["shape"]["T"]), {})[row["provider"]] = row
-    names = list(dict.fromkeys(row["provider"] for row in rows))
+    """A line for each surrogate, length and provider: how many times faster than snnTorch's loop, and peak memory."""
+    timed = [row for row in rows if row["skipped"] is None]
+    base = {_case(row): row["step_ms"]["median"] for row in timed if row["provider"] == "snntorch"}
     table = Table(
         title="a training step with the surrogates that people use",
         title_justify="left",
-        caption="ms: median; ratio: step of snntorch / step; peak: memory of a process",
+        caption="ms: median. ratio: step of snntorch / step. peak: of a process.",
         caption_justify="left",
         box=None,
         pad_edge=False,
     )
-    for column in ("surrogate", "T"):
-        table.add_column(column, no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for (surrogate, steps), found in cases.items():
-        base = found.get("snntorch")
-        cells = []
-        for name in names:
-            if name not in found:
-                cells.append("–")
-                continue
-            row = found[name]
-            median = row["step_ms"]["median"]
-            ratio = "" if base is None else f"  {base['step_ms']['median'] / median:.1f}×"
-            peak = "" if row["peak_bytes"] is None else f"  {human_bytes(row['peak_bytes'])}"
-            cells.append(f"{median:.1f} ms{ratio}{peak}")
-        table.add_row(surrogate, str(steps), *cells)
-    if cases:
+    table.add_column("surrogate", no_wrap=True)
+    table.add_column("provider", no_wrap=True)
+    for column in ("T", "step", "ratio", "peak"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in timed:
+        median = row["step_ms"]["median"]
+        ratio = f"{base[_case(row)] / median:.1f}×" if _case(row) in base else ""
+        first = row["surrogate"] if row["provider"] == timed[0]["provider"] else ""
+        peak = human_bytes(row["peak_bytes"])
+        table.add_row(first, row["provider"], str(row["shape"]["T"]), f"{median:.2f}", ratio, peak)
+    if timed:
         console.print(table)
     _show_skipped(rows, console)
+
+
+def _case(row: dict[str, Any]) -> tuple[str, int]:
+    return row["surrogate"], row["shape"]["T"]
 
 
 def _show_skipped(rows: list[dict[str, Any]], console: Console) -> None:
