@@ -47,6 +47,7 @@ parser.add_argument("--threads", type=int, default=2)
 parser.add_argument(
     "--cpu-time", action="store_true", help="time of the processor, for a machine that is not quiet"
 )
+parser.add_argument("--device", default="cpu", help="cuda: the timed rounds alone, and the gradient's error")
 parser.add_argument("--json", help="also write the rows to this file")
 parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
 
@@ -216,6 +217,11 @@ def unmodified(args):
     return cases
 
 
+def finished(args):
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+
+
 def timed(args, make=providers):
     x = block(args.steps, args)
     cases = make(args)
@@ -223,15 +229,17 @@ def timed(args, make=providers):
     inputs = {}
     for name, (_, _, fewer) in cases.items():
         part = x[: max(args.chunk, args.steps // fewer)]
-        inputs[name] = part, SpikeTrain.from_dense(part)
+        inputs[name] = part, SpikeTrain.from_dense(part, binary=True)
     clock = time.process_time if args.cpu_time else time.perf_counter
     for r in range(args.rounds + 1):  # the first compiles kernels
         names = list(cases)
         for name in names[r % len(names) :] + names[: r % len(names)]:
             net, step, _ = cases[name]
             net.zero_grad()
+            finished(args)
             begin = clock()
             step(*inputs[name])
+            finished(args)
             if r:
                 seconds[name].append((clock() - begin) / len(inputs[name][0]))
     rows = []
@@ -321,6 +329,9 @@ def show(rows, title):
 def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        torch.set_default_device(args.device)
+        args.memory = []
     if args.child:
         print(json.dumps(peak(args.child[0], int(args.child[1]), args)))
         return

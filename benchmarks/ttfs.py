@@ -44,17 +44,22 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def activations(elements: int, rounds: int) -> list[dict[str, Any]]:
+def activations(elements: int, rounds: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Forward and backward of one activation of standard normal pre-activations."""
-    x = torch.randn(elements, requires_grad=True)
-    g = torch.randn(elements)
-    modules = {name: make() for name, make in ACTIVATIONS.items()}
+    x = torch.randn(elements, device=device, dtype=dtype, requires_grad=True)
+    g = torch.randn(elements, device=device, dtype=dtype)
+    modules = {name: make().to(device) for name, make in ACTIVATIONS.items()}
+
+    def now() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return perf_counter()
 
     def step(module: nn.Module) -> float:
         x.grad = None
-        begin = perf_counter()
+        begin = now()
         module(x).backward(g)
-        return perf_counter() - begin
+        return now() - begin
 
     seconds: dict[str, list[float]] = {name: [] for name in modules}
     for k in range(rounds + 2):
@@ -115,6 +120,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--density", type=float, nargs="+", default=[0.02, 0.1, 0.3, 1.0])
+    parser.add_argument("--device", default="cpu", help="cuda: the activation alone")
+    parser.add_argument("--dtype", default="float32", help="of the activation's input")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -129,7 +136,9 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
     }
-    rows = activations(args.elements, args.rounds) + simulators(args.density, max(3, args.rounds // 3))
+    rows = activations(args.elements, args.rounds, args.device, getattr(torch, args.dtype))
+    if args.device == "cpu":
+        rows += simulators(args.density, max(3, args.rounds // 3))
     for row in rows:
         what = row.get("layer", f"{row.get('elements')} elements")
         density = f" {100 * row['density']:g} %" if "density" in row else ""

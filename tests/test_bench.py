@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from snn_sparse_plugin import ConfigError, UnsupportedError
-from snn_sparse_plugin.bench import BenchOptions, run_network, run_s3gd, run_sweep
+from snn_sparse_plugin.bench import BenchOptions, run_network, run_s3gd, run_surrogates, run_sweep
 from snn_sparse_plugin.bench.measure import peak_bytes, run_step, saved_bytes, time_alternating
 from snn_sparse_plugin.bench.problem import Config, make_problem
 from snn_sparse_plugin.bench.providers import PROVIDERS, Steps, setup
@@ -279,3 +279,13 @@ def test_bytes_for_people() -> None:
         "3.0 MiB",
         "5.00 GiB",
     ]
+
+
+def test_surrogates_stand_side_by_side() -> None:
+    pytest.importorskip("snntorch")
+    console = Console(record=True, width=200, file=io.StringIO())
+    rows = run_surrogates(replace(OPTIONS, peak=False), console, (12,), TINY)
+    assert [r["surrogate"] for r in rows[::3]] == ["atan(2)", "fast_sigmoid(25)", "fast_sigmoid(100)"]
+    assert {r["provider"] for r in rows} == {"sparse", "sparse-loop", "snntorch"}
+    text = console.export_text()
+    assert all(name in text for name in ("atan(2)", "fast_sigmoid(25)", "sparse-loop", "1.0×"))

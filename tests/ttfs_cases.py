@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from helpers import relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from snn_sparse_plugin.ops.ttfs import SILENT, get_kernel, spike_table, ttfs
 
@@ -34,6 +36,15 @@ def problem(kernel="exp", window=32, shape=(1000,), dtype=torch.float32, roundin
 class TtfsTests:
     device = "cpu"
     backend = "cpu"
+    truncates = ()  # dtypes that are not rounded to the nearest there
+
+    def same(self, found, expected):
+        """Equal numbers of half precision, to the bit where the device rounds."""
+        if expected.dtype in self.truncates:
+            return torch.allclose(
+                found.float(), expected.float(), rtol=torch.finfo(expected.dtype).eps, atol=1e-30
+            )
+        return torch.equal(found, expected)
 
     def run(self, arguments, kernel, backend):
         x, table, tau, t_d = (a.detach().to(self.device).requires_grad_(a.requires_grad) for a in arguments)
@@ -65,6 +76,66 @@ class TtfsTests:
     @pytest.mark.parametrize(("window", "tau"), [(2, 10.0), (7, 0.4), (32, 1.3), (255, 200.0), (200, 5000.0)])
     def test_windows_and_time_constants(self, window, tau):
         self.compare(problem(window=window, tau=tau), "exp")
+
+    @pytest.mark.parametrize("window", [2, 3, 31, 32, 33, 127, 128, 255])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_every_neighbour_of_every_threshold(self, window, dtype):
+        """Where a search by arithmetic would be wrong: at each threshold, two numbers below and two above it."""
+        for kernel, tau in (("exp", 9.7), ("exp", 1e9), ("power-of-two", 20.0), ("linear", 1000.0)):
+            table = spike_table(get_kernel(kernel), window, tau, 0.3, dtype=dtype)
+            down, up = torch.tensor([-math.inf, math.inf], dtype=dtype)
+            below, above = torch.nextafter(table[0], down), torch.nextafter(table[0], up)
+            special = torch.tensor(
+                [0.0, -0.0, 1e-45, math.inf, -math.inf, math.nan, -math.nan, -1.0], dtype=dtype
+            )
+            near = [torch.nextafter(below, down), below, table[0], above, torch.nextafter(above, up), special]
+            x, numbers = torch.cat(near), [torch.tensor(p, dtype=dtype) for p in (tau, 0.3)]
+            out, times = ttfs(
+                *(a.to(self.device) for a in (x, table, *numbers)), kernel=kernel, backend=self.backend
+            )
+            expected = ttfs(x, table, *numbers, kernel=kernel, backend="reference")
+            assert torch.equal(times.cpu(), expected[1])
+            assert torch.equal(out.cpu().nan_to_num(-1), expected[0].nan_to_num(-1))
+
+    @settings(max_examples=30, deadline=None)
+    @given(
+        window=st.integers(2, 255), dtype=st.sampled_from([torch.float32, torch.float64]), data=st.data(),
+        kernel=st.sampled_from(sorted(KERNELS)), rounding=st.sampled_from(["ceil", "nearest", "floor"]),
+    )  # fmt: skip
+    def test_any_number(self, window, dtype, data, kernel, rounding):
+        tau = torch.tensor(data.draw(st.floats(2 * window, 1e6, width=32)), dtype=dtype)
+        table = spike_table(get_kernel(kernel), window, tau, 0.0, rounding=rounding, dtype=dtype)
+        width = 32 if dtype == torch.float32 else 64
+        x = torch.tensor(data.draw(st.lists(st.floats(width=width), min_size=1, max_size=50)), dtype=dtype)
+        x = torch.cat([x, x.abs().remainder(1.1)])
+        arguments = x, table, tau, torch.zeros((), dtype=dtype)
+        out, times = ttfs(*(a.to(self.device) for a in arguments), kernel=kernel, backend=self.backend)
+        expected = ttfs(*arguments, kernel=kernel, backend="reference")
+        assert torch.equal(times.cpu(), expected[1])
+        assert torch.equal(out.cpu().nan_to_num(-1), expected[0].nan_to_num(-1))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_half_precisions_are_computed_in_float32(self, kernel, dtype):
+        x, table, tau, t_d = problem(kernel, shape=(1500,))
+        half = x.detach().nan_to_num(posinf=3, neginf=-3).to(dtype).requires_grad_()
+        found = self.run((half, table, tau, t_d), kernel, self.backend)
+        wide = self.run((half.detach().float().requires_grad_(), table, tau, t_d), kernel, self.backend)
+        assert (found[0].dtype, found[2].dtype) == (dtype, dtype)
+        assert torch.equal(found[1], wide[1])
+        assert self.same(found[0], wide[0].to(dtype))
+        g = (
+            torch.randn(half.shape, generator=torch.Generator().manual_seed(1))
+            .to(dtype)
+            .float()
+            .to(self.device)
+        )
+        exact = half.detach().float().to(self.device).requires_grad_()
+        given = [a.detach().to(self.device) for a in (table, tau, t_d)]
+        out, _ = ttfs(exact, *given, kernel=kernel, backend=self.backend)
+        (expected,) = torch.autograd.grad(out, exact, g)
+        assert self.same(found[2], expected.to(dtype))
+        assert found[3].isfinite()
 
     @pytest.mark.parametrize("shape", [(0,), (1,), (3, 0, 2), (2, 3, 5, 7), (1025,)], ids=str)
     def test_shapes(self, shape):

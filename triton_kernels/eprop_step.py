@@ -59,7 +59,7 @@ def source_of(
 ) -> str:
     """The kernel ``step``; ``results`` and ``kept`` are the registers it writes to ``after`` and ``local``."""
     names = Names(program, True)
-    (x,), (rec,), first = names.inputs, names.rec, names.states[0]
+    (x,), (rec,) = names.inputs, names.rec
     lines = [
         f"{name} = tl.load(before_ptr + ({k} * rows + b) * N + cols, mask=mask, other=0.0)"
         for k, name in enumerate(names.states)
@@ -71,20 +71,25 @@ def source_of(
     load = "tl.load({}_ptr + b * N + cols, mask=mask, other=0.0)"
     lines += [f"{x} = {load.format('x')}", f"{rec} = tl.zeros_like({x})"]
     lines += ["if rec_ptr is not None:", f"    {rec} = {load.format('rec')}"]
-    lines += [constant(*pair, first) for pair in zip(names.constants, program.constants, strict=True)]
-    lines += operations(program.ops, names.of)
-
-    after = len(derivatives.constants) + program.registers
-    of = names.of | {k: f"r{k}" for k in range(program.registers, derivatives.registers)}
-    more = range(program.registers, after)
-    lines += [constant(of[k], value, first) for k, value in zip(more, derivatives.constants, strict=True)]
-    lines += [f"{of[out]} = slope({of[a]}, False, None, KIND, P0, P1)" for a, out in derivatives.sites]
-    lines += operations(derivatives.ops, of)
+    computed, of = statements(program, derivatives, names)
+    lines += computed
     for k, register in enumerate(results):
         lines.append(f"tl.store(after_ptr + ({k} * rows + b) * N + cols, {of[register]}, mask=mask)")
     for k, register in enumerate(kept):
         lines.append(f"tl.store(local_ptr + ({k} * span + row) * N + cols, {of[register]}, mask=mask)")
     return _SOURCE.format(states=", ".join(program.states), body=indent("\n".join(lines), "    "))
+
+
+def statements(program: Program, derivatives: Derivatives, names: Names) -> tuple[list[str], dict[int, str]]:
+    """A step and its local derivatives, and the variable of each register."""
+    first = names.states[0]
+    lines = [constant(*pair, first) for pair in zip(names.constants, program.constants, strict=True)]
+    lines += operations(program.ops, names.of)
+    of = names.of | {k: f"r{k}" for k in range(program.registers, derivatives.registers)}
+    more = range(program.registers, program.registers + len(derivatives.constants))
+    lines += [constant(of[k], value, first) for k, value in zip(more, derivatives.constants, strict=True)]
+    lines += [f"{of[out]} = slope({of[a]}, False, None, KIND, P0, P1)" for a, out in derivatives.sites]
+    return lines + operations(derivatives.ops, of), of
 
 
 def runner(

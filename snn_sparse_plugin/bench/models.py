@@ -71,7 +71,7 @@ def unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto"
         from ..fusion.sequence import unroll
 
         reset = import_module("snntorch.utils").reset
-        spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
+        spike_grad = _spike_grad(config)
         neurons = [
             snn.Leaky(beta=config.beta, spike_grad=spike_grad, init_hidden=True, reset_mechanism=mechanism)
             for mechanism in _resets(config, problem)
@@ -130,10 +130,15 @@ def op(path: str) -> Callable:
     return build
 
 
+def _spike_grad(config: Config) -> Any:
+    """snnTorch's surrogate."""
+    return getattr(import_module("snntorch.surrogate"), config.surrogate)(config.slope)
+
+
 def op_options(config: Config) -> dict[str, Any]:
     return {
         "params": NeuronParams(mem=config.beta),
-        "surrogate": Surrogate("fast_sigmoid", (config.slope,)),
+        "surrogate": Surrogate(config.surrogate, (config.slope,)),
         "backprop_threshold": config.window,
     }
 
@@ -147,7 +152,7 @@ class TutorialNet(nn.Module):
     def __init__(self, config: Config, problem: Problem) -> None:
         super().__init__()
         snntorch = _require("snntorch", "snntorch")
-        spike_grad = import_module("snntorch.surrogate").fast_sigmoid(slope=config.slope)
+        spike_grad = _spike_grad(config)
         self.fc = nn.ModuleList(_linears(problem))
         self.lif = nn.ModuleList(
             snntorch.Leaky(beta=config.beta, spike_grad=spike_grad, reset_mechanism=reset)
@@ -209,6 +214,7 @@ def spikingjelly_modules(config: Config, problem: Problem) -> Model:
     neuron, surrogate, functional = (
         import_module(f"{sj.__name__}.{name}") for name in ("neuron", "surrogate", "functional")
     )
+    spike = surrogate.ATan if config.surrogate == "atan" else surrogate.SoftSign
     neurons = [
         neuron.LIFNode(
             tau=1 / (1 - config.beta),
@@ -216,7 +222,7 @@ def spikingjelly_modules(config: Config, problem: Problem) -> Model:
             v_threshold=1.0,
             v_reset=0.0 if config.reset == "zero" else None,
             detach_reset=True,
-            surrogate_function=surrogate.SoftSign(alpha=config.slope),
+            surrogate_function=spike(alpha=config.slope),
             step_mode="m",
         )
         for _ in problem.weights
@@ -245,7 +251,7 @@ class IndexedLayer(nn.Module):
         with torch.no_grad():
             self.fc.weight.copy_(weight)
             self.fc.bias.zero_()
-        self.beta, self.spike = config.beta, Surrogate("fast_sigmoid", (config.slope,))
+        self.beta, self.spike = config.beta, Surrogate(config.surrogate, (config.slope,))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc(x.transpose(0, 1))

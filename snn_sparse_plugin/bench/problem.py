@@ -26,7 +26,8 @@ class Config:
         steps, batch: T and B.
         density: input spikes per input and step (Bernoulli).
         rate: output spikes per neuron and step of every layer.
-        beta, slope: decay of Leaky, slope of its fast sigmoid; thresholds are 1.
+        beta: decay of Leaky; thresholds are 1.
+        surrogate, slope: ``"fast_sigmoid"`` or ``"atan"``, with its slope or alpha.
         window: ``backprop_threshold`` of the sparse providers.
         reset: of Leaky: ``"subtract"``, its default, or ``"zero"``, for networks only: then the neurons of all
             libraries compute the same spikes.
@@ -42,6 +43,7 @@ class Config:
     density: float = 0.02
     rate: float = 0.03
     beta: float = 0.9
+    surrogate: Literal["fast_sigmoid", "atan"] = "fast_sigmoid"
     slope: float = 100.0
     window: float | Literal["auto"] | None = "auto"
     device: str = "cpu"

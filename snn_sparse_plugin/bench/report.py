@@ -54,6 +54,37 @@ def _table(rows: list[dict[str, Any]], baseline: str, phase: str, wide: bool) ->
     return table
 
 
+def show_surrogates(rows: list[dict[str, Any]], console: Console) -> None:
+    """A line for each surrogate, length and provider: how many times faster than snnTorch's loop, and peak memory."""
+    timed = [row for row in rows if row["skipped"] is None]
+    base = {_case(row): row["step_ms"]["median"] for row in timed if row["provider"] == "snntorch"}
+    table = Table(
+        title="a training step with the surrogates that people use",
+        title_justify="left",
+        caption="ms: median. ratio: step of snntorch / step. peak: of a process.",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("surrogate", no_wrap=True)
+    table.add_column("provider", no_wrap=True)
+    for column in ("T", "step", "ratio", "peak"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in timed:
+        median = row["step_ms"]["median"]
+        ratio = f"{base[_case(row)] / median:.1f}×" if _case(row) in base else ""
+        first = row["surrogate"] if row["provider"] == timed[0]["provider"] else ""
+        peak = human_bytes(row["peak_bytes"])
+        table.add_row(first, row["provider"], str(row["shape"]["T"]), f"{median:.2f}", ratio, peak)
+    if timed:
+        console.print(table)
+    _show_skipped(rows, console)
+
+
+def _case(row: dict[str, Any]) -> tuple[str, int]:
+    return row["surrogate"], row["shape"]["T"]
+
+
 def _show_skipped(rows: list[dict[str, Any]], console: Console) -> None:
     skipped = {row["provider"]: row["skipped"] for row in rows if row["skipped"] is not None}
     for provider, reason in skipped.items():

@@ -16,10 +16,12 @@ from ..core.version import VERSION, commit, installed
 from .measure import Measured, Steps, device_peak_bytes, peak_bytes, saved_bytes, time_alternating
 from .problem import Config, make_problem
 from .providers import PROVIDERS, get, setup
-from .report import show_crossover, show_rows
+from .report import show_crossover, show_rows, show_surrogates
 
 DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 SIZES = (100, 200, 500, 1000, 2000, 4000)
+SURROGATES = (("atan", 2.0), ("fast_sigmoid", 25.0), ("fast_sigmoid", 100.0))
+"""snnTorch's default, that of its tutorials, and a steep one."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,25 @@ def run_s3gd(
     for rate in rates:
         rows += _run(replace(base, steps=steps, rate=rate), options, console)
         show_rows(rows[-len(options.names("s3gd")) :], console, baseline="snntorch", phase="backward")
+    return rows
+
+
+def run_surrogates(
+    options: BenchOptions, console: Console, steps: Sequence[int] = (100,), config: Config | None = None
+) -> list[dict[str, Any]]:
+    """The network with the surrogates that people use: ``unroll`` and the unmodified loop against snnTorch's loop.
+
+    What a step costs follows from the share of neuron-steps inside the window, which the surrogate decides.
+    """
+    if options.providers is None:
+        options = replace(options, providers=("sparse", "sparse-loop", "snntorch"))
+    base = config or Config(batch=options.batch or 64, density=options.density, device=options.device)
+    rows = []
+    for T in steps:
+        for surrogate, slope in SURROGATES:
+            each = replace(base, steps=T, surrogate=surrogate, slope=slope)  # type: ignore[arg-type]
+            rows += _run(each, options, console)
+    show_surrogates(rows, console)
     return rows
 
 
@@ -171,6 +192,7 @@ def _row(
         "density": config.density,
         "layer_rates": [round(r, 5) for r in rates],
         "window": config.window,
+        "surrogate": f"{config.surrogate}({config.slope:g})",
         "dtype": "float32",
         "device": config.device,
         "threads": threads,

@@ -212,7 +212,7 @@ class TtfsBackward(NamedTuple):
     grad: Tensor
     x: Tensor
     times: Tensor  # uint8
-    table: Tensor  # (2, window): thresholds, values
+    table: Tensor  # (2, window): thresholds, values, in the dtype that is computed in
     out: Tensor  # takes the gradient of x
     tau: Tensor
     t_d: Tensor
@@ -238,7 +238,10 @@ class Backend:
     """Whether its backward takes a gradient of spikes as a product that is not multiplied yet."""
 
     def takes_half(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether it reads float16 or bfloat16 as it is, and writes it; it gets float32 copies else."""
+        """Whether it reads float16 or bfloat16 as it is, and writes it; it gets float32 copies else.
+
+        States and parameters, and the table of ``ttfs``, are float32 in either case.
+        """
         return False
 
     def available(self) -> tuple[bool, str]:
@@ -281,4 +284,4 @@ class RunsTtfs(Protocol):
         """Encode and decode ``x`` into ``out`` and ``times``, all dense with the same strides."""
 
     def ttfs_backward(self, call: TtfsBackward) -> tuple[Tensor, Tensor]:
-        """The gradient of x into ``call.out``; those of tau and t_d, zero without ``call.params``."""
+        """The gradient of x into ``call.out``; those of tau and t_d, which nobody reads without ``call.params``."""

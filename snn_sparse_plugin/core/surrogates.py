@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tally
+from . import registry, tally
 from .errors import ConfigError, FusionError
 from .host import waits
 
@@ -215,82 +215,66 @@ class _Once(torch.autograd.Function):
 
 
 class _MaskedSpike(torch.autograd.Function):
-    """Upstream's spikes, the surrogate's gradient at active elements only; only those are kept for backward."""
+    """Upstream's spikes, the surrogate's gradient at active elements only.
+
+    On a device nothing may be read: it counts by itself how often the guard steps in.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        spikes: Tensor,
+        function: Callable[[Tensor], Tensor],
         surrogate: Surrogate,
         threshold: float,
         min_active: float,
         sequence: bool,
     ) -> Tensor:
-        near = x.abs() < threshold
-        keep = _kept(near, min_active, sequence)
-        active = keep.flatten().nonzero().squeeze(1)
-        # every neuron is kept, and not because every one is near
-        ctx.exact = active.numel() == x.numel() and not bool(near.all())
-        ctx.surrogate, ctx.shape, ctx.ran = surrogate, x.shape, tally.current()
+        spikes = function(x)
+        ctx.surrogate, ctx.ran, ctx.kernels = surrogate, tally.current(), _kernels_for(x)
+        ctx.exact, ctx.twice = False, min_active >= 1  # twice: differentiable again
+        if ctx.kernels is not None:
+            rows = x.view(-1, x.shape[-1]) if sequence else x.flatten(1)
+            keep, near, kept = ctx.kernels.keep(rows, threshold, min_active)
+            keep, ctx.exact = keep.view(x.shape), kept == x.numel() > near
+        else:
+            close = x.abs() < threshold
+            keep = _kept(close, min_active, sequence)
+            if not waits(x):
+                ctx.exact = bool(keep.all()) and not bool(close.all())
+            elif min_active > 0:
+                guard = partial(ctx.ran.count, "guard")
+                ctx.ran.count_later(keep.all() & ~close.all(), "masked", guard)
         ctx.ran.count("exact" if ctx.exact else "masked")
-        tally.show(spikes, keep, _steps(x, sequence))
         if ctx.exact:
             ctx.ran.count("guard")
-            ctx.save_for_backward(x)
-        else:
-            ctx.save_for_backward(active, x.flatten()[active])
-        return spikes.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        if ctx.exact:
-            (x,) = ctx.saved_tensors
-            out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
-        else:
-            ctx.ran.count("backward")
-            active, x = ctx.saved_tensors
-            flat = torch.zeros(ctx.shape.numel(), dtype=x.dtype, device=x.device)
-            flat[active] = (grad.flatten()[active] * ctx.surrogate.grad(x)).to(x.dtype)
-            out = flat.view(ctx.shape)
-            if torch.is_grad_enabled():
-                out = once(out, "the gradient of spikes inside a window")
-        return out, None, None, None, None, None
-
-
-class _MaskedOnDevice(torch.autograd.Function):
-    """The same where nothing may be read: all elements are kept with a mask, and the device counts the guard."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        spikes: Tensor,
-        surrogate: Surrogate,
-        threshold: float,
-        min_active: float,
-        sequence: bool,
-    ) -> Tensor:
-        near = x.abs() < threshold
-        keep = _kept(near, min_active, sequence)
-        ctx.surrogate, ctx.ran, ctx.always_exact = surrogate, tally.current(), min_active >= 1
-        ctx.ran.count("masked")
-        if min_active > 0:
-            ctx.ran.count_later(keep.all() & ~near.all(), "masked", partial(ctx.ran.count, "guard"))
         tally.show(spikes, keep, _steps(x, sequence))
-        ctx.save_for_backward(x, keep)
-        return spikes.clone()
+        ctx.save_for_backward(x, None if ctx.exact else keep)
+        return spikes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, keep) = grads, ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if keep is None:
+            out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
+            return out, None, None, None, None, None
         ctx.ran.count("backward")
-        x, keep = ctx.saved_tensors
-        slope = ctx.surrogate.grad(x)
-        out = torch.where(keep, grads[0] * slope, 0).to(x.dtype)
-        if torch.is_grad_enabled() and not ctx.always_exact:
+        if ctx.kernels is not None and not again and grad.dtype == x.dtype:
+            rows = [t.reshape(-1, x.shape[-1]) for t in (grad, x, keep)]
+            out = ctx.kernels.passed(*rows, ctx.surrogate).view(x.shape)
+        else:
+            at = x if ctx.twice else x.detach()
+            out = torch.where(keep, grad * ctx.surrogate.grad(at), 0).to(x.dtype)
+        if again and not ctx.twice:
             out = once(out, "the gradient of spikes inside a window")
         return out, None, None, None, None, None
+
+
+def _kernels_for(x: Tensor) -> Any:
+    """The compiled kernels for a step; None where torch's operators make it."""
+    fits = x.dim() > 1 and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel()
+    return registry.conversions(x.device.type) if fits and not waits(x) else None
 
 
 def blocked_spike(
@@ -358,7 +342,4 @@ def masked_spike(
         spikes = _blocked(x, function, keep)
         tally.show(spikes, keep, _steps(x, sequence))
         return spikes
-    with torch.no_grad():
-        spikes = function(x)
-    masked: Any = _MaskedOnDevice if waits(x) else _MaskedSpike
-    return masked.apply(x, spikes, surrogate, threshold, min_active, sequence)
+    return _MaskedSpike.apply(x, function, surrogate, threshold, min_active, sequence)  # type: ignore[no-any-return]

@@ -174,7 +174,7 @@ def _record(
             and node.description.holds()
         ):
             if type(x) is Tensor:
-                note_feeding(x)
+                note_feeding(x, module)
             template = torch.empty((), dtype=dtype, device=device).expand(shape)
             node = _open(record, adapter, module, upstream, config, leaves, like, template)
             if node is None:

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import has_hooks
+from ..adapters import config_of, has_hooks
 from ..core.config import SparseConfig, active_config
 from ..core.precision import HALF
 from .ahead import ENOUGH, begin
@@ -25,14 +25,21 @@ from .recorded import Recorded
 MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _Module, _Linear = nn.Module, nn.Linear
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_feeding: WeakSet[nn.Module] = WeakSet()
+_feeding: WeakKeyDictionary[nn.Module, ref[nn.Module]] = (
+    WeakKeyDictionary()
+)  # layers, and the neuron that each feeds
 _lock = threading.RLock()
 _inside = 0
+_for_good: Any = None  # the block that never ends
+
+SEARCH = 256
+"""Calls of layers, outside a block, among which the one is looked for that feeds a neuron."""
 
 
 class _Recent(threading.local):
     def __init__(self) -> None:
         self.calls: deque[tuple[nn.Module, ref[Tensor], Any]] = deque(maxlen=32)
+        self.left = 0  # calls to look at
 
 
 _recent = _Recent()
@@ -62,6 +69,15 @@ def watched() -> Iterator[None]:
                             del cls.__call__  # type: ignore[attr-defined]
 
 
+def watch() -> None:
+    """The same from now on, for neurons that are sparse without a block: a model's, or those of a face."""
+    global _for_good
+    _recent.left = SEARCH
+    if _for_good is None:
+        _for_good = watched()
+        _for_good.__enter__()
+
+
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -84,11 +100,18 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return None
     config = active_config()
-    if config is None or not config.fuse_time:
+    if config is None:
+        fed = _feeding.get(self) if _feeding.data else None  # type: ignore[attr-defined]
+        neuron = None if fed is None else fed()
+        config = None if neuron is None else config_of(neuron)
+        if config is None and not _recent.left:
+            return None
+    if config is not None and not config.fuse_time:
         return None
     record = here.record
     node = None if record is None else record.inputs.get(id(self))
-    if node is None and self not in _feeding:
+    if config is None or (node is None and self not in _feeding):
+        _recent.left = max(0, _recent.left - 1)
         out = super(cls, self).__call__(x)
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
@@ -166,8 +189,10 @@ def _entering(
         record.leave()
 
 
-def note_feeding(x: Tensor) -> None:
+def note_feeding(x: Tensor, neuron: nn.Module) -> None:
     """A neuron got this plain tensor: remember the layer that made it, if one did."""
+    if active_config() is None:
+        watch()
     if not _recent.calls:
         return
     grad_fns: list[Any] = [x.grad_fn]
@@ -179,5 +204,5 @@ def note_feeding(x: Tensor) -> None:
             grad_fns += [n for n, _ in grad_fn.next_functions]
     for module, out, grad_fn in _recent.calls:
         if out() is x or (grad_fn is not None and any(grad_fn is other for other in seen)):
-            _feeding.add(module)
+            _feeding[module] = ref(neuron)
     _recent.calls.clear()

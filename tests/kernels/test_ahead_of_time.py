@@ -17,9 +17,12 @@ from snn_sparse_plugin.core.canonical import traced
 from snn_sparse_plugin.core.dynamics import NeuronSpec
 from snn_sparse_plugin.core.jacobian import derivatives_of
 from snn_sparse_plugin.core.surrogates import KINDS, Surrogate
+from snn_sparse_plugin.learners.eprop import lsnn
 from snn_sparse_plugin.triton_kernels import (
     eprop,
+    eprop_chunk,
     eprop_step,
+    eprop_steps,
     generate,
     parts,
     products,
@@ -32,6 +35,8 @@ from snn_sparse_plugin.triton_kernels import (
 from snn_sparse_plugin.triton_kernels.sources import module_of
 
 TTFS_KERNELS = {
+    "ttfs-table": ttfs.ttfs_table,
+    "ttfs-parameters": ttfs.ttfs_parameters,
     "ttfs-forward": ttfs.ttfs_forward,
     "ttfs-backward": ttfs.ttfs_backward,
     "dense-events": ttfs_events.dense_events,
@@ -215,11 +220,21 @@ def test_terms_compile(case, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("element", ["fp32", "fp64"])
 @pytest.mark.parametrize(
-    ("kernel", "rate"), [*((name, 1.0) for name in TTFS_KERNELS), ("ttfs-backward", 0.0)]
+    ("kernel", "rate"),
+    [*((name, 1.0) for name in TTFS_KERNELS), *((f"ttfs-{name}", 0.0) for name in ("table", "backward"))],
 )
 def test_ttfs_compiles(kernel, rate, element, target):
     function = TTFS_KERNELS[kernel]
-    fixed = {"BLOCK": 128, "RATE": rate, "PARAMS": True, **TAPS}
+    fixed = {
+        "BLOCK": 128,
+        "RATE": rate,
+        "PARAMS": True,
+        "SEARCH": 6,
+        "AHEAD": 0.5,
+        "LEAST": 1e-38,
+        "MOST": 3e38,
+    }
+    fixed |= TAPS
     constexprs = {name: fixed[name] for name in function.arg_names if name in fixed}
     signature = {}
     for name in function.arg_names:
@@ -234,24 +249,80 @@ def test_ttfs_compiles(kernel, rate, element, target):
     assert len(compiled.asm[binary]) > 0
 
 
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("function", [ttfs.ttfs_forward, ttfs.ttfs_backward])
+def test_ttfs_of_half_precision_moves_sixteen_bytes_at_a_time(function, half):
+    fixed = {"BLOCK": ttfs.BLOCK, "RATE": 1.0, "PARAMS": True, "SEARCH": 6}
+    constexprs = {name: fixed[name] for name in function.arg_names if name in fixed}
+    pointers = dict.fromkeys(("x_ptr", "grad_ptr", "out_ptr"), f"*{half}") | {"times_ptr": "*u8"}
+    signature = {
+        name: "constexpr"
+        if name in constexprs
+        else pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in function.arg_names
+    }
+    aligned = [
+        k for k, name in enumerate(function.arg_names) if name == "n" or signature[name].startswith("*")
+    ]
+    source = ASTSource(function, signature, constexprs, {(k,): [["tt.divisibility", 16]] for k in aligned})
+    ptx = triton.compile(source, target=TARGETS["sm_90"][0], options={"num_warps": ttfs.WARPS}).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("states", "targets", "out", "element"),
-    [(0, 1, -1, "fp32"), (1, 1, -1, "fp32"), (3, 3, 2, "fp32"), (4, 4, 3, "fp64")],
+    ("states", "memory", "lanes", "element"),
+    [(0, 0, (), "fp32"), (1, 0, (0,), "fp32"), (2, 1, (1, 2), "fp32"), (3, 2, (0, 1, 3, 4), "fp64")],
 )
-def test_the_scan_of_eprop_compiles(states, targets, out, element, target):
+def test_the_scan_of_eprop_compiles(states, memory, lanes, element, target):
     gpu, binary = TARGETS[target]
-    rows, lanes = triton.next_power_of_2(states + 1), triton.next_power_of_2(targets)
-    constants = {"N_STATES": states, "TARGETS": targets, "OUT": out, "ROWS": rows, "LANES": lanes}
-    constants["BLOCK"] = max(16, 1024 // (rows * max(rows, lanes)))
-    signature = {
-        name: "constexpr" if name in constants else f"*{element}" if name.endswith("_ptr") else "i32"
-        for name in eprop.eprop_scan.arg_names
-    }
-    compiled = triton.compile(
-        ASTSource(eprop.eprop_scan, signature, constants), target=gpu, options={"num_warps": 4}
-    )
+    places = tuple((r, c) for r in range(1 + states) for c in range(1 + states))
+    numbers = (((0, 0), 1.0),) if not states else (((1, 1), 0.9), ((1, 0), 1.0))
+    varying = tuple(place for place in places if place not in dict(numbers))
+    source = eprop.source_of(varying, tuple(range(len(varying))), numbers, states, memory, 0, lanes)
+    kernel = module_of(source, "eprop_scan").scan
+    compiled = compile_kernel(kernel, {"BLOCK": 128}, element, gpu, {"num_warps": 4})
     assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("shared", "own", "carry", "element"),
+    [((0,), (1, 2), True, "fp32"), ((), (0,), False, "fp32"), ((0, 1), (2, 3), True, "fp64")],
+)
+def test_the_traces_of_eprop_compile(shared, own, carry, element, target):
+    gpu, binary = TARGETS[target]
+    source = eprop_chunk.source_of(len(shared) + len(own), shared, own, carry)
+    kernel = module_of(source, "eprop_chunk").sum_and_carry
+    compiled = compile_kernel(kernel, {"ROWS": 8, "BLOCK": 64}, element, gpu, {"num_warps": 1})
+    assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_filter_of_eprop_compiles(reverse, target):
+    gpu, binary = TARGETS[target]
+    fixed = {"DECAY": 0.9, "REVERSE": reverse, "BLOCK": 128}
+    compiled = compile_kernel(eprop.leaky, fixed, "fp32", gpu, {"num_warps": 4})
+    assert len(compiled.asm[binary]) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("element", ["fp32", "fp64"])
+def test_the_chunk_of_eprop_compiles(element, recurrent, target):
+    gpu, binary = TARGETS[target]
+    program = lsnn._EQUATIONS.program
+    found = derivatives_of(program, program.spikes)
+    kept = tuple(sorted(set(found.varying.values())))
+    kernel = module_of(eprop_steps.source_of(program, found, kept), "eprop_steps").chunk
+    fixed = {"KIND": "triangle", "P0": 0.3, "P1": 0.0, "BLOCK": 256}
+    fixed |= {} if recurrent else {"rec_weight_t_ptr": None, "words_ptr": None}
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    compiled = compile_kernel(kernel, fixed, element, gpu, options)
+    assert len(compiled.asm[binary]) > 0
+    assert binary != "cubin" or "fma.rn.f32" not in compiled.asm["ptx"]
 
 
 STEP_CASES = {
@@ -313,10 +384,10 @@ def test_a_new_length_does_not_recompile(way, recurrent):
 def test_the_list_of_kernels_is_complete():
     # every @triton.jit function is a kernel above or a function one of them calls
     found = set()
-    for module in (parts, products, surrogates, terms, ttfs, ttfs_events, eprop):
+    for module in (parts, products, surrogates, terms, ttfs, ttfs_events, eprop, eprop_chunk, eprop_steps):
         found |= {k for k, f in vars(module).items() if isinstance(f, triton.JITFunction)}
     called = {name for name, f in vars(parts).items() if isinstance(f, triton.JITFunction)}
     kernels = {f.__name__ for f in TTFS_KERNELS.values()} | {
         kernel.__name__ for kernel, _, _ in (*PRODUCTS.values(), *TERMS.values())
     }
-    assert found - called == kernels | {eprop.eprop_scan.__name__}
+    assert found - called == kernels | {eprop.leaky.__name__}

@@ -146,3 +146,20 @@ def test_no_step_waits_for_the_device(name):
             model(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_torch_compile_with_cuda_graphs():
+    """The op is one node of the graph; what torch does not capture around it runs as it is."""
+    torch.manual_seed(0)
+    model = Layer().cuda()
+    x = spikes()
+    compiled = torch.compile(model, mode="reduce-overhead")
+    with ssp.sparse_mode(backend="triton"):
+        expected = model(x)
+        (want,) = torch.autograd.grad(expected.sum(), [model.weight])
+        for _ in range(4):  # warm-up, capture, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            found = compiled(x)
+            (got,) = torch.autograd.grad(found.sum(), [model.weight])
+            assert torch.equal(found, expected)
+            torch.testing.assert_close(got, want)

@@ -8,6 +8,7 @@ pytest.importorskip("triton.language", reason="the triton extra is not installed
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
+import torch
 from eprop_scan_cases import ScanTests
 from eprop_step_cases import StepTests
 from equation_cases import EquationTests
@@ -37,6 +38,7 @@ class TestHalf(HalfTests):
 class TestTtfs(TtfsTests):
     device = "cpu"
     backend = "triton"
+    truncates = (torch.bfloat16,)  # as the interpreter does
 
 
 @pytest.mark.triton_interpreter

@@ -1,6 +1,7 @@
-"""What :class:`~snn_sparse_plugin.core.spikes.SpikeTrain` asks of a device, in one place."""
+"""What the core asks of a device, in one place: events of dense spikes and back, and masks of single steps."""
 
 from .counts import count_events, pick_counts
 from .events import events_from_dense
+from .masked import keep, passed
 
-__all__ = ["count_events", "events_from_dense", "pick_counts"]
+__all__ = ["count_events", "events_from_dense", "keep", "passed", "pick_counts"]

@@ -49,6 +49,7 @@ class ProtocolName(str, Enum):
     """Choices of ``--protocol``."""
 
     network = "network"
+    surrogates = "surrogates"
     s3gd = "s3gd"
 
 
@@ -97,7 +98,10 @@ def demo(
 def bench(
     context: typer.Context,
     protocol: Annotated[
-        ProtocolName, typer.Option(help="network: whole steps; s3gd: backward of layer 2 alone.")
+        ProtocolName,
+        typer.Option(
+            help="network: whole steps; surrogates: with the surrogates people use; s3gd: backward of layer 2."
+        ),
     ] = ProtocolName.network,
     sweep: Annotated[
         SweepName | None, typer.Option(help="Instead: one layer over input density or over size.")
@@ -152,6 +156,8 @@ def bench(
             )
         elif protocol is ProtocolName.s3gd:
             rows = suite.run_s3gd(options, console, steps[0] if steps else 500)
+        elif protocol is ProtocolName.surrogates:
+            rows = suite.run_surrogates(options, console, tuple(steps or (100,)))
         else:
             rows = suite.run_network(options, console, tuple(steps or (100, 500)))
         if to_stdout:

@@ -122,15 +122,11 @@ class TTFS(nn.Module):
 
     def table(self, dtype: torch.dtype | None = None) -> Tensor:
         """Thresholds and values of every step, (2, window), falling; what layer and simulator both compare with."""
-        t_d = self.t_d
-        return spike_table(
-            get_kernel(self.kernel),
-            self.window,
-            self.tau,
-            t_d,
-            rounding=self.rounding,
-            dtype=dtype or t_d.dtype,
-        )
+        return self._table(self.tau, dtype or self.t_d.dtype)
+
+    def _table(self, tau: Tensor, dtype: torch.dtype) -> Tensor:
+        kernel = get_kernel(self.kernel)
+        return spike_table(kernel, self.window, tau, self.t_d, rounding=self.rounding, dtype=dtype)
 
     @property
     def x_M(self) -> float:
@@ -163,7 +159,7 @@ class TTFS(nn.Module):
             return F.relu(x)
         tau, t_d = self.tau, self.t_d
         dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        out, _ = ttfs(x, self.table(dtype), tau, t_d, kernel=self.kernel, backend=self.backend)
+        out, _ = ttfs(x, self._table(tau, dtype), tau, t_d, kernel=self.kernel, backend=self.backend)
         if relaxed and compiling:  # a graph cannot branch on a random number
             draw = torch.rand((), device=x.device)
             out = torch.where(draw < self.relax_probability, F.relu(x), out)

@@ -1,25 +1,26 @@
-"""``EProp.run`` for :class:`LSNNNetwork` on CPU: chunks of steps through the kernels of ``backends/cpu/eprop.py``."""
+"""``EProp.run`` for :class:`LSNNNetwork`: chunks of steps through kernels, of the CPU or of Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...adapters import has_hooks
 from ...core.errors import InputError
-from ...core.spikes import SpikeTrain
+from ...core.host import known
 from .blocks import Targets, Totals, Window
-from .compiled_layers import Common, CompiledLayer, CompiledReadout, Events, Traces
+from .compiled_layers import CompiledLayer, chunk_of
+from .compiled_readout import Common, CompiledReadout
+from .device_layers import WIDEST, DeviceLayer, device_chunk_of
 from .feedback import Feedback
 from .layer import WatchedLayer
 from .lsnn import LSNN
 from .network import LeakyReadout, LSNNNetwork
 from .options import FiringRate
-from .scan import Filter
+from .scan import Filter, on_cpu, on_triton
 from .synapses import only_autapses
 
 
@@ -33,13 +34,15 @@ def why_not(model: Any, engine: str, trace_dtype: torch.dtype | None) -> str:
     if type(model.readout) is not LeakyReadout or any(has_hooks(m) for m in model.modules()):
         return "a module has hooks"
     weights = list(model.parameters())
-    if any(w.device.type != "cpu" for w in weights):
-        return "it is not on the CPU"
-    if len({w.dtype for w in weights}) > 1 or weights[0].dtype not in (torch.float32, torch.float64):
-        return "it is neither float32 nor float64"
+    if len({(w.device, w.dtype) for w in weights}) > 1:
+        return "its weights are of several devices or dtypes"
+    if not (on_cpu(weights[0]) or on_triton(weights[0])):
+        return "it is neither float32 nor float64, or on a device without Triton"
+    if not on_cpu(weights[0]) and any(x.recurrent and x.hidden_size > WIDEST for x in layers):
+        return f"a recurrent layer has more than {WIDEST} neurons"
     if engine == "step" or trace_dtype is not None:
         return "engine='step' or a trace_dtype"
-    if any(not only_autapses(m) for x in layers for _, m in x.masks()):
+    if any(not known(m, only_autapses) for x in layers for _, m in x.masks()):
         return "a sparse connectivity mask, whose traces are kept per existing synapse"
     return ""
 
@@ -71,28 +74,28 @@ class Network:
     ) -> None:
         self.model, self.hidden, self.readout = model, hidden, readout
         self.feedback, self.names = feedback, names
-        self.spare: list[list[Traces]] = [] if spare is None else [x.sources for x in spare.layers]
-        self.dtype = next(model.parameters()).dtype
-        self.numpy_dtype = np.dtype("float32" if self.dtype == torch.float32 else "float64")
+        self.spare: list[Any] = [None] * len(hidden) if spare is None or not spare.layers else spare.layers
+        weight = next(model.parameters())
+        self.on_cpu, self.dtype = on_cpu(weight), weight.dtype
         kappa: float = self.model.readout.kappa
         decay = kappa if memory is None else float(memory.A[0, 0]) if len(memory.b) else 0.0
-        self.common = Common(self.dtype, self.numpy_dtype, kappa, decay, rate_reg, carry)
-        self.layers: list[CompiledLayer] = []
+        self.common = Common(weight.dtype, weight.device, kappa, decay, rate_reg, carry)
+        self.layers: list[Any] = []
         self.out: CompiledReadout | None = None
 
-    def take(self, block: Any, state: Any) -> tuple[Events, int]:
-        """The events of one chunk and its number of steps; ``state`` is the model's where a sequence begins."""
-        events, K, B = self._events(block)
+    def take(self, block: Any, state: Any) -> tuple[Any, int]:
+        """The input of one chunk and its number of steps; ``state`` is the model's where a sequence begins."""
+        given, K, B = self._given(block)
         if not self.layers:
             self._begin(B, state)
-        if len(self.layers[0].v) != B:
+        if self.layers[0].B != B:
             raise InputError(
-                f"EProp.run: a block of {B} samples, the sequence began with {len(self.layers[0].v)}. "
+                f"EProp.run: a block of {B} samples, the sequence began with {self.layers[0].B}. "
                 "Use fresh=True for other samples."
             )
-        return events, K
+        return given, K
 
-    def learn(self, events: Events, K: int, target: Targets, totals: Totals) -> None:
+    def learn(self, events: Any, K: int, target: Targets, totals: Totals) -> None:
         """One chunk: forward, losses, gradient."""
         assert self.out is not None
         spikes = []
@@ -114,27 +117,28 @@ class Network:
         for layer, signal in zip(self.layers, back.split(sizes, -1), strict=True):
             layer.gradient(signal)
 
-    def _events(self, block: Tensor | Window) -> tuple[Events, int, int]:
+    def _given(self, block: Tensor | Window) -> tuple[Any, int, int]:
         if isinstance(block, Window):
-            train, start, K = block.train, block.start, block.stop - block.start
+            K, B, features = block.stop - block.start, block.train.B, block.train.features
+        elif block.dim() != 3:
+            raise InputError(f"EProp.run: LSNNNetwork takes (T, B, M), got {tuple(block.shape)}.")
         else:
-            if block.dim() != 3:
-                raise InputError(f"EProp.run: LSNNNetwork takes (T, B, M), got {tuple(block.shape)}.")
-            train, start, K = SpikeTrain.from_dense(block.to(self.dtype)), 0, block.shape[0]
+            K, B, features = block.shape
         M = self.model.layers[0].input_size
-        if train.features != M:
-            raise InputError(f"EProp.run: {train.features} input channels, the first layer expects {M}.")
-        values = None if train.values is None else train.values.to(self.dtype)
-        given = np.empty(0, self.numpy_dtype) if values is None else values.numpy()
-        return (train.indptr.numpy(), train.indices.numpy(), given, train.T, start), K, train.B
+        if features != M:
+            raise InputError(f"EProp.run: {features} input channels, the first layer expects {M}.")
+        return (chunk_of if self.on_cpu else device_chunk_of)(block, self.dtype), K, B
 
     def _begin(self, B: int, state: Any) -> None:
         states = [None] * (len(self.model.layers) + 1) if state is None else list(state)
         for k, (watched, module, before) in enumerate(
             zip(self.hidden, self.model.layers, states, strict=False)
         ):
-            spare = self.spare[k] if self.spare else []
-            self.layers.append(CompiledLayer(self.common, watched, module, B, before, spare))
+            if self.on_cpu:
+                sources = [] if self.spare[k] is None else self.spare[k].sources
+                self.layers.append(CompiledLayer(self.common, watched, module, B, before, sources))
+            else:
+                self.layers.append(DeviceLayer(self.common, watched, module, B, before, self.spare[k]))
         self.spare = []
         self.out = CompiledReadout(self.common, self.readout, self.model.readout.linear, B, states[-1])
 

@@ -1,37 +1,37 @@
-"""The layers and the readout of :class:`LSNNNetwork` as the kernels of ``backends/cpu/eprop.py`` see them."""
+"""The layers of :class:`LSNNNetwork` as the kernels of ``backends/cpu/eprop.py`` see them."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...backends.cpu.bits import LANES
-from ...backends.cpu.eprop import gradient_chunk, leaky
+from ...backends.cpu.eprop import gradient_chunk
 from ...backends.cpu.eprop_forward import forward_chunk
 from ...backends.cpu.threads import parallel, split
 from ...core.errors import InputError
-from .blocks import Targets, Totals
+from ...core.spikes import SpikeTrain
+from .blocks import Window
+from .compiled_readout import Common
 from .layer import WatchedLayer
 from .lsnn import LSNN, LSNNState
-from .options import FiringRate
 
 Events = tuple[
     np.ndarray, np.ndarray, np.ndarray, int, int
 ]  # ptr, columns, values, rows per sample, first row
 
 
-class Common(NamedTuple):
-    """What is common to all layers of a network."""
-
-    dtype: torch.dtype
-    numpy_dtype: np.dtype
-    kappa: float
-    decay: float  # of the memory behind the spikes, as the learner has it
-    rate_reg: FiringRate | None
-    carry: bool  # whether a chunk hands traces on to the next
+def chunk_of(block: Tensor | Window, dtype: torch.dtype) -> Events:
+    """The events of some steps as the kernels take them."""
+    if isinstance(block, Window):
+        train, start = block.train, block.start
+    else:
+        train, start = SpikeTrain.from_dense(block.to(dtype)), 0
+    values = torch.empty(0, dtype=dtype) if train.values is None else train.values.to(dtype)
+    return train.indptr.numpy(), train.indices.numpy(), values.numpy(), train.T, start
 
 
 class CompiledLayer:
@@ -194,54 +194,3 @@ class Traces:
 
     def arrays(self) -> list[np.ndarray]:
         return [x.numpy() for x in (self.zeta, self.eps, self.ebar, self.alive)]
-
-
-class CompiledReadout:
-    def __init__(
-        self, common: Common, watched: WatchedLayer, linear: nn.Linear, B: int, state: Tensor | None
-    ) -> None:
-        self.kappa, self.watched, self.linear = common.kappa, watched, linear
-        self.y = torch.zeros(B, self.linear.out_features, dtype=common.dtype)
-        if state is not None:
-            self.y.copy_(state.detach())
-        self.zeta = torch.zeros(B, self.linear.in_features, dtype=common.dtype)
-        self.bias_zeta = torch.zeros(B, 1, dtype=common.dtype)
-
-    def errors(self, z: Tensor, target: Targets, totals: Totals) -> Tensor | None:
-        """dE/dy of every step, (K, B, C); None where the loss of no step depends on it."""
-        with torch.no_grad():
-            y = self.linear(z)
-        _leaky(y, self.y, self.kappa)
-        self.y = y[-1].clone()
-        with torch.enable_grad():
-            y.requires_grad_()
-            loss = totals.add_all(y, target)
-            if not loss.requires_grad:
-                return None
-            loss.backward()
-        return y.grad
-
-    def learn(self, z: Tensor, errors: Tensor | None) -> None:
-        kappa, K = self.kappa, len(z)
-        ones = z.new_ones(K, z.shape[1], 1)
-        parameters = [(self.linear.weight, z, "zeta"), (self.linear.bias, ones, "bias_zeta")]
-        if errors is not None:
-            nu = errors.clone()
-            _leaky(nu, torch.zeros_like(self.y), kappa, reverse=True)
-        weights = kappa ** torch.arange(K - 1, -1, -1, dtype=z.dtype)
-        for weight, x, name in parameters:
-            if weight is None:
-                continue
-            trace = getattr(self, name)
-            if errors is not None and weight.requires_grad:
-                grad = nu.flatten(0, 1).T @ x.flatten(0, 1) + (kappa * nu[0]).T @ trace
-                self.watched.add(weight, grad, None)
-            setattr(self, name, kappa**K * trace + torch.tensordot(weights, x, 1))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"y": self.y, "zeta": self.zeta, "bias_zeta": self.bias_zeta}
-
-
-def _leaky(x: Tensor, before: Tensor, kappa: float, reverse: bool = False) -> None:
-    flat = x.numpy().reshape(len(x), -1)
-    leaky(flat, before.contiguous().numpy().reshape(-1), flat.dtype.type(kappa), reverse)

@@ -160,7 +160,7 @@ class WatchedLayer:
     def add(self, weight: Tensor, grad: Tensor, mask: Tensor | None) -> None:
         """A part of the gradient of a weight or bias that was found elsewhere."""
         name = self.learner.name_of(weight)
-        self._synapses(name, grad.shape, mask).add(grad.clone(memory_format=torch.contiguous_format))
+        self.synapses_of(name, grad.shape, mask).add(grad.clone(memory_format=torch.contiguous_format))
 
     @torch.no_grad()
     def process(self, carry: bool) -> None:
@@ -230,18 +230,20 @@ class WatchedLayer:
                 x = x.new_zeros(len(steps), *x.shape[1:]).index_copy_(
                     0, torch.tensor([*calls]).to(x.device), x
                 )
-            yield self._synapses(name, call.weight.shape, call.mask), x
+            yield self.synapses_of(name, call.weight.shape, call.mask), x
         for name in [n for n in biases if n in trained]:
-            used = like.new_tensor([float(t in biases[name]) for t in steps])
-            x = used[:, None, None].expand(-1, like.shape[0], 1)
+            always = len(biases[name]) == len(steps)
+            used = like.new_ones(1) if always else like.new_tensor([float(t in biases[name]) for t in steps])
+            x = used[:, None, None].expand(len(steps), like.shape[0], 1)
             bias = next(iter(biases[name].values())).bias
             assert bias is not None
-            yield self._synapses(name, (bias.numel(), 1), None), x
+            yield self.synapses_of(name, (bias.numel(), 1), None), x
         for name, synapses in self.synapses.items():  # of earlier chunks: their traces go on
             if name not in weights and name not in biases:
                 yield synapses, like.new_zeros(len(records), like.shape[0], synapses.shape[1])
 
-    def _synapses(self, name: str, shape: Any, mask: Tensor | None) -> Synapses:
+    def synapses_of(self, name: str, shape: Any, mask: Tensor | None) -> Synapses:
+        """What is kept of a weight or bias."""
         if name not in self.synapses:
             self.synapses[name] = Synapses(shape, mask, self.learner.trace_dtype)
         return self.synapses[name]
@@ -262,7 +264,7 @@ class WatchedLayer:
             "states": list(self.states),
             "shared": None if shared is None else {k: dict(v) for k, v in shared.items()},
             "weights": sorted(self.weights),
-            "synapses": {name: _synapses_state(s) for name, s in self.synapses.items()},
+            "synapses": {name: _saved(s) for name, s in self.synapses.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -271,7 +273,7 @@ class WatchedLayer:
         self.weights = set(state["weights"])
         self.synapses = {}
         for name, saved in state["synapses"].items():
-            synapses = self._synapses(name, saved["shape"], None)
+            synapses = self.synapses_of(name, saved["shape"], None)
             synapses.exists, synapses.mask = saved["exists"], saved["mask"]
             synapses.grad = None if saved["grad"] is None else saved["grad"].clone()
             synapses.per_input = {k: v.clone() for k, v in saved["per_input"].items()}
@@ -285,14 +287,14 @@ class WatchedLayer:
 
 def _direct(records: list[Record], like: Tensor) -> Tensor:
     """What acts on the spikes themselves, (K, B, N)."""
-    out = like.new_zeros(len(records), *like.shape)
-    for t, record in enumerate(records):
-        if record.direct is not None:
-            out[t] = record.direct
-    return out
+    found = [record.direct for record in records]
+    zero = like.new_zeros(like.shape[-1]).expand(like.shape)
+    if all(x is None for x in found):
+        return zero.expand(len(found), *like.shape)
+    return torch.stack([zero if x is None else x.to(like.dtype) for x in found])
 
 
-def _synapses_state(synapses: Synapses) -> dict[str, Any]:
+def _saved(synapses: Synapses) -> dict[str, Any]:
     def copies(traces: dict[int, Tensor]) -> dict[int, Tensor]:
         return {k: v.clone() for k, v in traces.items()}
 

@@ -158,13 +158,18 @@ def joined(parts: Sequence[Part], like: Tensor) -> Jacobian:
     if len(parts) == 1 and parts[0].symbolic:
         return parts[0].local
     whole: Jacobian = {}
+    made: dict[tuple[int, ...], Tensor] = {}  # one tensor for all places that the same ones stand at
     for place in {place for part in parts for place in part.local}:
         values = [part.local.get(place, 0.0) for part in parts]
-        numbers = [_number(v) for v in values]
+        numbers = [_number(v, part.symbolic) for v, part in zip(values, parts, strict=True)]
         if None not in numbers and len(set(numbers)) == 1:
             whole[place] = numbers[0]  # type: ignore[assignment]
             continue
-        out = like.new_empty(sum(part.steps for part in parts), *like.shape)
+        same = tuple(id(v) for v in values)
+        if same in made:
+            whole[place] = made[same]
+            continue
+        out = made[same] = like.new_empty(sum(part.steps for part in parts), *like.shape)
         at = 0
         for part, value in zip(parts, values, strict=True):
             out[at : at + part.steps] = value
@@ -173,9 +178,11 @@ def joined(parts: Sequence[Part], like: Tensor) -> Jacobian:
     return whole
 
 
-def _number(value: Tensor | float) -> float | None:
-    """The one value of all elements, or None."""
+def _number(value: Tensor | float, symbolic: bool) -> float | None:
+    """The one value of all elements, or None; a tensor is looked into unless it is known to have several."""
     if not isinstance(value, Tensor):
         return value
+    if symbolic:
+        return None
     low, high = torch.aminmax(value)
     return float(low) if bool(low == high) else None

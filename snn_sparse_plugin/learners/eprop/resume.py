@@ -47,6 +47,7 @@ def restore(learner: Stepwise, state: dict[str, Any]) -> None:
     learner.reset()
     learner.steps_seen, learner._batch = state["steps_seen"], state["batch"]
     learner.filter, learner.signals.indirect = state["filter"], state["indirect"]
+    learner._confirmed = {}
     learner.carriers.load_state_dict(state["feedback"])
     for layer in learner.layers:
         layer.load_state_dict(state["layers"][layer.name])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...core.spikes import SpikeTrain
-from .scan import Filter, Jacobian, Steps, on_cpu, scan
+from .scan import Filter, Jacobian, Steps, on_cpu, on_triton, scan
 from .synapses import Synapses
 
 # a kernel sums over events up to this share of ones in the input, beyond it a matrix product is faster
@@ -107,9 +107,11 @@ class ChunkRule:
         nu, start = scan(steps, self.readout, [components.index(c) for c in lanes])
         places = {c: k for k, c in enumerate(components)}
         for synapses, x in inputs:
-            events = _events(synapses, x)
-            if events is not None:
-                self._over_events(synapses, events, nu, start, places, own, carry)
+            where = _kernels(synapses, x, bool(synapses.per_synapse or lanes))
+            events = _events(x) if where == "backends.cpu" else x
+            if where and events is not None:
+                kernels = import_module(f"snn_sparse_plugin.{where}.eprop_chunk")
+                self._by_kernel(kernels, synapses, events, nu, start, places, own, carry)
             else:
                 synapses.add(nu[0].flatten(0, 1).T @ x.flatten(0, 1))
                 for c, trace in synapses.per_input.items():
@@ -120,17 +122,17 @@ class ChunkRule:
                 synapses.per_input = _per_input(synapses.per_input, x, shared)
 
     @staticmethod
-    def _over_events(
+    def _by_kernel(
+        kernels: Any,
         synapses: Synapses,
-        events: tuple[Tensor, Tensor, Tensor | None],
+        events: Any,
         nu: Tensor,
         start: Tensor,
         places: dict[int, int],
         own: Sequence[int],
         carry: bool,
     ) -> None:
-        """The same as the products below, as sums over the spikes of the input."""
-        kernels: Any = import_module("snn_sparse_plugin.backends.cpu.eprop_chunk")
+        """The same as the products below, as sums over the spikes of the input, with one pass over the traces."""
         kept = own if carry else list(synapses.per_synapse)
         traces = synapses.block(kept, nu.shape[2], nu)
         shared = [(places[c], trace) for c, trace in synapses.per_input.items()]
@@ -177,7 +179,7 @@ class ChunkRule:
 
         On a CPU sample by sample: one (N, M) at a time stays in cache, where (B, N, M) of anything new would not.
         """
-        whole = x.is_cuda or x.shape[1] * synapses.shape[0] * synapses.shape[1] <= _IN_CACHE
+        whole = not on_cpu(x) or x.shape[1] * synapses.shape[0] * synapses.shape[1] <= _IN_CACHE
         size = x.shape[1] if whole else 1
         total = nu.new_zeros(synapses.stored)
         if carry:
@@ -205,12 +207,15 @@ class ChunkRule:
         synapses.add(synapses.spread(total))
 
 
-def _events(synapses: Synapses, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """The events of an input (K, B, M), row ``b K + t``, where a kernel sums over them; else None."""
-    if not on_cpu(x) or synapses.exists is not None or x.shape[-1] == 1:
-        return None
-    if synapses.trace_dtype not in (None, x.dtype):
-        return None
+def _kernels(synapses: Synapses, x: Tensor, traces: bool) -> str:
+    """Whose kernel takes an input (K, B, M), or ``""``; a device's is for ``traces`` per synapse alone."""
+    if synapses.exists is not None or x.shape[-1] == 1 or synapses.trace_dtype not in (None, x.dtype):
+        return ""
+    return "backends.cpu" if on_cpu(x) else "triton_kernels" if traces and on_triton(x) else ""
+
+
+def _events(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The events of an input (K, B, M), row ``b K + t``; None where a matrix product is faster."""
     train = SpikeTrain.from_dense(x)
     if train.indices.numel() > _DENSE * x.numel():
         return None
@@ -225,19 +230,21 @@ def _per_input(
     if not names:
         return {}
     K = len(x)
-    D, weights = _decay(tuple((s, tuple(shared[s].items())) for s in names), K, x.dtype)
-    after = (weights.to(x.device) @ x.reshape(K, -1)).view(-1, *x.shape[1:])
+    whole, weights = _decay(tuple((s, tuple(shared[s].items())) for s in names), K, x.dtype, x.device)
+    after = (weights @ x.reshape(K, -1)).view(-1, *x.shape[1:])
     if traces:
-        whole = torch.linalg.matrix_power(D, K).to(x.device)
         after = after + torch.einsum("sc,cbm->sbm", whole, torch.stack([traces[c] for c in names]))
     return dict(zip(names, after.unbind(), strict=True))
 
 
 @lru_cache(maxsize=64)
 def _decay(
-    shared: tuple[tuple[int, tuple[tuple[int | None, float], ...]], ...], K: int, dtype: torch.dtype
+    shared: tuple[tuple[int, tuple[tuple[int | None, float], ...]], ...],
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """D (S, S), and what is left after K steps of an input at each of them, (S, K)."""
+    """D^K (S, S), and what is left after K steps of an input at each of them, (S, K)."""
     rows = {s: dict(row) for s, row in shared}
     D = torch.tensor([[rows[s].get(c, 0.0) for c in rows] for s in rows], dtype=dtype)
     power = torch.tensor([rows[s].get(None, 0.0) for s in rows], dtype=dtype)
@@ -245,7 +252,7 @@ def _decay(
     for _ in range(K):
         weights.append(power)
         power = D @ power
-    return D, torch.stack(weights[::-1], 1)
+    return torch.linalg.matrix_power(D, K).to(device), torch.stack(weights[::-1], 1).to(device)
 
 
 RULES: dict[str, type[ChunkRule] | type[TextbookRule]] = {

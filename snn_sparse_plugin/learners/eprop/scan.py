@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.host import is_device
+
 Jacobian = dict[tuple[int, int], Tensor | float]
 """Local derivatives; rows z, h_1, …, columns x, h_1, …; what is missing is zero, a number is that of all neurons."""
 
@@ -91,12 +93,14 @@ def reference(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tens
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether compiled kernels take this tensor."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    """Whether kernels of the CPU take this tensor."""
+    return not is_device(x.device) and x.dtype in (torch.float32, torch.float64)
 
 
 def on_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.float32, torch.float64) and find_spec("triton") is not None
+    """Whether Triton's do. In its interpreter the CPU may stand for a device."""
+    device = is_device(x.device) and x.device.type in ("cuda", "cpu")
+    return device and x.dtype in (torch.float32, torch.float64) and find_spec("triton") is not None
 
 
 def _packed(steps: Steps) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -114,25 +118,5 @@ def _packed(steps: Steps) -> tuple[list[Tensor], Tensor, Tensor]:
 
 
 def _on_triton(steps: Steps, readout: Filter, lanes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """In one launch; states and the readout's memory are one system there, current and spikes its last."""
-    A, b, out = readout
-    local = steps.dense()
-    K, d = local.shape[0], steps.states
-    m, shape = len(b), local.shape[-2:]
-    n = d + m
-    system = local.new_zeros(K, n + 1, n + 1, *shape)
-    order = [*range(1, d + 1), 0]  # states, then spikes or current
-    places = [*range(d), n]
-    for row, k in zip(order, places, strict=True):
-        for column, c in zip(order, places, strict=True):
-            system[:, k, c] = local[:, row, column]
-            if k == n:
-                for p in range(m):
-                    system[:, d + p, c] = b[p] * local[:, row, column]
-    system[:, d:n, d:n] += A[..., None, None]
-    first = local.new_zeros(1 + len(lanes), n)
-    for k, component in enumerate(lanes):
-        first[1 + k, component] = 1
     kernels: Any = import_module("snn_sparse_plugin.triton_kernels.eprop")
-    direct = steps.direct if m else steps.direct + steps.filtered
-    return kernels.scan(system, steps.filtered, direct, first, d + out if m else -1)  # type: ignore[no-any-return]
+    return kernels.scan(steps.local, steps.states, *readout, steps.filtered, steps.direct, lanes)  # type: ignore[no-any-return]

@@ -52,16 +52,17 @@ def run(
         state = learner.last_state
     totals = Totals(loss_fn, keep_outputs)
     step_model = _compiled(learner, fresh) or _stepper(learner)
-    before = {name: count for name, (count, _) in learner.spike_counts().items()}
+    before = [layer.spikes for layer in learner.hidden]
     for block, wanted in blocks(x, targets, per_step, learner.block_size()):
         state = step_model(block, wanted, state, totals, on_update)
     if not totals.steps:
         raise InputError("EProp.run: the input has no steps.")
     learner.flush()
     learner.last_state = state
+    # read at the end alone: a device is not waited for before
     rates = {
-        name: (count - before[name]) / (totals.steps * size)
-        for name, (count, size) in learner.spike_counts().items()
+        layer.name: float(layer.spikes - spikes) / (totals.steps * layer.size)
+        for layer, spikes in zip(learner.hidden, before, strict=True)
     }
     return RunResult(float(totals.losses), totals.output, rates, totals.steps, state, totals.stacked())
 

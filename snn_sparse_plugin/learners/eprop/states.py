@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...adapters.snntorch_neurons import STATES
 from ...core.errors import UnsupportedError
+from ...core.host import number
 from .structure import Layer
 
 
@@ -162,7 +163,7 @@ def _size(neuron: Original, x: Tensor) -> tuple[int, ...]:
     """(B, N) of the neuron's states, without the time of a sequence."""
     hidden = getattr(neuron.layer.module, "hidden_size", None)
     shape = x.shape[1:] if neuron.sequence else x.shape
-    return (*shape[:-1], shape[-1] if hidden is None else int(hidden))
+    return (*shape[:-1], shape[-1] if hidden is None else int(number(hidden)))
 
 
 def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:

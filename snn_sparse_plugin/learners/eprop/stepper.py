@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -29,12 +30,7 @@ class Place:
 
     def part(self, steps: int) -> Part:
         """Derivatives of this step and those after it."""
-        stepper, B, N = self.stepper, *self.block.shape[2:]
-        local: Jacobian = {
-            pair: v.expand(steps, B, N) if isinstance(v, Tensor) else v for pair, v in stepper.same.items()
-        }
-        local |= {pair: self.block[k, self.t : self.t + steps] for pair, k in stepper.varying.items()}
-        return Part(steps, local, symbolic=True)
+        return Part(steps, self.stepper.jacobian(self.block[:, self.t : self.t + steps]), symbolic=True)
 
     def local(self) -> Jacobian:
         """Derivatives of this step alone, a copy: (B, N) or numbers."""
@@ -86,13 +82,33 @@ class Stepper:
         for (r, c), row in fixed_values(program, d, params).items():
             number = bool((row == row[0]).all())
             self.same[place[r], place[c]] = float(row[0]) if number else row.expand(self.shape)
-        # numba and Triton are imported where they run
-        where = "triton_kernels" if on_triton(like) else "backends.cpu"
-        kernels: Any = import_module(f"snn_sparse_plugin.{where}.eprop_step")
-        self.run = kernels.runner(program, d, [first, *program.results], kept, params, neuron.surrogate)
+        self._made = program, d, kept, params, neuron.surrogate
         self.entries = len(kept)
         self.block: Tensor | None = None
         self.filled = 0
+
+    @cached_property
+    def run(self) -> Callable[..., None]:
+        """The kernel of one step."""
+        program, d, kept, params, surrogate = self._made
+        results = [program.results[0] if program.spikes is None else program.spikes, *program.results]
+        # numba and Triton are imported where they run
+        where = "triton_kernels" if on_triton(params) else "backends.cpu"
+        kernels: Any = import_module(f"snn_sparse_plugin.{where}.eprop_step")
+        return kernels.runner(program, d, results, kept, params, surrogate)  # type: ignore[no-any-return]
+
+    @cached_property
+    def run_chunk(self) -> Callable[..., None]:
+        """The kernel of many steps of a spiking neuron; on a device alone."""
+        kernels: Any = import_module("snn_sparse_plugin.triton_kernels.eprop_steps")
+        return kernels.Chunk(*self._made)  # type: ignore[no-any-return]
+
+    def jacobian(self, block: Tensor) -> Jacobian:
+        """The derivatives of some steps, from a block (entries, K, B, N)."""
+        shape = block.shape[1:]
+        same = {pair: v.expand(shape) if isinstance(v, Tensor) else v for pair, v in self.same.items()}
+        rows = block.unbind(0)  # one tensor for all places that it stands at
+        return same | {pair: rows[k] for pair, k in self.varying.items()}
 
     def _leaf(self, name: str) -> int:
         if len(self.names) == 1:

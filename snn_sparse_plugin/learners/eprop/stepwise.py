@@ -61,6 +61,7 @@ class Stepwise:
         self.carriers = Feedback(feedback, feedback_decay, generator)
         self._stack: ExitStack | None = None
         self._told = False
+        self._confirmed: Jacobian = {}  # derivatives of the readout that have been found to be the filter's
         self.last_state: Any = None  # of the model, after run()
         self.compiled: Network | None = None  # what run() keeps where kernels do the work
         self._spare: Network | None = None
@@ -231,8 +232,13 @@ class Stepwise:
 
     def check_readout(self, local: Jacobian, states: int) -> None:
         """A readout whose memory was inferred still is that filter."""
-        if self.kappa == "auto" and self.filter is not None and self._has_memory():
-            same_filter(local, states, self.readout.name, self.filter)
+        if self.kappa != "auto" or self.filter is None or not self._has_memory():
+            return
+        numbers = not any(isinstance(value, Tensor) for value in local.values())
+        if numbers and local == self._confirmed:  # as in the chunk before
+            return
+        same_filter(local, states, self.readout.name, self.filter)
+        self._confirmed = local if numbers else {}
 
     def _has_memory(self) -> bool:
         return not isinstance(self.readout.module, nn.Linear)

@@ -18,6 +18,7 @@ from .kernels import (
     get_kernel,
     register_kernel,
     spike_table,
+    under_torch_func,
 )
 from .library import ttfs_op
 
@@ -83,18 +84,12 @@ def ttfs(
     if table.dim() != 2 or table.shape[0] != 2 or not 2 <= table.shape[1] <= MAX_WINDOW:
         raise InputError(f"a spike table has shape (2, 2…{MAX_WINDOW}), got {tuple(table.shape)}.")
     found = get_kernel(kernel)
-    if x.dtype in _HALF:
-        out, times = ttfs(x.float(), table.float(), tau, t_d, kernel=kernel, backend=backend)
-        return out.to(x.dtype), times
-    table = table.detach().to(x.dtype)
+    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    table = table.detach().to(dtype)
     if found.rate is None or under_torch_func():
-        return _Plain.apply(x, table, tau, t_d, found)
+        out, times = _Plain.apply(x.to(dtype), table, tau, t_d, found)
+        return out.to(x.dtype), times
     return ttfs_op(x, table, tau, t_d, found.rate, backend)
-
-
-def under_torch_func() -> bool:
-    """Whether a transform of torch.func is at work: torch.library's autograd does not pass through one."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class _Plain(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ConfigError
+from .library import makes_tables, table_op
 
 SILENT = 255
 """The spike time, one byte, of a neuron that does not fire."""
@@ -39,6 +40,11 @@ class Kernel:
     inverse: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
     rate: float | None = None
+
+
+def under_torch_func() -> bool:
+    """Whether a transform of torch.func is at work: torch.library's autograd does not pass through one."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _exponential(name: str, rate: float) -> Kernel:
@@ -106,9 +112,11 @@ def spike_table(
     Computed in float64, rounded once to ``dtype``. Values are kept above 0 and finite, so that no parameter makes a
     neuron fire at nothing.
     """
+    ahead = ROUNDINGS[rounding]
+    if kernel.rate is not None and not under_torch_func() and makes_tables(tau, t_d):
+        return table_op(tau.detach(), t_d.detach(), window, ahead, kernel.rate, dtype)  # type: ignore[union-attr]
     tau, t_d = (torch.as_tensor(p).detach().double() for p in (tau, t_d))
     steps = torch.arange(window, dtype=torch.float64, device=tau.device)
-    ahead = ROUNDINGS[rounding]
     value = kernel.shape((t_d - steps) / tau)
     threshold = value if ahead == 0 else kernel.shape((t_d - steps - ahead) / tau)
     table = torch.stack([threshold, value])
