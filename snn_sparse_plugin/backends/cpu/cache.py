@@ -18,8 +18,11 @@ from typing import Any
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.serialize import dumps
 
+from .notice import Notice
+
 log = logging.getLogger("snn_sparse_plugin")
 _told = False
+_notice: Notice | None = None
 
 
 class KernelCache(FunctionCache):
@@ -42,13 +45,21 @@ class KernelCache(FunctionCache):
         return sig, codegen.magic_tuple(), hashlib.sha256(repr(_identity(self._py_func)).encode()).hexdigest()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        global _notice
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception as error:
             log.debug("%s is compiled again: %s", self._name, error)
-            return None
+            found = None
+        if found is None and _notice is None:  # what follows is its compilation, under numba's lock
+            _notice = Notice(self, self._py_func.__name__)
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        global _notice
+        if _notice is not None and _notice.owner is self:
+            _notice.end(self.cache_path)
+            _notice = None
         try:
             super().save_overload(sig, data)
         except Exception as error:

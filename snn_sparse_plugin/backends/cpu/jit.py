@@ -18,20 +18,19 @@ from .cache import KernelCache, not_cached
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: ``numba.njit`` without the GIL, cached on disk unless no folder can be written.
 
-    With ``forceinline`` it is a part, compiled into kernels: what calls it from Python, and the file, would take a
-    third of its compilation and are never used.
+    With ``part`` or ``forceinline`` it is compiled into kernels alone: what would let Python call it takes a third of
+    the time. Parts are on disk too, for other kernels.
 
     A division by zero gives infinity or NaN, as torch's does: a loop that has to raise is not vectorised (ten times
     slower).
     """
-    part = options.get("forceinline", False)
+    part = options.pop("part", options.get("forceinline", False))
     options = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **options}
-    if part:
-        options["no_cpython_wrapper"] = True
+    options["no_cpython_wrapper"] = part
 
     def compile_later(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**options)(function)
-        if not part and hasattr(dispatcher, "_cache"):  # not under NUMBA_DISABLE_JIT
+        if hasattr(dispatcher, "_cache"):  # not under NUMBA_DISABLE_JIT
             try:
                 dispatcher._cache = KernelCache(function, sources())
             except (RuntimeError, OSError) as error:  # a read-only installation and no writable home
