@@ -40,6 +40,14 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return compile_later
 
 
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where no folder can be written."""
+    try:
+        return Path(KernelCache(cache_folder, "").cache_path)
+    except (RuntimeError, OSError):
+        return None
+
+
 def _spare_scipy() -> None:
     """Import numba's array functions without scipy.linalg (30 MB), which they import to see whether it is there: that
     scipy is there must do. What multiplies matrices in numba asks for it again.

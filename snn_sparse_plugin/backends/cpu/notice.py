@@ -41,5 +41,10 @@ def tell() -> None:
     _told = True
     log.info(_TEXT)
     shown = log.isEnabledFor(logging.INFO) and log.hasHandlers()
-    if not shown and os.environ.get(QUIET, "0") in ("", "0") and sys.stderr is not None and sys.stderr.isatty():
+    if (
+        not shown
+        and os.environ.get(QUIET, "0") in ("", "0")
+        and sys.stderr is not None
+        and sys.stderr.isatty()
+    ):
         print(f"snn-sparse-plugin: {_TEXT}", file=sys.stderr, flush=True)
