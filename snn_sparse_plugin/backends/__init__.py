@@ -98,9 +98,10 @@ def _verdict(backend: Backend, op: str, what: dict) -> tuple[bool, str]:
     try:
         if not hasattr(backend, op):
             return False, f"has no op {op!r}"
-        ok, reason = backend.available()
-        if ok and isinstance(what["spec"], Equations) and not backend.equations:
+        if isinstance(what["spec"], Equations) and not backend.equations:
             return False, "does not run neurons given by equations"
-        return backend.supports(op, **what) if ok else (ok, reason)
+        # first what needs nothing imported: on a CPU it spares Triton
+        ok, reason = backend.supports(op, **what)
+        return backend.available() if ok else (ok, reason)
     except Exception as error:  # a third-party backend must not take the others down
         return False, f"its own check failed with {type(error).__name__}: {error}"

@@ -10,9 +10,11 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .jit import kernel
 
 LANES = 16
 
@@ -161,7 +163,7 @@ def _pick_looped(mask, row, column, out, n):  # type: ignore[no-untyped-def]
         mask &= mask - np.uint32(1)
 
 
-_inline = njit(nogil=True, forceinline=True)
+_inline = kernel(forceinline=True)
 
 append_columns = _inline(_append_packed if _HAS_COMPRESS else _append_looped)
 """``append_columns(mask, column, out, n)``: append ``column + k`` for every set bit k; returns the new ``n``.

@@ -12,13 +12,17 @@ import pickle
 import zlib
 from glob import escape
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.serialize import dumps
 
+from .notice import Notice
+
 log = logging.getLogger("snn_sparse_plugin")
 _told = False
+_notice: Notice | None = None
 
 
 class KernelCache(FunctionCache):
@@ -35,18 +39,41 @@ class KernelCache(FunctionCache):
         stamp = self._cache_file._source_stamp, sources
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
 
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        # numba's own key pickles what a function closes over, and a pickled dispatcher holds a number that is another
+        # in every process: no kernel made of parts would be found again
+        return sig, codegen.magic_tuple(), hashlib.sha256(repr(_identity(self._py_func)).encode()).hexdigest()
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        global _notice
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception as error:
             log.debug("%s is compiled again: %s", self._name, error)
-            return None
+            found = None
+        if found is None and _notice is None:  # what follows is its compilation, under numba's lock
+            _notice = Notice(self, self._py_func.__name__)
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        global _notice
+        if _notice is not None and _notice.owner is self:
+            _notice.end(self.cache_path)
+            _notice = None
         try:
             super().save_overload(sig, data)
         except Exception as error:
             not_cached(self.cache_path, error)
+
+
+def _identity(x: Any) -> Any:
+    """What tells a function from others of the same sources: its code and, in turn, what it closes over."""
+    function = getattr(x, "py_func", x)
+    if not isinstance(function, FunctionType):
+        return x
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    code = function.__code__
+    return function.__module__, function.__qualname__, code.co_code, tuple(_identity(cell) for cell in cells)
 
 
 class _Files(IndexDataCacheFile):

@@ -11,14 +11,14 @@ import numpy as np
 from ...core.backend import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
-from .rows import Code, add_rows, advance, copy_row, load2, load3, store3
+from .rows import Code, add_rows, advance_kernel, copy_row, load2, load3, store3
 
 
 @cache
 def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
     """The forward of one member of the neuron family; its branches are resolved at compile time."""
     _, synapse, _, _, _, _, spiking, recurrent = code
-    pick = pick_values(dtype)
+    pick, advance = pick_values(dtype), advance_kernel(code)
 
     @kernel()
     def forward(  # type: ignore[no-untyped-def]
@@ -79,7 +79,7 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                         copy_row(rec, rec_bias)
                         add_rows(rec_row, 0, rec_weight, out_idx, empty, previous, n)
                     previous = n
-                advance(code, params, x, rec, v, i, reset, distance)
+                advance(params, x, rec, v, i, reset, distance)
                 if keep_mem:
                     store3(mem, t, b, v)
                 if not spiking:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,15 @@ from .cache import KernelCache, not_cached
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: ``numba.njit`` without the GIL, cached on disk unless no folder can be written.
 
+    With ``part`` or ``forceinline`` it is compiled into kernels alone: what would let Python call it takes a third of
+    the time. Parts are on disk too, for other kernels.
+
     A division by zero gives infinity or NaN, as torch's does: a loop that has to raise is not vectorised (ten times
     slower).
     """
-    options = {"nogil": True, "error_model": "numpy", **options}
+    part = options.pop("part", options.get("forceinline", False))
+    options = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **options}
+    options["no_cpython_wrapper"] = part
 
     def compile_later(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**options)(function)
@@ -31,6 +38,32 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return compile_later
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where no folder can be written."""
+    try:
+        return Path(KernelCache(cache_folder, "").cache_path)
+    except (RuntimeError, OSError):
+        return None
+
+
+def _spare_scipy() -> None:
+    """Import numba's array functions without scipy.linalg (30 MB), which they import to see whether it is there: that
+    scipy is there must do. What multiplies matrices in numba asks for it again.
+    """
+    linalg = import_module("numba.np.linalg")
+    ask = getattr(linalg, "ensure_blas", None)
+    if "numba.np.arraymath" in sys.modules or "scipy" not in sys.modules or ask is None:
+        return
+    linalg.ensure_blas = lambda: None  # type: ignore[attr-defined]
+    try:
+        import_module("numba.np.arraymath").ensure_blas = ask  # type: ignore[attr-defined]
+    finally:
+        linalg.ensure_blas = ask  # type: ignore[attr-defined]
+
+
+_spare_scipy()
 
 
 @cache

@@ -22,7 +22,7 @@ def block_rows(n: int) -> int:
     return max(16, min(512, BLOCK_ITEMS // max(n, 1)))
 
 
-@kernel()
+@kernel(part=True)
 def deliver(  # type: ignore[no-untyped-def]
     block,  # (rows, N padded): row r % rows is nu of r = b * T + t
     low,

@@ -34,7 +34,7 @@ from .rows import (
     ZERO,
     Code,
     add_rows,
-    advance,
+    advance_kernel,
     copy_row,
     dot,
     load2,
@@ -94,6 +94,7 @@ def settle_params(recent, first, out):  # type: ignore[no-untyped-def]
 def backward_replay_kernel(code: Code) -> Callable[..., Any]:
     """The backward that replays, for one member of the neuron family."""
     update, synapse, kind, timing, scope, attached, spiking, recurrent = code
+    advance = advance_kernel(code)
 
     @kernel()
     def backward_replay(  # type: ignore[no-untyped-def]
@@ -172,7 +173,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             for j in range(N):
                                 jump[j] = i[j] + jump[j]
                         store2(jumps, k, jump)
-                    advance(code, params, x, rec, v, i, reset, distance)
+                    advance(params, x, rec, v, i, reset, distance)
                     if spiking:
                         store2(distances, k, distance)
 

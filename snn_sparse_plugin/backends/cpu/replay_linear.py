@@ -19,7 +19,7 @@ from .jit import kernel
 from .lanes import fma, load, splat, store, zeros
 from .linear import is_linear, sweep
 from .outgoing import add_all, block_rows, deliver
-from .rows import MEM, SYN, THRESHOLD, Code, add_rows, advance, copy_row, load3, surrogate_row
+from .rows import MEM, SYN, THRESHOLD, Code, add_rows, advance_kernel, copy_row, load3, surrogate_row
 
 
 def replays_linear(code: Code, columns: int) -> bool:
@@ -30,7 +30,7 @@ def replays_linear(code: Code, columns: int) -> bool:
 @cache
 def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
     """The backward that replays, for a linear adjoint; arguments as of ``backward_replay`` where they share names."""
-    synapse = code[1]
+    synapse, advance = code[1], advance_kernel(code)
 
     @kernel()
     def backward_replay_linear(  # type: ignore[no-untyped-def]
@@ -103,7 +103,7 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                             add_rows(x_row, 0, weight, indices, values, indptr[r], indptr[r + 1])
                         else:
                             load3(x, current, 0 if still else t, b)
-                        advance(code, params, x, none, v, i, reset, distance)
+                        advance(params, x, none, v, i, reset, distance)
                     surrogate_row(surrogate, first_param, second_param, window, distance, phi)
                     if has_product:
                         for j in range(N):

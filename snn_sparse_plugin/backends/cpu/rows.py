@@ -7,6 +7,8 @@ keeps upstream's order of float operations (see ``core/canonical.py``); only dot
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -177,95 +179,102 @@ def _subtract_row(mem, threshold, x, subtract, v, distance):  # type: ignore[no-
             distance[j] = u - threshold[j]
 
 
-@kernel(forceinline=True)
-def advance(code, params, x, rec, v, i, reset, distance):  # type: ignore[no-untyped-def]
-    """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold."""
+@cache
+def advance_kernel(code: Code) -> Callable[..., None]:
+    """One step of one member of the neuron family; the branches of others are never compiled."""
     update, synapse, kind, timing, scope, _, spiking, recurrent = code
-    N = v.shape[0]
-    one, zero = v.dtype.type(1), v.dtype.type(0)  # a bare 1 is an int64 and would make float64 of float32
-    mem, syn, threshold = params[MEM], params[SYN], params[THRESHOLD]
-    leak, reset_value = params[LEAK], params[RESET_VALUE]
-    if update == DECAY and spiking and timing == DELAYED and kind != ZERO and not recurrent:
-        if synapse:
-            for j in range(N):
-                i[j] = syn[j] * i[j] + x[j]
-            _subtract_row(mem, threshold, i, kind == SUBTRACT, v, distance)
-        else:
-            _subtract_row(mem, threshold, x, kind == SUBTRACT, v, distance)
-        return
+    plain = update == DECAY and bool(spiking) and timing == DELAYED and kind != ZERO and not recurrent
 
-    carried = reset_row(code, params, v, reset)
+    @kernel(forceinline=True)
+    def advance(params, x, rec, v, i, reset, distance):  # type: ignore[no-untyped-def]
+        """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold."""
+        N = v.shape[0]
+        one, zero = v.dtype.type(1), v.dtype.type(0)  # a bare 1 is an int64 and would make float64 of float32
+        mem, syn, threshold = params[MEM], params[SYN], params[THRESHOLD]
+        leak, reset_value = params[LEAK], params[RESET_VALUE]
+        if plain:
+            if synapse:
+                for j in range(N):
+                    i[j] = syn[j] * i[j] + x[j]
+                _subtract_row(mem, threshold, i, kind == SUBTRACT, v, distance)
+            else:
+                _subtract_row(mem, threshold, x, kind == SUBTRACT, v, distance)
+            return
 
-    if update == DECAY:
-        if carried and kind == ZERO and scope == STATE:
+        carried = reset_row(code, params, v, reset)
+
+        if update == DECAY:
+            if carried and kind == ZERO and scope == STATE:
+                for j in range(N):
+                    v[j] = (one - reset[j]) * v[j]
+            if synapse:
+                for j in range(N):
+                    i[j] = syn[j] * i[j] + x[j]
+                if recurrent:
+                    for j in range(N):
+                        i[j] = i[j] + rec[j]
+                for j in range(N):
+                    v[j] = mem[j] * v[j] + i[j]
+            else:
+                for j in range(N):
+                    v[j] = mem[j] * v[j] + x[j]
+                if recurrent:
+                    for j in range(N):
+                        v[j] = v[j] + rec[j]
+            if carried and kind == SUBTRACT:
+                for j in range(N):
+                    v[j] = v[j] - reset[j] * threshold[j]
+            elif carried and scope == SUM:
+                for j in range(N):
+                    v[j] = v[j] - reset[j] * v[j]
+        elif update == EULER:
             for j in range(N):
-                v[j] = (one - reset[j]) * v[j]
-        if synapse:
-            for j in range(N):
-                i[j] = syn[j] * i[j] + x[j]
+                i[j] = i[j] + x[j]
             if recurrent:
                 for j in range(N):
                     i[j] = i[j] + rec[j]
             for j in range(N):
-                v[j] = mem[j] * v[j] + i[j]
-        else:
+                v[j] = v[j] + mem[j] * ((leak[j] - v[j]) + i[j])
             for j in range(N):
-                v[j] = mem[j] * v[j] + x[j]
+                i[j] = i[j] + -syn[j] * i[j]
+        else:
             if recurrent:
                 for j in range(N):
-                    v[j] = v[j] + rec[j]
-        if carried and kind == SUBTRACT:
-            for j in range(N):
-                v[j] = v[j] - reset[j] * threshold[j]
-        elif carried and scope == SUM:
-            for j in range(N):
-                v[j] = v[j] - reset[j] * v[j]
-    elif update == EULER:
+                    v[j] = v[j] + mem[j] * (((x[j] + rec[j]) + leak[j]) - v[j])
+            else:
+                for j in range(N):
+                    v[j] = v[j] + mem[j] * ((x[j] + leak[j]) - v[j])
+
+        if not spiking:
+            return
         for j in range(N):
-            i[j] = i[j] + x[j]
-        if recurrent:
+            distance[j] = v[j] - threshold[j]
+        if kind == NONE or timing == DELAYED:
+            return
+        if timing == CORRECTED:
+            if kind == SUBTRACT:
+                for j in range(N):
+                    z = (one if distance[j] > zero else zero) - reset[j]
+                    v[j] = v[j] - z * threshold[j]
+            else:
+                for j in range(N):
+                    z = (one if distance[j] > zero else zero) - reset[j]
+                    v[j] = v[j] - z * v[j]
+        elif kind == SUBTRACT:
             for j in range(N):
-                i[j] = i[j] + rec[j]
-        for j in range(N):
-            v[j] = v[j] + mem[j] * ((leak[j] - v[j]) + i[j])
-        for j in range(N):
-            i[j] = i[j] + -syn[j] * i[j]
-    else:
-        if recurrent:
+                v[j] = distance[j] if distance[j] > zero else v[j]
+        elif kind == VALUE:
             for j in range(N):
-                v[j] = v[j] + mem[j] * (((x[j] + rec[j]) + leak[j]) - v[j])
+                # zero * v: an infinite membrane becomes NaN, as upstream's, and is seen at the end
+                v[j] = zero * v[j] + reset_value[j] if distance[j] > zero else v[j]
         else:
             for j in range(N):
-                v[j] = v[j] + mem[j] * ((x[j] + leak[j]) - v[j])
+                v[j] = zero * v[j] if distance[j] > zero else v[j]
 
-    if not spiking:
-        return
-    for j in range(N):
-        distance[j] = v[j] - threshold[j]
-    if kind == NONE or timing == DELAYED:
-        return
-    if timing == CORRECTED:
-        if kind == SUBTRACT:
-            for j in range(N):
-                z = (one if distance[j] > zero else zero) - reset[j]
-                v[j] = v[j] - z * threshold[j]
-        else:
-            for j in range(N):
-                z = (one if distance[j] > zero else zero) - reset[j]
-                v[j] = v[j] - z * v[j]
-    elif kind == SUBTRACT:
-        for j in range(N):
-            v[j] = distance[j] if distance[j] > zero else v[j]
-    elif kind == VALUE:
-        for j in range(N):
-            # zero * v: an infinite membrane becomes NaN, as upstream's, and is seen at the end
-            v[j] = zero * v[j] + reset_value[j] if distance[j] > zero else v[j]
-    else:
-        for j in range(N):
-            v[j] = zero * v[j] if distance[j] > zero else v[j]
+    return advance  # type: ignore[no-any-return]
 
 
-@kernel()
+@kernel(part=True)
 def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyped-def]
     """sigma'(x) of ``surrogates.py``, zero where ``abs(x) >= window`` (window < 0: nowhere)."""
     N = out.shape[0]

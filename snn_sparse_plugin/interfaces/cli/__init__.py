@@ -1,4 +1,4 @@
-"""The command line: ``snn-sparse run | doctor | plugins | supported | demo | bench | tune | ttfs | experiment``.
+"""The command line: ``snn-sparse run | doctor | plugins | supported | demo | bench | tune | warm | ttfs | experiment``.
 
 Exit codes: 0 fine, 1 a check or the work failed, 2 wrong usage. Heavy modules are imported inside the
 commands.
@@ -22,7 +22,15 @@ app = typer.Typer(
 )
 # what follows the script is its own
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(script.run)
-for command in (show.doctor, show.plugins, show.supported, measure.demo, measure.bench, measure.tune):
+for command in (
+    show.doctor,
+    show.plugins,
+    show.supported,
+    measure.demo,
+    measure.bench,
+    measure.tune,
+    measure.warm,
+):
     app.command()(command)
 app.add_typer(ttfs.app)
 app.add_typer(experiment.app)

@@ -1,4 +1,4 @@
-"""``snn-sparse demo | bench | tune``."""
+"""``snn-sparse demo | bench | tune | warm``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ...core.errors import UnsupportedError
 from ...files import write_text
 from .common import (
     Device,
@@ -178,3 +179,32 @@ def tune(context: typer.Context, as_json: JsonFlag = False) -> None:
             emit(found)
         else:
             console.print(f"written to {found['file']}", highlight=False, soft_wrap=True)
+
+
+def warm(
+    context: typer.Context,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Rarer neurons, e-prop and time-to-first-spike coding too.")
+    ] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="The kernels of this machine's GPU instead.")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
+) -> None:
+    """Compile the kernels of the usual neurons ahead, for images and CI."""
+    with readable_errors(context):
+        from ..warm import OTHERS, USUAL, run_warm
+
+        console, _ = consoles(False)
+        tasks = (*USUAL, *(task for task in OTHERS if task.library or not gpu)) if everything else USUAL
+        count, folder = run_warm(console, tasks, gpu, jobs)
+        if gpu:
+            console.print(f"{count} neurons' kernels are in Triton's cache", soft_wrap=True)
+        elif folder is None:
+            raise UnsupportedError(
+                "compiled kernels are kept nowhere, as no folder can be written: set NUMBA_CACHE_DIR to one that can."
+            )
+        else:
+            files = list(folder.glob("*.nbc"))
+            size = sum(file.stat().st_size for file in files) / 1e6
+            console.print(
+                f"{len(files)} kernels, {size:.1f} MB, in {folder}", highlight=False, soft_wrap=True
+            )
