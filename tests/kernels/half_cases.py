@@ -23,7 +23,12 @@ def close(found, expected, half, name):
     assert (found.float() - expected).abs().max() <= 2 * torch.finfo(half).eps * scale, name
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+BOTH = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+HALVES = pytest.mark.parametrize(
+    "half", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp16", "bf16"]
+)
+
+
 class HalfTests:
     device = "cpu"
 
@@ -79,22 +84,27 @@ class HalfTests:
         for k, (a, b) in enumerate(zip(found[3:], expected[3:], strict=True)):
             close(a, b, half, k)
 
+    @HALVES
     @pytest.mark.parametrize("window", [0.4, None], ids=["window", "exact"])
     @pytest.mark.parametrize("name", SPECS)
     def test_every_update(self, half, name, window):
         self.compare(half, *self.both(half, SPECS[name], window=window))
 
+    @HALVES
     @pytest.mark.parametrize("form", ["events", "graded"])
     def test_events(self, half, form):
         self.compare(half, *self.both(half, SPECS["leaky"], form))
 
+    @BOTH
     def test_a_current(self, half):
         self.compare(half, *self.both(half, SPECS["synapse"], current=True))
 
+    @HALVES
     @pytest.mark.parametrize("window", [0.4, None], ids=["window", "exact"])
     def test_a_recurrence(self, half, window):
         self.compare(half, *self.both(half, SPECS["leaky"], recurrent=True, window=window))
 
+    @HALVES
     def test_the_backend_gets_no_copies(self, half):
         from snn_sparse_plugin.backends.triton import TritonBackend
 
