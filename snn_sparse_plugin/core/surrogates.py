@@ -273,6 +273,8 @@ class _MaskedSpike(torch.autograd.Function):
 
 def _kernels_for(x: Tensor) -> Any:
     """The compiled kernels for a step; None where torch's operators make it."""
+    if torch._C._is_tracing():  # sizes are tensors then
+        return None
     fits = x.dim() > 1 and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel()
     return registry.conversions(x.device.type) if fits and not waits(x) else None
 
