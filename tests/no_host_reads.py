@@ -54,17 +54,9 @@ def _refusing(name, original):
     return read
 
 
-@contextmanager
-def no_host_reads(monkeypatch, methods=("tolist", "numpy", "cpu")):
-    """Inside the block tensors are taken for those of a device, and to read one raises :class:`HostRead`.
-
-    The interpreter of Triton reads all the time, in what stands for a launch. Steps are recorded although a mode of
-    torch is in force, which is this one.
-    """
+def notice_launches(patch):
+    """Have :class:`NoHostReads` know when the interpreter of Triton stands for a launch: it reads all the time then."""
     from triton.runtime import interpreter
-
-    from snn_sparse_plugin.core import host, registry
-    from snn_sparse_plugin.fusion import context
 
     launch = interpreter.GridExecutor.__call__
 
@@ -75,8 +67,20 @@ def no_host_reads(monkeypatch, methods=("tolist", "numpy", "cpu")):
         finally:
             NoHostReads.launching -= 1
 
+    patch.setattr(interpreter.GridExecutor, "__call__", launched)
+
+
+@contextmanager
+def no_host_reads(monkeypatch, methods=("tolist", "numpy", "cpu")):
+    """Inside the block tensors are taken for those of a device, and to read one raises :class:`HostRead`.
+
+    Steps are recorded although a mode of torch is in force, which is this one.
+    """
+    from snn_sparse_plugin.core import host, registry
+    from snn_sparse_plugin.fusion import context
+
     with monkeypatch.context() as patch:
-        patch.setattr(interpreter.GridExecutor, "__call__", launched)
+        notice_launches(patch)
         patch.setattr(host, "HOSTS", frozenset())
         patch.setattr(registry, "conversions", lambda device: None)  # compiled ones, which see all memory
         patch.setattr(context, "_dispatch_modes", lambda: 0)

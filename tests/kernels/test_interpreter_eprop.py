@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from eprop_cases import build, inputs, loop, loss_of
 from eprop_run_cases import EPropTests
-from no_host_reads import READS, NoHostReads, no_host_reads
+from no_host_reads import READS, NoHostReads, no_host_reads, notice_launches
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
@@ -112,16 +112,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_a_run_reads_at_its_end_alone(monkeypatch):
-    launch = interpreter.GridExecutor.__call__
-
-    def launched(*args, **kwargs):
-        NoHostReads.launching += 1
-        try:
-            return launch(*args, **kwargs)
-        finally:
-            NoHostReads.launching -= 1
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    notice_launches(monkeypatch)
     net, x = build("lsnn-two-layers", torch.float32), inputs(T=9, dtype=torch.float32)
     with on_device(), eprop.EProp(net, chunk=3) as learner:
         for T in (3, 9):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...core.config import current_config
 from ...core.errors import ConfigError, InputError
+from ...core.precision import state_dtype
 from ...ops.ttfs import (
     MAX_WINDOW,
     ROUNDINGS,
@@ -158,7 +159,7 @@ class TTFS(nn.Module):
         if relaxed and not compiling and torch.rand(()) < self._relax:
             return F.relu(x)
         tau, t_d = self.tau, self.t_d
-        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        dtype = state_dtype(x.dtype)
         out, _ = ttfs(x, self._table(tau, dtype), tau, t_d, kernel=self.kernel, backend=self.backend)
         if relaxed and compiling:  # a graph cannot branch on a random number
             draw = torch.rand((), device=x.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UnsupportedError
+from ...core.precision import state_dtype
 from .local import Part, joined
 from .options import FiringRate
 from .record import Record
@@ -169,8 +170,7 @@ class WatchedLayer:
         if not records:
             return
         like = records[0].z
-        if like.dtype in (torch.float16, torch.bfloat16):
-            like = like.float()  # sums over steps are not made in half precision
+        like = like.to(state_dtype(like.dtype))
         if self.rule is None:
             self.rule = RULES[self.learner.engine](self.learner.filter_of(self, like))
         parts = [Part(1, r.local) for r in records if r.local is not None]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InputError
+from ...core.precision import state_dtype
 from ...core.spikes import check_float
 from . import reference
 from .kernels import (
@@ -34,8 +35,6 @@ __all__ = [
     "ttfs",
     "under_torch_func",
 ]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def check_pre_activation(x: Tensor) -> None:
@@ -84,7 +83,7 @@ def ttfs(
     if table.dim() != 2 or table.shape[0] != 2 or not 2 <= table.shape[1] <= MAX_WINDOW:
         raise InputError(f"a spike table has shape (2, 2…{MAX_WINDOW}), got {tuple(table.shape)}.")
     found = get_kernel(kernel)
-    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    dtype = state_dtype(x.dtype)
     table = table.detach().to(dtype)
     if found.rate is None or under_torch_func():
         out, times = _Plain.apply(x.to(dtype), table, tau, t_d, found)
