@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .convolution import Convolution
 from .dynamics import NeuronSpec
 from .equations import Equations
 from .errors import NonFiniteError
@@ -275,6 +276,39 @@ class Backend:
     ) -> InputGrads:
         """Backward of the op."""
         raise NotImplementedError
+
+
+class RunsConvolutions(Protocol):
+    """What a backend also needs to convolve events, the op ``"convolution"``; where there is none torch's product runs.
+
+    Currents, ``nu`` and dense gradients of the input have all features in one dimension, (T, B, C · prod(size)).
+    """
+
+    name: str
+
+    def prefers_events(self, conv: Convolution, density: float, masked: bool) -> bool:
+        """Whether it is faster than torch's product on an input of this density; ``masked``: the input's gradient is
+        wanted at its active entries alone."""
+
+    def convolution(
+        self, conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The current, and for the backward which elements a max-pool took, in a form of the backend's own."""
+
+    def convolution_backward(
+        self,
+        conv: Convolution,
+        train: SpikeTrain,
+        weight: Tensor,
+        nu: Tensor,
+        winners: Tensor | None,
+        *,
+        weight_grad: bool,
+        bias_grad: bool,
+        input: str,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of weight, bias and input from that of the current. ``input``: ``"none"``, ``"active"``, one number
+        for each active entry of the train, or ``"dense"``."""
 
 
 class RunsTtfs(Protocol):

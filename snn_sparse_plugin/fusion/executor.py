@@ -13,6 +13,7 @@ from ..core.config import current_config
 from ..core.errors import InputError
 from ..core.host import waits
 from ..core.spikes import SpikeTrain
+from .convolutions import of_module, pool_of_module, takes
 from .fused import FusedCall, dense
 from .modules import is_plain_linear, keeps_events
 from .stepping import Flow, Layer, Passed, apply, loop
@@ -34,6 +35,10 @@ def run(
     neurons = [_fusable(layer, per_step) for layer in layers]
     passed, index = Passed(x), 0
     while index < len(layers):
+        made = _convolved(layers, neurons, index, passed.flow, per_step)
+        if made is not None:
+            passed, index = Passed(made[0]), index + made[1]
+            continue
         linear = None
         if _joins_next(layers, neurons, index, passed.flow, per_step):
             linear = _linear(layers[index], per_step)
@@ -93,11 +98,16 @@ def _fusable(layer: Layer, per_step: bool) -> Neuron | None:
     return None if isinstance(neuron, str) else neuron
 
 
+def _plain(layer: Layer, per_step: bool) -> nn.Module | None:
+    """The module of a layer, bare or inside a wrapper that applies it at every step; None where it takes all steps."""
+    if per_step:
+        return layer.module
+    return None if layer.wrapper is None or has_hooks(layer.module) else layer.wrapper.unwrap(layer.module)
+
+
 def _linear(layer: Layer, per_step: bool) -> nn.Linear | None:
-    """The plain Linear of a layer, bare or inside a wrapper that applies it at every step."""
-    module: nn.Module | None = layer.module
-    if layer.wrapper is not None and not per_step and not has_hooks(layer.module):
-        module = layer.wrapper.unwrap(layer.module)
+    """The plain Linear of a layer, which does the same at every step in either case."""
+    module = _plain(layer, per_step) or layer.module
     return module if isinstance(module, nn.Linear) and is_plain_linear(module) else None
 
 
@@ -114,6 +124,20 @@ def _joins_next(
     return not torch.is_autocast_enabled(flow.device.type)
 
 
+def _convolved(
+    layers: list[Layer], neurons: list[Neuron | None], index: int, flow: Flow, per_step: bool
+) -> tuple[Tensor, int] | None:
+    """What a convolution makes of the flow, with the pool behind it, and how many layers that are; None for others."""
+    if neurons[index] is not None:
+        return None
+    found = of_module(_plain(layers[index], per_step))
+    if found is None or not takes(found.weight, flow) or (isinstance(flow, Tensor) and flow.stride(0) == 0):
+        return None
+    behind = layers[index + 1] if index + 1 < len(layers) else None
+    pool = None if behind is None else pool_of_module(_plain(behind, per_step), found.weight.dim() - 2)
+    return found.run(flow, pool, layers[index].label), 1 if pool is None else 2
+
+
 def _takes_events(layers: list[Layer], neurons: list[Neuron | None], index: int, per_step: bool) -> bool:
     """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are."""
     while index < len(layers) and neurons[index] is None and keeps_events(layers[index].module):
@@ -123,6 +147,8 @@ def _takes_events(layers: list[Layer], neurons: list[Neuron | None], index: int,
     neuron = neurons[index]
     if neuron is not None:
         return neuron.input_weight is not None
+    if of_module(_plain(layers[index], per_step)) is not None:
+        return True
     following = neurons[index + 1] if index + 1 < len(layers) else None
     joins = following is not None and following.input_weight is None
     return joins and _linear(layers[index], per_step) is not None

@@ -120,6 +120,7 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
             raise
+        plan.ran(group)
     for node in plan.sources:
         if isinstance(node, NeuronNode):
             node.adapter.leave(node.module)

@@ -49,39 +49,39 @@ def applies_per_sample(module: Any, dims: int) -> bool:
 
 def may_mix(module: nn.Module) -> bool:
     """Whether a step of this module may look at several samples, or keep something for the next step."""
-    if _is(module, (nn.Sequential,)):
+    if is_unchanged(module, (nn.Sequential,)):
         return any(may_mix(child) for child in module.children())
-    return not _is(module, _DROPOUT) and not any(_keeps_apart(module, dims) for dims in range(3, 7))
+    return not is_unchanged(module, _DROPOUT) and not any(_keeps_apart(module, dims) for dims in range(3, 7))
 
 
 def _keeps_apart(module: Any, dims: int) -> bool:
     for spatial, classes in _SPATIAL.items():
-        if _is(module, classes):
+        if is_unchanged(module, classes):
             return dims == spatial + 3
-    if _is(module, _DROPOUT):
+    if is_unchanged(module, _DROPOUT):
         return not module.training
-    if _is(module, _BATCH_NORM):
+    if is_unchanged(module, _BATCH_NORM):
         return not module.training and module.running_mean is not None
-    if _is(module, (nn.Flatten,)):
+    if is_unchanged(module, (nn.Flatten,)):
         return module.start_dim >= 1
-    if _is(module, (nn.Unflatten,)):
+    if is_unchanged(module, (nn.Unflatten,)):
         return isinstance(module.dim, int) and module.dim >= 1
-    if _is(module, (nn.LayerNorm,)):
+    if is_unchanged(module, (nn.LayerNorm,)):
         return len(module.normalized_shape) <= dims - 2
-    return _is(module, _PER_SAMPLE)
+    return is_unchanged(module, _PER_SAMPLE)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the module computes ``x @ weight.T + bias`` and nothing else; parametrized weights are fine."""
-    return _is(module, (nn.Linear,)) and not has_hooks(module)
+    return is_unchanged(module, (nn.Linear,)) and not has_hooks(module)
 
 
 def keeps_events(
     module: nn.Module, train: SpikeTrain | None = None, per_step: bool = True
 ) -> SpikeTrain | bool:
     """Whether the module at most reshapes; with a train, the reshaped train (or False)."""
-    still = _is(module, (nn.Identity,)) or (_is(module, _DROPOUT) and not module.training)
-    if has_hooks(module) or not (still or _is(module, (nn.Flatten, nn.Unflatten))):
+    still = is_unchanged(module, (nn.Identity,)) or (is_unchanged(module, _DROPOUT) and not module.training)
+    if has_hooks(module) or not (still or is_unchanged(module, (nn.Flatten, nn.Unflatten))):
         return False
     if train is None or still:
         return True if train is None else train
@@ -93,8 +93,9 @@ def keeps_events(
     return train.view(*shape[len(outer) :])
 
 
-def _is(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
-    # a subclass counts if it did not touch forward, as torch's parametrized classes
+def is_unchanged(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) -> bool:
+    """Whether it is of one of these classes; a subclass counts if it did not touch forward, as torch's parametrized
+    ones."""
     for cls in classes:
         if isinstance(module, cls):
             return type(module).forward is cls.forward and "forward" not in vars(module)

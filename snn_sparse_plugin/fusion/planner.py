@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..core.convolution import Pool
 from ..core.precision import HALF
 from .arguments import ArgumentSeries, Entry
 from .context import casts
-from .nodes import FunctionNode, NeuronNode, Node, same
-from .recordable import LINEAR, filled
+from .convolutions import POOLS, TAKEN, Convolved, is_even, keeps_samples, pool_recorded, recorded
+from .nodes import FunctionNode, NeuronNode, Node, StackNode, WriteNode, same
+from .recordable import LINEAR, Placeholder, filled
 from .recorded import Recorded
 from .series import piece
+
+V = TypeVar("V")
 
 
 class Plan:
@@ -52,9 +56,18 @@ class Plan:
         self.stepped = stepped
         self.groups = [list(self.sources)] if stepped else list(_components(self.sources))
         self.alone = {group[0] for group in self.groups if len(group) == 1 and not stepped}
-        self.inside = {
-            node for node in self.sources if isinstance(node, FunctionNode) and self._runs_inside(node)
-        }
+        functions = [node for node in self.sources if isinstance(node, FunctionNode)]
+        self.convolved = _filled({node: self._convolved(node) for node in functions})
+        self.pooled = _filled(
+            {node: self._pool_behind(node) for node in functions}
+        )  # each with its convolution
+        self.inside: set[Node] = {node for node in functions if self._runs_inside(node)}
+        self.inside |= {node.arguments[0].read()[0][0] for node in self.pooled}
+        self.readers_of: dict[Node, set[Node]] = {node: set() for node in self.sources}
+        for (source, _), readers in self.readers.items():
+            self.readers_of[source] |= readers
+        self.unread = {node: set(readers) for node, readers in self.readers_of.items()}
+        self.config = next((node.config for node in self.sources if isinstance(node, NeuronNode)), None)
 
     def feeds_itself(self, node: Node) -> bool:
         return node in self.sources[node]
@@ -85,6 +98,42 @@ class Plan:
             for reader in readers
         )
 
+    def _convolved(self, node: FunctionNode) -> Convolved | None:
+        """The convolution of spikes that a node is; None where torch runs what it is."""
+        found = recorded(node.func, node.args, node.kwargs)
+        if found is None or len(node) < 2 or node not in self.alone or self.feeds_itself(node):
+            return None
+        if casts(node.mode) or any(self._varies(argument) for argument in node.arguments[1:]):
+            return None
+        given = [argument[0][0] for argument in node.arguments]
+        weight = given[found.weight.index]
+        bias = given[found.bias.index] if isinstance(found.bias, Placeholder) else None
+        # a step without a batch has one dimension less
+        batched = isinstance(weight, Tensor) and len(node.shape) == weight.dim()
+        if not batched or node.dtypes[0] not in TAKEN or not is_even(found, weight.shape[2:]):
+            return None
+        return found._replace(weight=weight, bias=bias)
+
+    def _pool_behind(self, node: FunctionNode) -> Pool | None:
+        """The pool that a node is, if it alone reads all of a convolution of spikes."""
+        if len(node) < 2 or node not in self.alone or len(node.arguments) != 1 or node.func not in POOLS:
+            return None
+        source = node.arguments[0].range()
+        if source is None or source[0] not in self.convolved or len(node) != len(source[0]):
+            return None
+        of = source[0]
+        if self.readers[of, 0] != {node} or (of, 0) in self.waiting or of.mode != node.mode:
+            return None
+        pool = pool_recorded(node.func, node.args, node.kwargs)
+        return pool if pool is not None and len(pool.kernel) == len(of.shape) - 2 else None
+
+    def reshapes(self, node: Node) -> bool:
+        """Whether it gives samples another shape, so that what are events stay events."""
+        if not isinstance(node, FunctionNode) or len(node.arguments) != 1 or node not in self.alone:
+            return False
+        source = node.arguments[0].range()
+        return source is not None and keeps_samples(node.func, source[0].shape, node.shape)
+
     def wants_currents(self, node: NeuronNode) -> bool:
         """Whether a state other than the membrane is wanted between steps, which is in no output of the op."""
         outputs = (0, node.slots.get(node.adapter.membrane_leaf()))
@@ -101,11 +150,13 @@ class Plan:
         first = argument[0]
         return len(first) == 3 or any(entry is not first and entry[0] is not first[0] for entry in argument)
 
-    def wants_events(self, node: NeuronNode) -> bool:
-        """Whether the node's spikes reach weights of the fused op as they are."""
+    def wants_events(self, node: Node) -> bool:
+        """Whether what the node makes reaches weights of the fused op as it is."""
         readers = self.readers.get((node, 0), set())
         return bool(readers) and all(
             reader in self.inside
+            or reader in self.convolved
+            or (self.reshapes(reader) and self.wants_events(reader))
             or (
                 isinstance(reader, NeuronNode)
                 and reader.neuron.input_weight is not None
@@ -130,6 +181,20 @@ class Plan:
                     todo += self.readers.get((reader, slot), ())
         return True
 
+    def ran(self, group: list[Node]) -> None:
+        """Let go of what only these nodes were still to read: the currents of convolutions are most of the memory."""
+        for node in group:
+            for source in self.sources[node]:
+                self.unread[source].discard(node)
+                if self.unread[source] or any(
+                    (source, slot) in self.waiting for slot in range(len(source.results))
+                ):
+                    continue
+                if not any(
+                    reader in self.inside or reads_again(reader) for reader in self.readers_of[source]
+                ):
+                    source.results[:] = [None] * len(source.results)
+
     def own(self, node: Node, slot: int, calls: list[int]) -> list[Tensor]:
         """Values of these calls in memory of their own."""
         if node in self.inside:
@@ -150,6 +215,15 @@ class Plan:
         out: Tensor = node.func(*filled(node.args, given), **kwargs)
         # what a function returns as it is may be in somebody's hands
         return out.view_as(out) if any(out is x for x in given) else out
+
+
+def reads_again(node: Node) -> bool:
+    """Whether it reads its arguments when all nodes have run: to write, or to make a view of what the user holds."""
+    return isinstance(node, StackNode | WriteNode) or (isinstance(node, FunctionNode) and node.view)
+
+
+def _filled(found: dict[FunctionNode, V | None]) -> dict[Node, V]:
+    return {node: x for node, x in found.items() if x is not None}
 
 
 def _components(sources: dict[Node, set[Node]]) -> Iterator[list[Node]]:

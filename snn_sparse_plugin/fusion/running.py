@@ -52,8 +52,14 @@ def _run_function(node: FunctionNode, plan: Plan) -> Series:
         return _inputs(node)
     if isinstance(node, StackNode):
         return Series(1, pieces=[_stack_of_steps(node, plan)])
+    convolved = _convolved(node, plan)
+    if convolved is not None:
+        return Series(n, dense=convolved)
     if n == 1:
         return Series(1, pieces=[plan.call(node, [piece(argument[0]) for argument in node.arguments], 0)])
+    train = train_of(node.arguments[0]) if plan.reshapes(node) else None
+    if train is not None:
+        return Series(n, train=train.view(*node.shape[1:]))
     constants = [constant_of(argument) for argument in node.arguments]
     if all(x is not None for x in constants):
         return Series(n, constant=plan.call(node, constants, 0))
@@ -62,6 +68,19 @@ def _run_function(node: FunctionNode, plan: Plan) -> Series:
     ]
     varying = [x is None for x in constants]
     return Series(n, dense=_over_time(node, tensors, varying, n))
+
+
+def _convolved(node: FunctionNode, plan: Plan) -> Tensor | None:
+    """Over all steps (n, ...) what a convolution of spikes makes, or the pool behind it; None for any other node."""
+    pool = plan.pooled.get(node)
+    of = node if pool is None else node.arguments[0].read()[0][0]
+    found = plan.convolved.get(of)
+    if found is None:
+        return None
+    flow, once = _flow(of.arguments[0])
+    with use_config(plan.config):
+        out = found.run(flow, pool, "Conv")
+    return out.expand(len(node), *out.shape[1:]) if once else out
 
 
 def _inputs(node: InputNode) -> Series:

@@ -18,8 +18,10 @@ from ...core.backend import (
     TtfsBackward,
     calls,
 )
+from ...core.convolution import Convolution
 from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
+from ...core.spikes import SpikeTrain
 from ...core.surrogates import CUSTOM, Surrogate
 
 
@@ -46,7 +48,7 @@ class CPUBackend(Backend):
         surrogate: Surrogate | None = None,
         recurrent: bool = False,
     ) -> tuple[bool, str]:
-        if op not in ("spiking_layer", "ttfs"):
+        if op not in ("spiking_layer", "convolution", "ttfs"):
             return False, f"has no op {op!r}"
         if device.type != "cpu":
             return False, f"runs on CPU tensors, not on {device.type}"
@@ -74,6 +76,36 @@ class CPUBackend(Backend):
 
         calls[self.name, "backward"] += 1
         return run_backward(call, saved, events, grads, needs)
+
+    def prefers_events(self, conv: Convolution, density: float, masked: bool) -> bool:
+        from .conv import prefers_events
+
+        return prefers_events(conv, density, masked)
+
+    def convolution(
+        self, conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        from .conv import forward
+
+        return forward(conv, train, weight, bias, keep_winners)
+
+    def convolution_backward(
+        self,
+        conv: Convolution,
+        train: SpikeTrain,
+        weight: Tensor,
+        nu: Tensor,
+        winners: Tensor | None,
+        *,
+        weight_grad: bool,
+        bias_grad: bool,
+        input: str,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        from .conv import backward
+
+        return backward(
+            conv, train, weight, nu, winners, weight_grad=weight_grad, bias_grad=bias_grad, input=input
+        )
 
     def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
         from .ttfs import forward

@@ -46,7 +46,7 @@ def gradients(
         inputs: dict[str, Any] = {**leaves, **inner}
         current = inputs["current"]
         if train is not None:
-            current = F.linear(_input(train, inner.get("carrier")), inputs["weight"], inputs["bias"])
+            current = F.linear(with_carrier(train, inner.get("carrier")), inputs["weight"], inputs["bias"])
         elif inputs["dense"] is not None:
             current = F.linear(inputs["dense"], inputs["weight"], inputs["bias"])
         current = current.expand(call.T, -1, -1)
@@ -71,7 +71,7 @@ def _places(active: Any, T: int) -> tuple[Tensor, ...]:
     return rows % max(T, 1), rows // max(T, 1), columns
 
 
-def _input(train: SpikeTrain, carrier: Tensor | None) -> Tensor:
+def with_carrier(train: SpikeTrain, carrier: Tensor | None) -> Tensor:
     """The spikes (T, B, M), a function of the carrier of their gradient, which is zero."""
     data = train._dense_data().flatten(2)
     if carrier is None:
