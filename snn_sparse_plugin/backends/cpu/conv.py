@@ -1,0 +1,179 @@
+"""Convolutions of spike events on a CPU, with a pool behind them.
+
+For each event and tap a row of output channels is added to a map that stays in cache, so the work follows the events.
+Weight gradients are exact; the input's is made at the active entries of the train alone, or by torch's product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.convolution import Convolution
+from ...core.spikes import SpikeTrain
+from .conv_kernels import convolve, convolve_backward, unpool_rows
+from .conv_tables import MAX_BYTE, Tables, rows_of_weight, tables, weight_of_rows
+from .layout import added, aligned, array_or_empty, numpy_type
+from .memory import array
+from .threads import parallel, split
+
+CHUNK_BYTES = 2**24
+"""What the maps of a chunk of rows take, where torch's product needs them."""
+
+Arrays = tuple[np.ndarray, ...]
+
+
+def forward(
+    conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-> current (T, B, out_features), and with ``keep_winners`` what :func:`backward` wants of a max-pool, else None.
+
+    The current is bit-equal to torch's wherever sums are exact.
+    """
+    T, B = train.shape[:2]
+    found, dtype = tables(conv), numpy_type(weight.dtype)
+    out = torch.empty(T, B, conv.out_features, dtype=weight.dtype)
+    is_max = conv.pool is not None and conv.pool.kind == "max"
+    winners = torch.empty(T, B, _pooled_size(found), dtype=_place(found)) if is_max and keep_winners else None
+    rows, biases = _weights(conv, weight), _biases(conv, found, bias, dtype)
+    events = _events(train, dtype)
+
+    def run(first: int, last: int) -> None:
+        convolve(
+            *((first, last, T, B), events, found.sizes, found.runs, found.windows, is_max, rows, biases),
+            *(array(out).reshape(T * B, -1), _rows(winners, found)),
+        )
+
+    if out.numel():
+        parallel([lambda r=r: run(*r) for r in split(T * B)])  # type: ignore[misc]
+    return out, winners
+
+
+def backward(
+    conv: Convolution,
+    train: SpikeTrain,
+    weight: Tensor,
+    nu: Tensor,
+    winners: Tensor | None,
+    *,
+    weight_grad: bool,
+    bias_grad: bool,
+    input: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of weight, bias and input from that of the current, ``nu`` (T, B, out_features).
+
+    ``input``: ``"none"``, ``"active"``, one number for each of ``train.active`` in its order, or ``"dense"``, (T, B, M).
+    Results depend on the number of threads, which add over ranges of rows, but not on timing.
+    """
+    T, B = train.shape[:2]
+    found, dtype = tables(conv), numpy_type(weight.dtype)
+    arriving, places = array(nu).reshape(T * B, conv.out_features), _rows(winners, found)
+    listed = train.active if input == "active" else None
+    g_active = None if listed is None else torch.empty(listed.indices.numel(), dtype=weight.dtype)
+    width, groups = found.sizes[3], found.sizes[5]
+    none = np.empty(0, np.int32)
+    active = (none, none) if listed is None else (array(listed.indptr), array(listed.indices))
+    rows = np.empty((1, 0), dtype) if listed is None else _weights(conv, weight)
+    events = _events(train, dtype)
+
+    def run(first: int, last: int) -> Arrays:
+        sums = _zeros(_weight_size(conv, found) if weight_grad else 0, dtype), _zeros(groups * width * bias_grad, dtype)
+        convolve_backward(
+            *((first, last, T, B), events, active, found.sizes, found.runs, found.windows),
+            *(rows, arriving, places, *sums, array_or_empty(g_active, dtype, 1)),
+        )
+        return sums
+
+    dense = _dense(conv, found, weight, arriving, places, (T, B)) if input == "dense" else None
+    if not (weight_grad or bias_grad or listed is not None):
+        return None, None, dense
+    parts = parallel([lambda r=r: run(*r) for r in split(T * B)])  # type: ignore[misc]
+    g_weight, g_bias = (added(group) for group in zip(*parts, strict=True))
+    return (
+        torch.from_numpy(weight_of_rows(conv, g_weight)) if weight_grad else None,
+        torch.from_numpy(_channels(g_bias, found).copy()) if bias_grad else None,
+        g_active if dense is None else dense,
+    )
+
+
+def _dense(
+    conv: Convolution, found: Tables, weight: Tensor, nu: np.ndarray, winners: np.ndarray, shape: tuple[int, int]
+) -> Tensor:
+    """The input's gradient everywhere, by torch's product, a few rows at a time."""
+    width, channels, groups, sites = found.sizes[3:7]
+    out = torch.empty(len(nu), conv.in_channels, *conv.size, dtype=weight.dtype)
+    each = max(1, CHUNK_BYTES // (max(1, sites * groups * width) * weight.itemsize))
+    maps = aligned(min(each, len(nu)) if conv.pool else 0, sites * groups * width, nu.dtype)
+    for first in range(0, len(nu), each):
+        last = min(first + each, len(nu))
+        g = torch.from_numpy(nu[first:last])
+        if conv.pool is not None:
+            _unpool(found, nu, winners, maps, first, last)
+            laid = torch.from_numpy(maps[: last - first]).view(-1, groups, sites, width)
+            g = laid[..., :channels].transpose(2, 3).reshape(last - first, -1)
+        out[first:last] = torch.ops.aten.convolution_backward(
+            *(g.view(-1, conv.out_channels, *conv.map_size), g.new_empty(1).expand(last - first, *out.shape[1:])),
+            *(weight, None, conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.size), conv.groups),
+            [True, False, False],
+        )[0]
+    return out.view(*shape, conv.in_features)
+
+
+def _unpool(found: Tables, nu: np.ndarray, winners: np.ndarray, maps: np.ndarray, first: int, last: int) -> None:
+    def run(begin: int, end: int) -> None:
+        some = first + begin, first + end
+        unpool_rows(*some, found.sizes, found.windows, nu, winners, maps[begin:end])
+
+    parallel([lambda r=r: run(*r) for r in split(last - first)])  # type: ignore[misc]
+
+
+# --- what kernels are given ---
+
+
+def _events(train: SpikeTrain, dtype: np.dtype) -> Arrays:
+    values = array_or_empty(train.values, dtype, 1).astype(dtype, copy=False)
+    return array(train.indptr), array(train.indices), values
+
+
+def _pooled_size(found: Tables) -> int:
+    return found.sizes[5] * found.sizes[7] * found.sizes[3]
+
+
+def _place(found: Tables) -> torch.dtype:
+    """What counts the places of a window."""
+    first = found.windows.first
+    return torch.uint8 if int(np.diff(first).max(initial=0)) <= MAX_BYTE else torch.int32
+
+
+def _rows(winners: Tensor | None, found: Tables) -> np.ndarray:
+    return np.empty((0, 0), np.uint8) if winners is None else array(winners).reshape(-1, _pooled_size(found))
+
+
+def _weight_size(conv: Convolution, found: Tables) -> int:
+    return conv.in_channels * found.sizes[2]
+
+
+def _weights(conv: Convolution, weight: Tensor) -> np.ndarray:
+    return rows_of_weight(conv, weight, aligned(1, _weight_size(conv, tables(conv)), numpy_type(weight.dtype)))
+
+
+def _biases(conv: Convolution, found: Tables, bias: Tensor | None, dtype: np.dtype) -> np.ndarray:
+    width, channels, groups = found.sizes[3:6]
+    rows = _zeros(groups * width, dtype)
+    if bias is not None:
+        rows.reshape(groups, width)[:, :channels] = array(bias).reshape(groups, channels)
+    return rows
+
+
+def _channels(row: np.ndarray, found: Tables) -> np.ndarray:
+    width, channels, groups = found.sizes[3:6]
+    return row.reshape(groups, width)[:, :channels].reshape(-1)
+
+
+def _zeros(n: int, dtype: np.dtype) -> np.ndarray:
+    out = aligned(1, n, dtype)
+    out.fill(0)
+    return out

@@ -1,0 +1,318 @@
+"""Convolutions of events, one sample and step after the other: its map stays in cache until what leaves is written.
+
+Arrays of numbers have one row, (1, size): places in them are counted by the tables of ``conv_tables.py``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .bits import LANES
+from .conv_flip import flip
+from .jit import kernel
+from .lanes import add, fma, load, splat, store, totals, zeros
+
+
+@kernel(forceinline=True)
+def add_run(out, to, x, at, length):  # type: ignore[no-untyped-def]
+    """``out[to : to + length] += x[at : at + length]``"""
+    zero, lanes = np.uint64(0), np.uint64(LANES)
+    to, at = np.uint64(to), np.uint64(at)
+    end = at + np.uint64(length)
+    while at + np.uint64(4) * lanes <= end:
+        for _ in range(4):
+            store(out, zero, to, add(load(out, zero, to), load(x, zero, at)))
+            to += lanes
+            at += lanes
+    while at + lanes <= end:
+        store(out, zero, to, add(load(out, zero, to), load(x, zero, at)))
+        to += lanes
+        at += lanes
+    while at < end:
+        out[zero, to] += x[zero, at]
+        to += np.uint64(1)
+        at += np.uint64(1)
+
+
+@kernel(forceinline=True)
+def add_scaled_run(out, to, x, at, length, value):  # type: ignore[no-untyped-def]
+    """``out[to : to + length] += value * x[at : at + length]``"""
+    zero, lanes = np.uint64(0), np.uint64(LANES)
+    to, at = np.uint64(to), np.uint64(at)
+    end, factor = at + np.uint64(length), splat(value)
+    while at + lanes <= end:
+        store(out, zero, to, fma(load(x, zero, at), factor, load(out, zero, to)))
+        to += lanes
+        at += lanes
+    while at < end:
+        out[zero, to] += value * x[zero, at]
+        to += np.uint64(1)
+        at += np.uint64(1)
+
+
+@kernel(part=True)
+def spread_events(indices, values, first, last, sizes, runs, weight, maps):  # type: ignore[no-untyped-def]
+    """Add the weights of a row's events to its map."""
+    positions, inner, stride, width, _, _, sites, _ = sizes
+    run_first, run_weight, run_site, run_length = runs
+    for e in range(first, last):
+        index = np.uint32(indices[e])
+        channel = index // np.uint32(positions)
+        position = index - channel * np.uint32(positions)
+        at = np.int64(channel) * stride
+        to = np.int64(channel // np.uint32(inner)) * (sites * width)
+        for r in range(run_first[position], run_first[position + np.uint32(1)]):
+            k = np.uint64(r)
+            if values.shape[0] > 0:
+                add_scaled_run(maps, to + run_site[k], weight, at + run_weight[k], run_length[k], values[e])
+            else:
+                add_run(maps, to + run_site[k], weight, at + run_weight[k], run_length[k])
+
+
+@kernel(part=True)
+def gather_events(indices, values, first, last, sizes, runs, g_weight, maps):  # type: ignore[no-untyped-def]
+    """Add a row's map to the weights' gradient where its events were."""
+    positions, inner, stride, width, _, _, sites, _ = sizes
+    run_first, run_weight, run_site, run_length = runs
+    for e in range(first, last):
+        index = np.uint32(indices[e])
+        channel = index // np.uint32(positions)
+        position = index - channel * np.uint32(positions)
+        to = np.int64(channel) * stride
+        at = np.int64(channel // np.uint32(inner)) * (sites * width)
+        for r in range(run_first[position], run_first[position + np.uint32(1)]):
+            k = np.uint64(r)
+            if values.shape[0] > 0:
+                add_scaled_run(g_weight, to + run_weight[k], maps, at + run_site[k], run_length[k], values[e])
+            else:
+                add_run(g_weight, to + run_weight[k], maps, at + run_site[k], run_length[k])
+
+
+@kernel(part=True)
+def gradients_at(indices, first, last, sizes, runs, weight, maps, out):  # type: ignore[no-untyped-def]
+    """The gradient of the input at each of a row's entries."""
+    positions, inner, stride, width, _, _, sites, _ = sizes
+    run_first, run_weight, run_site, run_length = runs
+    zero, lanes = np.uint64(0), np.uint64(LANES)
+    for e in range(first, last):
+        index = np.uint32(indices[e])
+        channel = index // np.uint32(positions)
+        position = index - channel * np.uint32(positions)
+        w = np.int64(channel) * stride
+        m = np.int64(channel // np.uint32(inner)) * (sites * width)
+        a, b, rest = zeros(maps), zeros(maps), maps.dtype.type(0)
+        for r in range(run_first[position], run_first[position + np.uint32(1)]):
+            k = np.uint64(r)
+            at, to = np.uint64(w + run_weight[k]), np.uint64(m + run_site[k])
+            end = at + np.uint64(run_length[k])
+            while at + lanes + lanes <= end:
+                a = fma(load(weight, zero, at), load(maps, zero, to), a)
+                b = fma(load(weight, zero, at + lanes), load(maps, zero, to + lanes), b)
+                at += lanes + lanes
+                to += lanes + lanes
+            if at + lanes <= end:
+                a = fma(load(weight, zero, at), load(maps, zero, to), a)
+                at += lanes
+                to += lanes
+            while at < end:
+                rest += weight[zero, at] * maps[zero, to]
+                at += np.uint64(1)
+                to += np.uint64(1)
+        p, q, _, _ = totals(a, b, a, b)
+        out[e] = p + q + rest
+
+
+@kernel(part=True)
+def fill(maps, bias, sizes):  # type: ignore[no-untyped-def]
+    """The bias (1, groups · width) at every site."""
+    width, groups, sites = sizes[3], sizes[5], sizes[6]
+    zero, lanes, place = np.uint64(0), np.uint64(LANES), np.uint64(0)
+    for g in range(groups):
+        begin = np.uint64(g * width)
+        end = begin + np.uint64(width)
+        if width % LANES == 0:
+            for _ in range(sites):
+                for j in range(begin, end, lanes):
+                    store(maps, zero, place, load(bias, zero, j))
+                    place += lanes
+        else:
+            for _ in range(sites):
+                for j in range(begin, end):
+                    maps[zero, place] = bias[zero, j]
+                    place += np.uint64(1)
+
+
+@kernel(part=True)
+def maximum(maps, sizes, windows, out, winners, row):  # type: ignore[no-untyped-def]
+    """The largest of each window as torch finds it: the first of equal ones, and the last NaN.
+
+    ``winners[row]``, unless it is empty: which of the window's places it was.
+    """
+    width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
+    first, site, _ = windows
+    keep = winners.shape[1] > 0
+    best, which = np.empty(width, maps.dtype), np.zeros(width, np.int32)
+    for g in range(groups):
+        base = g * sites * width
+        for o in range(left):
+            begin, end = first[o], first[o + 1]
+            place = (g * left + o) * width
+            if begin == end:
+                out[0, place : place + width] = -np.inf
+                continue
+            at = np.uint64(base + site[begin])
+            for j in range(width):
+                best[j] = maps[np.uint64(0), at + np.uint64(j)]
+            which[:] = 0
+            for k in range(begin + 1, end):
+                at = np.uint64(base + site[k])
+                turn = np.int32(k - begin)
+                for j in range(width):
+                    x = maps[np.uint64(0), at + np.uint64(j)]
+                    larger = (x > best[j]) | (x != x)
+                    best[j] = x if larger else best[j]
+                    which[j] = turn if larger else which[j]
+            for j in range(width):
+                out[np.uint64(0), np.uint64(place + j)] = best[j]
+            if keep:
+                for j in range(width):
+                    winners[np.uint64(row), np.uint64(place + j)] = which[j]
+
+
+@kernel(part=True)
+def average(maps, sizes, windows, out):  # type: ignore[no-untyped-def]
+    width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
+    first, site, divisor = windows
+    for g in range(groups):
+        base = g * sites * width
+        for o in range(left):
+            place = (g * left + o) * width
+            total = out[0, place : place + width]
+            total[:] = 0
+            if first[o] == first[o + 1]:
+                continue
+            for k in range(first[o], first[o + 1]):
+                at = np.uint64(base + site[k])
+                for j in range(width):
+                    total[j] += maps[np.uint64(0), at + np.uint64(j)]
+            by = maps.dtype.type(divisor[o])
+            for j in range(width):
+                total[j] /= by
+
+
+@kernel(part=True)
+def unpool(pooled, sizes, windows, winners, row, maps):  # type: ignore[no-untyped-def]
+    """The gradient of the map from that of what the pool left; of a maximum where ``winners`` is not empty."""
+    width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
+    first, site, divisor = windows
+    maps[:] = 0
+    for g in range(groups):
+        base = g * sites * width
+        for o in range(left):
+            begin, end = first[o], first[o + 1]
+            place = np.uint64((g * left + o) * width)
+            if winners.shape[1] > 0:
+                for k in range(begin, end):
+                    at = np.uint64(base + site[k])
+                    for j in range(np.uint64(width)):
+                        x = pooled[np.uint64(0), place + j]
+                        mine = winners[np.uint64(row), place + j] == k - begin
+                        maps[np.uint64(0), at + j] += x if mine else maps.dtype.type(0)
+            else:
+                by = maps.dtype.type(divisor[o])
+                for k in range(begin, end):
+                    at = np.uint64(base + site[k])
+                    for j in range(np.uint64(width)):
+                        maps[np.uint64(0), at + j] += pooled[np.uint64(0), place + j] / by
+
+
+@kernel(part=True)
+def add_pooled(g_bias, pooled, sizes, windows, has_windows, is_max):  # type: ignore[no-untyped-def]
+    """The gradient of the bias (1, groups · width)."""
+    width, groups, left = sizes[3], sizes[5], sizes[7]
+    first, _, divisor = windows
+    for g in range(groups):
+        begin = np.uint64(g * width)
+        for o in range(left):
+            share = pooled.dtype.type(1)
+            if has_windows:
+                count = first[o + 1] - first[o]
+                share = pooled.dtype.type(min(count, 1) if is_max else count / divisor[o])
+            place = np.uint64((g * left + o) * width)
+            for j in range(np.uint64(width)):
+                g_bias[np.uint64(0), begin + j] += pooled[np.uint64(0), place + j] * share
+
+
+@kernel()
+def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, winners):  # type: ignore[no-untyped-def]
+    """Rows b * T + t from first to last; ``out`` and ``winners`` have a row for each t * B + b."""
+    first_row, last_row, T, B = samples
+    indptr, indices, values = events
+    _, _, _, width, channels, groups, sites, left = sizes
+    maps = np.empty((1, groups * sites * width), weight.dtype)
+    has_windows = windows[0].shape[0] > 0
+    pooled = np.empty((1, groups * left * width), weight.dtype) if has_windows else maps
+    result = out.reshape((1, out.size))
+    for r in range(first_row, last_row):
+        row = r % T * B + r // T
+        fill(maps, bias, sizes)
+        spread_events(indices, values, indptr[r], indptr[r + 1], sizes, runs, weight, maps)
+        if has_windows:
+            if is_max:
+                maximum(maps, sizes, windows, pooled, winners, row)
+            else:
+                average(maps, sizes, windows, pooled)
+        for g in range(groups):
+            to = row * out.shape[1] + g * channels * left
+            flip(pooled, g * left * width, left, width, channels, result, to, left)
+
+
+@kernel(part=True)
+def unfold(nu, row, sizes, pooled):  # type: ignore[no-untyped-def]
+    """A row of ``nu`` with its channels last."""
+    _, _, _, width, channels, groups, _, left = sizes
+    flat = nu.reshape((1, nu.size))
+    for g in range(groups):
+        at = row * nu.shape[1] + g * channels * left
+        flip(flat, at, channels, left, left, pooled, g * left * width, width)
+
+
+@kernel()
+def convolve_backward(  # type: ignore[no-untyped-def]
+    samples, events, active, sizes, runs, windows, weight, nu, winners, g_weight, g_bias, g_active
+):
+    """Rows b * T + t from first to last of the gradients; those that are not wanted are empty."""
+    first_row, last_row, T, B = samples
+    indptr, indices, values = events
+    act_ptr, act_idx = active
+    width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
+    maps = np.zeros((1, groups * sites * width), nu.dtype)
+    has_windows = windows[0].shape[0] > 0
+    pooled = np.zeros((1, groups * left * width), nu.dtype) if has_windows else maps
+    for r in range(first_row, last_row):
+        wanted = g_bias.shape[1] > 0
+        wanted |= g_weight.shape[1] > 0 and indptr[r] < indptr[r + 1]
+        wanted |= g_active.shape[0] > 0 and act_ptr[r] < act_ptr[r + 1]
+        if not wanted:
+            continue
+        row = r % T * B + r // T
+        unfold(nu, row, sizes, pooled)
+        if g_bias.shape[1] > 0:
+            add_pooled(g_bias, pooled, sizes, windows, has_windows, winners.shape[1] > 0)
+        if has_windows:
+            unpool(pooled, sizes, windows, winners, row, maps)
+        if g_weight.shape[1] > 0:
+            gather_events(indices, values, indptr[r], indptr[r + 1], sizes, runs, g_weight, maps)
+        if g_active.shape[0] > 0:
+            gradients_at(act_idx, act_ptr[r], act_ptr[r + 1], sizes, runs, weight, maps, g_active)
+
+
+@kernel()
+def unpool_rows(first, last, sizes, windows, nu, winners, out):  # type: ignore[no-untyped-def]
+    """Rows of ``nu`` as maps with channels last."""
+    width, groups, left = sizes[3], sizes[5], sizes[7]
+    pooled = np.zeros((1, groups * left * width), nu.dtype)
+    for row in range(first, last):
+        unfold(nu, row, sizes, pooled)
+        k = row - first
+        unpool(pooled, sizes, windows, winners, row, out[k : k + 1])
