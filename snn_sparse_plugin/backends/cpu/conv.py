@@ -18,6 +18,7 @@ from .conv_kernels import convolve, convolve_backward, unpool_rows
 from .conv_tables import MAX_BYTE, Tables, rows_of_weight, tables, weight_of_rows
 from .layout import added, aligned, array_or_empty, numpy_type
 from .memory import array
+from .pages import advise_huge_pages
 from .threads import parallel, split
 
 CHUNK_BYTES = 2**24
@@ -36,6 +37,7 @@ def forward(
     T, B = train.shape[:2]
     found, dtype = tables(conv), numpy_type(weight.dtype)
     out = torch.empty(T, B, conv.out_features, dtype=weight.dtype)
+    advise_huge_pages(out)
     is_max = conv.pool is not None and conv.pool.kind == "max"
     winners = torch.empty(T, B, _pooled_size(found), dtype=_place(found)) if is_max and keep_winners else None
     rows, biases = _weights(conv, weight), _biases(conv, found, bias, dtype)

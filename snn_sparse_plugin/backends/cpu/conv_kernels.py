@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .bits import LANES
-from .conv_flip import flip
+from .conv_lanes import flip, if_larger, store_places, where_placed
 from .jit import kernel
 from .lanes import add, fma, load, splat, store, totals, zeros
 
@@ -150,54 +150,55 @@ def maximum(maps, sizes, windows, out, winners, row):  # type: ignore[no-untyped
     """
     width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
     first, site, _ = windows
-    keep = winners.shape[1] > 0
-    best, which = np.empty(width, maps.dtype), np.zeros(width, np.int32)
+    keep, zero, lanes = winners.shape[1] > 0, np.uint64(0), np.uint64(LANES)
+    row = np.uint64(row)
     for g in range(groups):
         base = g * sites * width
         for o in range(left):
             begin, end = first[o], first[o + 1]
-            place = (g * left + o) * width
+            to = np.uint64((g * left + o) * width)
             if begin == end:
-                out[0, place : place + width] = -np.inf
+                for j in range(np.uint64(width)):
+                    out[zero, to + j] = -np.inf
                 continue
-            at = np.uint64(base + site[begin])
-            for j in range(width):
-                best[j] = maps[np.uint64(0), at + np.uint64(j)]
-            which[:] = 0
-            for k in range(begin + 1, end):
-                at = np.uint64(base + site[k])
-                turn = np.int32(k - begin)
-                for j in range(width):
-                    x = maps[np.uint64(0), at + np.uint64(j)]
-                    larger = (x > best[j]) | (x != x)
-                    best[j] = x if larger else best[j]
-                    which[j] = turn if larger else which[j]
-            for j in range(width):
-                out[np.uint64(0), np.uint64(place + j)] = best[j]
-            if keep:
-                for j in range(width):
-                    winners[np.uint64(row), np.uint64(place + j)] = which[j]
+            j = zero
+            while j + lanes <= np.uint64(width):
+                best, which = load(maps, zero, np.uint64(base + site[begin]) + j), splat(np.int32(0))
+                for k in range(begin + 1, end):
+                    x = load(maps, zero, np.uint64(base + site[k]) + j)
+                    which = if_larger(x, best, splat(np.int32(k - begin)), which)
+                    best = if_larger(x, best, x, best)
+                store(out, zero, to + j, best)
+                if keep:
+                    store_places(winners, row, to + j, which)
+                j += lanes
+            while j < np.uint64(width):
+                top, turn = maps[zero, np.uint64(base + site[begin]) + j], begin
+                for k in range(begin + 1, end):
+                    one = maps[zero, np.uint64(base + site[k]) + j]
+                    if one > top or one != one:
+                        top, turn = one, k
+                out[zero, to + j] = top
+                if keep:
+                    winners[row, to + j] = turn - begin
+                j += np.uint64(1)
 
 
 @kernel(part=True)
 def average(maps, sizes, windows, out):  # type: ignore[no-untyped-def]
+    """The mean of each window; of an empty one 0."""
     width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
     first, site, divisor = windows
+    zero = np.uint64(0)
     for g in range(groups):
         base = g * sites * width
         for o in range(left):
-            place = (g * left + o) * width
-            total = out[0, place : place + width]
-            total[:] = 0
-            if first[o] == first[o + 1]:
-                continue
-            for k in range(first[o], first[o + 1]):
-                at = np.uint64(base + site[k])
-                for j in range(width):
-                    total[j] += maps[np.uint64(0), at + np.uint64(j)]
-            by = maps.dtype.type(divisor[o])
-            for j in range(width):
-                total[j] /= by
+            to, by = np.uint64((g * left + o) * width), maps.dtype.type(divisor[o])
+            for j in range(np.uint64(width)):
+                total = maps.dtype.type(0)
+                for k in range(first[o], first[o + 1]):
+                    total += maps[zero, np.uint64(base + site[k]) + j]
+                out[zero, to + j] = total / by if first[o] < first[o + 1] else total
 
 
 @kernel(part=True)
@@ -205,25 +206,26 @@ def unpool(pooled, sizes, windows, winners, row, maps):  # type: ignore[no-untyp
     """The gradient of the map from that of what the pool left; of a maximum where ``winners`` is not empty."""
     width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
     first, site, divisor = windows
-    maps[:] = 0
+    is_max, zero, lanes = winners.shape[1] > 0, np.uint64(0), np.uint64(LANES)
+    row = np.uint64(row)
+    for j in range(np.uint64(groups * sites * width)):
+        maps[zero, j] = 0
     for g in range(groups):
         base = g * sites * width
         for o in range(left):
-            begin, end = first[o], first[o + 1]
-            place = np.uint64((g * left + o) * width)
-            if winners.shape[1] > 0:
-                for k in range(begin, end):
-                    at = np.uint64(base + site[k])
-                    for j in range(np.uint64(width)):
-                        x = pooled[np.uint64(0), place + j]
-                        mine = winners[np.uint64(row), place + j] == k - begin
-                        maps[np.uint64(0), at + j] += x if mine else maps.dtype.type(0)
-            else:
-                by = maps.dtype.type(divisor[o])
-                for k in range(begin, end):
-                    at = np.uint64(base + site[k])
-                    for j in range(np.uint64(width)):
-                        maps[np.uint64(0), at + j] += pooled[np.uint64(0), place + j] / by
+            begin, at = first[o], np.uint64((g * left + o) * width)
+            by = maps.dtype.type(1 if is_max else divisor[o])
+            for k in range(begin, first[o + 1]):
+                to, turn, j = np.uint64(base + site[k]), np.int32(k - begin), zero
+                if is_max:
+                    while j + lanes <= np.uint64(width):
+                        mine = where_placed(winners, row, at + j, turn, load(pooled, zero, at + j))
+                        store(maps, zero, to + j, add(load(maps, zero, to + j), mine))
+                        j += lanes
+                while j < np.uint64(width):
+                    if not is_max or winners[row, at + j] == turn:
+                        maps[zero, to + j] += pooled[zero, at + j] / by
+                    j += np.uint64(1)
 
 
 @kernel(part=True)
