@@ -14,32 +14,16 @@ from .lanes import add, fma, load, splat, store, totals, zeros
 
 
 @kernel(forceinline=True)
-def add_run(out, to, x, at, length):  # type: ignore[no-untyped-def]
-    """``out[to : to + length] += x[at : at + length]``"""
-    zero, lanes = np.uint64(0), np.uint64(LANES)
-    to, at = np.uint64(to), np.uint64(at)
-    end = at + np.uint64(length)
-    while at + np.uint64(4) * lanes <= end:
-        for _ in range(4):
-            store(out, zero, to, add(load(out, zero, to), load(x, zero, at)))
-            to += lanes
-            at += lanes
-    while at + lanes <= end:
-        store(out, zero, to, add(load(out, zero, to), load(x, zero, at)))
-        to += lanes
-        at += lanes
-    while at < end:
-        out[zero, to] += x[zero, at]
-        to += np.uint64(1)
-        at += np.uint64(1)
-
-
-@kernel(forceinline=True)
-def add_scaled_run(out, to, x, at, length, value):  # type: ignore[no-untyped-def]
+def add_run(out, to, x, at, length, value):  # type: ignore[no-untyped-def]
     """``out[to : to + length] += value * x[at : at + length]``"""
     zero, lanes = np.uint64(0), np.uint64(LANES)
     to, at = np.uint64(to), np.uint64(at)
     end, factor = at + np.uint64(length), splat(value)
+    while at + np.uint64(4) * lanes <= end:
+        for _ in range(4):
+            store(out, zero, to, fma(load(x, zero, at), factor, load(out, zero, to)))
+            to += lanes
+            at += lanes
     while at + lanes <= end:
         store(out, zero, to, fma(load(x, zero, at), factor, load(out, zero, to)))
         to += lanes
@@ -51,41 +35,25 @@ def add_scaled_run(out, to, x, at, length, value):  # type: ignore[no-untyped-de
 
 
 @kernel(part=True)
-def spread_events(indices, values, first, last, sizes, runs, weight, maps):  # type: ignore[no-untyped-def]
-    """Add the weights of a row's events to its map."""
-    positions, inner, stride, width, _, _, sites, _ = sizes
-    run_first, run_weight, run_site, run_length = runs
+def add_events(indices, values, first, last, sizes, first_run, length, x, x_places, out, out_places):  # type: ignore[no-untyped-def]
+    """For each event and tap add a row of x to one of out: of the weights to the map, or of the map to the weights'
+    gradient. Places of either: numbers of a channel, numbers of a group, and where each run begins.
+    """
+    positions, inner = np.uint32(sizes[0]), np.uint32(sizes[1])
+    x_channel, x_group, x_run = x_places
+    out_channel, out_group, out_run = out_places
+    value = out.dtype.type(1)  # a product with 1 is as fast as none
     for e in range(first, last):
         index = np.uint32(indices[e])
-        channel = index // np.uint32(positions)
-        position = index - channel * np.uint32(positions)
-        at = np.int64(channel) * stride
-        to = np.int64(channel // np.uint32(inner)) * (sites * width)
-        for r in range(run_first[position], run_first[position + np.uint32(1)]):
+        channel = index // positions
+        position, group = index - channel * positions, channel // inner
+        if values.shape[0] > 0:
+            value = values[e]
+        at = np.int64(channel) * x_channel + np.int64(group) * x_group
+        to = np.int64(channel) * out_channel + np.int64(group) * out_group
+        for r in range(first_run[position], first_run[position + np.uint32(1)]):
             k = np.uint64(r)
-            if values.shape[0] > 0:
-                add_scaled_run(maps, to + run_site[k], weight, at + run_weight[k], run_length[k], values[e])
-            else:
-                add_run(maps, to + run_site[k], weight, at + run_weight[k], run_length[k])
-
-
-@kernel(part=True)
-def gather_events(indices, values, first, last, sizes, runs, g_weight, maps):  # type: ignore[no-untyped-def]
-    """Add a row's map to the weights' gradient where its events were."""
-    positions, inner, stride, width, _, _, sites, _ = sizes
-    run_first, run_weight, run_site, run_length = runs
-    for e in range(first, last):
-        index = np.uint32(indices[e])
-        channel = index // np.uint32(positions)
-        position = index - channel * np.uint32(positions)
-        to = np.int64(channel) * stride
-        at = np.int64(channel // np.uint32(inner)) * (sites * width)
-        for r in range(run_first[position], run_first[position + np.uint32(1)]):
-            k = np.uint64(r)
-            if values.shape[0] > 0:
-                add_scaled_run(g_weight, to + run_weight[k], maps, at + run_site[k], run_length[k], values[e])
-            else:
-                add_run(g_weight, to + run_weight[k], maps, at + run_site[k], run_length[k])
+            add_run(out, to + out_run[k], x, at + x_run[k], length[k], value)
 
 
 @kernel(part=True)
@@ -250,7 +218,9 @@ def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, w
     """Rows b * T + t from first to last; ``out`` and ``winners`` have a row for each t * B + b."""
     first_row, last_row, T, B = samples
     indptr, indices, values = events
-    _, _, _, width, channels, groups, sites, left = sizes
+    _, _, stride, width, channels, groups, sites, left = sizes
+    first_run, run_weight, run_site, length = runs
+    in_weight, in_map = (stride, 0, run_weight), (0, sites * width, run_site)
     maps = np.empty((1, groups * sites * width), weight.dtype)
     has_windows = windows[0].shape[0] > 0
     pooled = np.empty((1, groups * left * width), weight.dtype) if has_windows else maps
@@ -258,7 +228,8 @@ def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, w
     for r in range(first_row, last_row):
         row = r % T * B + r // T
         fill(maps, bias, sizes)
-        spread_events(indices, values, indptr[r], indptr[r + 1], sizes, runs, weight, maps)
+        some = indices, values, indptr[r], indptr[r + 1]
+        add_events(*some, sizes, first_run, length, weight, in_weight, maps, in_map)
         if has_windows:
             if is_max:
                 maximum(maps, sizes, windows, pooled, winners, row)
@@ -287,7 +258,9 @@ def convolve_backward(  # type: ignore[no-untyped-def]
     first_row, last_row, T, B = samples
     indptr, indices, values = events
     act_ptr, act_idx = active
-    width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
+    _, _, stride, width, _, groups, sites, left = sizes
+    first_run, run_weight, run_site, length = runs
+    in_weight, in_map = (stride, 0, run_weight), (0, sites * width, run_site)
     maps = np.zeros((1, groups * sites * width), nu.dtype)
     has_windows = windows[0].shape[0] > 0
     pooled = np.zeros((1, groups * left * width), nu.dtype) if has_windows else maps
@@ -304,7 +277,8 @@ def convolve_backward(  # type: ignore[no-untyped-def]
         if has_windows:
             unpool(pooled, sizes, windows, winners, row, maps)
         if g_weight.shape[1] > 0:
-            gather_events(indices, values, indptr[r], indptr[r + 1], sizes, runs, g_weight, maps)
+            some = indices, values, indptr[r], indptr[r + 1]
+            add_events(*some, sizes, first_run, length, maps, in_map, g_weight, in_weight)
         if g_active.shape[0] > 0:
             gradients_at(act_idx, act_ptr[r], act_ptr[r + 1], sizes, runs, weight, maps, g_active)
 

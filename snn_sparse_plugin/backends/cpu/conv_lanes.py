@@ -81,7 +81,9 @@ def if_larger(typingctx: Any, x: Any, best: Any, a: Any, b: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         larger = builder.fcmp_ordered(">", args[0], args[1])
-        return builder.select(builder.or_(larger, builder.fcmp_unordered("uno", args[0], args[0])), args[2], args[3])
+        return builder.select(
+            builder.or_(larger, builder.fcmp_unordered("uno", args[0], args[0])), args[2], args[3]
+        )
 
     return a(x, x, a, a), codegen
 
