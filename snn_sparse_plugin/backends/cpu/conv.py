@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.convolution import Convolution
 from ...core.spikes import SpikeTrain
+from .conv_input import input_grad, is_sparse
 from .conv_kernels import convolve, convolve_backward, unpool_rows
 from .conv_tables import MAX_BYTE, Tables, rows_of_weight, tables, weight_of_rows
 from .layout import added, aligned, array_or_empty, numpy_type
@@ -94,7 +95,11 @@ def backward(
         )
         return sums
 
-    dense = _dense(conv, found, weight, arriving, places, (T, B)) if input == "dense" else None
+    dense = None
+    if input == "dense" and is_sparse(conv):
+        dense = input_grad(conv, found, weight, arriving, places).view(T, B, -1)
+    elif input == "dense":
+        dense = _dense(conv, found, weight, arriving, places, (T, B))
     if not (weight_grad or bias_grad or listed is not None):
         return None, None, dense
     parts = parallel([lambda r=r: run(*r) for r in split(T * B)])  # type: ignore[misc]
