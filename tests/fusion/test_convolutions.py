@@ -123,7 +123,9 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         two(lambda x: x),
     ),
     "uneven_zeros": (
-        lambda: layers(nn.Conv2d(2, 4, 2, padding="same"), nn.Conv2d(4, 3, 3, padding_mode="circular", padding=1), 300),
+        lambda: layers(
+            nn.Conv2d(2, 4, 2, padding="same"), nn.Conv2d(4, 3, 3, padding_mode="circular", padding=1), 300
+        ),
         two(lambda x: x),
     ),
     "residual": (
