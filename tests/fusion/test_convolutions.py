@@ -41,7 +41,7 @@ def two(pool: Callable[[Any], Any], between: Callable[[Any], Any] = lambda x: x,
         for step in x:
             s1, m1 = net.l1(pool(net.c1(step)), m1)
             s2, m2 = net.l2(net.c2(between(s1)), m2)
-            s3, m3 = net.l3(net.fc(s2.flatten(1)), m3)
+            _, m3 = net.l3(net.fc(s2.flatten(1)), m3)
             spikes.append(s2)
             mems.append(m3)
         return [torch.stack(mems), torch.stack(spikes)]
