@@ -50,7 +50,7 @@ def measured(rounds: int, threads: int, small: bool, processor: bool) -> list[di
                 slope=slope,
             )
             rows += run_network(options, Console(), (steps,), config)
-    cpu = next(device["about"] for device in diagnose()["devices"] if device["name"] == "cpu")
+    cpu = next(device["name"] for device in diagnose()["devices"] if device["device"] == "cpu")
     clock = "processor time" if processor else "wall time"
     return [{**row, "clock": clock, "processor": cpu} for row in rows]
 
@@ -77,7 +77,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     row = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
-    lines += ["", f"{row['clock'].capitalize()}, {threads} of {row['processor']}, {row['dtype']}; {versions}."]
+    lines += [
+        "",
+        f"{row['clock'].capitalize()}, {threads} of {row['processor']}, {row['dtype']}; {versions}.",
+    ]
     return "\n".join(lines)
 
 
@@ -88,12 +91,16 @@ def with_table(page: str, rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="tiny sizes and no file, to see that it runs")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine, with --threads 1")
-    parser.add_argument("--table", action="store_true", help="only write the table of the rows that are there")
+    parser.add_argument(
+        "--table", action="store_true", help="only write the table of the rows that are there"
+    )
     args = parser.parse_args()
     run = partial(measured, threads=args.threads, processor=args.processor_time)
     if args.small:
