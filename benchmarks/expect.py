@@ -77,9 +77,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     row = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    shared = ", shared with other work" if row["clock"] == "processor time" else ""
     lines += [
         "",
-        f"{row['clock'].capitalize()}, {threads} of {row['processor']}, {row['dtype']}; {versions}.",
+        f"{row['clock'].capitalize()}, {threads} of {row['processor']}{shared}, {row['dtype']}; {versions}.",
     ]
     return "\n".join(lines)
 
