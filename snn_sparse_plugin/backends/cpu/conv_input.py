@@ -1,8 +1,8 @@
 """The gradient of a convolution's input behind a max-pool: as in the forward, a row for each number that is not zero.
 
-A maximum passes its gradient to one place of the map, so three in four of a map's numbers are zero behind a pool of 2 x 2,
-and more where neurons are not active. What a product over the whole map would do with zeros is left out: each number adds
-a run of input channels for each line of the kernel.
+A maximum passes its gradient to one place of the map, so three in four of a map's numbers are zero behind a pool of
+2 x 2, and more where neurons are not active. What a product over the whole map would do with zeros is left out: each
+number adds a run of input channels for each line of the kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .lanes import fma, load, splat, store
 from .layout import aligned
 from .memory import array
 from .threads import parallel, split
-
 
 SPARSE_FROM = 4
 """Places of a window from which this is faster than torch's product over the whole map. Measured on two cores of an AMD
