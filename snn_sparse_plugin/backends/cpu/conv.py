@@ -111,7 +111,7 @@ def backward(
 
     dense = None
     if input == "dense" and is_sparse(conv):
-        dense = input_grad(conv, found, weight, arriving, places).view(T, B, -1)
+        dense = input_grad(conv, found, weight, arriving.reshape(T * B, -1), places).view(T, B, -1)
     elif input == "dense":
         dense = _dense(conv, found, weight, arriving, places, (T, B))
     if not (weight_grad or bias_grad or listed is not None):
@@ -146,23 +146,13 @@ def _dense(
             _unpool(found, nu, winners, maps, first, last)
             laid = torch.from_numpy(maps[: last - first]).view(-1, groups, sites, width)
             g = laid[..., :channels].transpose(2, 3).reshape(last - first, -1)
-        out[first:last] = torch.ops.aten.convolution_backward(
-            *(
-                g.view(-1, conv.out_channels, *conv.map_size),
-                g.new_empty(1).expand(last - first, *out.shape[1:]),
-            ),
-            *(
-                weight,
-                None,
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                False,
-                [0] * len(conv.size),
-                conv.groups,
-            ),
-            [True, False, False],
-        )[0]
+        maps_grad = g.view(-1, conv.out_channels, *conv.map_size)
+        like = g.new_empty(1).expand(last - first, *out.shape[1:])
+        options = (conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.size), conv.groups)
+        mask = [True, False, False]
+        out[first:last] = torch.ops.aten.convolution_backward(maps_grad, like, weight, None, *options, mask)[
+            0
+        ]
     return out.view(*shape, conv.in_features)
 
 
