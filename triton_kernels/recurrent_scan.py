@@ -1,12 +1,12 @@
-"""Triton source of a recurrent layer's backward scan: every spike did something to all neurons of the step after.
+"""Triton source of a recurrent layer's backward scan: each spike went to all neurons of the next step.
 
-A program walks whole samples back, as nu of one neuron goes to every other. Of an exact gradient it walks several: each
-tile of W_rec is loaded once for all of them, and stays in the layout it came in. (``tl.dot`` would take it through
-shared memory, and no tensor core multiplies float32.) A masked gradient has other active neurons in each sample, so
-there a program has one.
+A program has whole samples, as nu of every neuron goes back to every other. With an exact gradient it has several: a
+tile of W_rec is loaded once for all of them, and multiplied in the registers that it came to. ``tl.dot`` would take it
+through shared memory, and tensor cores have no float32. With a masked gradient each sample has active neurons of its
+own, so a program has one.
 
-What the layer's spikes fed back, ``rec``, is made before by rows of events, in parallel over the steps. What a sample
-replays is then its own, step by step, and stays in registers.
+What the spikes fed back, ``rec``, is made by rows of events before, in parallel over the steps. So what is replayed is
+each neuron's own, and stays in registers.
 """
 
 from __future__ import annotations

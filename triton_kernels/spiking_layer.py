@@ -5,6 +5,7 @@ A canonical neuron is run from the program that is traced from its step, like on
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -14,14 +15,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ..core.backend import CHUNK, LayerCall, OutputGrads, enough
+from ..core.backend import CHUNK, LayerCall, OutputGrads, enough, keeps_active
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
 from . import products
 from .scans import source_of
 from .sources import module_of
 
+log = logging.getLogger("snn_sparse_plugin")
+
 MAX_RECURRENT = 16384  # neurons of a recurrent layer: one program holds them all in registers
+_READERS = 64  # programs that can take W_rec from the L2 cache of an H100 about as fast as it gives
+_FED = 1 << 23  # recurrent currents that are made at a time
 
 
 class Forward(NamedTuple):
@@ -170,8 +175,8 @@ def backward(
     recurrent, synapse = call.rec_weight is not None, isinstance(spec, NeuronSpec) and spec.synapse
     nu: Tensor | None = None
     if recurrent or not call.once:
-        # a thread reads its currents of a group of steps before it writes their gradients; a recurrence reads those
-        # again, and wants them in full
+        # currents of a group of steps are read before their gradients are written; a recurrence reads those again, and
+        # wants them in full
         dtype = like.dtype if recurrent else current.dtype
         nu = (
             current
@@ -229,26 +234,24 @@ def _surrogate(call: LayerCall, window: float | None) -> dict[str, Any]:
     return {"WINDOW": window, "KIND": call.surrogate.kind, "P0": p0, "P1": p1}
 
 
-_FED = 1 << 23  # recurrent currents that are made at a time
-_READERS = 64  # programs that read W_rec from the L2 cache of an H100 about as fast as it gives
-
-
 @cache
 def _tile(B: int, N: int, held: int, alone: bool) -> tuple[int, dict[str, Any]]:
     """Samples of a program of the recurrent backward, and options; a neuron's states are ``held`` 4-byte registers.
 
-    Every program reads all of W_rec at every step. The L2 cache gives it to some 64 multiprocessors of an H100 as fast
-    as they can take it; more of them only wait longer, so that more samples than that share programs. Not measured.
+    ``alone``: the gradient is masked, and a program has one sample. Of an exact one every program reads all of W_rec at
+    every step, N = 512 a megabyte. An H100's multiprocessor takes some 0.1 TB/s and its L2 cache gives 5.5, so that
+    beyond 64 programs samples share them. By arithmetic; not measured.
     """
     block = max(32, triton.next_power_of_2(N))
     samples = 1
-    # 2048: with 16 warps, 4 neuron-samples a thread, whose states of 12 steps are half of its 128 registers
+    # 2048: with 16 warps, 4 neuron-samples a thread, whose states of 12 steps take 48 of its 128 registers
     while not alone and samples < 8 and _READERS * samples < B and 2 * samples * block * held <= 2048:
         samples *= 2
     warps = min(16, max(4, samples * block // 32))
     words = min(triton.next_power_of_2(-(-N // 32)), max(1, 8192 // block))
     tile = max(1, 128 * warps // block)  # rows of W_rec of which each thread has 16 bytes
     options = {"BLOCK": block, "TILE": tile, "WORDS": words, "num_warps": warps}
+    log.debug("recurrent backward of %d neurons, %d samples: %d to a program", N, B, samples)
     return samples, options | {"enable_fp_fusion": False, "num_stages": 1}
 
 
@@ -267,13 +270,12 @@ def _recurrent_backward(
     for grad, given in ((out.v0, grads.v), (out.i0, grads.i)):  # goes from one part to the part before
         if grad is not None:
             grad.zero_() if given is None else grad.copy_(given)
-    direct = not isinstance(spec, Equations) or spec.program.direct
+    assert call.rec_weight is not None
+    assert call.rec0 is not None
     states = _states(spec, out.v0, out.i0)
-    masked = window is not None and direct
+    masked = window is not None and keeps_active(call)
     samples, options = _tile(B, N, len(states) * like.element_size() // 4, masked)
-    weight, table, bias, rec0 = (
-        _flat(x) for x in (call.rec_weight, call.rec_weight.t(), call.rec_bias, call.rec0)
-    )
+    weight, table, bias = call.rec_weight.contiguous(), call.rec_weight.t().contiguous(), _flat(call.rec_bias)
     bits = torch.empty(2, B, words.shape[2], dtype=torch.int32, device=like.device) if masked else None
     kernel = _kernel(spec, True, "backward", out.params is not None, like.element_size(), samples)
     layer = _of_layer(call, current, near, grads, out)
@@ -283,7 +285,7 @@ def _recurrent_backward(
         end = min(T, begin + share)
         known = int(begin == 0)  # the first step's were given
         if known:
-            fed[0] = rec0
+            fed[0] = call.rec0
         products.add_rows(words[begin + known - 1 : end - 1], table, bias, fed[known : end - begin])
         kernel[-(-B // samples), 1](
             *_states(spec, *checkpoints, dim=1),

@@ -79,7 +79,7 @@ LAYERS = {
     "leaky-once": (NeuronSpec(), False, {"nu_ptr": None} | NO_GUARD, "fp32"),
     "leaky-pairs": (NeuronSpec(), False, EVENTS_OUT | {"odd_ptr": GIVEN, "sum_ptr": None}, "fp32"),
     "leaky-double": (NeuronSpec(), False, {}, "fp64"),
-    "leaky-recurrent": (NeuronSpec(), True, EVENTS_OUT | LAST | WIDE, "fp32"),
+    "leaky-recurrent": (NeuronSpec(), True, EVENTS_OUT | WIDE, "fp32"),
     "leaky-recurrent-exact": (NeuronSpec(), True, EXACT | NO_GUARD | {"rec_bias_ptr": None}, "fp32"),
     "leaky-recurrent-tile": (NeuronSpec(), True, SEVERAL, "fp32"),
     "synaptic-zero-sum": (
