@@ -49,9 +49,10 @@ _TO_SECOND = {"add": "{g}", "sub": "-{g}", "mul": "{g} * {a}", "div": "-divide({
 # what kernels have variables of their own for
 _TAKEN = frozenset(
     """
-    tl triton T B N WINDOW KIND P0 P1 BLOCK TILE b first cols mask rows row stride start full t j k g h chunk
+    tl triton T B N WINDOW KIND P0 P1 BLOCK TILE WORDS b first cols mask rows row stride start full t j k g h chunk
     chunks chunk_rows checkpoint_rows groups begin steps back zero near least everywhere site s active bits
-    odd paired gs gm g_s gs_step gm_step n_words x_stride divide slope step adjoint forward backward
+    odd paired gs gm g_s gs_step gm_step n_words x_stride divide slope step adjoint forward backward at end count
+    tile inside left last sample weight width all_back some_back store_bits
     """.split()  # noqa: SIM905, one to a line is a page
 )
 _MADE = re.compile(r"(g|d|nu|sum|live|gs|gm)_.*|[rcgdn]\d+|_.*|.*_(ptr|stride|at\d+|\d+)")

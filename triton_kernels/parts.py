@@ -141,28 +141,22 @@ def recurrent_current(
 
 
 @triton.jit
-def all_back(g_s, nu_ptr, rec_weight_ptr, row, width, N, cols, mask, TILE: tl.constexpr):
-    """``g_s`` plus W_rec^T nu of a row, for every neuron: TILE rows of W_rec at a time."""
-    for first in range(0, width, TILE):
-        rows = first + tl.arange(0, TILE)
-        nu = tl.load(nu_ptr + row * width + rows, mask=rows < width, other=0.0).to(g_s.dtype)
-        weight = tl.load(
-            rec_weight_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :],
-            mask=(rows < width)[:, None] & mask[None, :],
-            other=0.0,
-        )
-        g_s += tl.sum(nu[:, None] * weight, axis=0)
-    return g_s
+def some_back(g_s, bits_ptr, n_words, nu, rec_weight_t_ptr, width, first, cols, mask, WORDS: tl.constexpr):
+    """``g_s`` (1, BLOCK) plus W_rec^T nu of one input current, for the neurons whose bit is set: a dot product each.
 
-
-@triton.jit
-def some_back(g_s, bits_ptr, n_words, nu, rec_weight_t_ptr, width, first, cols, mask):
-    """``g_s`` plus W_rec^T nu of one input current, for the neurons whose bit is set: one dot product each."""
-    for k in range(n_words):
-        word = tl.load(bits_ptr + k)
-        while word != 0:
-            m = k * 32 + lowest_bit(word)
-            weight = tl.load(rec_weight_t_ptr + m.to(tl.int64) * width + first + cols, mask=mask, other=0.0)
-            g_s += tl.where(cols == m, tl.sum(weight * nu, axis=0), 0.0)
-            word = word ^ (word & -word)
+    WORDS words are taken at a time, and of each its lowest bit: as many products go through one sum.
+    """
+    for k in range(0, n_words, WORDS):
+        place = k + tl.arange(0, WORDS)
+        words = tl.load(bits_ptr + place, mask=place < n_words, other=0)
+        left = tl.sum((words != 0).to(tl.int32), axis=0)
+        while left > 0:
+            live = (words != 0)[:, None]
+            m = (place * 32 + tl.where(words != 0, lowest_bit(words), 0))[:, None]
+            weight_ptr = rec_weight_t_ptr + m.to(tl.int64) * width + first
+            weight = tl.load(weight_ptr + cols, mask=live & mask, other=0.0)
+            found = tl.sum(weight * nu, axis=1)[:, None]
+            g_s += tl.sum(tl.where(live & (cols == m), found, 0.0), axis=0)[None, :]
+            words = words & (words - 1)
+            left = tl.sum((words != 0).to(tl.int32), axis=0)
     return g_s

@@ -108,6 +108,13 @@ def current(words: Tensor, values: Tensor | None, weight: Tensor, bias: Tensor |
     return out
 
 
+def add_rows(words: Tensor, table: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out`` (T, B, N) = the bias, and a row of the table (M, N) for every spike of words (T, B, ceil(M / 32))."""
+    T, B, N = out.shape
+    if out.numel():
+        _launch(words, None, table, bias, out, T * B, N, 1, words.shape[2], 1)
+
+
 def weight_gradient(nu: Tensor, words: Tensor, values: Tensor | None, M: int, pairs: bool = False) -> Tensor:
     """Sum over steps and samples of nu (T, B, N), which may be pairs of bf16 numbers, times the spikes: (N, M)."""
     T, B, N = nu.shape

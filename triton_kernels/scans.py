@@ -12,6 +12,7 @@ from ..core.programs import Program
 from .backward_scan import BackwardWriter
 from .forward_scan import ForwardWriter
 from .generate import Neuron, adjoint_source, step_source, unrolled
+from .recurrent_scan import RecurrentBackwardWriter
 
 _HEAD = '''"""{title}. Generated; a change to it is lost."""
 
@@ -34,14 +35,24 @@ def neuron_of(spec: NeuronSpec | Equations, recurrent: bool) -> Neuron:
 
 @cache
 def source_of(
-    spec: NeuronSpec | Equations, recurrent: bool, way: str, params_grad: bool = False, element_size: int = 4
+    spec: NeuronSpec | Equations,
+    recurrent: bool,
+    way: str,
+    params_grad: bool = False,
+    element_size: int = 4,
+    samples: int = 1,
 ) -> str:
-    """The source of a layer's kernel: ``way`` is ``"forward"`` or ``"backward"``."""
+    """The source of a layer's kernel: ``way`` is ``"forward"`` or ``"backward"``.
+
+    ``samples`` is how many a program of a recurrent layer's backward has.
+    """
     neuron = neuron_of(spec, recurrent)
     unroll = unrolled(neuron.program, element_size)
     if way == "forward":
         return forward_source(neuron, recurrent, unroll)
-    return backward_source(neuron, recurrent, unroll, params_grad)
+    if recurrent:
+        return recurrent_backward_source(neuron, min(8, unroll), params_grad, samples)
+    return backward_source(neuron, unroll, params_grad)
 
 
 def forward_source(neuron: Neuron, recurrent: bool, unroll: int) -> str:
@@ -55,17 +66,28 @@ def forward_source(neuron: Neuron, recurrent: bool, unroll: int) -> str:
     return _module(program, "Forward", parts, [step_source(program, recurrent), body])
 
 
-def backward_source(neuron: Neuron, recurrent: bool, unroll: int, params_grad: bool) -> str:
+def backward_source(neuron: Neuron, unroll: int, params_grad: bool) -> str:
     """A module with ``step``, ``adjoint`` and the kernel ``backward``."""
-    program = neuron.program
-    parts = ["divide"] if any(op.kind in ("div", "log") for op in program.ops) else []
-    parts += ["slope"] if program.spikes is not None else []
-    parts += ["recurrent_current", "all_back"] if recurrent else ["paired"]
-    parts += ["some_back", "store_bits"] if recurrent and program.direct else []
-    writer = BackwardWriter(neuron, recurrent, params_grad)
-    body = writer.recurrent_backward() if recurrent else writer.backward(unroll)
-    functions = [step_source(program, recurrent), adjoint_source(program, recurrent, params_grad), body]
-    return _module(program, "Backward", parts, functions)
+    body = BackwardWriter(neuron, False, params_grad).backward(unroll)
+    return _backward_module(neuron.program, False, params_grad, ["paired"], [body])
+
+
+def recurrent_backward_source(neuron: Neuron, unroll: int, params_grad: bool, samples: int) -> str:
+    """The same of a recurrent layer, with ``all_back`` and ``samples`` to a program."""
+    writer = RecurrentBackwardWriter(neuron, params_grad, samples)
+    parts = ["some_back", "store_bits"] if writer.masks else []
+    return _backward_module(
+        neuron.program, True, params_grad, parts, [writer.all_back(), writer.recurrent_backward(unroll)]
+    )
+
+
+def _backward_module(
+    program: Program, recurrent: bool, params_grad: bool, parts: Sequence[str], functions: Sequence[str]
+) -> str:
+    more = ["divide"] if any(op.kind in ("div", "log") for op in program.ops) else []
+    more += ["slope"] if program.spikes is not None else []
+    step = [step_source(program, recurrent), adjoint_source(program, recurrent, params_grad)]
+    return _module(program, "Backward", [*parts, *more], [*step, *functions])
 
 
 def _module(program: Program, way: str, parts: Sequence[str], functions: Sequence[str]) -> str:

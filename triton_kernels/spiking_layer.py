@@ -5,6 +5,7 @@ A canonical neuron is run from the program that is traced from its step, like on
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -14,13 +15,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ..core.backend import CHUNK, LayerCall, OutputGrads, enough
+from ..core.backend import CHUNK, LayerCall, OutputGrads, enough, keeps_active
 from ..core.dynamics import NeuronSpec
 from ..core.equations import Equations
+from . import products
 from .scans import source_of
 from .sources import module_of
 
+log = logging.getLogger("snn_sparse_plugin")
+
 MAX_RECURRENT = 16384  # neurons of a recurrent layer: one program holds them all in registers
+_READERS = 64  # programs that can take W_rec from the L2 cache of an H100 about as fast as it gives
+_FED = 1 << 23  # recurrent currents that are made at a time
 
 
 class Forward(NamedTuple):
@@ -50,8 +56,10 @@ class Backward(NamedTuple):
 
 
 @cache
-def _kernel(spec: NeuronSpec | Equations, recurrent: bool, way: str, params_grad: bool, size: int) -> Any:
-    return getattr(module_of(source_of(spec, recurrent, way, params_grad, size), way), way)
+def _kernel(
+    spec: NeuronSpec | Equations, recurrent: bool, way: str, params_grad: bool, size: int, samples: int = 1
+) -> Any:
+    return getattr(module_of(source_of(spec, recurrent, way, params_grad, size, samples), way), way)
 
 
 @cache
@@ -167,18 +175,19 @@ def backward(
     recurrent, synapse = call.rec_weight is not None, isinstance(spec, NeuronSpec) and spec.synapse
     nu: Tensor | None = None
     if recurrent or not call.once:
-        # a thread reads its currents of a group of steps before it writes their gradients; a recurrence reads those
-        # again, and wants them in full
+        # currents of a group of steps are read before their gradients are written; a recurrence reads those again, and
+        # wants them in full
         dtype = like.dtype if recurrent else current.dtype
         nu = (
             current
             if in_place and current.dtype == dtype
             else like.new_empty(T, B, call.currents, dtype=dtype)
         )
+    sums_of = like.new_zeros if recurrent else like.new_empty  # a recurrence adds to what is there
     out = Backward(
         nu,
         torch.zeros(1, dtype=torch.int32, device=like.device) if pairs else None,
-        like.new_empty(1 + recurrent, B, call.currents) if sums or nu is None else None,
+        sums_of(1 + recurrent, B, call.currents) if sums or nu is None else None,
         torch.empty_like(like),
         torch.empty_like(like) if synapse else None,
         like.new_zeros(len(call.params), B, N) if params else None,
@@ -188,34 +197,102 @@ def backward(
             if grad is not None:
                 grad.zero_() if given is None else grad.copy_(given)
         return out
-    programs, options = _launch(recurrent, N)
-    own: list[Any] = []
-    more: dict[str, Any] = {"odd_ptr": out.odd}
     if recurrent:
-        n_words = -(-N // 32)
-        states = len(spec.states) if isinstance(spec, Equations) else 1 + synapse
-        scratch = like.new_empty(CHUNK, states + call.currents // N, B, N)
-        bits = torch.empty(B, n_words, dtype=torch.int32, device=like.device)
-        own = [*_fed_back(call), _flat(call.rec_weight), words, scratch, bits]
-        more = {"n_words": n_words, "TILE": max(1, 4096 // options["BLOCK"])}
-    p0, p1 = call.surrogate.packed
-    _kernel(spec, recurrent, "backward", params, like.element_size())[B, programs](
+        assert words is not None
+        _recurrent_backward(call, current, words, checkpoints, window, near, grads, out)
+        return out
+    programs, options = _launch(False, N)
+    _kernel(spec, False, "backward", params, like.element_size())[B, programs](
         *_states(spec, *checkpoints, dim=1),
         *_states(spec, _flat(grads.v), _flat(grads.i)),
         *_states(spec, out.v0, out.i0),
-        *own,
+        *_of_layer(call, current, near, grads, out),
+        *(T, B, N),
+        **_surrogate(call, window),
+        odd_ptr=out.odd,
+        **options,
+    )
+    return out
+
+
+def _of_layer(
+    call: LayerCall, current: Tensor, near: Tensor | None, grads: OutputGrads, out: Backward
+) -> list[Any]:
+    """Arguments that both backward kernels have."""
+    return [
         *_steps(current),
-        *(B * _planes(call), _flat(call.params)),
+        *(call.B * _planes(call), _flat(call.params)),
         *(near, math.ceil(enough(call))),
         *_steps(grads.spikes),
         *_steps(grads.mem),
         *(out.nu, out.sums, out.params),
-        *(T, B, N),
-        WINDOW=window,
-        KIND=call.surrogate.kind,
-        P0=p0,
-        P1=p1,
-        **more,
-        **options,
-    )
-    return out
+    ]
+
+
+def _surrogate(call: LayerCall, window: float | None) -> dict[str, Any]:
+    p0, p1 = call.surrogate.packed
+    return {"WINDOW": window, "KIND": call.surrogate.kind, "P0": p0, "P1": p1}
+
+
+@cache
+def _tile(B: int, N: int, held: int, alone: bool) -> tuple[int, dict[str, Any]]:
+    """Samples of a program of the recurrent backward, and options; a neuron's states are ``held`` 4-byte registers.
+
+    ``alone``: the gradient is masked, and a program has one sample. Of an exact one every program reads all of W_rec at
+    every step, N = 512 a megabyte. An H100's multiprocessor takes some 0.1 TB/s and its L2 cache gives 5.5, so that
+    beyond 64 programs samples share them. By arithmetic; not measured.
+    """
+    block = max(32, triton.next_power_of_2(N))
+    samples = 1
+    # 2048: with 16 warps, 4 neuron-samples a thread, whose states of 12 steps take 48 of its 128 registers
+    while not alone and samples < 8 and _READERS * samples < B and 2 * samples * block * held <= 2048:
+        samples *= 2
+    warps = min(16, max(4, samples * block // 32))
+    words = min(triton.next_power_of_2(-(-N // 32)), max(1, 8192 // block))
+    tile = max(1, 128 * warps // block)  # rows of W_rec of which each thread has 16 bytes
+    options = {"BLOCK": block, "TILE": tile, "WORDS": words, "num_warps": warps}
+    log.debug("recurrent backward of %d neurons, %d samples: %d to a program", N, B, samples)
+    return samples, options | {"enable_fp_fusion": False, "num_stages": 1}
+
+
+def _recurrent_backward(
+    call: LayerCall,
+    current: Tensor,
+    words: Tensor,
+    checkpoints: tuple[Tensor, Tensor | None],
+    window: float | None,
+    near: Tensor | None,
+    grads: OutputGrads,
+    out: Backward,
+) -> None:
+    """Walk back a part of the steps at a time, with the recurrent currents of that part."""
+    spec, T, B, N, like = call.spec, call.T, call.B, call.N, call.v0
+    for grad, given in ((out.v0, grads.v), (out.i0, grads.i)):  # goes from one part to the part before
+        if grad is not None:
+            grad.zero_() if given is None else grad.copy_(given)
+    assert call.rec_weight is not None
+    assert call.rec0 is not None
+    states = _states(spec, out.v0, out.i0)
+    masked = window is not None and keeps_active(call)
+    samples, options = _tile(B, N, len(states) * like.element_size() // 4, masked)
+    weight, table, bias = call.rec_weight.contiguous(), call.rec_weight.t().contiguous(), _flat(call.rec_bias)
+    bits = torch.empty(2, B, words.shape[2], dtype=torch.int32, device=like.device) if masked else None
+    kernel = _kernel(spec, True, "backward", out.params is not None, like.element_size(), samples)
+    layer = _of_layer(call, current, near, grads, out)
+    share = max(1, _FED // (B * call.currents * CHUNK)) * CHUNK
+    fed = like.new_empty(min(T, share), B, call.currents)
+    for begin in reversed(range(0, T, share)):
+        end = min(T, begin + share)
+        known = int(begin == 0)  # the first step's were given
+        if known:
+            fed[0] = call.rec0
+        products.add_rows(words[begin + known - 1 : end - 1], table, bias, fed[known : end - begin])
+        kernel[-(-B // samples), 1](
+            *_states(spec, *checkpoints, dim=1),
+            *states,
+            *(fed, weight, table, bits),
+            *layer,
+            *(begin, end, T, B, N, words.shape[2]),
+            **_surrogate(call, window),
+            **options,
+        )

@@ -64,7 +64,8 @@ class Writer:
     def _step(self, *, inputs: str = "", keep: bool = True) -> str:
         """``site, s, states = step(states, currents, parameters)``."""
         made = (["site", "s"] if keep else ["_site", "_s"]) if self.spiking else []
-        given = [*self.states, *(f"{x}{inputs}" for x in self.inputs), *self.names.rec, *self.params]
+        currents = (f"{x}{inputs}" for x in (*self.inputs, *self.names.rec))
+        given = [*self.states, *currents, *self.params]
         return f"{', '.join([*made, *self.states])} = step({', '.join(given)})"
 
     def _pointers(self, *kinds: str) -> list[str]:

@@ -240,6 +240,19 @@ class LayerTests:
         del tensors["recurrent_bias"]
         compare(NeuronSpec(), tensors, backprop_threshold=None)
 
+    @pytest.mark.parametrize("name", [pytest.param("rleaky", marks=pytest.mark.slow), "rsynaptic-zero"])
+    def test_recurrent_samples_share_a_program(self, name, monkeypatch):
+        from snn_sparse_plugin.triton_kernels import spiking_layer as kernels
+
+        monkeypatch.setattr(kernels, "_READERS", 1)  # 4 samples to a program, of which there are 3
+        monkeypatch.setattr(kernels, "_FED", 1)  # a launch for every 32 steps
+        kernels._tile.cache_clear()
+        spec = RECURRENT[name]
+        try:
+            compare(spec, self.inputs(spec, 34, 3, 5, 33, recurrent=True), backprop_threshold=None)
+        finally:
+            kernels._tile.cache_clear()
+
     def test_recurrent_layer_too_wide_for_one_program(self, monkeypatch):
         from snn_sparse_plugin.triton_kernels import spiking_layer as kernels
 

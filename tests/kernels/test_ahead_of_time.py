@@ -57,12 +57,15 @@ OPTIONS = {
     "P1": 0.0,
     "odd_ptr": None,
     "BLOCK": 32,
-    "TILE": 32,
+    "TILE": 4,
+    "WORDS": 1,
+    "SAMPLES": 1,
 }
 GIVEN = object()  # a pointer that is None in the options above
-WIDE = {"BLOCK": 512, "TILE": 8}
 EXACT = {"WINDOW": None}
 NO_GUARD = {"near_ptr": None}
+WIDE = {"BLOCK": 512, "TILE": 4, "WORDS": 16}
+SEVERAL = {"BLOCK": 256, "TILE": 8, "SAMPLES": 4} | EXACT | NO_GUARD
 EVENTS_OUT = {"spikes_ptr": None, "mem_ptr": None, "mem_grad_ptr": None}
 DENSE_OUT = {"words_ptr": None}
 LAST = {"g_v_ptr": None, "g_i_ptr": None}
@@ -76,8 +79,9 @@ LAYERS = {
     "leaky-once": (NeuronSpec(), False, {"nu_ptr": None} | NO_GUARD, "fp32"),
     "leaky-pairs": (NeuronSpec(), False, EVENTS_OUT | {"odd_ptr": GIVEN, "sum_ptr": None}, "fp32"),
     "leaky-double": (NeuronSpec(), False, {}, "fp64"),
-    "leaky-recurrent": (NeuronSpec(), True, EVENTS_OUT | LAST | WIDE, "fp32"),
+    "leaky-recurrent": (NeuronSpec(), True, EVENTS_OUT | WIDE, "fp32"),
     "leaky-recurrent-exact": (NeuronSpec(), True, EXACT | NO_GUARD | {"rec_bias_ptr": None}, "fp32"),
+    "leaky-recurrent-tile": (NeuronSpec(), True, SEVERAL, "fp32"),
     "synaptic-zero-sum": (
         NeuronSpec(synapse=True, reset="zero", scope="sum"),
         False,
@@ -98,6 +102,7 @@ LAYERS = {
     "delta": (DELTA, False, {}, "fp32"),
     "second-order": (SECOND_ORDER, False, {}, "fp32"),
     "two-inputs-recurrent": (CONDUCTANCE, True, {}, "fp32"),
+    "two-inputs-recurrent-tile": (CONDUCTANCE, True, SEVERAL, "fp64"),
     "readout-by-equations": (READOUT, False, EXACT | NO_GUARD, "fp32"),
 }
 
@@ -106,8 +111,11 @@ def compile_layer(way, neuron, recurrent, changes, element, gpu, unroll=2, **poi
     described = scans.neuron_of(neuron, recurrent)
     if way == "forward":
         source = scans.forward_source(described, recurrent, unroll)
+    elif recurrent:
+        samples = (OPTIONS | changes)["SAMPLES"]
+        source = scans.recurrent_backward_source(described, unroll, True, samples)
     else:
-        source = scans.backward_source(described, recurrent, unroll, True)
+        source = scans.backward_source(described, unroll, True)
     kernel = getattr(module_of(source, way), way)
     fixed = {k: v for k, v in (OPTIONS | changes).items() if k in kernel.arg_names and v is not GIVEN}
     warps = min(16, fixed["BLOCK"] // 32)
@@ -129,7 +137,7 @@ def compile_kernel(kernel, fixed, element, gpu, options, **pointers):
     return triton.compile(ASTSource(kernel, signature, fixed), target=gpu, options=options)
 
 
-EVERYWHERE = ("leaky-events", "leaky-recurrent", "adaptive-double", "readout")
+EVERYWHERE = ("leaky-events", "leaky-recurrent", "leaky-recurrent-tile", "adaptive-double", "readout")
 
 
 def of_every_target():
