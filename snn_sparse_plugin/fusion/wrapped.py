@@ -46,7 +46,11 @@ def warn_of_gradients_that_stay_apart(net: nn.Module) -> None:
     if wrapper._get_active_ddp_module() is not None:
         return
     _LOOKED_AT.add(net)  # asking costs a pass over all of Python's objects
-    held = (x for x in gc.get_objects() if issubclass(type(x), wrapper) and not x._use_python_reducer)
+    held = (
+        x
+        for x in gc.get_objects()
+        if issubclass(type(x), wrapper) and not getattr(x, "_use_python_reducer", False)
+    )
     if any(net is module for holder in held for module in holder.modules()):
         warnings.warn(
             "unroll was given a network that DistributedDataParallel wraps, outside the wrapper's forward: its "
