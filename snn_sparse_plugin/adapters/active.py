@@ -42,6 +42,24 @@ class Mark:
         install_adapters()
 
 
+class _Here(threading.local):
+    settled = False
+
+
+_here = _Here()
+
+
+class settled:
+    """Inside the block fusion has found that steps do not pay to be recorded: upstream's own code runs them, with its
+    whole gradient where the window is ``"auto"``."""
+
+    def __enter__(self) -> None:
+        self.before, _here.settled = _here.settled, True
+
+    def __exit__(self, *_: object) -> None:
+        _here.settled = self.before
+
+
 _explicit: Scoped[dict[str, Any] | None] = Scoped("snn_sparse_plugin.explicit")
 _lock = threading.RLock()
 _entered: list[str] = []
@@ -89,6 +107,26 @@ def is_unmarked(module: nn.Module) -> bool:
     return not (module.__dict__.get(MARK) or _mark_of(type(module)))  # type: ignore[arg-type]
 
 
+def uncut(config: SparseConfig, *made_of: Any) -> str | None:
+    """The way under which a step counts that upstream's own spike function makes, as none of its gradient is cut; None
+    where some may be, or where somebody watches. ``made_of``: the tensors behind its membrane."""
+    if torch._C._are_functorch_transforms_active() or tally.watchers.get() is not None:
+        return None
+    if not (torch.is_grad_enabled() and any(map(_learns, made_of))):
+        return "no_grad"
+    return "exact" if _threshold(config) is None else None
+
+
+def _learns(x: Any) -> bool:
+    # a recorded step may not be asked
+    return x.requires_grad if type(x) is Tensor or type(x) is nn.Parameter else isinstance(x, Tensor)
+
+
+def _threshold(config: SparseConfig) -> float | str | None:
+    threshold = config.backprop_threshold
+    return None if threshold == "auto" and _here.settled else threshold
+
+
 def spike(
     x: Tensor,
     function: Callable[[Tensor], Tensor],
@@ -101,7 +139,7 @@ def spike(
     ``sequence``: x holds all steps, which are its first dimension.
     """
     window = _window if surrogate.pure else Surrogate.resolve  # a user's object may have no hash
-    threshold = window(surrogate, config.backprop_threshold)
+    threshold = window(surrogate, _threshold(config))
     if torch._C._are_functorch_transforms_active():
         tally.current().count("exact" if threshold is None else "masked")
         return blocked_spike(x, function, threshold, config.min_active, sequence)

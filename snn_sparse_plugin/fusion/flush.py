@@ -12,6 +12,7 @@ from ..core import tally
 from ..core.errors import FusionError
 from ..core.precision import without_autocast
 from .context import here, in_mode, paused
+from .governor import judge
 from .nodes import FunctionNode, NeuronNode, Node
 from .places import note_places, wants_places
 from .planner import Plan
@@ -120,6 +121,7 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
             raise
+    judge(plan)
     for node in plan.sources:
         if isinstance(node, NeuronNode):
             node.adapter.leave(node.module)

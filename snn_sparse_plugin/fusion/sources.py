@@ -18,8 +18,9 @@ from ..core.precision import HALF
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record
+from .governor import resting, will_rest
 from .nodes import InputNode
-from .record import open_record, resting
+from .record import open_record
 from .recorded import Recorded
 
 MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
@@ -116,7 +117,7 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
         return out
-    if node is None and resting(self):
+    if node is None and (will_rest(_feeding[self]()) or resting(self)):
         return None
     mode = mode_to_record()
     if mode is None:
