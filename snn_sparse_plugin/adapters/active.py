@@ -110,16 +110,14 @@ def is_unmarked(module: nn.Module) -> bool:
 def uncut(config: SparseConfig, *made_of: Any) -> str | None:
     """The way under which a step counts that upstream's own spike function makes, as none of its gradient is cut; None
     where some may be, or where somebody watches. ``made_of``: the tensors behind its membrane."""
-    if torch._C._are_functorch_transforms_active() or tally.watchers.get() is not None:
+    if tally.watchers.get() is not None or torch._C._are_functorch_transforms_active():
         return None
-    if not (torch.is_grad_enabled() and any(map(_learns, made_of))):
-        return "no_grad"
-    return "exact" if _threshold(config) is None else None
-
-
-def _learns(x: Any) -> bool:
-    # a recorded step may not be asked
-    return x.requires_grad if type(x) is Tensor or type(x) is nn.Parameter else isinstance(x, Tensor)
+    if torch.is_grad_enabled():
+        for x in made_of:
+            # a recorded step may not be asked
+            if x.requires_grad if type(x) in (Tensor, nn.Parameter) else isinstance(x, Tensor):
+                return "exact" if _threshold(config) is None else None
+    return "no_grad"
 
 
 def _threshold(config: SparseConfig) -> float | str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ tally.settle.append(lambda: flush(reason="a report"))
 def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
     """Run the records of all recorded tensors within ``items``."""
     stepped: bool | None = None
-    for x in _recorded_in(items):
+    for x in _recorded_in((items,), []):
         value = value_of(x)
         if value is not None:
             record = value[0].record
@@ -85,15 +85,13 @@ def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
                 ) from record.error
 
 
-def _recorded_in(items: Any) -> Iterator[Recorded]:
-    if type(items) is Recorded:
-        yield items
-    elif isinstance(items, tuple | list | set):
-        for item in items:
-            yield from _recorded_in(item)
-    elif isinstance(items, dict):
-        for item in items.values():
-            yield from _recorded_in(item)
+def _recorded_in(items: Any, found: list[Recorded]) -> list[Recorded]:
+    for item in items.values() if isinstance(items, dict) else items:  # asked at every step of a neuron
+        if type(item) is Recorded:
+            found.append(item)
+        elif isinstance(item, tuple | list | set | dict):
+            _recorded_in(item, found)
+    return found
 
 
 def _run(record: Record, stepped: bool, apart: bool) -> None:

@@ -18,7 +18,7 @@ from .planner import Plan
 
 # What is saved and spent, in steps of a small neuron with its linear layer, forward and backward: about 120
 # microseconds on one core of a fast machine.
-RUN, CALL, FUNCTION = 2.0, 3.0, 0.4
+RUN, CALL, FUNCTION = 2.5, 4.0, 1.0
 """To run a record, and in it each neuron and each function over all steps."""
 CALLED, STEPPED = 0.05, 0.2
 """A step of a function; to record a step that upstream's forward runs in the end."""
@@ -86,7 +86,8 @@ def _saved(node: Node) -> float:
     """Against upstream's own steps."""
     n = len(node)
     if isinstance(node, NeuronNode):
-        return -STEPPED * n if _was_stepped(node) else n * (1 + node.shape.numel() / LARGE) - CALL
+        step = (1 if node.neuron.spec.spiking else 0.5) + node.shape.numel() / LARGE
+        return -STEPPED * n if _was_stepped(node) else n * step - CALL
     if isinstance(node, FunctionNode) and not isinstance(node, InputNode):
         return (-STEPPED if _was_stepped(node) else CALLED) * n - FUNCTION
     return 0.0
