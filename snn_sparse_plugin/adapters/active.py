@@ -110,7 +110,7 @@ def is_unmarked(module: nn.Module) -> bool:
 def uncut(config: SparseConfig, *made_of: Any) -> str | None:
     """The way under which a step counts that upstream's own spike function makes, as none of its gradient is cut; None
     where some may be, or where somebody watches. ``made_of``: the tensors behind its membrane."""
-    if tally.watchers.get() is not None or torch._C._are_functorch_transforms_active():
+    if is_watched():
         return None
     if torch.is_grad_enabled():
         for x in made_of:
@@ -120,9 +120,20 @@ def uncut(config: SparseConfig, *made_of: Any) -> str | None:
     return "no_grad"
 
 
+def is_watched() -> bool:
+    """Whether more is to be known of a step than that it ran, or a transform of torch.func sees it."""
+    return tally.watchers.get() is not None or torch._C._are_functorch_transforms_active()
+
+
 def _threshold(config: SparseConfig) -> float | str | None:
     threshold = config.backprop_threshold
     return None if threshold == "auto" and _here.settled else threshold
+
+
+def window(surrogate: Surrogate, config: SparseConfig) -> float | None:
+    """Outside which distance from the threshold a step passes no gradient; None where it passes all."""
+    find = _window if surrogate.pure else Surrogate.resolve  # a user's object may have no hash
+    return find(surrogate, _threshold(config))
 
 
 def spike(
@@ -136,8 +147,7 @@ def spike(
 
     ``sequence``: x holds all steps, which are its first dimension.
     """
-    window = _window if surrogate.pure else Surrogate.resolve  # a user's object may have no hash
-    threshold = window(surrogate, _threshold(config))
+    threshold = window(surrogate, config)
     if torch._C._are_functorch_transforms_active():
         tally.current().count("exact" if threshold is None else "masked")
         return blocked_spike(x, function, threshold, config.min_active, sequence)

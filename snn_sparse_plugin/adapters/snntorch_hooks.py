@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import SparseConfig
-from .active import config_of, spike, spike_in_graph, uncut
+from .active import config_of, is_watched, spike, spike_in_graph, uncut, window
 from .counting import record_of, running
 from .snntorch_neurons import takes_sequence
 from .snntorch_surrogates import SpikeFunction, recognise
@@ -34,11 +34,15 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         config = config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
-        way = uncut(config, args[-1] if args else kwargs["mem"], self.threshold)
+        way = uncut(config, args[-1] if args else kwargs.get("mem"), self.threshold)
+        if way is None:
+            surrogate = recognise(function)
+            if window(surrogate, config) is None and not is_watched():
+                way = "exact"
         if way is not None:
             record_of(self).count(way)
             return upstream(self, *args, **kwargs)
-        surrogate, sequence = recognise(function), takes_sequence(type(self))
+        sequence = takes_sequence(type(self))
         with running(self):
             return upstream(
                 _seen(self, lambda x: spike(x, function, surrogate, config, sequence)), *args, **kwargs

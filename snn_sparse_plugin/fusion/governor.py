@@ -27,7 +27,7 @@ LARGE = 20_000
 
 SHORT = 2
 """Records in a row that did not pay, after which a module is stepped for a while."""
-FIRST_PAUSE, LONGEST_PAUSE = 64, 4096
+FIRST_PAUSE, LONGEST_PAUSE = 256, 4096
 """Calls for which it is not recorded: each time four times as many."""
 
 
