@@ -108,6 +108,7 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
     record.plain.check()
     for node in plan.sources:
         node.complete()
+    one_by_one: set[Node] = set()
     for group in plan.groups:
         try:
             if len(group) == 1 and not stepped and not plan.feeds_itself(group[0]):
@@ -119,7 +120,8 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
             raise
-    judge(plan)
+        one_by_one.update(n for n in group if n.results[0] is not None and n.results[0].pieces is not None)
+    judge(plan, one_by_one)
     for node in plan.sources:
         if isinstance(node, NeuronNode):
             node.adapter.leave(node.module)

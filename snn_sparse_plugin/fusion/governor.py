@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ..adapters import refuse
-from .nodes import FunctionNode, InputNode, NeuronNode, Node
+from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode
 from .planner import Plan
 
 # What is saved and spent, in steps of a small neuron with its linear layer, forward and backward: about 120
@@ -67,13 +67,14 @@ def will_rest(module: nn.Module | None) -> bool:
     return found is not None and found.left > 0
 
 
-def judge(plan: Plan) -> None:
-    """Note, after a record has run, of which modules it paid to record the steps."""
-    paid = sum(map(_saved, plan.sources)) > RUN
+def judge(plan: Plan, stepped: set[Node]) -> None:
+    """Note, after a record has run, of which modules it paid to record the steps. ``stepped``: the nodes whose calls
+    ran one by one."""
+    paid = sum(_saved(node, node in stepped) for node in plan.sources if node not in plan.inside) > RUN
     found: dict[nn.Module, str | None] = {}  # why it did not pay, None where it did
     for node in plan.sources:
         if isinstance(node, NeuronNode):
-            why = _reason(node, plan) if _was_stepped(node) or not paid else None
+            why = _reason(node, plan, node in stepped) if node in stepped or not paid else None
             if why is not None or node.module not in found:
                 found[node.module] = why
         elif isinstance(node, InputNode):
@@ -82,35 +83,27 @@ def judge(plan: Plan) -> None:
         _note(module, why)
 
 
-def _saved(node: Node) -> float:
+def _saved(node: Node, stepped: bool) -> float:
     """Against upstream's own steps."""
     n = len(node)
     if isinstance(node, NeuronNode):
         step = (1 if node.neuron.spec.spiking else 0.5) + node.shape.numel() / LARGE
-        return -STEPPED * n if _was_stepped(node) else n * step - CALL
-    if isinstance(node, FunctionNode) and not isinstance(node, InputNode):
-        return (-STEPPED if _was_stepped(node) else CALLED) * n - FUNCTION
+        return -STEPPED * n if stepped else n * step - CALL
+    if isinstance(node, FunctionNode) and not isinstance(node, InputNode | StackNode):
+        return -STEPPED * n if stepped else CALLED * n - FUNCTION
     return 0.0
 
 
-def _was_stepped(node: Node) -> bool:
-    series = node.results[0]
-    return series is not None and series.pieces is not None  # None: it ran inside its neuron's call
-
-
-def _reason(node: NeuronNode, plan: Plan) -> str:
+def _reason(node: NeuronNode, plan: Plan, stepped: bool) -> str:
     n = len(node)
     if n == 1:
         return ""  # known: called step by step
-    if not _was_stepped(node):
+    if not stepped:
         return f"runs of {n} steps on {node.shape.numel()} values, too few for recording to pay"
     if plan.wants_currents(node):
         return "a state besides the membrane is wanted of every step"
-    return (
-        ""
-        if node in plan.alone and not plan.feeds_itself(node)
-        else "layers that feed each other in a circle"
-    )
+    alone = node in plan.alone and not plan.feeds_itself(node)
+    return "" if alone else "layers that feed each other in a circle"
 
 
 def _note(module: nn.Module, why: str | None) -> None:
