@@ -7,7 +7,7 @@ import-swap faces), or the active sparse mode of this thread.
 
 from __future__ import annotations
 
-from .active import MARK, Mark, config_of, entered, is_unmarked, spike, spike_in_graph
+from .active import MARK, Mark, config_of, entered, is_unmarked, settled, spike, spike_in_graph
 from .base import Adapter, Example, Neuron, runner
 from .counting import record_of, refuse, running
 from .hooks import has_hooks, hook, is_hook, patched
@@ -35,6 +35,7 @@ __all__ = [
     "refuse",
     "runner",
     "running",
+    "settled",
     "spike",
     "spike_in_graph",
 ]

@@ -42,6 +42,24 @@ class Mark:
         install_adapters()
 
 
+class _Here(threading.local):
+    settled = False
+
+
+_here = _Here()
+
+
+class settled:
+    """Inside the block fusion has found that steps do not pay to be recorded: upstream's own code runs them, with its
+    whole gradient where the window is ``"auto"``."""
+
+    def __enter__(self) -> None:
+        self.before, _here.settled = _here.settled, True
+
+    def __exit__(self, *_: object) -> None:
+        _here.settled = self.before
+
+
 _explicit: Scoped[dict[str, Any] | None] = Scoped("snn_sparse_plugin.explicit")
 _lock = threading.RLock()
 _entered: list[str] = []
@@ -89,6 +107,35 @@ def is_unmarked(module: nn.Module) -> bool:
     return not (module.__dict__.get(MARK) or _mark_of(type(module)))  # type: ignore[arg-type]
 
 
+def uncut(config: SparseConfig, *made_of: Any) -> str | None:
+    """The way under which a step counts that upstream's own spike function makes, as none of its gradient is cut; None
+    where some may be, or where somebody watches. ``made_of``: the tensors behind its membrane."""
+    if is_watched():
+        return None
+    if torch.is_grad_enabled():
+        for x in made_of:
+            # a recorded step may not be asked
+            if x.requires_grad if type(x) in (Tensor, nn.Parameter) else isinstance(x, Tensor):
+                return "exact" if _threshold(config) is None else None
+    return "no_grad"
+
+
+def is_watched() -> bool:
+    """Whether more is to be known of a step than that it ran, or a transform of torch.func sees it."""
+    return tally.watchers.get() is not None or torch._C._are_functorch_transforms_active()
+
+
+def _threshold(config: SparseConfig) -> float | str | None:
+    threshold = config.backprop_threshold
+    return None if threshold == "auto" and _here.settled else threshold
+
+
+def window(surrogate: Surrogate, config: SparseConfig) -> float | None:
+    """Outside which distance from the threshold a step passes no gradient; None where it passes all."""
+    find = _window if surrogate.pure else Surrogate.resolve  # a user's object may have no hash
+    return find(surrogate, _threshold(config))
+
+
 def spike(
     x: Tensor,
     function: Callable[[Tensor], Tensor],
@@ -100,8 +147,7 @@ def spike(
 
     ``sequence``: x holds all steps, which are its first dimension.
     """
-    window = _window if surrogate.pure else Surrogate.resolve  # a user's object may have no hash
-    threshold = window(surrogate, config.backprop_threshold)
+    threshold = window(surrogate, config)
     if torch._C._are_functorch_transforms_active():
         tally.current().count("exact" if threshold is None else "masked")
         return blocked_spike(x, function, threshold, config.min_active, sequence)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import tally
 from ..core.config import active_config, use_config
 from ..core.dynamics import NeuronState
 from ..core.equations import Equations
 from ..core.surrogates import Surrogate
-from .active import config_of, spike
+from .active import config_of, spike, uncut
 from .base import Adapter, Example, Neuron, runner
 from .counting import running
 from .hooks import as_hook, hook, is_hook, lock, patched
@@ -270,6 +271,10 @@ def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[...,
         config = None if torch.compiler.is_compiling() else active_config()
         if config is None:
             return upstream(x, alpha)
+        way = uncut(config, x)
+        if way is not None:
+            tally.current().count(way)
+            return upstream(x, alpha)
         surrogate = surrogate_of(method, alpha)
         if isinstance(surrogate, str):
             surrogate = Surrogate("custom", function=lambda x: upstream(x, alpha), pure=False)
@@ -283,8 +288,11 @@ def _in_own_mode(upstream: Callable[..., Any]) -> Callable[..., Any]:
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
-        with use_config(config), running(self):
-            return upstream(self, *args, **kwargs)
+        with running(self):
+            if config is active_config():
+                return upstream(self, *args, **kwargs)
+            with use_config(config):
+                return upstream(self, *args, **kwargs)
 
     return forward
 

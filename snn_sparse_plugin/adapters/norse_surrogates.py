@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -36,12 +36,17 @@ def surrogate_of(method: str, alpha: Any) -> Surrogate | str:
     try:
         value = number(alpha)
         if method == "super":
-            return Surrogate("fast_sigmoid", (value if _super_uses_alpha() else 1.0,))
+            return _made("fast_sigmoid", value if _super_uses_alpha() else 1.0)
         if method in METHODS:
-            return Surrogate(METHODS[method], (value,))
+            return _made(METHODS[method], value)
     except (TypeError, ValueError, RuntimeError, ConfigError):  # e.g. one alpha per neuron
         return f"alpha={alpha} of threshold method {method!r}"
     return f"threshold method {method!r}"
+
+
+@lru_cache(maxsize=256)
+def _made(kind: str, alpha: float) -> Surrogate:
+    return Surrogate(kind, (alpha,))
 
 
 @cache

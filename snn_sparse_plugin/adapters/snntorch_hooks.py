@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import SparseConfig
-from .active import config_of, spike, spike_in_graph
-from .counting import running
+from .active import config_of, is_watched, spike, spike_in_graph, uncut, window
+from .counting import record_of, running
 from .snntorch_neurons import takes_sequence
 from .snntorch_surrogates import SpikeFunction, recognise
 
 
-class _Masked:
-    """A neuron seen with its spike function masked, so that upstream's own method runs on it."""
-
-    def __init__(self, neuron: nn.Module, spike_grad: SpikeFunction) -> None:
-        self._neuron, self.spike_grad = neuron, spike_grad
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._neuron, name)
+def _seen(neuron: nn.Module, spike_grad: SpikeFunction) -> nn.Module:
+    """The neuron with another spike function, so that upstream's own method runs on it."""
+    seen: nn.Module = object.__new__(type(neuron))
+    vars(seen).update(vars(neuron), spike_grad=spike_grad)
+    return seen
 
 
 def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -37,13 +34,31 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         config = config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
-        seen = _Masked(
-            self, lambda x: spike(x, function, recognise(function), config, takes_sequence(type(self)))
-        )
+        way = uncut(config, args[-1] if args else kwargs.get("mem"), self.threshold)
+        if way is None:
+            surrogate = recognise(function)
+            if window(surrogate, config) is None and not is_watched():
+                way = "exact"
+        if way is not None:
+            record_of(self).count(way)
+            return upstream(self, *args, **kwargs)
+        sequence = takes_sequence(type(self))
         with running(self):
-            return upstream(seen, *args, **kwargs)
+            return upstream(
+                _seen(self, lambda x: spike(x, function, surrogate, config, sequence)), *args, **kwargs
+            )
 
     return masked
+
+
+class _Masked:
+    """The same in a graph that is being compiled."""
+
+    def __init__(self, neuron: nn.Module, spike_grad: SpikeFunction) -> None:
+        self._neuron, self.spike_grad = neuron, spike_grad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._neuron, name)
 
 
 class MaskedAttribute:

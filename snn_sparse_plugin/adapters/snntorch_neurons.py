@@ -199,12 +199,17 @@ def _snntorch() -> Any:
 
 def takes_sequence(cls: type) -> bool:
     """Whether the forward of this class takes all steps at once."""
-    snn = Classes()
-    return issubclass(cls, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+    return issubclass(cls, _sequences())
 
 
 # a compiled graph takes the answer for a constant, as torch.compiler.assume_constant_result would make it
 takes_sequence._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _sequences() -> tuple[type, ...]:
+    snn = Classes()
+    return snn.StateLeaky, snn.AssociativeLeaky, snn.LeakyParallel
 
 
 @cache

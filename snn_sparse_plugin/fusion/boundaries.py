@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import functions as _functions  # noqa: F401, answers calls on recorded steps
 from .aliases import note_alias
-from .context import here, paused
+from .context import here
 from .flush import flush, realize
 from .native import apart
 from .places import check_place, checked
@@ -63,8 +63,11 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
             return upstream(cls, *args, **kwargs)
         if here.record is not None:
             realize((args, kwargs), cls.__name__)
-        with paused():
+        here.paused += 1  # paused, written out: neurons that are not fused come here at every step
+        try:
             return upstream(cls, *args, **kwargs)
+        finally:
+            here.paused -= 1
 
     return apply
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..core import tally
 from ..core.errors import FusionError
 from ..core.precision import without_autocast
 from .context import here, in_mode, paused
+from .governor import judge
 from .nodes import FunctionNode, NeuronNode, Node
 from .places import note_places, wants_places
 from .planner import Plan
@@ -66,7 +67,7 @@ tally.settle.append(lambda: flush(reason="a report"))
 def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
     """Run the records of all recorded tensors within ``items``."""
     stepped: bool | None = None
-    for x in _recorded_in(items):
+    for x in _recorded_in((items,), []):
         value = value_of(x)
         if value is not None:
             record = value[0].record
@@ -84,15 +85,13 @@ def realize(items: Any, reason: Any, run: Callable[..., None] = flush) -> None:
                 ) from record.error
 
 
-def _recorded_in(items: Any) -> Iterator[Recorded]:
-    if type(items) is Recorded:
-        yield items
-    elif isinstance(items, tuple | list | set):
-        for item in items:
-            yield from _recorded_in(item)
-    elif isinstance(items, dict):
-        for item in items.values():
-            yield from _recorded_in(item)
+def _recorded_in(items: Any, found: list[Recorded]) -> list[Recorded]:
+    for item in items.values() if isinstance(items, dict) else items:  # asked at every step of a neuron
+        if type(item) is Recorded:
+            found.append(item)
+        elif isinstance(item, tuple | list | set | dict):
+            _recorded_in(item, found)
+    return found
 
 
 def _run(record: Record, stepped: bool, apart: bool) -> None:
@@ -109,6 +108,7 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
     record.plain.check()
     for node in plan.sources:
         node.complete()
+    one_by_one: set[Node] = set()
     for group in plan.groups:
         try:
             if len(group) == 1 and not stepped and not plan.feeds_itself(group[0]):
@@ -120,7 +120,9 @@ def _run(record: Record, stepped: bool, apart: bool) -> None:
             if hasattr(error, "add_note"):
                 error.add_note(f"The step was recorded at {group[0].where}.")
             raise
+        one_by_one.update(n for n in group if n.results[0] is not None and n.results[0].pieces is not None)
         plan.ran(group)
+    judge(plan, one_by_one)
     for node in plan.sources:
         if isinstance(node, NeuronNode):
             node.adapter.leave(node.module)

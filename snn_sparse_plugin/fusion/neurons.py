@@ -9,23 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Neuron, config_of, is_hook, is_unmarked, refuse
+from ..adapters import Adapter, Neuron, config_of, is_hook, is_unmarked, refuse, settled
 from ..core import tally
 from ..core.config import SparseConfig, active_config
 from ..core.precision import HALF
 from .context import here, mode_to_record
 from .flush import flush, realize
 from .fused import takes_step
+from .governor import Rest, backoff, forward_of, resting
 from .nodes import NeuronNode, Node
 from .precision import matters, of_step
-from .record import Record, backoff, forward_of, open_record, resting
+from .record import Record, open_record
 from .recorded import Recorded, value_of
 from .sources import MODULE_CALL, is_listened_to, note_feeding
 
 _lock = threading.RLock()
 
 ASK_AGAIN = 64
-"""Calls after which a neuron that could not be recorded, or was asked for step by step, is tried again."""
+"""Calls after which a neuron that could not be recorded is tried again."""
 
 
 def step(
@@ -37,6 +38,7 @@ def step(
     config: SparseConfig,
 ) -> Any:
     """What the hook on a neuron's forward calls: the step is recorded, or upstream's forward runs on numbers."""
+    rest = None
     if not here.paused:
         record = here.record
         if record is not None and not kwargs:
@@ -45,16 +47,20 @@ def step(
                 found = _advance(record, node, args)
                 if found is not None:
                     return found
-        if not resting(module):
+        rest = resting(module)
+        if rest is None:
             found = _record(adapter, module, upstream, args, kwargs, config)
             if found is not None:
                 return found
     name = type(module).__name__
     realize((args, kwargs), name)
     for buffer in module._buffers.values():
-        value = None if buffer is None else value_of(buffer)
+        value = value_of(buffer) if type(buffer) is Recorded else None
         if value is not None:  # a finalizer may find it in the middle of a step; upstream may not ask for it
             flush(value[0].record, name)
+    if rest is not None and rest.forward is None:
+        with settled():
+            return upstream(module, *args, **kwargs)
     return upstream(module, *args, **kwargs)
 
 
@@ -219,7 +225,7 @@ def _open(
     if isinstance(neuron, Neuron) and all(_fits(leaf, record) for leaf in present):
         out_shape = takes_step(neuron, x, [_plain(leaf) for leaf in present])
     if isinstance(neuron, str) or isinstance(out_shape, str):
-        backoff[module] = [0, ASK_AGAIN, ASK_AGAIN, forward_of(module)]
+        backoff[module] = Rest(left=ASK_AGAIN, forward=forward_of(module))
         if isinstance(neuron, Neuron):
             refuse(module, str(out_shape))
         return None

@@ -5,9 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from typing import Any
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from ..core.errors import FusionError
 from .aliases import Plain
@@ -119,28 +116,6 @@ def _changed(node: Node, what: str) -> FusionError:
         f"Use the result first (snn_sparse_plugin.fusion.flush.flush() runs what is recorded), or switch time "
         f"fusion off (fuse_time=False, or SNN_SPARSE_FUSE=0)."
     )
-
-
-backoff: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
-"""Modules whose steps are asked for one by one: single steps so far, calls that will not be recorded, and how many
-will not be the next time; of those that cannot be recorded also the forward that they had then."""
-
-
-def forward_of(module: nn.Module) -> Any:
-    """What a call of the module comes to; a patch of the module or its class is another one."""
-    return module.__dict__.get("forward") or type(module).forward
-
-
-def resting(module: nn.Module) -> bool:
-    """Whether this call of the module is not to be recorded."""
-    found = backoff.get(module) if backoff.data else None  # type: ignore[attr-defined]
-    if found is None or not found[1]:
-        return False
-    if len(found) > 3 and found[3] is not forward_of(module):
-        del backoff[module]
-        return False
-    found[1] -= 1
-    return True
 
 
 reasons: Counter[str] = Counter()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters import running
 from ..core.config import use_config
@@ -18,15 +18,9 @@ from .context import in_mode
 from .fused import FusedCall, Synapses
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode, WriteNode
 from .planner import Plan
-from .record import backoff
 from .recordable import BATCHED, LINEAR, batched_dims, filled
 from .series import Series, constant_of, piece, stacked, train_of
 from .stepping import Flow, Layer
-
-SHORT = 2
-"""Records in a row in which a neuron was asked for a single step, after which it is stepped for a while."""
-FIRST_PAUSE, LONGEST_PAUSE = 64, 4096
-"""Calls for which it is not recorded: each time twice as many."""
 
 
 def run_node(node: Node, plan: Plan) -> None:
@@ -36,13 +30,8 @@ def run_node(node: Node, plan: Plan) -> None:
     if isinstance(node, NeuronNode):
         # a single step is upstream's own, unless the module has changed since
         if (len(node) == 1 and node.description.holds()) or not _run_neuron(node, plan):
-            note_length(node.module, len(node))
             run_steps([node], plan)
-        else:
-            note_length(node.module, len(node))
     elif isinstance(node, FunctionNode):
-        if isinstance(node, InputNode):
-            note_length(node.kwargs["module"], len(node))
         node.results[0] = _run_function(node, plan)
 
 
@@ -237,18 +226,6 @@ def _flow(argument: ArgumentSeries) -> tuple[Flow, bool]:
 
 def _initial(node: NeuronNode) -> dict[str, Tensor | None]:
     return {name: None if entry is None else piece(entry) for name, entry in node.initial.items()}
-
-
-def note_length(module: nn.Module, steps: int) -> None:
-    """Stop recording a module for a while that is always asked for single steps."""
-    if steps > 1:
-        backoff.pop(module, None)
-        return
-    found = backoff.setdefault(module, [0, 0, FIRST_PAUSE])
-    found[0] += 1
-    if found[0] >= SHORT:
-        found[1] = found[2]
-        found[2] = min(LONGEST_PAUSE, 2 * found[2])
 
 
 # --- one call after the other ---

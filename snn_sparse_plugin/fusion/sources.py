@@ -19,8 +19,9 @@ from ..core.precision import HALF
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record
+from .governor import resting, will_rest
 from .nodes import InputNode
-from .record import open_record, resting
+from .record import open_record
 from .recorded import Recorded
 
 MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
@@ -102,9 +103,9 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return None
     config = active_config()
+    fed = _feeding.get(self) if _feeding.data else None  # type: ignore[attr-defined]
+    neuron = None if fed is None else fed()
     if config is None:
-        fed = _feeding.get(self) if _feeding.data else None  # type: ignore[attr-defined]
-        neuron = None if fed is None else fed()
         config = None if neuron is None else config_of(neuron)
         if config is None and not _recent.left:
             return None
@@ -112,13 +113,13 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
         return None
     record = here.record
     node = None if record is None else record.inputs.get(id(self))
-    if config is None or (node is None and self not in _feeding):
+    if config is None or (node is None and fed is None):
         _recent.left = max(0, _recent.left - 1)
         out = super(cls, self).__call__(x)
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
         return out
-    if node is None and resting(self):
+    if node is None and (will_rest(neuron) or resting(self)):
         return None
     mode = mode_to_record()
     if mode is None:

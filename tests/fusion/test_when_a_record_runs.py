@@ -22,7 +22,7 @@ from snn_sparse_plugin.core.errors import FusionError
 from snn_sparse_plugin.fusion.arguments import ArgumentSeries
 from snn_sparse_plugin.fusion.context import here
 from snn_sparse_plugin.fusion.flush import flush
-from snn_sparse_plugin.fusion.record import backoff
+from snn_sparse_plugin.fusion.governor import backoff
 from snn_sparse_plugin.fusion.recorded import Recorded
 from snn_sparse_plugin.fusion.series import stacked
 
@@ -178,7 +178,7 @@ def test_single_steps_are_soon_not_recorded_any_more(lif: Any, x: Tensor) -> Non
             kinds.append(type(spk) is Recorded)
             spk.sum().item()
     assert kinds == [True, True, False, False, False, False]
-    assert backoff[lif][1] > 0
+    assert backoff[lif].left > 0
 
 
 def test_values_behave_as_tensors(lif: Any, x: Tensor) -> None:

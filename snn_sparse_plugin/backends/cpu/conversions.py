@@ -2,6 +2,6 @@
 
 from .counts import count_events, pick_counts
 from .events import events_from_dense
-from .masked import keep, passed
+from .masked import fire, passed
 
-__all__ = ["count_events", "events_from_dense", "keep", "passed", "pick_counts"]
+__all__ = ["count_events", "events_from_dense", "fire", "passed", "pick_counts"]

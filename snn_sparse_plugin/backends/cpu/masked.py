@@ -13,13 +13,14 @@ from .rows import surrogate_row
 
 
 @kernel()
-def _keep(x, window, least, keep):  # type: ignore[no-untyped-def]
+def _fire(x, window, least, spikes, keep):  # type: ignore[no-untyped-def]
     """``keep`` (S, N): near the threshold, or of a neuron with fewer than ``least`` such samples; how many of each."""
     S, N = x.shape
-    limit = x.dtype.type(window)
+    limit, one, zero = x.dtype.type(window), x.dtype.type(1), x.dtype.type(0)
     counts = np.zeros(N, np.int32)
     for s in range(S):
         for n in range(N):
+            spikes[s, n] = one if x[s, n] > zero else zero
             near = abs(x[s, n]) < limit
             keep[s, n] = near
             counts[n] += np.int32(near)
@@ -45,16 +46,19 @@ def _pass(grad, x, keep, kind, first, second, out):  # type: ignore[no-untyped-d
             out[s, n] = grad[s, n] * slope[n] if keep[s, n] else zero
 
 
-def keep(x: Tensor, window: float, min_active: float) -> tuple[Tensor, int, int]:
-    """Which elements of ``x`` (S, N), membrane minus threshold, pass a gradient: -> (bool (S, N), how many are near,
-    how many pass). A neuron that is near in a smaller fraction of the S samples than ``min_active`` passes all."""
-    found = torch.empty(x.shape, dtype=torch.bool)
-    near, kept = _keep(array(x), window, min_active * x.shape[0], array(found))
-    return found, near, kept
+def fire(x: Tensor, S: int, window: float, min_active: float) -> tuple[Tensor, Tensor, int, int]:
+    """Spikes of ``x``, membrane minus threshold, and which of its elements pass a gradient: -> (spikes, bool, how many
+    are near, how many pass). ``S``: a neuron has this many samples, the rows of ``x``. One that is near in a smaller
+    fraction of them than ``min_active`` passes all."""
+    spikes, keep = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    rows = [array(t).reshape(S, -1) for t in (x, spikes, keep)]
+    near, kept = _fire(rows[0], window, min_active * S, rows[1], rows[2])
+    return spikes, keep, near, kept
 
 
 def passed(grad: Tensor, x: Tensor, keep: Tensor, surrogate: Surrogate) -> Tensor:
-    """``grad`` times the surrogate's derivative at ``x`` where ``keep``, else 0; all (S, N)."""
-    out = torch.empty_like(x)
-    _pass(array(grad), array(x), array(keep), surrogate.code, *surrogate.packed, array(out))
+    """``grad`` times the surrogate's derivative at ``x`` where ``keep``, else 0."""
+    out, N = torch.empty_like(x), x.shape[-1]
+    rows = [array(t).reshape(-1, N) for t in (grad, x, keep, out)]
+    _pass(*rows[:3], surrogate.code, *surrogate.packed, rows[3])
     return out

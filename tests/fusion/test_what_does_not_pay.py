@@ -1,0 +1,130 @@
+"""Loops for which recording does not pay are stepped by upstream's own code, from counts alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import snn_sparse_plugin as ssp
+from snn_sparse_plugin.adapters import record_of
+from snn_sparse_plugin.core import tally
+from snn_sparse_plugin.fusion import governor
+from snn_sparse_plugin.fusion.governor import FIRST_PAUSE, backoff
+from snn_sparse_plugin.fusion.recorded import Recorded
+
+snn = pytest.importorskip("snntorch")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    tally.clear()
+
+
+def network(N: int = 8, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.fc, net.lif = nn.Linear(N, N), snn.Leaky(0.875, **options)
+    return net
+
+
+def loop(net: Any, x: Tensor) -> tuple[bool, list[Tensor]]:
+    """A pass of training: whether it was recorded, and its gradients."""
+    mem, out = net.lif.reset_mem(), []
+    for step in x:
+        spikes, mem = net.lif(net.fc(step), mem)
+        out.append(spikes)
+    recorded = type(out[-1]) is Recorded
+    net.zero_grad()
+    (torch.stack(out).sum() + mem.pow(2).sum()).backward()
+    return recorded, [p.grad.clone() for p in net.parameters()]
+
+
+def passes(count: int, x: Tensor, net: Any, **options: Any) -> tuple[list[bool], list[list[Tensor]]]:
+    with ssp.sparse_mode(**options):
+        found = [loop(net, x) for _ in range(count)]
+    return [recorded for recorded, _ in found], [grads for _, grads in found]
+
+
+def test_it_is_learnt_in_two_passes_and_asked_again_later() -> None:
+    x = (torch.rand(4, 2, 8) < 0.5).float()
+    pause = FIRST_PAUSE // len(x)
+    recorded, _ = passes(3 + pause, x, network())
+    assert recorded == [True, True, *[False] * pause, True]
+
+
+def test_a_long_loop_stays_recorded() -> None:
+    recorded, _ = passes(5, (torch.rand(40, 2, 8) < 0.5).float(), network())
+    assert recorded == [True] * 5
+
+
+def test_a_short_loop_of_a_large_layer_stays_recorded() -> None:
+    recorded, _ = passes(4, (torch.rand(4, 128, 400) < 0.02).float(), network(400))
+    assert recorded == [True] * 4
+
+
+def test_the_report_says_it() -> None:
+    net = network()
+    passes(4, (torch.rand(4, 2, 8) < 0.5).float(), net)
+    assert record_of(net.lif).reason == "runs of 4 steps on 16 values, too few for recording to pay"
+    assert record_of(net.lif).calls["exact"] == 8
+
+
+def test_gradients_are_upstreams_with_the_automatic_window() -> None:
+    x = (torch.rand(4, 2, 8) < 0.5).float()
+    _, upstream = loop(network(), x)
+    _, grads = passes(4, x, network())
+    for got, want in zip(grads[-1], upstream, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_window_that_is_asked_for_is_kept() -> None:
+    x, net = (torch.rand(4, 2, 8) < 0.5).float(), network()
+    options = {"backprop_threshold": 0.25, "min_active": 0}
+    recorded, grads = passes(4, x, net, **options)
+    assert recorded == [True, True, False, False]
+    for first, last in zip(grads[0], grads[-1], strict=True):
+        torch.testing.assert_close(last, first, rtol=1e-5, atol=1e-6)
+    assert record_of(net.lif).calls["masked"] == 8
+
+
+def test_it_is_the_same_every_time() -> None:
+    x = (torch.rand(4, 2, 8) < 0.5).float()
+    first, grads = passes(20, x, network())
+    again, same = passes(20, x, network())
+    assert first == again
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(grads, same, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_only_the_layers_of_a_circle_are_stepped() -> None:
+    net = network()
+    net.back, net.out, net.last = nn.Linear(8, 8), nn.Linear(8, 8), snn.Leaky(0.5)
+    x = (torch.rand(40, 2, 8) < 0.5).float()
+    kinds = []
+    with ssp.sparse_mode():
+        for _ in range(4):
+            mem, end, spikes, out = net.lif.reset_mem(), net.last.reset_mem(), torch.zeros(2, 8), []
+            for step in x:
+                spikes, mem = net.lif(net.fc(step) + net.back(spikes), mem)
+                seen, end = net.last(net.out(spikes), end)
+                out.append(seen)
+            kinds.append((type(spikes) is Recorded, type(seen) is Recorded))
+            torch.stack(out).sum().backward()
+    assert kinds[-1] == (False, True)
+    assert record_of(net.lif).reason == "layers that feed each other in a circle"
+
+
+def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(governor, "LONGEST_PAUSE", 600)
+    net, found = network(), []
+    with ssp.sparse_mode():
+        for _ in range(300):
+            loop(net, torch.zeros(4, 2, 8))
+            found.append(backoff[net.lif].pause if net.lif in backoff else 0)
+    assert sorted(set(found)) == [256, 600]
