@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +72,12 @@ class LayerCall:
     def currents(self) -> int:
         """C·N, the number of input currents."""
         return len(self.spec.inputs) * self.N if isinstance(self.spec, Equations) else self.N
+
+    def changed(self, **fields: Any) -> LayerCall:
+        """A copy with these fields, in a tenth of the time of ``dataclasses.replace``."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **fields)
+        return copy
 
 
 def keeps_active(call: LayerCall) -> bool:

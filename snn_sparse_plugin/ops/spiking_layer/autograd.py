@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
     carrier = call.train.carrier if call.train is not None else None
     leaves = [getattr(call, name) for name in _LEAVES]
     once = call.current is not None and len(call.current) != call.T
-    call = replace(call, current=_of_all_steps(call.current, call.T), once=once)
+    call = call.changed(current=_of_all_steps(call.current, call.T), once=once)
     if not call.needs_grad:
         return backend.spiking_layer(call), None
     box: list[LayerResult] = []
@@ -67,7 +66,7 @@ class _SpikingLayer(torch.autograd.Function):
             kept += [None] * 5
         ctx.save_for_backward(*kept, inputs[0])
         nothing: dict[str, Any] = dict.fromkeys(_LEAVES)
-        ctx.call = replace(call, train=None, **nothing)
+        ctx.call = call.changed(train=None, **nothing)
         carrier = None
         if call.want_events:
             shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
@@ -85,7 +84,7 @@ class _SpikingLayer(torch.autograd.Function):
         *kept, carrier = ctx.saved_tensors
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
-        call = replace(ctx.call, **leaves)
+        call = ctx.call.changed(**leaves)
         call.current = _of_all_steps(call.current, call.T)
         u, v_checkpoints, i_checkpoints, mem, near, words, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 10]
         if ctx.train_like is not None:
