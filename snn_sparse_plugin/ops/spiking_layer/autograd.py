@@ -56,7 +56,15 @@ class _SpikingLayer(torch.autograd.Function):
         kept = list(inputs[1:])
         if not saved.needs_current:
             kept[0] = None
-        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem, saved.near, result.words]
+        kept += [
+            saved.u,
+            saved.v_checkpoints,
+            saved.i_checkpoints,
+            saved.mem,
+            saved.near,
+            result.words,
+            saved.rows,
+        ]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
             as_bits = backend.takes_dense and train.values is None
@@ -86,9 +94,10 @@ class _SpikingLayer(torch.autograd.Function):
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = ctx.call.changed(**leaves)
         call.current = _of_all_steps(call.current, call.T)
-        u, v_checkpoints, i_checkpoints, mem, near, words, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 10]
+        u, v_checkpoints, i_checkpoints, mem, near, words, call.rows = kept[n : n + 7]
+        act_ptr, act_idx, ev_ptr, ev_idx = kept[n + 7 : n + 11]
         if ctx.train_like is not None:
-            first, indices, values, in_ptr, in_idx = kept[n + 10 :]
+            first, indices, values, in_ptr, in_idx = kept[n + 11 :]
             shape, dtype = ctx.train_like
             active = None if in_ptr is None else Active(in_ptr, in_idx)
             if indices is None:
