@@ -152,8 +152,12 @@ class SnnTorchAdapter(Adapter):
         return {name: value for name, value in module._buffers.items() if name in names}
 
     def write_state(self, module: Any, state: Any) -> None:
+        buffers = module._buffers  # modules are slow to set attributes
         for name, value in state.items():
-            setattr(module, name, value)
+            if name in buffers and isinstance(value, Tensor):
+                buffers[name] = value
+            else:
+                setattr(module, name, value)
 
     def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out = module(x)

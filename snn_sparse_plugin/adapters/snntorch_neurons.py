@@ -197,10 +197,15 @@ def _snntorch() -> Any:
     return import_module("snntorch")
 
 
+@cache
+def _sequence_classes() -> tuple[type, ...]:
+    snn = Classes()
+    return snn.StateLeaky, snn.AssociativeLeaky, snn.LeakyParallel
+
+
 def takes_sequence(cls: type) -> bool:
     """Whether the forward of this class takes all steps at once."""
-    snn = Classes()
-    return issubclass(cls, snn.StateLeaky | snn.AssociativeLeaky | snn.LeakyParallel)
+    return issubclass(cls, _sequence_classes())
 
 
 # a compiled graph takes the answer for a constant, as torch.compiler.assume_constant_result would make it

@@ -6,7 +6,7 @@ our threads need (measured: up to twice the time of a step on two cores).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -67,16 +67,22 @@ def padded(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
-def aligned(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
-    """Memory from torch, which aligns to cache lines: vectors that lie across two lines take twice the time."""
-    return array(torch.empty(rows, columns, dtype=torch.float32 if dtype == np.float32 else torch.float64))
+def aligned(
+    rows: int, columns: int, dtype: np.dtype, new: Callable[..., np.ndarray] = np.empty
+) -> np.ndarray:
+    """New memory that begins at a cache line: vectors that lie across two lines take twice the time."""
+    size, line = rows * columns, _LINE // dtype.itemsize
+    room = new(size + line, dtype)
+    first = -room.__array_interface__["data"][0] % _LINE // dtype.itemsize
+    return room[first : first + size].reshape(rows, columns)
+
+
+_LINE = 64  # bytes
 
 
 def zero_rows(rows: int, n: int, dtype: np.dtype) -> np.ndarray:
     """Rows of ``n`` zeros in whole vectors."""
-    out = aligned(rows, padded(n), dtype)
-    out.fill(0)
-    return out
+    return aligned(rows, padded(n), dtype, np.zeros)
 
 
 def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
