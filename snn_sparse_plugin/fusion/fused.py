@@ -95,16 +95,16 @@ class FusedCall:
 
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
-        neuron, module, adapter = self.neuron, self.layer.module, self.adapter
-        if len(flow.shape) < 3 or not adapter.takes_shape(module, flow.shape):
-            return self._refused(f"an input of shape {tuple(flow.shape)}")
+        neuron, module, adapter, given = self.neuron, self.layer.module, self.adapter, flow.shape
+        if len(given) < 3 or not adapter.takes_shape(module, given):
+            return self._refused(f"an input of shape {tuple(given)}")
         weight, bias = neuron.input_weight, neuron.input_bias
         if self.linear is not None:
             weight, bias = self.linear.weight, self.linear.bias
         if weight is not None:
-            check_features(self.name, flow.shape, weight.shape[1])
-            if len(flow.shape) != 3:
-                return self._refused(f"an input of shape {tuple(flow.shape)}, where (T, B, N) is fused")
+            check_features(self.name, given, weight.shape[1])
+            if len(given) != 3:
+                return self._refused(f"an input of shape {tuple(given)}, where (T, B, N) is fused")
         # in half precision torch's own product is taken: its rounding decides who spikes
         if self.linear is not None and matters(flow.dtype, True):
             flow, weight, bias = F.linear(dense(flow), self.linear.weight, self.linear.bias), None, None
@@ -113,7 +113,7 @@ class FusedCall:
             half = of_layer(self.layer, flow, self.state, neuron.values, self.per_step)
         if half is not None and weight is not None:
             flow, weight, bias = F.linear(dense(flow), weight, bias), None, None
-        T, B = self.steps or len(flow), flow.shape[1]
+        T, B = self.steps or given[0], given[1]
         features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0] // neuron.inputs,)
         if weight is None and neuron.inputs > 1:
             features = (flow.shape[2] // neuron.inputs,)

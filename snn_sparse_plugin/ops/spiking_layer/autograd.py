@@ -22,8 +22,8 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
     carrier = call.train.carrier if call.train is not None else None
     leaves = [getattr(call, name) for name in _LEAVES]
-    once = call.current is not None and len(call.current) != call.T
-    call = call.changed(current=_of_all_steps(call.current, call.T), once=once)
+    if call.current is not None and call.current.shape[0] != call.T:
+        call = call.changed(current=_of_all_steps(call.current, call.T), once=True)
     if not call.needs_grad:
         return backend.spiking_layer(call), None
     box: list[LayerResult] = []
@@ -34,7 +34,7 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
 
 def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
     """A current of one step (1, B, N) that comes at every step, as (T, B, N)."""
-    return current if current is None or len(current) == T else current.expand(T, -1, -1)
+    return current if current is None or current.shape[0] == T else current.expand(T, -1, -1)
 
 
 class _SpikingLayer(torch.autograd.Function):

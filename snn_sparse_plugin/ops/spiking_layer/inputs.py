@@ -128,7 +128,7 @@ def given(layout: Layout, x: Tensor | SpikeTrain, synapses: Synapses, params: An
     """
     name, spec, surrogate, T, B, features, _, dtype, device, recurrent = layout
     train, dense = (x, None) if isinstance(x, SpikeTrain) else (None, x)
-    if len(x) != T:  # one step that comes T times
+    if x.shape[0] != T:  # one step that comes T times
         train, dense = None, dense if train is None else train.to_dense()
     elif dense is not None and is_still(dense):
         dense = dense[:1]

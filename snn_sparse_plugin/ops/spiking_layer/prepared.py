@@ -28,7 +28,7 @@ from ...core.spikes import SpikeTrain
 from ...core.surrogates import Surrogate
 from . import autograd
 from .inputs import Given, Layout, Synapses, check_finite, given, inputs_of, layout_of, widened
-from .products import events_of, how_to_multiply
+from .products import are_few, events_of, how_to_multiply
 
 
 class SpikingLayerOutput(NamedTuple):
@@ -211,7 +211,7 @@ def _input(call: Given, takes_dense: bool) -> tuple[SpikeTrain | None, Tensor | 
         return None, None, whole.reshape(len(whole), call.B, inputs_of(call.spec) * call.N)
     if train is None:
         assert dense is not None
-        if len(dense) == call.T:
+        if dense.shape[0] == call.T and not are_few(dense):
             return how_to_multiply(dense, weight, call.synapses.bias, takes_dense)
         current = F.linear(dense, weight, call.synapses.bias)
     return None if train is None else train.flatten(), None, current
