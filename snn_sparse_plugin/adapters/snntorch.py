@@ -152,8 +152,12 @@ class SnnTorchAdapter(Adapter):
         return {name: value for name, value in module._buffers.items() if name in names}
 
     def write_state(self, module: Any, state: Any) -> None:
+        buffers = module._buffers  # modules are slow to set attributes
         for name, value in state.items():
-            setattr(module, name, value)
+            if name in buffers and isinstance(value, Tensor):
+                buffers[name] = value
+            else:
+                setattr(module, name, value)
 
     def step(self, module: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor | None, Any]:
         out = module(x)
@@ -338,13 +342,7 @@ def _parts(module: Any, cls: Any, snn: Any) -> Parts | str:
             return "RSynaptic with reset_delay=False raises in snnTorch"
         if ("subtract", "zero", "none")[int(number(module.reset_mechanism_val))] != reset:
             return "reset_mechanism was changed after construction, so that its two resets differ"
-    spec = NeuronSpec(
-        synapse=synapse,
-        reset=reset,
-        timing="corrected" if corrected else "delayed",
-        scope="state" if cls is snn.Leaky else "sum",
-        attached=corrected,
-    )
+    spec = _spec(synapse, reset, corrected, "state" if cls is snn.Leaky else "sum")
     params = NeuronParams(
         mem=module.beta.clamp(0, 1),
         syn=module.alpha.clamp(0, 1) if synapse else 0.0,
@@ -352,6 +350,12 @@ def _parts(module: Any, cls: Any, snn: Any) -> Parts | str:
     )
     recurrent = _recurrence(module.recurrent) if cls in (snn.RLeaky, snn.RSynaptic) else {}
     return recurrent if isinstance(recurrent, str) else {"spec": spec, "params": params, **recurrent}
+
+
+@cache
+def _spec(synapse: bool, reset: Any, corrected: bool, scope: Any) -> NeuronSpec:
+    timing: Any = "corrected" if corrected else "delayed"
+    return NeuronSpec(synapse=synapse, reset=reset, timing=timing, scope=scope, attached=corrected)
 
 
 def _recurrence(module: Any) -> dict[str, Tensor | None] | str:

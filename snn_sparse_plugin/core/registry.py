@@ -238,5 +238,15 @@ def load_all(group: str) -> dict[str, Any]:
 
 def refresh() -> None:
     """Forget what was found and what failed, so that a distribution installed or repaired since is seen."""
+    global _generation
     _ignored.clear()
     plugins.cache_clear()
+    _generation += 1
+
+
+_generation = 0
+
+
+def generation() -> int:
+    """Which search for plugins the current ones come from: what was chosen of an earlier one holds no more."""
+    return _generation

@@ -13,6 +13,7 @@ from ..core.config import current_config
 from ..core.errors import InputError
 from ..core.host import waits
 from ..core.spikes import SpikeTrain
+from ..ops.spiking_layer.products import are_few
 from .convolutions import of_module, pool_of_module, takes
 from .fused import FusedCall, dense
 from .modules import is_plain_linear, keeps_events
@@ -48,7 +49,9 @@ def run(
         if neuron is not None:
             name = layer.label if linear is None else f"{layers[index - 1].name}→{layer.name}"
             call = FusedCall(layer, neuron, linear, name, states[index], per_step, last)
-            as_events = events if last else _takes_events(layers, neurons, index + 1, per_step)
+            # few spikes are multiplied as they are
+            sparse = not are_few(passed.flow) and _takes_events(layers, neurons, index + 1, per_step)
+            as_events = events if last else sparse
             found = call.run(passed.flow, as_events, want_mem and last)
             call.adapter.leave(layer.module)
         if found is None:
@@ -77,6 +80,10 @@ def run_neuron(layer: Layer, x: Tensor, state: Any) -> Passed | None:
 
 def _shares_state(layers: list[Layer]) -> bool:
     """Whether a neuron that keeps its state inside stands at two places: they take turns at every step."""
+    if len({id(layer.module) for layer in layers}) == len(layers) and not any(
+        layer.module._modules for layer in layers
+    ):
+        return False
     uses = Counter(module for layer in layers for module in layer.module.modules())
     return any(
         uses[layer.module] > 1

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Neuron, config_of, refuse, running
-from ..core.config import SparseConfig
+from ..core.config import SparseConfig, current_config
 from ..core.dynamics import NeuronState
-from ..core.precision import any_autocast, cast, state_dtype
+from ..core.precision import any_autocast, cast, state_dtype, without_autocast
 from ..core.spikes import SpikeTrain
-from ..ops import spiking_layer
+from ..ops.spiking_layer.inputs import Synapses as AllSynapses
+from ..ops.spiking_layer.prepared import Asked, Prepared, form_of, keep, like, prepare, recall
 from .precision import Dtypes, factor, matters, of_layer
 from .stepping import Flow, Layer, Passed, check_features
 
@@ -67,6 +68,9 @@ def takes_step(neuron: Neuron, x: Tensor, state: list[Tensor]) -> torch.Size | s
     return template.shape
 
 
+_kept: dict[Any, Prepared] = {}
+
+
 @dataclass
 class FusedCall:
     """A neuron, what it stands behind, and how its call is asked for."""
@@ -91,16 +95,16 @@ class FusedCall:
 
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
-        neuron, module, adapter = self.neuron, self.layer.module, self.adapter
-        if len(flow.shape) < 3 or not adapter.takes_shape(module, flow.shape):
-            return self._refused(f"an input of shape {tuple(flow.shape)}")
+        neuron, module, adapter, given = self.neuron, self.layer.module, self.adapter, flow.shape
+        if len(given) < 3 or not adapter.takes_shape(module, given):
+            return self._refused(f"an input of shape {tuple(given)}")
         weight, bias = neuron.input_weight, neuron.input_bias
         if self.linear is not None:
             weight, bias = self.linear.weight, self.linear.bias
         if weight is not None:
-            check_features(self.name, flow.shape, weight.shape[1])
-            if len(flow.shape) != 3:
-                return self._refused(f"an input of shape {tuple(flow.shape)}, where (T, B, N) is fused")
+            check_features(self.name, given, weight.shape[1])
+            if len(given) != 3:
+                return self._refused(f"an input of shape {tuple(given)}, where (T, B, N) is fused")
         # in half precision torch's own product is taken: its rounding decides who spikes
         if self.linear is not None and matters(flow.dtype, True):
             flow, weight, bias = F.linear(dense(flow), self.linear.weight, self.linear.bias), None, None
@@ -109,48 +113,41 @@ class FusedCall:
             half = of_layer(self.layer, flow, self.state, neuron.values, self.per_step)
         if half is not None and weight is not None:
             flow, weight, bias = F.linear(dense(flow), weight, bias), None, None
-        T, B = self.steps or len(flow), flow.shape[1]
+        T, B = self.steps or given[0], given[1]
         features = tuple(flow.shape[2:]) if weight is None else (weight.shape[0] // neuron.inputs,)
         if weight is None and neuron.inputs > 1:
             features = (flow.shape[2] // neuron.inputs,)
         recurrent = _recurrent_weight(neuron, features)
         if neuron.recurrent and recurrent is None:
             return self._refused(_no_recurrence(features))
-        if not _per_neuron(neuron.values, features):
-            return self._refused(_PER_NEURON)
         shape = (B, *features) if self.per_step else (T, B, *features)
         template = torch.empty((), dtype=state_dtype(flow.dtype), device=flow.device).expand(shape)
         start, initial = adapter.initial_state(module, neuron, template, self.state)
-        states = list(start.values()) if isinstance(start, dict) else list(start)
-        if not _same_dtype(template, states + neuron.values):
-            return self._refused(_HIGHER)
-        if _widens(states, (B, *features)):
-            return self._refused(_WIDER)
-        config = self.config or config_of(module)
-        if self.last and config is not None and config.min_active > 0:
+        config = self.config or config_of(module) or current_config()
+        if self.last and config.min_active > 0:
             # the fraction that the guard looks at does not notice a single class that fell silent
             config = config.updated(min_active=1.0)
         wants_before = self.per_step and adapter.wants_membrane(neuron)
         as_events = events and neuron.spec.spiking and neuron.output is None and not any_autocast()
         kept_output, kept_mem = adapter.keeps(module)
-        with running(module):
-            out = spiking_layer(
-                flow,
-                weight,
-                bias,
-                spec=neuron.spec,
-                params=neuron.params,
-                surrogate=neuron.surrogate,
-                recurrent_weight=recurrent if neuron.recurrent_diagonal is not None else factor(recurrent),
-                recurrent_bias=factor(neuron.recurrent_bias),
-                state=start,
-                steps=self.steps,
-                events=as_events,
-                return_mem=want_mem or kept_mem is not None or wants_before,
-                dtype=None if half is None else half.widest,
-                name=self.name,
-                **(vars(config) if config is not None else {}),
-            )
+        asked = Asked(
+            spec=neuron.spec,
+            surrogate=neuron.surrogate,
+            config=config,
+            steps=self.steps,
+            events=as_events,
+            return_mem=want_mem or kept_mem is not None or wants_before,
+            dtype=None if half is None else half.widest,
+            name=self.name,
+        )
+        if neuron.recurrent_diagonal is None:
+            recurrent = factor(recurrent)
+        synapses = AllSynapses(weight, bias, recurrent, factor(neuron.recurrent_bias))
+        ready = self._ready(asked, flow, synapses, start, template, features)
+        if isinstance(ready, str):
+            return self._refused(ready)
+        with running(module), without_autocast():
+            out = ready.run(flow, synapses, neuron.params, start)
         spikes, mem, ended = out.spikes, out.mem, out.state
         if self.per_step and neuron.spec.spiking and T:
             _note_last(adapter, module, out, start, T, wants_before)
@@ -175,6 +172,30 @@ class FusedCall:
         if half is not None and moved:
             state = half.of_state(adapter, state)
         return Passed(spikes, mem if want_mem else None, state)
+
+    def _ready(
+        self,
+        asked: Asked,
+        flow: Flow,
+        synapses: AllSynapses,
+        start: Any,
+        template: Tensor,
+        features: tuple[int, ...],
+    ) -> Prepared | str:
+        """The prepared call of the op, or why the neuron is stepped; both follow from the form alone."""
+        values = self.neuron.values
+        states = list(start.values()) if isinstance(start, dict) else list(start)
+        form = (*form_of(asked, flow, synapses), self.per_step, *map(like, values), *map(like, states))
+        ready = recall(_kept, form)
+        if ready is not None:
+            return ready
+        if not _per_neuron(values, features):
+            return _PER_NEURON
+        if not _same_dtype(template, states + values):
+            return _HIGHER
+        if _widens(states, (flow.shape[1], *features)):
+            return _WIDER
+        return keep(_kept, form, prepare(asked, flow, synapses))
 
     def _refused(self, why: str) -> Passed | None:
         refuse(self.layer.module, why)

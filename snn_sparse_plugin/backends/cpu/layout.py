@@ -6,7 +6,7 @@ our threads need (measured: up to twice the time of a step on two cores).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -16,7 +16,11 @@ from ...core.backend import LayerCall
 from .arguments import Fed
 from .bits import LANES
 from .memory import array
-from .rows import transpose
+from .threads import split
+from .turned import all_finite, turn
+
+# So few neuron-steps take less time than it takes to wake a thread.
+SMALLEST = 1 << 17
 
 
 def numpy_type(dtype: torch.dtype) -> np.dtype:
@@ -39,12 +43,13 @@ def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
         indptr, indices = array(call.train.indptr), array(call.train.indices)
         values = array_or_empty(call.train.values, dtype, 1)
     zeros = np.zeros(call.currents, dtype)
+    made = call.rows if weight else None  # a backward has those that the forward made
     return Fed(
         array_or_empty(current, dtype, 3),
         indptr,
         indices,
         values,
-        transposed(call.weight if weight else None, dtype),
+        transposed(call.weight if weight else None, dtype) if made is None else array(made),
         zeros if call.bias is None else array(call.bias),
         transposed(call.rec_weight, dtype),
         zeros if call.rec_bias is None else array(call.rec_bias),
@@ -52,21 +57,32 @@ def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
     )
 
 
+def ranges_of(call: LayerCall) -> list[tuple[int, int]]:
+    """The samples of a call in ranges, one for each thread; one range where that is faster."""
+    return split(call.B, None if call.T * call.B * call.N > SMALLEST else 1)
+
+
 def padded(n: int) -> int:
     """The length of a row of ``n`` neurons in whole vectors, so that no loop over it has a remainder."""
     return -(-n // LANES) * LANES
 
 
-def aligned(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
-    """Memory from torch, which aligns to cache lines: vectors that lie across two lines take twice the time."""
-    return array(torch.empty(rows, columns, dtype=torch.float32 if dtype == np.float32 else torch.float64))
+def aligned(
+    rows: int, columns: int, dtype: np.dtype, new: Callable[..., np.ndarray] = np.empty
+) -> np.ndarray:
+    """New memory that begins at a cache line: vectors that lie across two lines take twice the time."""
+    size, line = rows * columns, _LINE // dtype.itemsize
+    room = new(size + line, dtype)
+    first = -room.__array_interface__["data"][0] % _LINE // dtype.itemsize
+    return room[first : first + size].reshape(rows, columns)
+
+
+_LINE = 64  # bytes
 
 
 def zero_rows(rows: int, n: int, dtype: np.dtype) -> np.ndarray:
     """Rows of ``n`` zeros in whole vectors."""
-    out = aligned(rows, padded(n), dtype)
-    out.fill(0)
-    return out
+    return aligned(rows, padded(n), dtype, np.zeros)
 
 
 def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
@@ -74,9 +90,7 @@ def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     if weight is None:
         return np.empty((0, 0), dtype)
     n, m = weight.shape
-    out = aligned(m, padded(n), dtype)
-    out[:, n:] = 0
-    return flip(array(weight), out)
+    return flip(array(weight), aligned(m, padded(n), dtype))
 
 
 def rows_of(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
@@ -90,9 +104,14 @@ def rows_of(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
 
 
 def flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """``out = x.T``, but for the padding of rows. A weight is too small to be worth waking a thread."""
-    transpose(x, 0, x.shape[0], out)
+    """``out = x.T``, and zeros where rows are padded. A weight is too small to be worth waking a thread."""
+    turn(x, out)
     return out
+
+
+def finite(*arrays: np.ndarray) -> bool:
+    """Whether no number of contiguous arrays is NaN or infinite."""
+    return all(all_finite(x.reshape(-1)) for x in arrays)
 
 
 def copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:

@@ -20,16 +20,20 @@ from ...core.errors import InputError
 from .arguments import Fed, States, Written
 from .bits import LANES
 from .forward import forward_kernel
-from .layout import array_or_empty, copied, inputs_of, joined, numpy_type, padded
+from .layout import array_or_empty, finite, inputs_of, joined, numpy_type, padded, ranges_of
 from .memory import array
 from .program import forward_of
 from .replay_linear import replays_linear
 from .rows import Code, encode
-from .threads import parallel, split
+from .threads import parallel
 
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
 # gradient slower, than checkpoints, a replay and one dense product.
 LIST_BELOW = 0.125
+
+# Rows of a transposed weight up to so many bytes are kept for a backward that replays: to make them again takes longer
+# than the steps of a small batch.
+KEEP_ROWS_BELOW = 1 << 20
 
 # With so many input events for each neuron-step the membrane (4 bytes each) is kept: it takes little memory next to
 # the events, and the backward need not add their rows again.
@@ -45,12 +49,12 @@ class _Wanted(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """The tensors of a forward, filled by its kernel."""
+    """What a forward fills: arrays, and as tensors what may be large and is handed on."""
 
-    v: Tensor
-    i: Tensor
-    v_checkpoints: Tensor
-    i_checkpoints: Tensor
+    v: np.ndarray
+    i: np.ndarray
+    v_checkpoints: np.ndarray
+    i_checkpoints: np.ndarray
     spikes: Tensor | None
     mem: Tensor | None
 
@@ -82,9 +86,11 @@ def run_forward(call: LayerCall) -> LayerResult:
     wanted = _wanted(call)
     made = _allocated(call, wanted)
     shared = _shared(call, wanted, made)
-    ranges = split(call.B)
+    ranges = ranges_of(call)
     parts = parallel([lambda r=r: _run_range(call, wanted, shared, *r) for r in ranges])  # type: ignore[misc]
-    check_finite(call, made.v, _is_finite)
+    fed = shared.inputs
+    if not finite(made.v, shared.params, fed.weight, fed.bias, fed.rec_weight):
+        check_finite(call, torch.from_numpy(made.v))
 
     windowed = shared.window >= 0
     seen = sum(part.seen for part in parts)
@@ -104,9 +110,9 @@ def run_forward(call: LayerCall) -> LayerResult:
         made.spikes,
         events,
         made.mem if call.want_mem else None,
-        made.v,
-        made.i if _has_synapse(call) else None,
-        _saved(call, wanted, made, threshold, active, u) if call.needs_grad else None,
+        torch.from_numpy(made.v),
+        torch.from_numpy(made.i) if _has_synapse(call) else None,
+        _saved(call, wanted, made, fed.weight, threshold, active, u) if call.needs_grad else None,
         fraction,
     )
 
@@ -133,13 +139,13 @@ def _keeps_mem(call: LayerCall) -> bool:
 def _allocated(call: LayerCall, wanted: _Wanted) -> _Made:
     T, B, N, dtype = call.T, call.B, call.N, call.v0.dtype
     kind, synapse = numpy_type(dtype), _has_synapse(call)
-    v = copied(call.v0, call.v0.shape, kind)
+    v = np.array(array(call.v0))
     chunks = -(-T // CHUNK) if call.needs_grad else 0
     return _Made(
         v,
-        copied(call.i0, (B, N) if synapse else (0, 0), kind),
-        torch.empty(chunks, *v.shape, dtype=dtype),
-        torch.empty(chunks if synapse else 0, B, N, dtype=dtype),
+        np.array(array_or_empty(call.i0, kind, 2)) if synapse else np.empty((0, 0), kind),
+        np.empty((chunks, *v.shape), kind),
+        np.empty((chunks if synapse else 0, B, N), kind),
         torch.empty(T, B, N, dtype=dtype) if call.want_spikes and call.spec.spiking else None,
         torch.empty(T, B, N, dtype=dtype) if call.want_mem or wanted.mem else None,
     )
@@ -152,7 +158,7 @@ def _shared(call: LayerCall, wanted: _Wanted, made: _Made) -> _Shared:
         -1.0 if exact else call.threshold,  # type: ignore[arg-type]
         array(call.params),
         inputs_of(call, dtype),
-        States(array(made.v), array(made.i), array(made.v_checkpoints), array(made.i_checkpoints)),
+        States(made.v, made.i, made.v_checkpoints, made.i_checkpoints),
         array_or_empty(made.spikes, dtype, 3),
         array_or_empty(made.mem, dtype, 3),
         np.zeros(rows + 1 if wanted.events else 0, dtype=np.int32),
@@ -191,6 +197,7 @@ def _saved(
     call: LayerCall,
     wanted: _Wanted,
     made: _Made,
+    rows: np.ndarray,
     threshold: float | None,
     active: Active | None,
     u: Tensor | None,
@@ -206,10 +213,11 @@ def _saved(
         threshold,
         active,
         None if isinstance(call.spec, Equations) else u,
-        made.v_checkpoints if replays else None,
-        made.i_checkpoints if replays and _has_synapse(call) else None,
+        torch.from_numpy(made.v_checkpoints) if replays else None,
+        torch.from_numpy(made.i_checkpoints) if replays and _has_synapse(call) else None,
         needs_current=replays,
         mem=mem,
+        rows=torch.from_numpy(rows) if replays and 0 < rows.nbytes <= KEEP_ROWS_BELOW else None,
     )
 
 
@@ -223,12 +231,6 @@ def _joined_ptr(ptr: np.ndarray, ranges: list[tuple[int, int]], sizes: list[int]
         if base > MAX_EVENTS:
             raise InputError(f"more than {MAX_EVENTS} events in one layer; split the batch.")
     return torch.from_numpy(ptr)
-
-
-def _is_finite(x: Tensor) -> bool:
-    numbers = array(x)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(numbers.sum()) or np.isfinite(numbers).all())
 
 
 def _has_synapse(call: LayerCall) -> bool:

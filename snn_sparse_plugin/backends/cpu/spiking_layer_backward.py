@@ -28,6 +28,7 @@ from .layout import (
     inputs_of,
     numpy_type,
     padded,
+    ranges_of,
     rows_of,
     zero_rows,
 )
@@ -39,7 +40,7 @@ from .replay import backward_replay_kernel
 from .replay_linear import backward_replay_linear_kernel
 from .rows import MEM
 from .spiking_layer import code_of
-from .threads import parallel, split
+from .threads import parallel
 from .way import Way, empty_list, input_is_listed, only_decays, wants_params, way_of
 
 
@@ -97,7 +98,7 @@ def run_backward(
     if way.impulses:
         calls["cpu", "backward:impulses"] += 1
     parts = parallel(
-        [lambda r=r: _run_range(call, saved, needs, way, shared, *r) for r in split(call.B)]  # type: ignore[misc]
+        [lambda r=r: _run_range(call, saved, needs, way, shared, *r) for r in ranges_of(call)]  # type: ignore[misc]
     )
     sums = _Sums(*(added(group) for group in zip(*parts, strict=True)))
     return _collected(call, needs, left, sums)

@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...backends import select
-from ...core import tally
-from ...core.backend import LayerCall, LayerResult, calls, enough
-from ...core.config import SparseConfig, current_config
+from ...core.config import current_config
 from ...core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ...core.equations import Equations
-from ...core.errors import UnsupportedError
-from ...core.precision import HALF, cast, without_autocast
-from ...core.spikes import SpikeTrain
+from ...core.errors import InputError, UnsupportedError
+from ...core.precision import HALF, without_autocast
+from ...core.spikes import SpikeTrain, as_spike_train, is_sparse_input
 from ...core.surrogates import Surrogate
-from . import autograd
-from .inputs import Given, Synapses, check_finite, given, inputs_of, widened
+from .inputs import Given, Synapses, given, layout_of, widened
 from .library import spiking_layer_op
-from .products import events_of, how_to_multiply
+from .prepared import Asked, SpikingLayerOutput, output, prepare, rounded
 
 __all__ = ["SpikingLayerOutput", "spiking_layer"]
-
-
-class SpikingLayerOutput(NamedTuple):
-    """``spikes`` (T, B, N...) dense or SpikeTrain (the membrane for a readout), ``mem`` or None, final ``state``
-    in the form it is given in (:class:`NeuronState`, or a dict with equations).
-
-    ``active_fraction`` is the share of neuron-steps inside the window that pass a gradient: a number, or a 0-dim
-    tensor where a device counts them, which nothing waits for until you read it.
-    """
-
-    spikes: Any
-    mem: Tensor | None
-    state: Any
-    active_fraction: float | Tensor
 
 
 def spiking_layer(
@@ -100,50 +80,32 @@ def spiking_layer(
         torch.Size([10, 30])
     """
     synapses = Synapses(weight, bias, recurrent_weight, recurrent_bias)
-    spec, surrogate = spec or NeuronSpec(), surrogate or Surrogate("atan", (2.0,))
+    spec, surrogate = spec or _LEAKY, surrogate or _ATAN
+    if is_sparse_input(x):
+        x = as_spike_train(x)
+    elif not isinstance(x, Tensor):
+        raise InputError(f"{name}: input must be a tensor or a SpikeTrain, got {type(x).__name__}.")
     with without_autocast():  # what is given says in which precision to compute
-        call = given(x, synapses, spec, params, surrogate, state, steps, name)
-        wanted = call.dtype if dtype is None else dtype
-        out = _run(call, overrides, events, return_mem, wanted)
-    return _rounded(out, wanted)
+        if torch.compiler.is_compiling():
+            layout = layout_of(x, synapses, spec, surrogate, steps, name)
+            return _in_graph(given(layout, x, synapses, params, state), overrides, events, return_mem, dtype)
+        config = current_config().updated(**overrides) if overrides else current_config()
+        asked = Asked(spec, surrogate, config, steps, events, return_mem, dtype, name)
+        return prepare(asked, x, synapses).run(x, synapses, params, state)
 
 
-def _run(
-    call: Given, overrides: dict[str, Any], events: bool, return_mem: bool, wanted: torch.dtype
+_LEAKY, _ATAN = NeuronSpec(), Surrogate("atan", (2.0,))
+
+
+def _in_graph(
+    call: Given,
+    overrides: dict[str, Any],
+    events: bool,
+    return_mem: bool,
+    dtype: torch.dtype | None,
 ) -> SpikingLayerOutput:
-    if torch.compiler.is_compiling():
-        return _in_graph(call, overrides, events, return_mem)
-    config = current_config().updated(**overrides) if overrides else current_config()
-    if config.check:
-        check_finite(call)
-    backend = select(
-        config.backend,
-        "spiking_layer",
-        device=call.device,
-        dtype=call.state_dtype,
-        spec=call.spec,
-        surrogate=call.surrogate,
-        recurrent=call.recurrent,
-    )
-    if call.dtype in HALF and not backend.takes_half(call.device, call.dtype):
-        call = widened(call)
-    described = _describe(call, config, events, return_mem, backend.takes_dense)
-    if wanted in HALF and backend.takes_half(call.device, wanted):
-        described.out_dtype = wanted
-    result, carrier = autograd.apply(described, backend)
-    _count(described, result)
-    return _wrap(call, described, result, carrier, return_mem)
-
-
-def _rounded(out: SpikingLayerOutput, dtype: torch.dtype) -> SpikingLayerOutput:
-    spikes, mem = out.spikes, out.mem
-    if spikes.dtype != dtype:
-        spikes = spikes._replace(dtype=dtype) if isinstance(spikes, SpikeTrain) else spikes.to(dtype)
-    return out._replace(spikes=spikes, mem=cast(mem, dtype))
-
-
-def _in_graph(call: Given, overrides: dict[str, Any], events: bool, return_mem: bool) -> SpikingLayerOutput:
     """The op as ``torch.compile`` sees it: one node."""
+    wanted = dtype or call.dtype
     call = widened(call) if call.dtype in HALF else call
     name, synapses, dense = call.name, call.synapses, call.dense
     if events or dense is None:
@@ -159,132 +121,4 @@ def _in_graph(call: Given, overrides: dict[str, Any], events: bool, return_mem: 
         *(call.rec0, call.v0, call.i0, call.params),
     )
     node, membrane, v, i = spiking_layer_op(inputs, call.spec, call.surrogate, overrides)
-    return _output(call, node, membrane if return_mem else None, v, i, math.nan)
-
-
-def _describe(
-    call: Given, config: SparseConfig, events: bool, return_mem: bool, takes_dense: bool
-) -> LayerCall:
-    """The call as a backend gets it: events or a dense input with their weights, or currents."""
-    synapses, spec = call.synapses, call.spec
-    train, dense, current = _input(call, takes_dense)
-    weight, bias = (synapses.weight, synapses.bias) if current is None else (None, None)
-    leaves = [synapses.recurrent, synapses.recurrent_bias, call.rec0, call.v0, call.i0, call.params]
-    leaves += [current] if current is not None else [dense, weight, bias]
-    if train is not None:
-        leaves.append(train.carrier)
-    return LayerCall(
-        spec=spec,
-        surrogate=call.surrogate,
-        threshold=call.surrogate.resolve(config.backprop_threshold),
-        min_active=config.min_active,
-        T=call.T,
-        B=call.B,
-        N=call.N,
-        train=train,
-        dense=dense,
-        current=current,
-        weight=weight,
-        bias=bias,
-        rec_weight=synapses.recurrent,
-        rec_bias=synapses.recurrent_bias,
-        rec0=call.rec0,
-        v0=call.v0,
-        i0=call.i0,
-        params=call.params,
-        want_spikes=spec.spiking and not events,
-        want_events=spec.spiking and (events or call.recurrent),
-        want_mem=return_mem or not spec.spiking,
-        needs_grad=torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in leaves),
-        params_grad=call.params.requires_grad,
-        name=call.name,
-    )
-
-
-def _input(call: Given, takes_dense: bool) -> tuple[SpikeTrain | None, Tensor | None, Tensor | None]:
-    """Events or a dense input (T, B, M) for a backend to multiply with the weight, or the current (T or 1, B, C·N)."""
-    train, dense, weight = call.train, call.dense, call.synapses.weight
-    if train is not None and 0 in (*train.shape, call.N):
-        dense, train = train.to_dense(), None
-    current: Tensor | None = None
-    if weight is None:
-        whole = train.to_dense() if train is not None else dense
-        assert whole is not None
-        return None, None, whole.reshape(len(whole), call.B, inputs_of(call.spec) * call.N)
-    if train is None:
-        assert dense is not None
-        if len(dense) == call.T:
-            return how_to_multiply(dense, weight, call.synapses.bias, takes_dense)
-        current = F.linear(dense, weight, call.synapses.bias)
-    return None if train is None else train.flatten(), None, current
-
-
-def _count(call: LayerCall, result: LayerResult) -> None:
-    ran = tally.current()
-    ran.count("fused")
-    saved = result.saved
-    if saved is None or call.threshold is None:
-        return
-    guarded = partial(_guarded, ran, call.name)
-    if saved.near is not None:
-        if call.min_active > 0:
-            ran.count_later(saved.near < enough(call), call.name, guarded)
-    elif saved.threshold is None:
-        guarded(1)
-
-
-def _guarded(ran: tally.Record, name: str, n: int) -> None:
-    """``min_active`` made n calls exact."""
-    calls["guard", name] += n
-    ran.count("guard", n)
-
-
-def _wrap(
-    call: Given, described: LayerCall, result: LayerResult, carrier: Tensor | None, return_mem: bool
-) -> SpikingLayerOutput:
-    """What the user gets of a backend's result."""
-    spikes: Any = result.spikes if call.spec.spiking else result.mem
-    if call.spec.spiking and not described.want_spikes:
-        active = result.saved.active if result.saved is not None else None
-        spikes = events_of(result, (call.T, call.B, call.N), call.state_dtype, carrier, active)
-    if call.spec.spiking and tally.watchers.get() is not None:
-        tally.show(spikes, _passing(described, result), call.T)
-    mem = result.mem if return_mem else None
-    return _output(call, spikes, mem, result.v, result.i, result.active_fraction)
-
-
-def _passing(call: LayerCall, result: LayerResult) -> float | Tensor:
-    """The share of neuron-steps that pass a gradient; NaN where none was asked for."""
-    saved, share = result.saved, result.active_fraction
-    if saved is None or call.surrogate.kind == "zero":
-        return math.nan
-    if saved.near is not None:
-        return torch.where(saved.near < enough(call), 1.0, share)
-    return 1.0 if saved.threshold is None else share
-
-
-def _output(
-    call: Given, spikes: Any, mem: Tensor | None, v: Tensor, i: Tensor | None, active_fraction: float | Tensor
-) -> SpikingLayerOutput:
-    spec, features, B = call.spec, call.features, call.B
-    steps = (call.T, B)
-    last = call.spikes0
-    if last is not None:
-        if call.T:
-            last = spikes.step(-1) if isinstance(spikes, SpikeTrain) else spikes[-1]
-        last = last.view(B, *features)  # type: ignore[union-attr]
-    spikes = spikes.view(*features) if isinstance(spikes, SpikeTrain) else spikes.view(*steps, *features)
-    state: Any
-    if isinstance(spec, Equations):
-        state = {
-            label: value.view(B, *features) for label, value in zip(spec.states, v.unbind(0), strict=True)
-        }
-        if last is not None:
-            state["spikes"] = last
-    else:
-        if len(features) > 1:  # a view of the same shape would have to be copied to be owned
-            v, i = v.view(B, *features), None if i is None else i.view(B, *features)
-        state = NeuronState(v, i, last)
-    return SpikingLayerOutput(
-        spikes, None if mem is None else mem.view(*steps, *features), state, active_fraction
-    )
+    return rounded(output(call, node, membrane if return_mem else None, v, i, math.nan), wanted)

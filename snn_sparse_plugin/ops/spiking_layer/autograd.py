@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
     carrier = call.train.carrier if call.train is not None else None
     leaves = [getattr(call, name) for name in _LEAVES]
-    once = call.current is not None and len(call.current) != call.T
-    call = replace(call, current=_of_all_steps(call.current, call.T), once=once)
+    if call.current is not None and call.current.shape[0] != call.T:
+        call = call.changed(current=_of_all_steps(call.current, call.T), once=True)
     if not call.needs_grad:
         return backend.spiking_layer(call), None
     box: list[LayerResult] = []
@@ -35,7 +34,7 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
 
 def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
     """A current of one step (1, B, N) that comes at every step, as (T, B, N)."""
-    return current if current is None or len(current) == T else current.expand(T, -1, -1)
+    return current if current is None or current.shape[0] == T else current.expand(T, -1, -1)
 
 
 class _SpikingLayer(torch.autograd.Function):
@@ -57,7 +56,15 @@ class _SpikingLayer(torch.autograd.Function):
         kept = list(inputs[1:])
         if not saved.needs_current:
             kept[0] = None
-        kept += [saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem, saved.near, result.words]
+        kept += [
+            saved.u,
+            saved.v_checkpoints,
+            saved.i_checkpoints,
+            saved.mem,
+            saved.near,
+            result.words,
+            saved.rows,
+        ]
         kept += list(saved.active or (None, None)) + list(events or (None, None))
         if train is not None:
             as_bits = backend.takes_dense and train.values is None
@@ -67,7 +74,7 @@ class _SpikingLayer(torch.autograd.Function):
             kept += [None] * 5
         ctx.save_for_backward(*kept, inputs[0])
         nothing: dict[str, Any] = dict.fromkeys(_LEAVES)
-        ctx.call = replace(call, train=None, **nothing)
+        ctx.call = call.changed(train=None, **nothing)
         carrier = None
         if call.want_events:
             shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
@@ -85,11 +92,12 @@ class _SpikingLayer(torch.autograd.Function):
         *kept, carrier = ctx.saved_tensors
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
-        call = replace(ctx.call, **leaves)
+        call = ctx.call.changed(**leaves)
         call.current = _of_all_steps(call.current, call.T)
-        u, v_checkpoints, i_checkpoints, mem, near, words, act_ptr, act_idx, ev_ptr, ev_idx = kept[n : n + 10]
+        u, v_checkpoints, i_checkpoints, mem, near, words, call.rows = kept[n : n + 7]
+        act_ptr, act_idx, ev_ptr, ev_idx = kept[n + 7 : n + 11]
         if ctx.train_like is not None:
-            first, indices, values, in_ptr, in_idx = kept[n + 10 :]
+            first, indices, values, in_ptr, in_idx = kept[n + 11 :]
             shape, dtype = ctx.train_like
             active = None if in_ptr is None else Active(in_ptr, in_idx)
             if indices is None:

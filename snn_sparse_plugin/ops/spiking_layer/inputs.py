@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,12 @@ from ...core.equations import Equations
 from ...core.errors import InputError
 from ...core.host import is_device, waits
 from ...core.precision import cast, state_dtype
-from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
+from ...core.spikes import SpikeTrain, check_float
 from ...core.surrogates import Surrogate
 from .products import is_still
 
 
-@dataclass
-class Synapses:
+class Synapses(NamedTuple):
     """The matrices of a layer: ``weight`` (C·N, M), ``bias`` (C·N,), ``recurrent`` (C·N, N), its bias (C·N,)."""
 
     weight: Tensor | None
@@ -71,55 +70,77 @@ class Given:
         return state_dtype(self.dtype)
 
 
-def given(
+class Layout(NamedTuple):
+    """What a call of the op is, before any number is looked at: it follows from shapes, dtypes and devices alone."""
+
+    name: str
+    spec: NeuronSpec | Equations
+    surrogate: Surrogate
+    T: int
+    B: int
+    features: tuple[int, ...]
+    N: int
+    dtype: torch.dtype
+    device: torch.device
+    recurrent: bool
+
+
+def layout_of(
     x: Any,
     synapses: Synapses,
     spec: NeuronSpec | Equations,
-    params: NeuronParams | Mapping[str, Tensor | float],
     surrogate: Surrogate,
-    state: Any,
     steps: int | None,
     name: str,
-) -> Given:
-    """Check everything about a call of the op but what depends on the backend.
+) -> Layout:
+    """Check an input and its matrices.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
     """
-    if synapses.recurrent is not None and not spec.spiking:
+    recurrent = synapses.recurrent is not None
+    if recurrent and not spec.spiking:
         raise InputError(f"{name}: a readout emits no spikes, so it takes no recurrent_weight.")
-    train, dense = _input(x, synapses.weight, name)
-    first = train if train is not None else dense
-    assert first is not None
-    dtype, device, (T, B) = first.dtype, first.device, first.shape[:2]
-    features = _features(first, synapses.weight, spec, name)
+    _check_input(x, synapses.weight, name)
+    dtype, device, (T, B) = x.dtype, x.device, x.shape[:2]
+    features = _features(x, synapses.weight, spec, name)
     if steps is not None:
         if T != 1 or steps < 1:
             raise InputError(
                 f"{name}: steps={steps} says how often an input of one step (1, B, ...) comes, "
-                f"got {tuple(first.shape)}."
+                f"got {tuple(x.shape)}."
             )
-        T, dense, train = steps, first.to_dense() if isinstance(first, SpikeTrain) else first, None
-    elif dense is not None and is_still(dense):
-        dense = dense[:1]
-    _check_synapses(name, dtype, device, spec, math.prod(features), synapses)
-    precise = state_dtype(dtype)
-    synapses = replace(
-        synapses,
-        recurrent=cast(synapses.recurrent, precise),
-        recurrent_bias=cast(synapses.recurrent_bias, precise),
-    )
-    packed = _pack_params(params, spec, features, precise, device, name)
-    recurrent = synapses.recurrent is not None
+        T = steps
+    N = math.prod(features)
+    _check_synapses(name, dtype, device, spec, N, synapses)
     if recurrent and isinstance(spec, Equations) and not spec.program.recurrent:
         raise InputError(
             f"{name}: these equations never read a recurrent current, so they take no recurrent_weight."
         )
+    return Layout(name, spec, surrogate, T, B, features, N, dtype, device, recurrent)
+
+
+def given(layout: Layout, x: Tensor | SpikeTrain, synapses: Synapses, params: Any, state: Any) -> Given:
+    """A call of this layout with its numbers.
+
+    Raises:
+        InputError: parameters or a state that do not fit.
+    """
+    name, spec, surrogate, T, B, features, _, dtype, device, recurrent = layout
+    train, dense = (x, None) if isinstance(x, SpikeTrain) else (None, x)
+    if x.shape[0] != T:  # one step that comes T times
+        train, dense = None, dense if train is None else train.to_dense()
+    elif dense is not None and is_still(dense):
+        dense = dense[:1]
+    precise = state_dtype(dtype)
+    packed = _pack_params(params, spec, features, precise, device, name)
     v0, i0, s0 = _pack_state(state, spec, recurrent, (B, *features), precise, device, name)
     rec0 = None
-    if synapses.recurrent is not None:
+    if recurrent:
         assert s0 is not None
-        rec0 = F.linear(s0, synapses.recurrent, synapses.recurrent_bias)
+        matrix, bias = cast(synapses.recurrent, precise), cast(synapses.recurrent_bias, precise)
+        synapses = Synapses(synapses.weight, synapses.bias, matrix, bias)
+        rec0 = F.linear(s0, matrix, bias)  # type: ignore[arg-type]
     form = (T, B, features, packed, v0, i0, s0, rec0, dtype, device)
     return Given(name, spec, surrogate, synapses, train, dense, *form)
 
@@ -129,7 +150,7 @@ def widened(call: Given) -> Given:
     precise, synapses, train = call.state_dtype, call.synapses, call.train
     if train is not None:
         train = train._replace(dtype=precise, values=cast(train.values, precise))
-    weights = replace(synapses, weight=cast(synapses.weight, precise), bias=cast(synapses.bias, precise))
+    weights = synapses._replace(weight=cast(synapses.weight, precise), bias=cast(synapses.bias, precise))
     return replace(call, synapses=weights, dense=cast(call.dense, precise), train=train)
 
 
@@ -152,15 +173,10 @@ def check_finite(call: Given) -> None:
             raise InputError(f"{call.name}: {label} has NaN or infinite values.")
 
 
-def _input(x: Any, weight: Tensor | None, name: str) -> tuple[SpikeTrain | None, Tensor | None]:
-    if is_sparse_input(x):
-        train = as_spike_train(x)
-        shape, dense = train.shape, None
-    elif isinstance(x, Tensor):
+def _check_input(x: Any, weight: Tensor | None, name: str) -> None:
+    if isinstance(x, Tensor):
         check_float(x, f"{name}: input")
-        train, shape, dense = None, x.shape, x
-    else:
-        raise InputError(f"{name}: input must be a tensor or a SpikeTrain, got {type(x).__name__}.")
+    shape = x.shape
     if len(shape) < 3:
         raise InputError(f"{name}: input must have shape (T, B, N...), got {tuple(shape)}.")
     if weight is not None:
@@ -171,7 +187,6 @@ def _input(x: Any, weight: Tensor | None, name: str) -> tuple[SpikeTrain | None,
                 f"{name}: input has shape {tuple(shape)}, weight expects (T, B, {weight.shape[1]}). "
                 f"Check the number of features of the encoder or of the layer below."
             )
-    return train, dense
 
 
 def _features(
@@ -310,6 +325,8 @@ def _pack_state(
     def one(label: str, value: Tensor | None) -> Tensor:
         if value is None:
             return torch.zeros(flat, dtype=dtype, device=device)
+        if value.shape == shape and value.dtype == dtype and value.device == device:
+            return value.reshape(flat).contiguous()
         if value.device != device and value.dim():
             raise InputError(f"{name}: state {label!r} is on {value.device}, the input on {device}.")
         if torch.promote_types(value.dtype, dtype) != dtype:

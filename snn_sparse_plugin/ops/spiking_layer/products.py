@@ -7,11 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.backend import LayerResult
+from ...core.host import waits
 from ...core.spikes import Active, SpikeTrain
 
 DENSE_ABOVE = (
     0.4  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
 )
+
+FEW_ROWS = 16  # up to so many rows of an input one dense product takes less time than to turn the weight over
+
+
+def are_few(x: Tensor | SpikeTrain) -> bool:
+    """Whether an input (T, B, ...) on a CPU has so few rows, and needs no gradient, that zeros may be multiplied."""
+    return x.shape[0] * x.shape[1] <= FEW_ROWS and not torch.is_grad_enabled() and not waits(x)  # type: ignore[arg-type]
 
 
 def events_or_product(

@@ -1,0 +1,70 @@
+"""What every call does to every weight: to turn it over, and to look for numbers that are not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .bits import LANES
+from .jit import kernel
+from .lanes import _pointer
+
+
+@intrinsic
+def _turn16(typingctx: Any, x: Any, i: Any, j: Any, out: Any) -> Any:
+    """``out[j : j + 16, i : i + 16] = x[i : i + 16, j : j + 16].T`` in registers, in half the time."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, i, j, out = args
+        of_x, _, _, of_out = signature.args
+        align = of_x.dtype.bitwidth // 8
+
+        def place(kind: Any, array: Any, row: Any, k: int, column: Any) -> Any:
+            row = builder.add(row, ir.Constant(ir.IntType(64), k))
+            return _pointer(context, builder, kind, array, row, column)
+
+        rows = [builder.load(place(of_x, x, i, k, j), align=align) for k in range(LANES)]
+        size = LANES // 2
+        while size:  # blocks of this size off the diagonal change places
+            first = [c + LANES - size if c & size else c for c in range(LANES)]
+            second = [c + LANES if c & size else c + size for c in range(LANES)]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), LANES), m) for m in (first, second)]
+            for k in range(LANES):
+                if not k & size:
+                    pair = rows[k], rows[k + size]
+                    rows[k], rows[k + size] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+            size //= 2
+        for k, row in enumerate(rows):
+            builder.store(row, place(of_out, out, j, k, i), align=align)
+        return context.get_dummy_value()
+
+    return types.none(x, types.uint64, types.uint64, out), codegen
+
+
+@kernel()
+def turn(x, out):  # type: ignore[no-untyped-def]
+    """``out = x.T``. Rows of x that go on beyond out are padding; rows of out that go on beyond x are padded with 0."""
+    n, m = min(x.shape[0], out.shape[1]), min(x.shape[1], out.shape[0])
+    whole_n, whole_m = n - n % LANES, m - m % LANES
+    for j in range(0, whole_m, LANES):
+        for i in range(0, whole_n, LANES):
+            _turn16(x, np.uint64(i), np.uint64(j), out)
+    for j in range(m):
+        for i in range(whole_n if j < whole_m else 0, n):
+            out[np.uint64(j), np.uint64(i)] = x[np.uint64(i), np.uint64(j)]
+        for i in range(n, out.shape[1]):
+            out[np.uint64(j), np.uint64(i)] = 0
+
+
+@kernel(fastmath={"reassoc"})
+def all_finite(x):  # type: ignore[no-untyped-def]
+    """Whether no number of a flat array is NaN or infinite: zero times each of them is zero."""
+    zero = x.dtype.type(0)
+    total = zero
+    for k in range(x.shape[0]):
+        total += zero * x[k]
+    return total == zero
