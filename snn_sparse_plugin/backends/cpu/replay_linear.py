@@ -152,8 +152,8 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                     if has_out:
                         r = b * T + t
                         for a in range(act_ptr[r], act_ptr[r + 1]):
-                            j = np.uint64(act_idx[a])
-                            block[k, j] += block[phi, j] * g_out[a]
+                            neuron = np.uint64(act_idx[a])
+                            block[k, neuron] += block[phi, neuron] * g_out[a]
                 to, end = summed if once else sums, ADJOINT + stop - start
                 sweep(block, ADJOINT, end, decay, flow, to, 0)
                 if synapse:
