@@ -1,4 +1,4 @@
-"""A gradient of spikes that stays a product of two small matrices until somebody needs its numbers."""
+"""A gradient of spikes that stays a product of two matrices until somebody needs its numbers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 LARGEST = 64
-"""Neurons of the layer above beyond which the product is made at once, by the library for it."""
+"""Neurons of the layer above up to which a kernel multiplies in every case; beyond, only where it is as fast as the
+library: in float32, with some steps, and a sample or more for each thread."""
 
 
 class ProductGrad(Tensor):
     """``nu @ weight``, (T, B, M), of ``nu`` (T, B, K) and ``weight`` (K, M), not multiplied yet.
 
-    A layer of few neurons on top of a wide one sends back T·B·M numbers of which only K are independent: the wide
-    layer's backward forms them row by row where it needs them, instead of reading them from memory. Whatever else the
-    gradient meets, a sum with another one or a hook, gets the dense tensor.
+    The layer below forms its T·B·M numbers a few steps at a time where it needs them, instead of reading them from
+    memory. Whatever else the gradient meets, a sum with another one or a hook, gets the dense tensor.
     """
 
     nu: Tensor

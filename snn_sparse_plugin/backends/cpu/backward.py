@@ -160,7 +160,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                         for j in range(N):
                             lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
                 if k == 0 or r == first * T:
-                    deliver(block, r, until, T, incoming, outgoing)
+                    deliver(block, r % block.shape[0], r, until, T, incoming, outgoing)
                     until = r
 
     return backward_active

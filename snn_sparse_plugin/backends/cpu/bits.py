@@ -29,7 +29,7 @@ def _lanes(context: Any, builder: Any, array_type: Any, array: Any, offset: Any)
 
 def _splat(builder: Any, vector: Any, scalar: Any) -> Any:
     lane = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [ir.IntType(32)(0)] * LANES)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
     return builder.shuffle_vector(lane, ir.Constant(vector, ir.Undefined), zeros)
 
 
@@ -139,21 +139,77 @@ def _compress_floats(typingctx: Any, mask: Any, row: Any, column: Any, out: Any,
     return types.none(types.uint32, row, types.intp, out, types.intp), codegen
 
 
+# Without it the places of the set bits of eight lanes come from a table.
+_HAS_PERMUTE = bool(llvm.get_host_cpu_features().get("avx2", False))
+_HALF = LANES // 2
+_PLACES = [([k for k in range(_HALF) if byte >> k & 1] + [0] * _HALF)[:_HALF] for byte in range(1 << _HALF)]
+
+
+def _places(builder: Any, byte: Any) -> Any:
+    """The places of the set bits of eight as lanes, then zeros."""
+    small = ir.VectorType(ir.IntType(8), _HALF)
+    pointer = builder.module.globals.get("places_of_bits")
+    if pointer is None:
+        rows = ir.Constant(ir.ArrayType(small, len(_PLACES)), [ir.Constant(small, row) for row in _PLACES])
+        pointer = cgutils.global_constant(builder.module, "places_of_bits", rows)
+    row = builder.load(builder.gep(pointer, [ir.IntType(64)(0), builder.zext(byte, ir.IntType(64))]))
+    return builder.zext(row, ir.VectorType(ir.IntType(32), _HALF))
+
+
+def _halves(builder: Any, mask: Any, n: Any) -> list[tuple[int, Any, Any]]:
+    """Of the two halves of a mask: the first lane, the places of set bits, and where their entries begin."""
+    byte = ir.IntType(_HALF)
+    low, high = builder.trunc(mask, byte), builder.trunc(builder.lshr(mask, ir.IntType(32)(_HALF)), byte)
+    after = builder.add(n, builder.zext(builder.ctpop(low), n.type))
+    return [(0, _places(builder, low), n), (_HALF, _places(builder, high), after)]
+
+
+@intrinsic
+def _spread_columns(typingctx: Any, mask: Any, column: Any, out: Any, n: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        chosen, first, array, at = args
+        for lane, places, begin in _halves(builder, chosen, at):
+            start = builder.add(builder.trunc(first, ir.IntType(32)), ir.IntType(32)(lane))
+            columns = builder.add(_splat(builder, places.type, start), places)
+            _store(context, builder, signature.args[2], array, begin, columns)
+        return context.get_dummy_value()
+
+    return types.none(types.uint32, types.intp, out, types.intp), codegen
+
+
+@intrinsic
+def _permute_floats(typingctx: Any, mask: Any, row: Any, column: Any, out: Any, n: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        chosen, source, first, array, at = args
+        lanes, vector = _lanes(context, builder, signature.args[1], source, first)
+        half = ir.VectorType(vector.element, _HALF)
+        for lane, places, begin in _halves(builder, chosen, at):
+            picked = ir.Constant(places.type, list(range(lane, lane + _HALF)))
+            kind = ir.FunctionType(half, [half, places.type])
+            permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.permps")
+            part = builder.shuffle_vector(lanes, ir.Constant(vector, ir.Undefined), picked)
+            _store(context, builder, signature.args[3], array, begin, builder.call(permute, [part, places]))
+        return context.get_dummy_value()
+
+    return types.none(types.uint32, row, types.intp, out, types.intp), codegen
+
+
 def _append_packed(mask, column, out, n):  # type: ignore[no-untyped-def]
     _compress_columns(mask, column, out, n)
     return n + count_bits(mask)
 
 
-def _append_looped(mask, column, out, n):  # type: ignore[no-untyped-def]
-    while mask != 0:
-        out[n] = column + lowest_bit(mask)
-        n += 1
-        mask &= mask - np.uint32(1)
-    return n
+def _append_spread(mask, column, out, n):  # type: ignore[no-untyped-def]
+    _spread_columns(mask, column, out, n)
+    return n + count_bits(mask)
 
 
 def _pick_packed(mask, row, column, out, n):  # type: ignore[no-untyped-def]
     _compress_floats(mask, row, column, out, n)
+
+
+def _pick_permuted(mask, row, column, out, n):  # type: ignore[no-untyped-def]
+    _permute_floats(mask, row, column, out, n)
 
 
 def _pick_looped(mask, row, column, out, n):  # type: ignore[no-untyped-def]
@@ -165,7 +221,7 @@ def _pick_looped(mask, row, column, out, n):  # type: ignore[no-untyped-def]
 
 _inline = kernel(forceinline=True)
 
-append_columns = _inline(_append_packed if _HAS_COMPRESS else _append_looped)
+append_columns = _inline(_append_packed if _HAS_COMPRESS else _append_spread)
 """``append_columns(mask, column, out, n)``: append ``column + k`` for every set bit k; returns the new ``n``.
 
 May write up to 16 entries past the new end: ``out`` needs that much slack.
@@ -174,7 +230,10 @@ May write up to 16 entries past the new end: ``out`` needs that much slack.
 
 def pick_values(dtype: np.dtype) -> Any:
     """The function ``(mask, row, column, out, n)`` that writes ``row[column + k]`` for every set bit k at ``n``."""
-    return _pick[_HAS_COMPRESS and dtype == np.float32]
+    if dtype != np.float32 or not (_HAS_COMPRESS or _HAS_PERMUTE):
+        return _pick_by_bit
+    return _pick_by_vector
 
 
-_pick = {True: _inline(_pick_packed), False: _inline(_pick_looped)}
+_pick_by_bit = _inline(_pick_looped)
+_pick_by_vector = _inline(_pick_packed if _HAS_COMPRESS else _pick_permuted)

@@ -105,7 +105,7 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
                     copy_row(lam_state[b], flow[0])
                     copy_row(ci_state[b], flow[1])
                 top = bottom
-            deliver(block, low, high, T, incoming, unbiased)
+            deliver(block, shift, low, high, T, incoming, unbiased)
             high = low
         if g_bias.shape[0] > 0:
             add_all(g_bias, sums, 1 if synapse else 0, 1)
@@ -113,7 +113,7 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
     return backward_linear
 
 
-@kernel(forceinline=True)
+@kernel(part=True)
 def sweep(block, low, high, decay, flow, sums, which):  # type: ignore[no-untyped-def]
     """``x[k] = block[k] + decay x[k + 1]`` down the rows high..low in place; ``flow`` is the decayed x around them.
 
@@ -121,42 +121,26 @@ def sweep(block, low, high, decay, flow, sums, which):  # type: ignore[no-untype
     """
     width, lanes = np.uint64(block.shape[1]), np.uint64(LANES)
     j = np.uint64(0)
-    while j + np.uint64(4) * lanes <= width:  # four chains at a time hide the latency of one
-        p, q, s = j + lanes, j + np.uint64(2) * lanes, j + np.uint64(3) * lanes
-        m, n, o, u = (
-            load(decay, which, j),
-            load(decay, which, p),
-            load(decay, which, q),
-            load(decay, which, s),
-        )
-        k = np.uint64(high - 1)
+    # two chains at a time hide the latency of one; four need more registers than AVX2 has
+    while j + np.uint64(2) * lanes <= width:
+        p, k = j + lanes, np.uint64(high - 1)
+        m, n = load(decay, which, j), load(decay, which, p)
         a, b = add(load(block, k, j), load(flow, which, j)), add(load(block, k, p), load(flow, which, p))
-        c, d = add(load(block, k, q), load(flow, which, q)), add(load(block, k, s), load(flow, which, s))
         v, w = add(load(sums, which, j), a), add(load(sums, which, p), b)
-        x, y = add(load(sums, which, q), c), add(load(sums, which, s), d)
         for i in range(low + 1, high):
             store(block, k, j, a)
             store(block, k, p, b)
-            store(block, k, q, c)
-            store(block, k, s, d)
             k = np.uint64(low + high - 1 - i)
             a, b = fma(m, a, load(block, k, j)), fma(n, b, load(block, k, p))
-            c, d = fma(o, c, load(block, k, q)), fma(u, d, load(block, k, s))
-            v, w, x, y = add(v, a), add(w, b), add(x, c), add(y, d)
+            v, w = add(v, a), add(w, b)
         store(block, k, j, a)
         store(block, k, p, b)
-        store(block, k, q, c)
-        store(block, k, s, d)
         store(flow, which, j, mul(m, a))
         store(flow, which, p, mul(n, b))
-        store(flow, which, q, mul(o, c))
-        store(flow, which, s, mul(u, d))
         store(sums, which, j, v)
         store(sums, which, p, w)
-        store(sums, which, q, x)
-        store(sums, which, s, y)
-        j += np.uint64(4) * lanes
-    while j < width:
+        j += np.uint64(2) * lanes
+    if j < width:
         m, k = load(decay, which, j), np.uint64(high - 1)
         a = add(load(block, k, j), load(flow, which, j))
         v = add(load(sums, which, j), a)
@@ -168,4 +152,3 @@ def sweep(block, low, high, decay, flow, sums, which):  # type: ignore[no-untype
         store(block, k, j, a)
         store(flow, which, j, mul(m, a))
         store(sums, which, j, v)
-        j += lanes

@@ -24,7 +24,8 @@ def block_rows(n: int) -> int:
 
 @kernel(part=True)
 def deliver(  # type: ignore[no-untyped-def]
-    block,  # (rows, N padded): row r % rows is nu of r = b * T + t
+    block,  # (rows, N padded): from row ``first`` on nu of r = b * T + t
+    first,
     low,
     high,  # the rows low..high are delivered
     T,
@@ -34,7 +35,6 @@ def deliver(  # type: ignore[no-untyped-def]
     """Add a block of nu rows to everything that wants it."""
     indptr, indices, values, weight, in_ptr, in_idx, out_ptr, out_idx = incoming
     g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
-    first = low % block.shape[0]
     if g_weight.shape[0] > 0:
         many = indptr[high] - indptr[low] > 8 * (high - low)
         if many and g_weight.shape[1] == LANES and values.shape[0] == 0:

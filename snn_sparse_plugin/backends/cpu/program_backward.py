@@ -213,7 +213,7 @@ def backward_program(  # type: ignore[no-untyped-def]
                         block[slot, begin + j] = adjoint[of_input, j]
                         adjoint[of_input, j] = 0
                 if r % block.shape[0] == 0 or r == first * T:
-                    deliver(block, r, until, T, incoming, outgoing)
+                    deliver(block, r % block.shape[0], r, until, T, incoming, outgoing)
                     until = r
             # the adjoints of the parameters are not cleared step by step: they are the sums over the chunk
             settle_params(adjoint, places[2], g_params)

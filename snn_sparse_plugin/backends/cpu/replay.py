@@ -248,7 +248,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                         for j in range(N):
                             lam[j] = (one - reset[j]) * lam[j]
                     if r % block.shape[0] == 0 or r == first * T:
-                        deliver(block, r, until, T, incoming, outgoing)
+                        deliver(block, r % block.shape[0], r, until, T, incoming, outgoing)
                         until = r
                 settle_params(recent, 0, g_params)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...core.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
 from .bits import LANES
+from .exponential import exp_negative
 from .jit import kernel
 from .lanes import add, load, store
 
@@ -289,10 +290,11 @@ def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyp
         for j in range(N):
             q = scale * x[j]
             out[j] = half / (one + q * q)
-    elif kind == 3:
+    elif kind == 3 or kind == 10:  # tanh(x) is a sigmoid of 2 x
+        slope, scale = (a, a) if kind == 3 else (two * a, two * two)
         for j in range(N):
-            e = np.exp(-a * abs(x[j]))
-            out[j] = a * e / ((e + one) * (e + one))
+            e = exp_negative(-abs(slope * x[j]))
+            out[j] = scale * e / ((e + one) * (e + one))
     elif kind == 4:
         out[:] = one
     elif kind == 5:
@@ -303,7 +305,7 @@ def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyp
             out[j] = one if x[j] > 0 else one - one
     elif kind == 7:
         for j in range(N):
-            out[j] = b * np.exp(-a * abs(x[j] - one))
+            out[j] = b * exp_negative(-a * abs(x[j] - one))
     elif kind == 8:
         for j in range(N):
             q = a * abs(x[j]) + one
@@ -311,10 +313,6 @@ def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyp
     elif kind == 9:
         for j in range(N):
             out[j] = a * max(one - abs(x[j]), x.dtype.type(0))
-    elif kind == 10:
-        for j in range(N):
-            q = np.tanh(x[j] * a)
-            out[j] = one - q * q
     elif kind == 11:
         for j in range(N):
             s = a * a + x[j] * x[j]
@@ -324,7 +322,7 @@ def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyp
         scale = x.dtype.type(2 / math.sqrt(math.pi))
         for j in range(N):
             q = a * x[j]
-            out[j] = scale * np.exp(-q * q)
+            out[j] = scale * exp_negative(-q * q)
     else:
         out[:] = 0
     if window >= 0:

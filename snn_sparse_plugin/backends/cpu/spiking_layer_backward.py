@@ -34,10 +34,11 @@ from .layout import (
 )
 from .linear import backward_linear_kernel, is_linear
 from .memory import array
+from .multiply import panels_of
 from .outgoing import block_rows
 from .program_backward import backward_of
 from .replay import backward_replay_kernel
-from .replay_linear import backward_replay_linear_kernel
+from .replay_linear import BLOCK_ROWS, backward_replay_linear_kernel
 from .rows import MEM
 from .spiking_layer import code_of
 from .threads import parallel
@@ -168,7 +169,7 @@ def _arriving(
     spikes, product = grads.spikes, (np.empty((0, 0, 0), dtype), np.empty((0, 0), dtype))
     if isinstance(spikes, ProductGrad):
         if way.linear:
-            product, spikes = (array(spikes.nu), rows_of(spikes.weight, dtype)), None
+            product, spikes = (array(spikes.nu), panels_of(spikes.weight, dtype)), None
         else:
             spikes = spikes.dense()
     dense = array_or_empty(spikes, dtype, 3), array_or_empty(grads.mem, dtype, 3)
@@ -248,9 +249,10 @@ def _run_replay(
     )
     start = (*samples, shared.derivative, shared.params, checkpoints, inputs.current, inputs.bias)
     if way.linear:
+        block = zero_rows(BLOCK_ROWS, call.N, dtype)
         backward_replay_linear_kernel(code_of(call))(
             *(*start, shared.mem, shared.incoming, shared.active, shared.arriving, shared.product),
-            *(*shared.states, outgoing, _block(call)),
+            *(*shared.states, outgoing, block, block.reshape(-1)),
         )
     else:
         recurrence = Recurrence(inputs.rec_weight, inputs.rec_bias, inputs.rec0)
@@ -303,7 +305,9 @@ def _bias(row: np.ndarray, currents: int) -> Tensor | None:
 
 def _through(nu: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a layer's dense input, ``nu @ weight``."""
-    if nu.shape[2] > LARGEST or 2 * nu.shape[2] > weight.shape[1]:
+    # see LARGEST; a kernel multiplies six rows at a time, and each sample in one thread
+    T, B, K = nu.shape
+    if K > LARGEST and (T < 4 or torch.get_num_threads() > B or nu.dtype != torch.float32):
         return nu @ weight
     # of its own: a hook may update the weight as soon as it has its gradient, before the product is made
     return ProductGrad(nu, torch.from_numpy(array(weight).copy()))
