@@ -264,3 +264,21 @@ def test_recorded_activity_is_read_when_it_is_asked_for(reads_nothing):
 def test_a_read_is_seen(monkeypatch, read):
     with pytest.raises(HostRead), no_host_reads(monkeypatch):
         read(torch.tensor([0.0, 1.0, 1.0]))
+
+
+def test_a_convolutional_network(reads_nothing):
+    snn = pytest.importorskip("snntorch")
+    utils = pytest.importorskip("snntorch.utils")
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), snn.Leaky(0.9, init_hidden=True)),
+        *(nn.Conv2d(2, 2, 2), snn.Leaky(0.9, init_hidden=True)),
+        *(nn.Flatten(), nn.Linear(2, 2), snn.Leaky(0.9, init_hidden=True, output=True)),
+    )
+    x = (torch.rand(3, 2, 1, 6, 6) < 0.5).float()
+
+    def step():
+        utils.reset(net)
+        with sparse_mode(**WINDOW):
+            unroll(net, x).mem.sum().backward()
+
+    reads_nothing(step)
