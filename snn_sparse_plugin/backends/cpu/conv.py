@@ -6,24 +6,28 @@ Weight gradients are exact; the input's is made at the active entries of the tra
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...core.convolution import Convolution
 from ...core.spikes import SpikeTrain
+from .conv_input import input_grad, is_sparse
 from .conv_kernels import convolve, convolve_backward, unpool_rows
 from .conv_tables import MAX_BYTE, Tables, rows_of_weight, tables, weight_of_rows
 from .layout import added, aligned, array_or_empty, numpy_type
 from .memory import array
+from .pages import advise_huge_pages
 from .threads import parallel, split
 
 CHUNK_BYTES = 2**24
 """What the maps of a chunk of rows take, where torch's product needs them."""
 
 Arrays = tuple[np.ndarray, ...]
+
+
+def prefers_events(conv: Convolution, density: float, masked: bool) -> bool:
+    return density < 0.2
 
 
 def forward(
@@ -36,6 +40,7 @@ def forward(
     T, B = train.shape[:2]
     found, dtype = tables(conv), numpy_type(weight.dtype)
     out = torch.empty(T, B, conv.out_features, dtype=weight.dtype)
+    advise_huge_pages(out)
     is_max = conv.pool is not None and conv.pool.kind == "max"
     winners = torch.empty(T, B, _pooled_size(found), dtype=_place(found)) if is_max and keep_winners else None
     rows, biases = _weights(conv, weight), _biases(conv, found, bias, dtype)
@@ -65,7 +70,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of weight, bias and input from that of the current, ``nu`` (T, B, out_features).
 
-    ``input``: ``"none"``, ``"active"``, one number for each of ``train.active`` in its order, or ``"dense"``, (T, B, M).
+    ``input``: ``"none"``, ``"active"``, a number for each of ``train.active`` in its order, or ``"dense"``, (T, B, M).
     Results depend on the number of threads, which add over ranges of rows, but not on timing.
     """
     T, B = train.shape[:2]
@@ -80,14 +85,21 @@ def backward(
     events = _events(train, dtype)
 
     def run(first: int, last: int) -> Arrays:
-        sums = _zeros(_weight_size(conv, found) if weight_grad else 0, dtype), _zeros(groups * width * bias_grad, dtype)
+        sums = (
+            _zeros(_weight_size(conv, found) if weight_grad else 0, dtype),
+            _zeros(groups * width * bias_grad, dtype),
+        )
         convolve_backward(
             *((first, last, T, B), events, active, found.sizes, found.runs, found.windows),
             *(rows, arriving, places, *sums, array_or_empty(g_active, dtype, 1)),
         )
         return sums
 
-    dense = _dense(conv, found, weight, arriving, places, (T, B)) if input == "dense" else None
+    dense = None
+    if input == "dense" and is_sparse(conv):
+        dense = input_grad(conv, found, weight, arriving, places).view(T, B, -1)
+    elif input == "dense":
+        dense = _dense(conv, found, weight, arriving, places, (T, B))
     if not (weight_grad or bias_grad or listed is not None):
         return None, None, dense
     parts = parallel([lambda r=r: run(*r) for r in split(T * B)])  # type: ignore[misc]
@@ -100,7 +112,12 @@ def backward(
 
 
 def _dense(
-    conv: Convolution, found: Tables, weight: Tensor, nu: np.ndarray, winners: np.ndarray, shape: tuple[int, int]
+    conv: Convolution,
+    found: Tables,
+    weight: Tensor,
+    nu: np.ndarray,
+    winners: np.ndarray,
+    shape: tuple[int, int],
 ) -> Tensor:
     """The input's gradient everywhere, by torch's product, a few rows at a time."""
     width, channels, groups, sites = found.sizes[3:7]
@@ -115,14 +132,28 @@ def _dense(
             laid = torch.from_numpy(maps[: last - first]).view(-1, groups, sites, width)
             g = laid[..., :channels].transpose(2, 3).reshape(last - first, -1)
         out[first:last] = torch.ops.aten.convolution_backward(
-            *(g.view(-1, conv.out_channels, *conv.map_size), g.new_empty(1).expand(last - first, *out.shape[1:])),
-            *(weight, None, conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.size), conv.groups),
+            *(
+                g.view(-1, conv.out_channels, *conv.map_size),
+                g.new_empty(1).expand(last - first, *out.shape[1:]),
+            ),
+            *(
+                weight,
+                None,
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                False,
+                [0] * len(conv.size),
+                conv.groups,
+            ),
             [True, False, False],
         )[0]
     return out.view(*shape, conv.in_features)
 
 
-def _unpool(found: Tables, nu: np.ndarray, winners: np.ndarray, maps: np.ndarray, first: int, last: int) -> None:
+def _unpool(
+    found: Tables, nu: np.ndarray, winners: np.ndarray, maps: np.ndarray, first: int, last: int
+) -> None:
     def run(begin: int, end: int) -> None:
         some = first + begin, first + end
         unpool_rows(*some, found.sizes, found.windows, nu, winners, maps[begin:end])
@@ -157,7 +188,9 @@ def _weight_size(conv: Convolution, found: Tables) -> int:
 
 
 def _weights(conv: Convolution, weight: Tensor) -> np.ndarray:
-    return rows_of_weight(conv, weight, aligned(1, _weight_size(conv, tables(conv)), numpy_type(weight.dtype)))
+    return rows_of_weight(
+        conv, weight, aligned(1, _weight_size(conv, tables(conv)), numpy_type(weight.dtype))
+    )
 
 
 def _biases(conv: Convolution, found: Tables, bias: Tensor | None, dtype: np.dtype) -> np.ndarray:

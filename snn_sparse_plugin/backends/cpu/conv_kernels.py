@@ -8,38 +8,22 @@ from __future__ import annotations
 import numpy as np
 
 from .bits import LANES
-from .conv_flip import flip
+from .conv_lanes import flip, if_larger, store_places, where_placed
 from .jit import kernel
 from .lanes import add, fma, load, splat, store, totals, zeros
 
 
 @kernel(forceinline=True)
-def add_run(out, to, x, at, length):  # type: ignore[no-untyped-def]
-    """``out[to : to + length] += x[at : at + length]``"""
-    zero, lanes = np.uint64(0), np.uint64(LANES)
-    to, at = np.uint64(to), np.uint64(at)
-    end = at + np.uint64(length)
-    while at + np.uint64(4) * lanes <= end:
-        for _ in range(4):
-            store(out, zero, to, add(load(out, zero, to), load(x, zero, at)))
-            to += lanes
-            at += lanes
-    while at + lanes <= end:
-        store(out, zero, to, add(load(out, zero, to), load(x, zero, at)))
-        to += lanes
-        at += lanes
-    while at < end:
-        out[zero, to] += x[zero, at]
-        to += np.uint64(1)
-        at += np.uint64(1)
-
-
-@kernel(forceinline=True)
-def add_scaled_run(out, to, x, at, length, value):  # type: ignore[no-untyped-def]
+def add_run(out, to, x, at, length, value):  # type: ignore[no-untyped-def]
     """``out[to : to + length] += value * x[at : at + length]``"""
     zero, lanes = np.uint64(0), np.uint64(LANES)
     to, at = np.uint64(to), np.uint64(at)
     end, factor = at + np.uint64(length), splat(value)
+    while at + np.uint64(4) * lanes <= end:
+        for _ in range(4):
+            store(out, zero, to, fma(load(x, zero, at), factor, load(out, zero, to)))
+            to += lanes
+            at += lanes
     while at + lanes <= end:
         store(out, zero, to, fma(load(x, zero, at), factor, load(out, zero, to)))
         to += lanes
@@ -51,41 +35,25 @@ def add_scaled_run(out, to, x, at, length, value):  # type: ignore[no-untyped-de
 
 
 @kernel(part=True)
-def spread_events(indices, values, first, last, sizes, runs, weight, maps):  # type: ignore[no-untyped-def]
-    """Add the weights of a row's events to its map."""
-    positions, inner, stride, width, _, _, sites, _ = sizes
-    run_first, run_weight, run_site, run_length = runs
+def add_events(indices, values, first, last, sizes, first_run, length, x, x_places, out, out_places):  # type: ignore[no-untyped-def]
+    """For each event and tap add a row of x to one of out: of the weights to the map, or of the map to the weights'
+    gradient. Places of either: numbers of a channel, numbers of a group, and where each run begins.
+    """
+    positions, inner = np.uint32(sizes[0]), np.uint32(sizes[1])
+    x_channel, x_group, x_run = x_places
+    out_channel, out_group, out_run = out_places
+    value = out.dtype.type(1)  # a product with 1 is as fast as none
     for e in range(first, last):
         index = np.uint32(indices[e])
-        channel = index // np.uint32(positions)
-        position = index - channel * np.uint32(positions)
-        at = np.int64(channel) * stride
-        to = np.int64(channel // np.uint32(inner)) * (sites * width)
-        for r in range(run_first[position], run_first[position + np.uint32(1)]):
+        channel = index // positions
+        position, group = index - channel * positions, channel // inner
+        if values.shape[0] > 0:
+            value = values[e]
+        at = np.int64(channel) * x_channel + np.int64(group) * x_group
+        to = np.int64(channel) * out_channel + np.int64(group) * out_group
+        for r in range(first_run[position], first_run[position + np.uint32(1)]):
             k = np.uint64(r)
-            if values.shape[0] > 0:
-                add_scaled_run(maps, to + run_site[k], weight, at + run_weight[k], run_length[k], values[e])
-            else:
-                add_run(maps, to + run_site[k], weight, at + run_weight[k], run_length[k])
-
-
-@kernel(part=True)
-def gather_events(indices, values, first, last, sizes, runs, g_weight, maps):  # type: ignore[no-untyped-def]
-    """Add a row's map to the weights' gradient where its events were."""
-    positions, inner, stride, width, _, _, sites, _ = sizes
-    run_first, run_weight, run_site, run_length = runs
-    for e in range(first, last):
-        index = np.uint32(indices[e])
-        channel = index // np.uint32(positions)
-        position = index - channel * np.uint32(positions)
-        to = np.int64(channel) * stride
-        at = np.int64(channel // np.uint32(inner)) * (sites * width)
-        for r in range(run_first[position], run_first[position + np.uint32(1)]):
-            k = np.uint64(r)
-            if values.shape[0] > 0:
-                add_scaled_run(g_weight, to + run_weight[k], maps, at + run_site[k], run_length[k], values[e])
-            else:
-                add_run(g_weight, to + run_weight[k], maps, at + run_site[k], run_length[k])
+            add_run(out, to + out_run[k], x, at + x_run[k], length[k], value)
 
 
 @kernel(part=True)
@@ -150,54 +118,55 @@ def maximum(maps, sizes, windows, out, winners, row):  # type: ignore[no-untyped
     """
     width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
     first, site, _ = windows
-    keep = winners.shape[1] > 0
-    best, which = np.empty(width, maps.dtype), np.zeros(width, np.int32)
+    keep, zero, lanes = winners.shape[1] > 0, np.uint64(0), np.uint64(LANES)
+    row = np.uint64(row)
     for g in range(groups):
         base = g * sites * width
         for o in range(left):
             begin, end = first[o], first[o + 1]
-            place = (g * left + o) * width
+            to = np.uint64((g * left + o) * width)
             if begin == end:
-                out[0, place : place + width] = -np.inf
+                for j in range(np.uint64(width)):
+                    out[zero, to + j] = -np.inf
                 continue
-            at = np.uint64(base + site[begin])
-            for j in range(width):
-                best[j] = maps[np.uint64(0), at + np.uint64(j)]
-            which[:] = 0
-            for k in range(begin + 1, end):
-                at = np.uint64(base + site[k])
-                turn = np.int32(k - begin)
-                for j in range(width):
-                    x = maps[np.uint64(0), at + np.uint64(j)]
-                    larger = (x > best[j]) | (x != x)
-                    best[j] = x if larger else best[j]
-                    which[j] = turn if larger else which[j]
-            for j in range(width):
-                out[np.uint64(0), np.uint64(place + j)] = best[j]
-            if keep:
-                for j in range(width):
-                    winners[np.uint64(row), np.uint64(place + j)] = which[j]
+            j = zero
+            while j + lanes <= np.uint64(width):
+                best, which = load(maps, zero, np.uint64(base + site[begin]) + j), splat(np.int32(0))
+                for k in range(begin + 1, end):
+                    x = load(maps, zero, np.uint64(base + site[k]) + j)
+                    which = if_larger(x, best, splat(np.int32(k - begin)), which)
+                    best = if_larger(x, best, x, best)
+                store(out, zero, to + j, best)
+                if keep:
+                    store_places(winners, row, to + j, which)
+                j += lanes
+            while j < np.uint64(width):
+                top, turn = maps[zero, np.uint64(base + site[begin]) + j], begin
+                for k in range(begin + 1, end):
+                    one = maps[zero, np.uint64(base + site[k]) + j]
+                    if one > top or one != one:
+                        top, turn = one, k
+                out[zero, to + j] = top
+                if keep:
+                    winners[row, to + j] = turn - begin
+                j += np.uint64(1)
 
 
 @kernel(part=True)
 def average(maps, sizes, windows, out):  # type: ignore[no-untyped-def]
+    """The mean of each window; of an empty one 0."""
     width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
     first, site, divisor = windows
+    zero = np.uint64(0)
     for g in range(groups):
         base = g * sites * width
         for o in range(left):
-            place = (g * left + o) * width
-            total = out[0, place : place + width]
-            total[:] = 0
-            if first[o] == first[o + 1]:
-                continue
-            for k in range(first[o], first[o + 1]):
-                at = np.uint64(base + site[k])
-                for j in range(width):
-                    total[j] += maps[np.uint64(0), at + np.uint64(j)]
-            by = maps.dtype.type(divisor[o])
-            for j in range(width):
-                total[j] /= by
+            to, by = np.uint64((g * left + o) * width), maps.dtype.type(divisor[o])
+            for j in range(np.uint64(width)):
+                total = maps.dtype.type(0)
+                for k in range(first[o], first[o + 1]):
+                    total += maps[zero, np.uint64(base + site[k]) + j]
+                out[zero, to + j] = total / by if first[o] < first[o + 1] else total
 
 
 @kernel(part=True)
@@ -205,25 +174,26 @@ def unpool(pooled, sizes, windows, winners, row, maps):  # type: ignore[no-untyp
     """The gradient of the map from that of what the pool left; of a maximum where ``winners`` is not empty."""
     width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
     first, site, divisor = windows
-    maps[:] = 0
+    is_max, zero, lanes = winners.shape[1] > 0, np.uint64(0), np.uint64(LANES)
+    row = np.uint64(row)
+    for j in range(np.uint64(groups * sites * width)):
+        maps[zero, j] = 0
     for g in range(groups):
         base = g * sites * width
         for o in range(left):
-            begin, end = first[o], first[o + 1]
-            place = np.uint64((g * left + o) * width)
-            if winners.shape[1] > 0:
-                for k in range(begin, end):
-                    at = np.uint64(base + site[k])
-                    for j in range(np.uint64(width)):
-                        x = pooled[np.uint64(0), place + j]
-                        mine = winners[np.uint64(row), place + j] == k - begin
-                        maps[np.uint64(0), at + j] += x if mine else maps.dtype.type(0)
-            else:
-                by = maps.dtype.type(divisor[o])
-                for k in range(begin, end):
-                    at = np.uint64(base + site[k])
-                    for j in range(np.uint64(width)):
-                        maps[np.uint64(0), at + j] += pooled[np.uint64(0), place + j] / by
+            begin, at = first[o], np.uint64((g * left + o) * width)
+            by = maps.dtype.type(1 if is_max else divisor[o])
+            for k in range(begin, first[o + 1]):
+                to, turn, j = np.uint64(base + site[k]), np.int32(k - begin), zero
+                if is_max:
+                    while j + lanes <= np.uint64(width):
+                        mine = where_placed(winners, row, at + j, turn, load(pooled, zero, at + j))
+                        store(maps, zero, to + j, add(load(maps, zero, to + j), mine))
+                        j += lanes
+                while j < np.uint64(width):
+                    if not is_max or winners[row, at + j] == turn:
+                        maps[zero, to + j] += pooled[zero, at + j] / by
+                    j += np.uint64(1)
 
 
 @kernel(part=True)
@@ -248,7 +218,9 @@ def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, w
     """Rows b * T + t from first to last; ``out`` and ``winners`` have a row for each t * B + b."""
     first_row, last_row, T, B = samples
     indptr, indices, values = events
-    _, _, _, width, channels, groups, sites, left = sizes
+    _, _, stride, width, channels, groups, sites, left = sizes
+    first_run, run_weight, run_site, length = runs
+    in_weight, in_map = (stride, 0, run_weight), (0, sites * width, run_site)
     maps = np.empty((1, groups * sites * width), weight.dtype)
     has_windows = windows[0].shape[0] > 0
     pooled = np.empty((1, groups * left * width), weight.dtype) if has_windows else maps
@@ -256,7 +228,8 @@ def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, w
     for r in range(first_row, last_row):
         row = r % T * B + r // T
         fill(maps, bias, sizes)
-        spread_events(indices, values, indptr[r], indptr[r + 1], sizes, runs, weight, maps)
+        some = indices, values, indptr[r], indptr[r + 1]
+        add_events(*some, sizes, first_run, length, weight, in_weight, maps, in_map)
         if has_windows:
             if is_max:
                 maximum(maps, sizes, windows, pooled, winners, row)
@@ -285,7 +258,9 @@ def convolve_backward(  # type: ignore[no-untyped-def]
     first_row, last_row, T, B = samples
     indptr, indices, values = events
     act_ptr, act_idx = active
-    width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
+    _, _, stride, width, _, groups, sites, left = sizes
+    first_run, run_weight, run_site, length = runs
+    in_weight, in_map = (stride, 0, run_weight), (0, sites * width, run_site)
     maps = np.zeros((1, groups * sites * width), nu.dtype)
     has_windows = windows[0].shape[0] > 0
     pooled = np.zeros((1, groups * left * width), nu.dtype) if has_windows else maps
@@ -302,7 +277,8 @@ def convolve_backward(  # type: ignore[no-untyped-def]
         if has_windows:
             unpool(pooled, sizes, windows, winners, row, maps)
         if g_weight.shape[1] > 0:
-            gather_events(indices, values, indptr[r], indptr[r + 1], sizes, runs, g_weight, maps)
+            some = indices, values, indptr[r], indptr[r + 1]
+            add_events(*some, sizes, first_run, length, maps, in_map, g_weight, in_weight)
         if g_active.shape[0] > 0:
             gradients_at(act_idx, act_ptr[r], act_ptr[r + 1], sizes, runs, weight, maps, g_active)
 

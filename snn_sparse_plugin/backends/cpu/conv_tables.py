@@ -1,9 +1,9 @@
 """Where a convolution's events go: tables that are made once for each geometry.
 
-Maps of one sample and step are channels-last, (groups, sites, width): the output channels of a group at a site stand in
-a row. The weights of an input channel are rows too, (taps, width), in an order in which the taps that reach neighbouring
-sites of one line of the map are neighbours. So an event adds a few runs of memory to as many runs, and no kernel tests
-for a border: an event near it has shorter runs.
+Maps of one sample and step are channels-last, (groups, sites, width): the output channels of a group at a site stand
+in a row. The weights of an input channel are rows too, (taps, width), in an order in which the taps that reach
+neighbouring sites of one line of the map are neighbours. So an event adds a few runs of memory to as many runs, and no
+kernel tests for a border: an event near it has shorter runs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def tables(conv: Convolution) -> Tables:
 
 
 def _runs(conv: Convolution, width: int) -> tuple[np.ndarray, Runs]:
-    dims = tuple(zip(conv.size, conv.map_size, conv.kernel, conv.stride, conv.padding, conv.dilation, strict=True))
+    dims = tuple(
+        zip(conv.size, conv.map_size, conv.kernel, conv.stride, conv.padding, conv.dilation, strict=True)
+    )
     # along a line, site = (x + padding - dilation * tap) / stride: from one tap that divides to the next that many
     # sites fewer, and with taps counted downwards within their remainder the sites rise
     _, _, kernel, stride, _, dilation = dims[-1]
@@ -92,7 +94,12 @@ def _runs(conv: Convolution, width: int) -> tuple[np.ndarray, Runs]:
             rows = sorted((place[k], o) for k, o in position[-1])
             joined: list[list[int]] = []
             for at, o in rows:
-                if joined and step == 1 and joined[-1][0] + joined[-1][2] == at and joined[-1][1] + joined[-1][2] == o:
+                if (
+                    joined
+                    and step == 1
+                    and joined[-1][0] + joined[-1][2] == at
+                    and joined[-1][1] + joined[-1][2] == o
+                ):
                     joined[-1][2] += 1
                 else:
                     joined.append([at, o, 1])
@@ -102,7 +109,9 @@ def _runs(conv: Convolution, width: int) -> tuple[np.ndarray, Runs]:
     return order, Runs(np.array(first, np.int32), *(np.ascontiguousarray(column) for column in found.T))
 
 
-def _reached(n: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[tuple[int, int]]:
+def _reached(
+    n: int, out: int, kernel: int, stride: int, padding: int, dilation: int
+) -> list[tuple[int, int]]:
     """The taps, and the sites they reach, of position ``n`` of one dimension."""
     reached = ((k, n + padding - dilation * k) for k in range(kernel))
     return [(k, at // stride) for k, at in reached if at % stride == 0 and 0 <= at // stride < out]
@@ -113,7 +122,9 @@ def _windows(conv: Convolution, width: int) -> Windows:
     if pool is None:
         none = np.empty(0, np.int32)
         return Windows(none, none, np.empty(0))
-    dims = list(zip(size, pool.kernel, pool.stride, pool.padding, pool.dilation or (1,) * len(size), strict=True))
+    dims = list(
+        zip(size, pool.kernel, pool.stride, pool.padding, pool.dilation or (1,) * len(size), strict=True)
+    )
     first, sites, divisors = [0], [], []
     for out in product(*(range(n) for n in conv.out_size)):
         starts = [o * stride - padding for o, (_, _, stride, padding, _) in zip(out, dims, strict=True)]
@@ -126,7 +137,9 @@ def _windows(conv: Convolution, width: int) -> Windows:
             for start, (n, kernel, _, padding, _) in zip(starts, dims, strict=True)
         )
         sites += [int(np.ravel_multi_index(at, size)) * width for at in product(*inside)]
-        divisors.append(pool.divisor_override or (counted if pool.count_include_pad else len(sites) - first[-1]))
+        divisors.append(
+            pool.divisor_override or (counted if pool.count_include_pad else len(sites) - first[-1])
+        )
         first.append(len(sites))
     return Windows(np.array(first, np.int32), np.array(sites, np.int32), np.array(divisors, float))
 
@@ -137,7 +150,9 @@ def rows_of_weight(conv: Convolution, weight: Tensor, flat: np.ndarray) -> np.nd
     order = tables(conv).order
     rows = flat.reshape(groups, inner, len(order), width)
     rows[..., channels:] = 0
-    rows[..., :channels] = array(weight).reshape(groups, channels, inner, -1)[..., order].transpose(0, 2, 3, 1)
+    rows[..., :channels] = (
+        array(weight).reshape(groups, channels, inner, -1)[..., order].transpose(0, 2, 3, 1)
+    )
     return flat
 
 

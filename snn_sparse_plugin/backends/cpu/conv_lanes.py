@@ -1,4 +1,4 @@
-"""Maps from channels-last to torch's order and back, eight by eight numbers in registers."""
+"""Vectors of the kernels of convolutions: transpositions of maps, and the places of maxima."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from .bits import LANES
 from .jit import kernel
 
 SIDE = 8
@@ -72,3 +73,58 @@ def flip(x, at, rows, stride, columns, out, to, out_stride):  # type: ignore[no-
         for i in range(zero, rows, side):
             i = min(i, rows - side)
             _square(x, at + i * stride + j, stride, out, to + j * out_stride + i, out_stride)
+
+
+@intrinsic
+def if_larger(typingctx: Any, x: Any, best: Any, a: Any, b: Any) -> Any:
+    """In lanes where x is above best, or NaN: a; else b."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        larger = builder.fcmp_ordered(">", args[0], args[1])
+        return builder.select(
+            builder.or_(larger, builder.fcmp_unordered("uno", args[0], args[0])), args[2], args[3]
+        )
+
+    return a(x, x, a, a), codegen
+
+
+@intrinsic
+def store_places(typingctx: Any, places: Any, row: Any, column: Any, x: Any) -> Any:
+    """``places[row, column : column + 16] = x``, of int32 lanes, into bytes or int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, vector = _places(context, builder, places, args)
+        narrow = args[3] if places.dtype.bitwidth == 32 else builder.trunc(args[3], vector)
+        builder.store(narrow, pointer, align=places.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(places, types.uint64, types.uint64, x), codegen
+
+
+@intrinsic
+def where_placed(typingctx: Any, places: Any, row: Any, column: Any, k: Any, x: Any) -> Any:
+    """Lanes of x where ``places[row, column : column + 16] == k``, else zeros."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, vector = _places(context, builder, places, args)
+        found = builder.load(pointer, align=places.dtype.bitwidth // 8)
+        one = args[3] if places.dtype.bitwidth == 32 else builder.trunc(args[3], vector.element)
+        same = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        wanted = builder.shuffle_vector(
+            builder.insert_element(ir.Constant(vector, ir.Undefined), one, ir.IntType(32)(0)),
+            ir.Constant(vector, ir.Undefined),
+            same,
+        )
+        return builder.select(
+            builder.icmp_unsigned("==", found, wanted), args[4], ir.Constant(args[4].type, None)
+        )
+
+    return x(places, types.uint64, types.uint64, types.int32, x), codegen
+
+
+def _places(context: Any, builder: Any, places: Any, args: Any) -> tuple[Any, Any]:
+    """Where a vector of places begins, and its type."""
+    fields = context.make_array(places)(context, builder, args[0])
+    at = builder.add(builder.mul(args[1], builder.extract_value(fields.shape, 1)), args[2])
+    vector = ir.VectorType(context.get_data_type(places.dtype), LANES)
+    return builder.bitcast(builder.gep(fields.data, [at], inbounds=True), vector.as_pointer()), vector
