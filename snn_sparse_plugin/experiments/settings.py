@@ -110,7 +110,17 @@ CONV_SETTINGS = {
     "fashion-mnist": ConvSettings("fashion-mnist", learning_rate=1e-3),
     # not in the publication; polarities are channels
     "n-mnist": ConvSettings(
-        "n-mnist", dt=3e-3, tau=20e-3, tau_readout=20e-3, hidden=12, layers=2, batch=32, learning_rate=1e-3
+        "n-mnist",
+        dt=3e-3,
+        tau=20e-3,
+        tau_readout=20e-3,
+        init="uniform",
+        readout="sum",
+        target=3.0,
+        hidden=12,
+        layers=2,
+        batch=16,
+        learning_rate=1e-3,
     ),
     "digits": ConvSettings("digits", hidden=8, kernel=3, learning_rate=2e-3, epochs=40),
 }
