@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorials test test-slow test-triton test-triton-all test-upstream lint format typecheck bench clean
+.PHONY: help demo tutorials docs test test-slow test-triton test-triton-all test-upstream lint format typecheck bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARG
 
 tutorials: $(VENV)/.test  ## run every tutorial, upstream and sparse, and compare (ARGS="--root FOLDER" for N-MNIST)
 	$(BIN)/python examples/tutorials/run_all.py $(ARGS)
+
+docs: $(VENV)/.docs  ## build the documentation into build/site and check its links (ARGS=serve to read it while writing)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 # Triton's interpreter is switched on by the environment, for a whole process
 test: $(VENV)/.test  ## run the tests but for the exhaustive sweeps (ARGS="-k data …" goes to the main run)
@@ -97,6 +100,10 @@ $(VENV)/.lint: $(VENV)/.test
 
 $(VENV)/.upstream: $(VENV)/.test
 	$(PIP) -e '.[upstream-tests]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

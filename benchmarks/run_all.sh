@@ -12,6 +12,7 @@ bench=(python -m snn_sparse_plugin bench)
 "${bench[@]}" "$@" --protocol s3gd --json results/s3gd.json
 
 # "$@" is for snn-sparse bench alone
+python expect.py
 python fusion.py --json results/fusion.json
 python ttfs.py --json results/ttfs.json
 python eprop.py --json results/eprop.json

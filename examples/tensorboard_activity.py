@@ -7,7 +7,6 @@ A layer that stops spiking, or that no gradient passes any more, shows at once.
 """
 
 import argparse
-import math
 
 import snntorch as snn
 import torch
@@ -50,9 +49,7 @@ with SummaryWriter(args.logdir) as writer, record_activity(net) as log:
         loss.backward()
         optimizer.step()
         writer.add_scalar("loss", loss.item(), step)
-        for layer, (rate, active) in log.mean().items():
-            writer.add_scalar(f"spike rate/{layer}", rate, step)
-            if not math.isnan(active):
-                writer.add_scalar(f"active/{layer}", active, step)
+        for name, value in log.scalars().items():
+            writer.add_scalar(name, value, step)
         log.clear()
 print(f"loss {loss.item():.3f}; see it with: tensorboard --logdir {args.logdir}")

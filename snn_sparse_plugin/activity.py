@@ -69,6 +69,26 @@ class ActivityLog(Mapping[str, list[Activity]]):
             if calls
         }
 
+    def scalars(self) -> dict[str, float]:
+        """:meth:`mean` as flat names and numbers, for any logger; what is not known is left out.
+
+        Example:
+            >>> import snntorch, torch
+            >>> from snn_sparse_plugin import sparsify
+            >>> net = nn.Sequential(nn.Linear(4, 3), snntorch.Leaky(beta=0.9, init_hidden=True))
+            >>> report = sparsify(net)
+            >>> with record_activity(net) as log:
+            ...     spikes = net(torch.zeros(2, 4))
+            >>> sorted(log.scalars())
+            ['active/1', 'spike rate/1']
+        """
+        return {
+            f"{what}/{name or 'neuron'}": share
+            for name, shares in self.mean().items()
+            for what, share in zip(("spike rate", "active"), shares, strict=True)
+            if not math.isnan(share)
+        }
+
     def clear(self) -> None:
         """Forget what was recorded, for example at the end of an epoch; calls are numbered from 0 again."""
         self._unread.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import _GeneratorContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any, NoReturn
 from weakref import ref
 
@@ -23,6 +24,7 @@ from .adapters import (
 from .core import tally
 from .core.config import SparseConfig, current_config, refuse_positional
 from .core.errors import ConfigError, InputError, SparsePluginError, UnsupportedError
+from .core.legend import legend, next_step
 from .fusion.flush import flush
 from .fusion.sources import watched
 
@@ -219,19 +221,55 @@ class SparsityReport:
         ]
         return rows if any(e.ran for e in entries) else [row[:-1] for row in rows]
 
+    def _notes(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """What stands below the table: what its words mean, and what to do for which module."""
+        entries = self._now()
+        ran = [{} if e.record is None else e.record.calls for e in entries]
+        steps = []
+        for entry, calls in zip(entries, ran, strict=True):
+            why = entry.reason or (entry.record.reason if entry.record else "")
+            todo = next_step(entry.status, why, calls, last=entry is entries[-1])
+            steps += [(entry.name or "neuron", todo)] if todo else []
+        words = legend({e.status for e in entries}, {way for calls in ran for way in calls})
+        return [("legend", words), *([("next steps", steps)] if steps else [])]
+
     def __str__(self) -> str:
         if not self.entries:
             return "no spiking neurons of a supported library found"
-        return "\n".join(aligned(self._rows()))
+        lines = aligned(self._rows())
+        for title, notes in self._notes():
+            width = max(len(word) for word, _ in notes)
+            lines += ["", f"{title}:", *(f"  {word.ljust(width)}  {text}" for word, text in notes)]
+        return "\n".join(lines)
 
     def __rich__(self) -> Any:
         from rich.table import Table
+        from rich.text import Text
 
         head, *rows = self._rows()
-        table = Table(*head)
+        notes = [f"{word}: {text}" for _, found in self._notes() for word, text in found]
+        table = Table(*head, caption=Text("\n".join(notes)), caption_justify="left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        if not self.entries:
+            return escape(str(self))
+        head, *rows = self._rows()
+        table = [_html_row(head, "th"), *(_html_row(row, "td") for row in rows)]
+        notes = [
+            f"<details{' open' if title != 'legend' else ''}><summary>{title}</summary><ul>"
+            + "".join(f"<li><b>{escape(word)}</b>: {escape(text)}</li>" for word, text in found)
+            + "</ul></details>"
+            for title, found in self._notes()
+        ]
+        return f"<table>{''.join(table)}</table>{''.join(notes)}"
+
+
+def _html_row(cells: tuple[str, ...], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -269,6 +307,9 @@ def sparsify(model: nn.Module, *misplaced: Any, **overrides: Any) -> SparsityRep
         module  neuron  mode   why
         ------  ------  -----  ---
         1       Leaky   fused
+        <BLANKLINE>
+        legend:
+          fused  its steps can run as one call over all of them, in a loop or by unroll
         >>> restore(net)
         ['1']
     """

@@ -29,7 +29,8 @@ WAYS = {
 }
 """The ways of running that are counted."""
 
-_STEPPED = {"masked", "exact", "no_grad"}
+STEPPED = {"masked", "exact", "no_grad"}
+"""The ways that are single steps of upstream's own forward."""
 
 
 @dataclass(eq=False)
@@ -111,7 +112,7 @@ def _count(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int],
     of_class = classes.get(record.kind) or classes.setdefault(record.kind, ClassRuns())
     if way not in calls and record.module:
         of_class.modules[way] = of_class.modules.get(way, 0) + 1
-        if way in _STEPPED and not _STEPPED & calls.keys():
+        if way in STEPPED and not STEPPED & calls.keys():
             of_class.reasons[record.reason] = of_class.reasons.get(record.reason, 0) + 1
     calls[way] = calls.get(way, 0) + n
     of_class.calls[way] = of_class.calls.get(way, 0) + n
@@ -119,7 +120,7 @@ def _count(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int],
 
 def _look(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], reason: str) -> None:
     of_class = classes.get(record.kind)
-    if of_class is not None and _STEPPED & calls.keys():
+    if of_class is not None and STEPPED & calls.keys():
         of_class.reasons[record.reason] -= 1
         if not of_class.reasons[record.reason]:
             del of_class.reasons[record.reason]
@@ -270,7 +271,7 @@ def _settle() -> None:
     fold()
     for record, reference, describe in list(_records.values()):
         module = reference()
-        if module is not None and _STEPPED & record.calls.keys():
+        if module is not None and STEPPED & record.calls.keys():
             record.look(describe(module))
 
 

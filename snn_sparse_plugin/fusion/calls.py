@@ -13,7 +13,7 @@ from .context import casts, here, mode_to_record
 from .flush import flush
 from .nodes import FunctionNode, StackNode
 from .record import Record
-from .recordable import CONSTANTS, LINEAR, VIEWS, Placeholder, filled
+from .recordable import BATCHED, CONSTANTS, LINEAR, VIEWS, Placeholder, batched_dims, filled
 from .recorded import Recorded, Value, value_of
 
 
@@ -224,6 +224,9 @@ def _result(
         if func is LINEAR and not (named or casts(mode)) and (known := _of_linear(call.tensors)):
             _shapes[key] = known
             return known
+        if func in BATCHED and not casts(mode) and (known := _of_batched(func, form, named, call.tensors)):
+            _shapes[key] = known
+            return known
         tensors = call.without_data()
         if casts(mode):  # autocast looks at the device
             tensors = [torch.zeros_like(x, device=device) for x in tensors]
@@ -245,6 +248,22 @@ def _of_linear(tensors: list[tuple[torch.Size, torch.dtype]]) -> tuple[torch.Siz
     if not fits or not dtype.is_floating_point or any(other != dtype for _, other in tensors):
         return None
     return torch.Size((*x[:-1], weight[0])), dtype
+
+
+def _of_batched(
+    func: Any, form: Any, named: Any, tensors: list[tuple[torch.Size, torch.dtype]]
+) -> tuple[torch.Size, torch.dtype] | None:
+    """What a convolution or pool makes of a batch, seen on one of no samples; None where torch has to be asked."""
+    (shape, dtype), *others = tensors
+    if len(shape) != batched_dims(func) - 1:
+        return None
+    given = [torch.empty(0, *shape[1:], dtype=dtype), *(torch.empty(s, dtype=d) for s, d in others)]
+    try:
+        with torch.no_grad():
+            out = func(*filled(form, given), **{n: filled(f, given) for n, f in named.items()})
+    except RuntimeError:
+        return None
+    return (torch.Size((shape[0], *out.shape[1:])), out.dtype) if isinstance(out, Tensor) else None
 
 
 def _of_tensor(part: Any) -> bool:

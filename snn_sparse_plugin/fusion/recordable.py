@@ -61,6 +61,12 @@ LINEAR = F.linear
 CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.memory_format, type(...))
 
 
+def batched_dims(func: Any) -> int:
+    """Dimensions of (T, B, C, ...) for a function of ``BATCHED``, whose name says how many are spatial."""
+    name = getattr(func, "__name__", "")
+    return 3 + next((int(c) for c in name if c.isdigit()), 9)
+
+
 class Placeholder:
     """Stands for the ``index``-th tensor among the arguments of a call."""
 

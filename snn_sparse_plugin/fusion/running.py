@@ -19,7 +19,7 @@ from .fused import FusedCall, Synapses
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode, WriteNode
 from .planner import Plan
 from .record import backoff
-from .recordable import BATCHED, LINEAR, filled
+from .recordable import BATCHED, LINEAR, batched_dims, filled
 from .series import Series, constant_of, piece, stacked, train_of
 from .stepping import Flow, Layer
 
@@ -110,7 +110,7 @@ def _over_time(node: FunctionNode, tensors: list[Tensor], varying: list[bool], n
         and len(node.shape) == tensors[0].dim() - 1
     ):
         flat = [tensors[0].flatten(0, 1), *tensors[1:]]
-        if tensors[0].dim() == _batched_dims(node):
+        if tensors[0].dim() == batched_dims(node.func):
             return Plan.call(node, flat, 0).unflatten(0, tensors[0].shape[:2])
 
     def step(*given: Tensor) -> Any:
@@ -124,12 +124,6 @@ def _over_time(node: FunctionNode, tensors: list[Tensor], varying: list[bool], n
         return torch.vmap(step)(*over)
     except (RuntimeError, ValueError):  # no rule for it: call by call
         return torch.stack([step(*x) for x in zip(*(x.unbind(0) for x in over), strict=True)])
-
-
-def _batched_dims(node: FunctionNode) -> int:
-    """Dimensions of (T, B, C, ...) for a layer whose name says how many are spatial."""
-    name = getattr(node.func, "__name__", "")
-    return 3 + next((int(c) for c in name if c.isdigit()), 9)
 
 
 def _stack_of_steps(node: StackNode, plan: Plan) -> Tensor:

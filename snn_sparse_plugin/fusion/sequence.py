@@ -19,6 +19,7 @@ from .executor import run, run_neuron
 from .neurons import settle, step
 from .ragged import run_ragged
 from .stepping import Flow, Layer
+from .wrapped import warn_of_gradients_that_stay_apart, what_to_write
 
 __all__ = ["Unrolled", "unroll"]
 
@@ -89,6 +90,7 @@ def unroll(
     steps = None if lengths is None else read_lengths(lengths, *flow.shape[:2])
     adapters = loaded_adapters()
     layers = _layers(net, adapters)
+    warn_of_gradients_that_stay_apart(net)
     if state is not None and len(state) != len(layers):
         raise InputError(f"state has {len(state)} entries, the network has {len(layers)} layers.")
     for index, layer in enumerate(layers):
@@ -134,9 +136,10 @@ def _layers(net: nn.Module, adapters: list[Adapter]) -> list[Layer]:
     if container is None and not _is_sequential(net):
         if any(a.owns(net) for a in adapters):
             return [_layer("", net, adapters)]
+        advice = "Pass the sequential part of the network, or use sparse_mode() around the step loop."
         raise InputError(
             f"unroll runs an nn.Sequential, Norse's SequentialState or a neuron, got {type(net).__name__}. "
-            f"Pass the sequential part of the network, or use sparse_mode() around the step loop."
+            f"{what_to_write(net) or advice}"
         )
     if has_hooks(net):
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -76,6 +77,7 @@ def watch() -> None:
     if _for_good is None:
         _for_good = watched()
         _for_good.__enter__()
+        atexit.register(_for_good.__exit__, None, None, None)  # before the interpreter clears what it uses
 
 
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import tally
+from ..core.legend import legend
 from ..core.tally import ClassRuns
 from ..fusion import meter, record
 from ..mode import aligned, sparse_mode
@@ -42,6 +43,8 @@ class Session:
             found.append("(upstream: one step of each, measured, times the number of steps)")
         elif self.classes:
             found.append("time fusion: no step loop was fused")
+        ways = {way for runs in self.classes.values() for way in runs.calls}
+        found += [f"{word}: {meaning}" for word, meaning in legend((), ways)]
         if self.reasons:
             often = sorted(self.reasons.items(), key=lambda item: -item[1])[:5]
             found.append("recorded steps ran for: " + ", ".join(f"{name} ({n})" for name, n in often))

@@ -270,3 +270,41 @@ class TestRecords:
         with sparse_mode(**WINDOW):
             step(cell).sum().item()
         assert tally.by_class()["IAFCell"].reasons == {"its adapter failed with RuntimeError": 1}
+
+    def test_legend_and_next_steps(self):
+        net = nn.Sequential(
+            nn.Linear(6, 5),
+            snntorch.Leaky(0.9, init_hidden=True),
+            nn.Linear(5, 5),
+            snntorch.Leaky(0.9, init_hidden=True, state_quant=lambda x: x),
+            nn.Linear(5, 3),
+            snntorch.Leaky(0.9, init_hidden=True, output=True),
+        )
+        report = sparsify(net, **WINDOW)
+        before = str(report)
+        assert "fused   its steps can run as one call" in before
+        assert "ran " not in before
+        for now in torch.rand(4, 2, 6):
+            net(now)[0].sum().item()  # asks for every step's number
+        shown = str(report)
+        assert "ran no_grad" not in shown
+        assert "ran masked  single steps of upstream's own forward" in shown
+        todo = shown.split("next steps:\n")[1].splitlines()
+        assert [line.split()[0] for line in todo] == ["1", "3", "5"]
+        assert "read it after the loop, or use unroll" in todo[0]
+        assert "docs/supported.md" in todo[1]
+
+    def test_what_runs_fused_has_no_next_step(self):
+        net = layers()[:2]
+        report = sparsify(net, backprop_threshold=None)
+        ssp.unroll(net, torch.rand(7, 2, 6))
+        assert "ran fused" in str(report)
+        assert "next steps" not in str(report)
+
+    def test_html_for_notebooks(self):
+        net = nn.Sequential(nn.Linear(6, 5), snntorch.Leaky(0.9, spike_grad=lambda x: (x > 0).float()))
+        html = sparsify(net)._repr_html_()
+        assert "<td>Leaky</td>" in html
+        assert "&lt;lambda&gt;" in html
+        assert "<li><b>1</b>: if its spike function depends on nothing but x" in html
+        assert sparsify(nn.Linear(2, 2))._repr_html_() == "no spiking neurons of a supported library found"

@@ -41,7 +41,7 @@ def two(pool: Callable[[Any], Any], between: Callable[[Any], Any] = lambda x: x,
         for step in x:
             s1, m1 = net.l1(pool(net.c1(step)), m1)
             s2, m2 = net.l2(net.c2(between(s1)), m2)
-            s3, m3 = net.l3(net.fc(s2.flatten(1)), m3)
+            _, m3 = net.l3(net.fc(s2.flatten(1)), m3)
             spikes.append(s2)
             mems.append(m3)
         return [torch.stack(mems), torch.stack(spikes)]
@@ -123,7 +123,9 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         two(lambda x: x),
     ),
     "uneven_zeros": (
-        lambda: layers(nn.Conv2d(2, 4, 2, padding="same"), nn.Conv2d(4, 3, 3, padding_mode="circular", padding=1), 300),
+        lambda: layers(
+            nn.Conv2d(2, 4, 2, padding="same"), nn.Conv2d(4, 3, 3, padding_mode="circular", padding=1), 300
+        ),
         two(lambda x: x),
     ),
     "residual": (

@@ -329,3 +329,13 @@ def test_events_are_preferred_where_they_are_few():
     assert not prefers_events(conv, 0.9, masked=True)
     preferred = [prefers_events(conv, k / 100, masked=True) for k in range(100)]
     assert preferred == sorted(preferred, reverse=True)
+
+
+def test_a_maximum_without_its_winners_says_so():
+    conv = conv2(pool=max2())
+    weight, bias = parameters(conv)
+    train = SpikeTrain.from_dense(spikes(conv))
+    current, winners = forward(conv, train, weight, bias, False)
+    assert winners is None
+    with pytest.raises(ValueError, match="keep_winners=True"):
+        backward(conv, train, weight, current, None, weight_grad=True, bias_grad=False, input="none")

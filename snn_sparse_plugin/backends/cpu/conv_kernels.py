@@ -98,16 +98,16 @@ def fill(maps, bias, sizes):  # type: ignore[no-untyped-def]
     for g in range(groups):
         begin = np.uint64(g * width)
         end = begin + np.uint64(width)
-        if width % LANES == 0:
-            for _ in range(sites):
-                for j in range(begin, end, lanes):
-                    store(maps, zero, place, load(bias, zero, j))
-                    place += lanes
-        else:
-            for _ in range(sites):
-                for j in range(begin, end):
-                    maps[zero, place] = bias[zero, j]
-                    place += np.uint64(1)
+        for _ in range(sites):
+            j = begin
+            while j + lanes <= end:
+                store(maps, zero, place, load(bias, zero, j))
+                j += lanes
+                place += lanes
+            while j < end:
+                maps[zero, place] = bias[zero, j]
+                j += np.uint64(1)
+                place += np.uint64(1)
 
 
 @kernel(part=True)
@@ -126,8 +126,8 @@ def maximum(maps, sizes, windows, out, winners, row):  # type: ignore[no-untyped
             begin, end = first[o], first[o + 1]
             to = np.uint64((g * left + o) * width)
             if begin == end:
-                for j in range(np.uint64(width)):
-                    out[zero, to + j] = -np.inf
+                for c in range(np.uint64(width)):
+                    out[zero, to + c] = -np.inf
                 continue
             j = zero
             while j + lanes <= np.uint64(width):
@@ -176,8 +176,8 @@ def unpool(pooled, sizes, windows, winners, row, maps):  # type: ignore[no-untyp
     first, site, divisor = windows
     is_max, zero, lanes = winners.shape[1] > 0, np.uint64(0), np.uint64(LANES)
     row = np.uint64(row)
-    for j in range(np.uint64(groups * sites * width)):
-        maps[zero, j] = 0
+    for c in range(np.uint64(groups * sites * width)):
+        maps[zero, c] = 0
     for g in range(groups):
         base = g * sites * width
         for o in range(left):

@@ -54,8 +54,8 @@ class Tables(NamedTuple):
 
 
 def width_of(channels: int) -> int:
-    """Numbers in a row of this many channels: whole vectors, except where they would be half empty."""
-    return channels if channels <= LANES // 2 else -(-channels // LANES) * LANES
+    """Numbers in a row of this many channels: whole vectors, except where three quarters would be empty."""
+    return channels if channels <= LANES // 4 else -(-channels // LANES) * LANES
 
 
 @lru_cache(maxsize=64)

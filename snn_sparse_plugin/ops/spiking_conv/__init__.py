@@ -11,7 +11,7 @@ from ...backends import select
 from ...core.backend import RunsConvolutions
 from ...core.config import current_config
 from ...core.convolution import Convolution, Pool
-from ...core.errors import InputError, UnsupportedError
+from ...core.errors import InputError, NonFiniteError, UnsupportedError
 from ...core.host import waits
 from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from ..spiking_layer import SpikingLayerOutput, spiking_layer
@@ -128,7 +128,10 @@ def convolve(
     if isinstance(x, Tensor):
         if not backend.prefers_events(conv, _share(x), masked=False):
             return autograd.convolve(conv, x, weight, bias, None)
-        x = SpikeTrain.from_dense(x)
+        try:
+            x = SpikeTrain.from_dense(x)
+        except NonFiniteError:  # torch's product carries them on
+            backend = None
     elif not backend.prefers_events(conv, x.density, masked=x.active is not None):
         backend = None
     return autograd.convolve(conv, x, weight, bias, backend)

@@ -11,6 +11,8 @@ from ...core.convolution import Convolution, Pool
 from ...core.errors import InputError
 
 Size = int | Sequence[int]
+_MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_AVERAGE = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 def pool_of(given: Any, dims: int) -> Pool | None:
@@ -21,13 +23,16 @@ def pool_of(given: Any, dims: int) -> Pool | None:
     """
     if given is None or isinstance(given, Pool):
         pool = given
-    elif isinstance(given, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) and not given.return_indices:
-        pool = max_pool(dims, given.kernel_size, given.stride, given.padding, given.dilation, given.ceil_mode)
-    elif isinstance(given, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d):
+    elif isinstance(given, _MAX[dims - 1]) and not given.return_indices:
+        options: tuple[Any, ...] = (given.stride, given.padding, given.dilation, given.ceil_mode)
+        pool = max_pool(dims, given.kernel_size, *options)
+    elif isinstance(given, _AVERAGE[dims - 1]):
         options = (given.ceil_mode, given.count_include_pad, getattr(given, "divisor_override", None))
         pool = average_pool(dims, given.kernel_size, given.stride, given.padding, *options)
     else:
-        raise InputError(f"pool is one of torch's MaxPool or AvgPool modules, got {given!r}.")
+        raise InputError(
+            f"pool is a MaxPool{dims}d, without return_indices, or an AvgPool{dims}d of torch's, got {given!r}."
+        )
     if pool is not None and len(pool.kernel) != dims:
         raise InputError(f"a pool of {len(pool.kernel)} dimensions behind a convolution of {dims}.")
     return pool

@@ -72,10 +72,11 @@ def _places(active: Any, T: int) -> tuple[Tensor, ...]:
 
 
 def with_carrier(train: SpikeTrain, carrier: Tensor | None) -> Tensor:
-    """The spikes (T, B, M), a function of the carrier of their gradient, which is zero."""
+    """The spikes (T, B, M), a function of the carrier of their gradient, whose numbers do not count."""
     data = train._dense_data().flatten(2)
     if carrier is None:
         return data
+    carrier = carrier - carrier.detach()
     if train.active is None:
         return data + carrier.view(data.shape)
     return data + torch.zeros_like(data).index_put(_places(train.active, train.T), carrier)

@@ -1,0 +1,21 @@
+"""Tables of the documentation are those of the rows that were measured."""
+
+import json
+import runpy
+from pathlib import Path
+
+EXPECT = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "expect.py"))
+
+
+def test_what_to_expect_is_current():
+    page, rows = EXPECT["PAGE"].read_text(), json.loads(EXPECT["ROWS"].read_text())
+    assert page == EXPECT["with_table"](page, rows), "run: python benchmarks/expect.py --table"
+
+
+def test_every_way_and_surrogate_has_a_figure():
+    rows = json.loads(EXPECT["ROWS"].read_text())
+    assert {row["provider"] for row in rows} == set(EXPECT["WAYS"])
+    assert {row["surrogate"] for row in rows} == {
+        f"{kind}({slope:g})" for kind, slope in EXPECT["SURROGATES"]
+    }
+    assert all(row["skipped"] is None for row in rows)
