@@ -61,7 +61,7 @@ def forward(
     def run(first: int, last: int) -> None:
         convolve(
             *((first, last, T, B), events, found.sizes, found.runs, found.windows, is_max, rows, biases),
-            *(array(out).reshape(T * B, -1), _rows(winners, found)),
+            *(array(out).reshape(1, -1), _rows(winners, found), *_scratch(found, dtype)),
         )
 
     if out.numel():
@@ -89,7 +89,7 @@ def backward(
     if winners is None and conv.pool is not None and conv.pool.kind == "max":
         raise ValueError("the gradient of a max-pool needs its winners: run forward with keep_winners=True.")
     found, dtype = tables(conv), numpy_type(weight.dtype)
-    arriving, places = array(nu).reshape(T * B, conv.out_features), _rows(winners, found)
+    arriving, places = array(nu).reshape(1, -1), _rows(winners, found)
     listed = train.active if input == "active" else None
     g_active = None if listed is None else torch.empty(listed.indices.numel(), dtype=weight.dtype)
     width, groups = found.sizes[3], found.sizes[5]
@@ -105,13 +105,13 @@ def backward(
         )
         convolve_backward(
             *((first, last, T, B), events, active, found.sizes, found.runs, found.windows),
-            *(rows, arriving, places, *sums, array_or_empty(g_active, dtype, 1)),
+            *(rows, arriving, places, *sums, array_or_empty(g_active, dtype, 1), *_scratch(found, dtype)),
         )
         return sums
 
     dense = None
     if input == "dense" and is_sparse(conv):
-        dense = input_grad(conv, found, weight, arriving, places).view(T, B, -1)
+        dense = input_grad(conv, found, weight, arriving.reshape(T * B, -1), places).view(T, B, -1)
     elif input == "dense":
         dense = _dense(conv, found, weight, arriving, places, (T, B))
     if not (weight_grad or bias_grad or listed is not None):
@@ -135,33 +135,24 @@ def _dense(
 ) -> Tensor:
     """The input's gradient everywhere, by torch's product, a few rows at a time."""
     width, channels, groups, sites = found.sizes[3:7]
-    out = torch.empty(len(nu), conv.in_channels, *conv.size, dtype=weight.dtype)
+    rows = shape[0] * shape[1]
+    out = torch.empty(rows, conv.in_channels, *conv.size, dtype=weight.dtype)
     each = max(1, CHUNK_BYTES // (max(1, sites * groups * width) * weight.itemsize))
-    maps = aligned(min(each, len(nu)) if conv.pool else 0, sites * groups * width, nu.dtype)
-    for first in range(0, len(nu), each):
-        last = min(first + each, len(nu))
-        g = torch.from_numpy(nu[first:last])
+    maps = aligned(min(each, rows) if conv.pool else 0, sites * groups * width, nu.dtype)
+    for first in range(0, rows, each):
+        last = min(first + each, rows)
+        g = torch.from_numpy(nu.reshape(rows, -1)[first:last])
         if conv.pool is not None:
             _unpool(found, nu, winners, maps, first, last)
             laid = torch.from_numpy(maps[: last - first]).view(-1, groups, sites, width)
             g = laid[..., :channels].transpose(2, 3).reshape(last - first, -1)
-        out[first:last] = torch.ops.aten.convolution_backward(
-            *(
-                g.view(-1, conv.out_channels, *conv.map_size),
-                g.new_empty(1).expand(last - first, *out.shape[1:]),
-            ),
-            *(
-                weight,
-                None,
-                conv.stride,
-                conv.padding,
-                conv.dilation,
-                False,
-                [0] * len(conv.size),
-                conv.groups,
-            ),
-            [True, False, False],
-        )[0]
+        maps_grad = g.view(-1, conv.out_channels, *conv.map_size)
+        like = g.new_empty(1).expand(last - first, *out.shape[1:])
+        options = (conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.size), conv.groups)
+        mask = [True, False, False]
+        out[first:last] = torch.ops.aten.convolution_backward(maps_grad, like, weight, None, *options, mask)[
+            0
+        ]
     return out.view(*shape, conv.in_features)
 
 
@@ -170,7 +161,8 @@ def _unpool(
 ) -> None:
     def run(begin: int, end: int) -> None:
         some = first + begin, first + end
-        unpool_rows(*some, found.sizes, found.windows, nu, winners, maps[begin:end])
+        _, pooled = _scratch(found, nu.dtype)
+        unpool_rows(*some, found.sizes, found.windows, nu, winners, maps[begin:end], pooled)
 
     parallel([lambda r=r: run(*r) for r in split(last - first)])  # type: ignore[misc]
 
@@ -181,6 +173,12 @@ def _unpool(
 def _events(train: SpikeTrain, dtype: np.dtype) -> Arrays:
     values = array_or_empty(train.values, dtype, 1).astype(dtype, copy=False)
     return array(train.indptr), array(train.indices), values
+
+
+def _scratch(found: Tables, dtype: np.dtype) -> Arrays:
+    """A map, and what a pool leaves of it, the map itself where there is none; zeros where a row has no channels."""
+    maps = _zeros(found.sizes[5] * found.sizes[6] * found.sizes[3], dtype)
+    return maps, _zeros(_pooled_size(found), dtype) if len(found.windows.first) else maps
 
 
 def _pooled_size(found: Tables) -> int:

@@ -1,8 +1,8 @@
 """The gradient of a convolution's input behind a max-pool: as in the forward, a row for each number that is not zero.
 
-A maximum passes its gradient to one place of the map, so three in four of a map's numbers are zero behind a pool of 2 x 2,
-and more where neurons are not active. What a product over the whole map would do with zeros is left out: each number adds
-a run of input channels for each line of the kernel.
+A maximum passes its gradient to one place of the map, so three in four of a map's numbers are zero behind a pool of
+2 x 2, and more where neurons are not active. What a product over the whole map would do with zeros is left out: each
+number adds a run of input channels for each line of the kernel.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from .layout import aligned
 from .memory import array
 from .threads import parallel, split
 
-
 SPARSE_FROM = 4
-"""Places of a window from which this is faster than torch's product over the whole map. Measured on two cores of an AMD
-EPYC, four places: 2.0 times for 12 -> 64 channels of 5 x 5, 1.6 for 64 -> 128 and 1.4 for 128 -> 256 of 3 x 3; one place
-(no pool): 0.4 times."""
+"""Places of a window from which this is faster than torch's product over the whole map. Measured on a core of an AMD
+EPYC, four places: 2.0 times for 12 -> 64 channels of 5 x 5, 1.6 for 64 -> 128 and 1.4 for 128 -> 256 of 3 x 3; one
+place (no pool): 0.4 times."""
 
 
 def is_sparse(conv: Convolution) -> bool:
@@ -132,7 +131,7 @@ def add_scaled_runs(maps, base, weight, w, first, last, runs, value):  # type: i
 def spread_gradients(first, last, sizes, runs, windows, weight, nu, winners, maps, out):  # type: ignore[no-untyped-def]
     """Rows from first to last. A channel's weights serve all its sites before the next one's."""
     out_width, channels, groups, left, positions, inner, width, taps = sizes
-    run_first, run_weight, run_site, run_length = runs
+    run_first = runs[0]
     window_first, window_site, _ = windows
     result = out.reshape((1, out.size))
     for row in range(first, last):

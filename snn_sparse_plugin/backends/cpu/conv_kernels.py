@@ -214,17 +214,14 @@ def add_pooled(g_bias, pooled, sizes, windows, has_windows, is_max):  # type: ig
 
 
 @kernel()
-def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, winners):  # type: ignore[no-untyped-def]
+def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, winners, maps, pooled):  # type: ignore[no-untyped-def]
     """Rows b * T + t from first to last; ``out`` and ``winners`` have a row for each t * B + b."""
     first_row, last_row, T, B = samples
     indptr, indices, values = events
     _, _, stride, width, channels, groups, sites, left = sizes
     first_run, run_weight, run_site, length = runs
     in_weight, in_map = (stride, 0, run_weight), (0, sites * width, run_site)
-    maps = np.empty((1, groups * sites * width), weight.dtype)
     has_windows = windows[0].shape[0] > 0
-    pooled = np.empty((1, groups * left * width), weight.dtype) if has_windows else maps
-    result = out.reshape((1, out.size))
     for r in range(first_row, last_row):
         row = r % T * B + r // T
         fill(maps, bias, sizes)
@@ -236,34 +233,44 @@ def convolve(samples, events, sizes, runs, windows, is_max, weight, bias, out, w
             else:
                 average(maps, sizes, windows, pooled)
         for g in range(groups):
-            to = row * out.shape[1] + g * channels * left
-            flip(pooled, g * left * width, left, width, channels, result, to, left)
+            to = (row * groups + g) * channels * left
+            flip(pooled, g * left * width, left, width, channels, out, to, left)
 
 
 @kernel(part=True)
 def unfold(nu, row, sizes, pooled):  # type: ignore[no-untyped-def]
     """A row of ``nu`` with its channels last."""
     _, _, _, width, channels, groups, _, left = sizes
-    flat = nu.reshape((1, nu.size))
     for g in range(groups):
-        at = row * nu.shape[1] + g * channels * left
-        flip(flat, at, channels, left, left, pooled, g * left * width, width)
+        at = (row * groups + g) * channels * left
+        flip(nu, at, channels, left, left, pooled, g * left * width, width)
 
 
 @kernel()
 def convolve_backward(  # type: ignore[no-untyped-def]
-    samples, events, active, sizes, runs, windows, weight, nu, winners, g_weight, g_bias, g_active
+    samples,
+    events,
+    active,
+    sizes,
+    runs,
+    windows,
+    weight,
+    nu,
+    winners,
+    g_weight,
+    g_bias,
+    g_active,
+    maps,
+    pooled,
 ):
     """Rows b * T + t from first to last of the gradients; those that are not wanted are empty."""
     first_row, last_row, T, B = samples
     indptr, indices, values = events
     act_ptr, act_idx = active
-    _, _, stride, width, _, groups, sites, left = sizes
+    stride, width, sites = sizes[2], sizes[3], sizes[6]
     first_run, run_weight, run_site, length = runs
     in_weight, in_map = (stride, 0, run_weight), (0, sites * width, run_site)
-    maps = np.zeros((1, groups * sites * width), nu.dtype)
     has_windows = windows[0].shape[0] > 0
-    pooled = np.zeros((1, groups * left * width), nu.dtype) if has_windows else maps
     for r in range(first_row, last_row):
         wanted = g_bias.shape[1] > 0
         wanted |= g_weight.shape[1] > 0 and indptr[r] < indptr[r + 1]
@@ -284,10 +291,8 @@ def convolve_backward(  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def unpool_rows(first, last, sizes, windows, nu, winners, out):  # type: ignore[no-untyped-def]
+def unpool_rows(first, last, sizes, windows, nu, winners, out, pooled):  # type: ignore[no-untyped-def]
     """Rows of ``nu`` as maps with channels last."""
-    width, groups, left = sizes[3], sizes[5], sizes[7]
-    pooled = np.zeros((1, groups * left * width), nu.dtype)
     for row in range(first, last):
         unfold(nu, row, sizes, pooled)
         k = row - first
