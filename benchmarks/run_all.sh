@@ -9,6 +9,8 @@ bench=(python -m snn_sparse_plugin bench)
 "${bench[@]}" "$@" --steps 100 --providers sparse,snntorch,compile --no-peak --json results/compile.json
 "${bench[@]}" "$@" --sweep density --no-peak --json results/density.json
 "${bench[@]}" "$@" --sweep size --no-peak --json results/size.json
+"${bench[@]}" "$@" --network conv --json results/conv.json
+"${bench[@]}" "$@" --network conv --sweep density --no-peak --json results/conv_density.json
 "${bench[@]}" "$@" --protocol s3gd --json results/s3gd.json
 
 # "$@" is for snn-sparse bench alone

@@ -12,7 +12,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from snn_sparse_plugin import ConfigError, UnsupportedError
-from snn_sparse_plugin.bench import BenchOptions, run_network, run_s3gd, run_surrogates, run_sweep
+from snn_sparse_plugin.bench import (
+    CONVOLUTIONAL,
+    BenchOptions,
+    run_conv,
+    run_conv_sweep,
+    run_network,
+    run_s3gd,
+    run_surrogates,
+    run_sweep,
+)
+from snn_sparse_plugin.bench.layers import Layer
 from snn_sparse_plugin.bench.measure import peak_bytes, run_step, saved_bytes, time_alternating
 from snn_sparse_plugin.bench.problem import Config, make_problem
 from snn_sparse_plugin.bench.providers import PROVIDERS, Steps, setup
@@ -20,6 +30,7 @@ from snn_sparse_plugin.bench.report import crossover, human_bytes
 from snn_sparse_plugin.interfaces.cli import app
 
 TINY = Config(inputs=40, layers=(30, 20, 6), steps=25, batch=5, density=0.1, rate=0.06, slope=25.0)
+MAPS = replace(TINY, inputs=(2, 12, 12), layers=("6C3p1-MP2", "8C3", 5), steps=12, batch=3)
 OPTIONS = BenchOptions(rounds=2, threads=1, peak=False)
 QUIET = Console(quiet=True)
 LIBRARY = {"norse": "norse", "spikingjelly": "spikingjelly"}
@@ -289,3 +300,105 @@ def test_surrogates_stand_side_by_side() -> None:
     assert {r["provider"] for r in rows} == {"sparse", "sparse-loop", "snntorch"}
     text = console.export_text()
     assert all(name in text for name in ("atan(2)", "fast_sigmoid(25)", "sparse-loop", "1.0×"))
+
+
+@pytest.mark.parametrize("provider", ["sparse-exact", "sparse-op", "sparse-loop"])
+def test_convolutional_networks_are_snntorchs(provider: str) -> None:
+    config = replace(MAPS, window=None)
+    assert make_problem(config).rates == pytest.approx([0.06] * 3, rel=0.4)
+    loss, expected = gradients(config, "snntorch")
+    got_loss, got = gradients(config, provider)
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    assert [g.shape for g in got] == [g.shape for g in expected]
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("provider", ["norse", "spikingjelly"])
+def test_convolutional_networks_are_those_of_the_other_libraries(provider: str) -> None:
+    config = replace(MAPS, reset="zero")
+    loss, _ = gradients(config, "snntorch")
+    assert gradients(config, provider)[0] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("provider", ["events", "dense", "auto"])
+@pytest.mark.parametrize("layer", ["6C3p1-MP2", "6C5"])
+def test_the_paths_of_a_convolution_agree(layer: str, provider: str) -> None:
+    config = replace(MAPS, op="layer", layers=(layer,), window=None)
+    _, expected = gradients(config, "snntorch")
+    _, got = gradients(config, provider)
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_convolutional_networks_as_rows_and_the_sweep_of_their_layers() -> None:
+    pytest.importorskip("snntorch")
+    console = Console(record=True, width=200, file=io.StringIO())
+    options = replace(OPTIONS, providers=("sparse", "snntorch"))
+    rows = run_conv("tutorial", options, console, steps=10, configs=[MAPS, replace(MAPS, steps=20)])
+    assert [r["shape"]["T"] for r in rows] == [10, 10]  # equal ones once
+    neurons = 6 * 6 * 6 + 8 * 4 * 4 + 5
+    assert rows[1]["saved_bytes_per_neuron_step"] == pytest.approx(
+        rows[1]["saved_bytes"] / (neurons * 10 * 3), abs=1e-3
+    )
+    options = replace(OPTIONS, providers=("events", "dense", "auto"), batch=2)
+    rows += run_conv_sweep(options, console, [0.05, 0.5], [((2, 8, 8), "4C3-MP2"), ((3, 6, 6), "5C3")], 6)
+    json.dumps(rows)
+    text = console.export_text()
+    assert all(name in text for name in ("2×12×12-6C3p1-MP2-8C3-5", "3×6×6-5C3", "dense product"))
+
+
+def test_peak_memory_of_a_convolutional_network() -> None:
+    pytest.importorskip("snntorch")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux's high-water mark of resident memory")
+    config = Config(op="layer", inputs=(1, 30, 30), layers=("16C3p1",), steps=50, batch=16)
+    peak = peak_bytes(config, "snntorch", 1)
+    assert peak is not None
+    assert 50e6 < peak < 900e6  # 11.5 million neuron-steps
+
+
+def test_networks_of_recordings(tmp_path: Path) -> None:
+    for part, labels in (("Train", (3, 7)), ("Test", (1,))):
+        for label in labels:
+            file = tmp_path / part / str(label) / "00001.bin"
+            file.parent.mkdir(parents=True)
+            # x, y, polarity and 23 bits of microseconds: an event at (4, 5) after 2 ms
+            file.write_bytes(bytes([4, 5, 0x80, 0x07, 0xD0]))
+    config = replace(MAPS, inputs=(2, 34, 34), layers=("2C5", 10), steps=5, batch=2, root=str(tmp_path))
+    problem = make_problem(config)
+    assert problem.x.shape == (5, 2, 2, 34, 34)
+    assert problem.x.nonzero()[:, 0].tolist() == [2, 2]
+    assert sorted(problem.target.tolist()) == [3, 7]
+    with pytest.raises(ConfigError, match=r"are \(2, 34, 34\)"):
+        replace(MAPS, root=str(tmp_path))
+
+
+@pytest.mark.parametrize("layer", ["12C", "C5", "12C5-AP2", "0C5", "12C5-MP0", 0, "ten"])
+def test_layers_that_are_none(layer: int | str) -> None:
+    with pytest.raises(ConfigError, match="64C3p1-MP2"):
+        Layer.parse(layer)
+
+
+def test_convolutional_networks_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match="does not fit"):
+        Config(inputs=(1, 4, 4), layers=("12C5", 10))
+    with pytest.raises(ConfigError, match="does not fit"):
+        Config(inputs=700, layers=("12C5", 10))
+    with pytest.raises(ConfigError, match="known: conv, tutorial"):
+        run_conv("resnet", OPTIONS, QUIET)
+    assert all(config.neurons[-1] == (10,) for each in CONVOLUTIONAL.values() for config in each)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--network vgg9 --protocol s3gd", "network of its own"),
+        ("--network conv --sweep size", "linear layers"),
+        ("--root somewhere", "n-mnist alone"),
+    ],
+)
+def test_networks_that_cannot_be_asked_for(arguments: str, message: str) -> None:
+    shown = CliRunner().invoke(app, ["bench", *arguments.split()], env={"COLUMNS": "200"})
+    assert shown.exit_code != 0
+    assert message in " ".join(shown.output.split())

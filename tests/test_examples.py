@@ -59,3 +59,20 @@ def test_eprop_on_recordings_goes_on_where_it_stopped(monkeypatch, capsys, tmp_p
     assert "eprop-0 epoch 2" in out
     assert "eprop-0 epoch 1:" not in out
     assert (tmp_path / "out" / "accuracy.png").exists()
+
+
+def test_convolutions_on_recordings(monkeypatch, capfd, tmp_path):
+    pytest.importorskip("snntorch")
+    for part in ("Train", "Test"):
+        for label in (1, 2):
+            file = tmp_path / part / str(label) / "00001.bin"
+            file.parent.mkdir(parents=True)
+            # x, y, polarity and 23 bits of microseconds
+            file.write_bytes(bytes(n for k in range(40) for n in (k % 34, label * 9, 0x80, k, 0)))
+    small = ("--epochs", 2, "--steps", 6, "--batch", 2, "--channels", 2, 3, "--threads", 1, "--exact")
+    out = run(
+        *(monkeypatch, capfd, "nmnist_conv.py", "--data", tmp_path, *small),
+        *("--method", "sparse", "snntorch"),
+    )
+    rows = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
+    assert rows["sparse"] == rows["snntorch"]

@@ -14,7 +14,10 @@ from ..core.dynamics import NeuronParams, NeuronSpec
 from ..core.errors import MissingDependencyError
 from ..core.spikes import SpikeTrain
 from ..core.surrogates import Surrogate
+from ..ops.spiking_conv import autograd, spiking_conv, takes_events
+from ..ops.spiking_conv.geometry import geometry
 from ..ops.spiking_layer import spiking_layer
+from .layers import Layer
 from .problem import Config, Problem
 
 
@@ -38,15 +41,21 @@ def _require(module: str, install: str) -> Any:
         ) from error
 
 
-def _linears(problem: Problem, factors: Sequence[float] | None = None) -> list[nn.Linear]:
-    layers = []
-    for weight, factor in zip(problem.weights, factors or [1.0] * len(problem.weights), strict=True):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+def _synapses(
+    config: Config, problem: Problem, factors: Sequence[float] | None = None
+) -> list[list[nn.Module]]:
+    """For each layer the modules before its neurons: a linear layer, or a convolution and its pool."""
+    found = []
+    factors = factors or [1.0] * len(problem.weights)
+    for (layer, size), weight, factor in zip(config.stages, problem.weights, factors, strict=True):
+        modules = layer.modules(size, config.device)
         with torch.no_grad():
-            layer.weight.copy_(weight * factor)
-            layer.bias.zero_()
-        layers.append(layer)
-    return layers
+            for module in modules:
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.weight.copy_(weight * factor)
+                    module.bias.zero_()  # type: ignore[union-attr]
+        found.append(modules)
+    return found
 
 
 def _resets(config: Config, problem: Problem) -> list[Literal["none", "subtract", "zero"]]:
@@ -55,8 +64,17 @@ def _resets(config: Config, problem: Problem) -> list[Literal["none", "subtract"
     return [config.reset] * spiking + ["none"] * config.readout
 
 
-def _interleave(layers: list[nn.Linear], neurons: list[Any]) -> list[nn.Module]:
-    return [module for pair in zip(layers, neurons, strict=True) for module in pair]
+def _interleave(synapses: list[list[nn.Module]], neurons: list[Any]) -> list[nn.Module]:
+    pairs = zip(synapses, neurons, strict=True)
+    return [module for modules, neuron in pairs for module in (*modules, neuron)]
+
+
+def _joined(synapses: list[list[nn.Module]], join: Callable[..., nn.Module]) -> list[list[nn.Module]]:
+    """With ``join(*modules)`` in the place of the modules of each layer that is not linear alone."""
+    return [
+        modules if len(modules) == 1 and isinstance(modules[0], nn.Linear) else [join(*modules)]
+        for modules in synapses
+    ]
 
 
 # --- this package ---
@@ -77,7 +95,7 @@ def unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto"
             for mechanism in _resets(config, problem)
         ]
         neurons[-1].output = config.readout
-        net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
+        net = nn.Sequential(*_interleave(_synapses(config, problem), neurons)).to(config.device)
         options: dict[str, Any] = {"backprop_threshold": None if exact else config.window, "backend": backend}
         x = SpikeTrain.from_dense(problem.x) if events else problem.x
 
@@ -96,36 +114,57 @@ def unrolled(*, events: bool = False, exact: bool = False, backend: str = "auto"
 
 def op_network(config: Config, problem: Problem) -> Model:
     """The network as calls of the op: what ``unroll`` does, for where no neuron library is installed."""
-    layers = _linears(problem)
     options: dict[str, Any] = op_options(config)
     specs = [NeuronSpec(reset=reset, spiking=reset != "none") for reset in _resets(config, problem)]
+    layers = [layer for layer, _ in config.stages]
+    weights = [weight.clone().requires_grad_() for weight in problem.weights]
+    biases = [torch.zeros(len(weight), device=weight.device, requires_grad=True) for weight in weights]
 
     def spikes(x: Any) -> Tensor:
-        for k, (layer, spec) in enumerate(zip(layers, specs, strict=True), 1):
-            events = k < len(layers)
-            x = spiking_layer(x, layer.weight, layer.bias, spec=spec, events=events, **options).spikes
+        for k, (layer, weight, bias, spec) in enumerate(zip(layers, weights, biases, specs, strict=True), 1):
+            kind: dict[str, Any] = {"spec": spec, "events": k < len(layers)} | options
+            if layer.kernel:
+                x = spiking_conv(x, weight, bias, padding=layer.padding, pool=_pool(layer), **kind).spikes
+            else:
+                x = x.flatten(2) if isinstance(x, Tensor) else x.flatten()
+                x = spiking_layer(x, weight, bias, **kind).spikes
         return (1 - config.beta) * x if config.readout else x
 
-    return Model(spikes, [p for layer in layers for p in layer.parameters()], problem.x)
+    pairs = zip(weights, biases, strict=True)
+    return Model(spikes, [p for pair in pairs for p in pair], problem.x)
+
+
+def _pool(layer: Layer) -> nn.Module | None:
+    return None if layer.pool == 1 else nn.MaxPool2d(layer.pool)
 
 
 def op(path: str) -> Callable:
     """The op alone, one layer: over events, over the dense product, or left to choose."""
 
     def build(config: Config, problem: Problem) -> Model:
-        (weight,) = problem.weights
+        ((layer, _),), (weight,) = config.stages, problem.weights
         weight = weight.clone().requires_grad_()
         bias = torch.zeros(weight.shape[0], device=weight.device, requires_grad=True)
         options: dict[str, Any] = op_options(config)
 
-        def spikes(x: Tensor) -> Tensor:
+        def linear(x: Tensor) -> Tensor:
             if path == "events":
                 return spiking_layer(SpikeTrain.from_dense(x), weight, bias, **options).spikes
             if path == "dense":
                 return spiking_layer(F.linear(x, weight, bias), **options).spikes
             return spiking_layer(x, weight, bias, **options).spikes
 
-        return Model(spikes, [weight, bias], problem.x)
+        def convolution(x: Tensor) -> Tensor:
+            form: dict[str, Any] = {"padding": layer.padding, "pool": _pool(layer)}
+            if path == "auto":
+                return spiking_conv(x, weight, bias, **form, **options).spikes
+            # what the op does once it has chosen
+            train = SpikeTrain.from_dense(x) if path == "events" else x
+            backend = takes_events(train) if path == "events" else None
+            shape = geometry(*(train, weight, bias), stride=1, dilation=1, groups=1, name=path, **form)
+            return spiking_layer(autograd.convolve(shape, train, weight, bias, backend), **options).spikes
+
+        return Model(convolution if layer.kernel else linear, [weight, bias], problem.x)
 
     return build
 
@@ -153,7 +192,8 @@ class TutorialNet(nn.Module):
         super().__init__()
         snntorch = _require("snntorch", "snntorch")
         spike_grad = _spike_grad(config)
-        self.fc = nn.ModuleList(_linears(problem))
+        synapses = _joined(_synapses(config, problem), nn.Sequential)
+        self.fc = nn.ModuleList(module for (module,) in synapses)
         self.lif = nn.ModuleList(
             snntorch.Leaky(beta=config.beta, spike_grad=spike_grad, reset_mechanism=reset)
             for reset in _resets(config, problem)
@@ -205,14 +245,18 @@ def norse_sequence(config: Config, problem: Problem) -> Model:
     neurons = [norse.LIF(p) for _ in factors]
     if config.readout:  # its current is scaled alike
         factors[-1], neurons[-1] = 1.0, norse.LI(norse.LIParameters(**times))
-    net = norse.SequentialState(*_interleave(_linears(problem, factors), neurons)).to(config.device)
+    # its own way with modules that know no time
+    synapses = _joined(
+        _synapses(config, problem, factors), lambda *modules: norse.Lift(nn.Sequential(*modules))
+    )
+    net = norse.SequentialState(*_interleave(synapses, neurons)).to(config.device)
     return Model(lambda x: net(x)[0], list(net.parameters()), problem.x)
 
 
 def spikingjelly_modules(config: Config, problem: Problem) -> Model:
     sj = _require("spikingjelly.activation_based", "'spikingjelly>=2.0.0'")
-    neuron, surrogate, functional = (
-        import_module(f"{sj.__name__}.{name}") for name in ("neuron", "surrogate", "functional")
+    neuron, surrogate, functional, layer = (
+        import_module(f"{sj.__name__}.{name}") for name in ("neuron", "surrogate", "functional", "layer")
     )
     spike = surrogate.ATan if config.surrogate == "atan" else surrogate.SoftSign
     neurons = [
@@ -229,7 +273,8 @@ def spikingjelly_modules(config: Config, problem: Problem) -> Model:
     ]
     if config.readout:
         neurons[-1] = neuron.NonSpikingLIFNode(tau=1 / (1 - config.beta))
-    net = nn.Sequential(*_interleave(_linears(problem), neurons)).to(config.device)
+    synapses = _joined(_synapses(config, problem), layer.SeqToANNContainer)
+    net = nn.Sequential(*_interleave(synapses, neurons)).to(config.device)
 
     def spikes(x: Tensor) -> Tensor:
         functional.reset_net(net)

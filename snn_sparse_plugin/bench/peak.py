@@ -19,8 +19,9 @@ from .providers import setup
 
 def measure_peak(request: dict[str, Any]) -> int | None:
     """Highest memory during two steps minus what was in use before, in bytes; None if it cannot be told."""
-    raw = request["config"]
-    config = Config(**(raw | {"layers": tuple(raw["layers"])}))
+    # JSON knows no tuples
+    raw: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in request["config"].items()}
+    config = Config(**raw)
     torch.set_num_threads(request["threads"])
     provider = request["provider"]
     run_step(setup(replace(config, steps=3, batch=2), provider))  # compiles kernels, loads libraries

@@ -1,17 +1,19 @@
-"""What is computed: a seeded input, and weights scaled so that every layer fires at the same rate."""
+"""What is computed: a seeded or recorded input, and weights scaled so that every layer fires at the same rate."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.config import check_device
 from ..core.errors import ConfigError
+from ..data import load_spikes
+from .layers import Layer, Shape
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Config:
         op: ``"network"``: a training step without the optimizer, cross entropy on summed output spikes;
             ``"layer"``: one layer with a given gradient of its spikes; ``"s3gd"``: the second of two layers,
             its backward alone, with gradients to weights and input.
-        inputs, layers: M, and the number of neurons of every layer.
+        inputs, layers: M, and the number of neurons of every layer; or (C, H, W), and layers as
+            :meth:`~snn_sparse_plugin.bench.layers.Layer.parse` reads them.
         steps, batch: T and B.
         density: input spikes per input and step (Bernoulli).
         rate: output spikes per neuron and step of every layer.
@@ -33,11 +36,13 @@ class Config:
             libraries compute the same spikes.
         readout: the last layer of a network is a leaky integrator without spikes, y = beta y + (1 - beta) W s, and
             the loss is of its maximum over time instead of the spike counts [Perez-Nieves & Goodman 2021].
+        root: folder of N-MNIST's files; recordings (2, 34, 34), a millisecond each step, take the place of the
+            Bernoulli input then.
     """
 
     op: Literal["network", "layer", "s3gd"] = "network"
-    inputs: int = 700
-    layers: tuple[int, ...] = (200, 200, 20)
+    inputs: int | Shape = 700
+    layers: tuple[int | str, ...] = (200, 200, 20)
     steps: int = 100
     batch: int = 64
     density: float = 0.02
@@ -50,25 +55,51 @@ class Config:
     seed: int = 0
     reset: Literal["subtract", "zero"] = "subtract"
     readout: bool = False
+    root: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1 or not 0 < self.rate < 1:
             raise ConfigError(f"density and rate must lie in (0, 1], got {self.density} and {self.rate}.")
-        if min(self.inputs, self.steps, self.batch, *self.layers) < 1:
+        if min(*self.size, self.steps, self.batch, *(layer.outputs for layer, _ in self.stages)) < 1:
             raise ConfigError("inputs, layers, steps and batch must be at least 1.")
         if (self.reset != "subtract" or self.readout) and self.op != "network":
             raise ConfigError(f"reset and readout are options of networks, not of {self.op}.")
+        if self.root is not None and self.size != (2, 34, 34):
+            raise ConfigError(f"recordings of N-MNIST are (2, 34, 34), the input is {self.size}.")
         check_device(self.device)
+
+    @property
+    def size(self) -> Shape:
+        """Of one sample and step of the input."""
+        return (self.inputs,) if isinstance(self.inputs, int) else self.inputs
+
+    @property
+    def stages(self) -> list[tuple[Layer, Shape]]:
+        """Every layer and the size of its input."""
+        found, size = [], self.size
+        for given in self.layers:
+            layer = Layer.parse(given)
+            found.append((layer, size))
+            size = layer.out_size(size)
+        return found
+
+    @property
+    def neurons(self) -> list[Shape]:
+        """The neurons of every layer, or their channels and map."""
+        return [layer.out_size(size) for layer, size in self.stages]
 
     @property
     def neuron_steps(self) -> int:
         """Neurons x T x B of what is measured: what saved bytes are counted against."""
-        neurons = self.layers[-1] if self.op == "s3gd" else sum(self.layers)
-        return neurons * self.steps * self.batch
+        each = [math.prod(size) for size in self.neurons]
+        return (each[-1] if self.op == "s3gd" else sum(each)) * self.steps * self.batch
 
 
 class Problem(NamedTuple):
-    """``x`` (T, B, M), ``target`` (B,), per layer a weight (N, M), ``grad`` (T, B, N) of the last spikes."""
+    """``x`` (T, B, M), ``target`` (B,), per layer a weight (N, M), ``grad`` (T, B, N) of the last spikes.
+
+    M and N are (C, H, W) where convolutions are; the weight of one is (C', C, kernel, kernel).
+    """
 
     x: Tensor
     target: Tensor
@@ -81,12 +112,17 @@ class Problem(NamedTuple):
 def make_problem(config: Config) -> Problem:
     """The problem of a config, the same on every call and in every process."""
     generator = torch.Generator().manual_seed(config.seed)
-    T, B, M = config.steps, config.batch, config.inputs
-    x = (torch.rand(T, B, M, generator=generator) < config.density).float()
+    T, B, last = config.steps, config.batch, config.neurons[-1]
+    if config.root is None:
+        x = (torch.rand(T, B, *config.size, generator=generator) < config.density).float()
+        target = torch.randint(math.prod(last), (B,), generator=generator)
+    else:
+        data = load_spikes("n-mnist", config.root, steps=T, limit=B, merge_polarity=False).train
+        spikes, target = data.batch(torch.arange(B) % len(data))
+        x = spikes.to_dense().view(T, B, *config.size)
     x = x.to(config.device)
-    target = torch.randint(config.layers[-1], (B,), generator=generator)
     weights, rates = scaled_weights(x, config, generator)
-    grad = torch.randn(T, B, config.layers[-1], generator=generator)
+    grad = torch.randn(T, B, *last, generator=generator)
     return Problem(x, target.to(config.device), weights, rates, grad.to(config.device))
 
 
@@ -99,15 +135,15 @@ def scaled_weights(
     """
     weights, rates = [], []
     spikes = x
-    for k, n in enumerate(config.layers):
-        weight = torch.randn(n, spikes.shape[2], generator=generator).to(x.device)
+    for k, (layer, size) in enumerate(config.stages):
+        weight = torch.randn(layer.weight_shape(size), generator=generator).to(x.device)
         if config.readout and k == len(config.layers) - 1:
-            weights.append(weight * 2 / spikes.shape[2] ** 0.5)
+            weights.append(weight * 2 / weight.shape[1] ** 0.5)
             break
         # a part of the batch is enough to set a rate
-        scale = _scale_for_rate(F.linear(spikes[:, :16], weight), config)
-        weights.append(weight * scale)
-        spikes = leaky_spikes(F.linear(spikes, weights[-1]), config.beta, config.reset)
+        part = spikes[:, : 4 if layer.kernel else 16]
+        weights.append(weight * _scale_for_rate(layer.current(part, weight), config))
+        spikes = leaky_spikes(layer.current(spikes, weights[-1]), config.beta, config.reset)
         rates.append(float(spikes.mean()))
     return tuple(weights), tuple(rates)
 

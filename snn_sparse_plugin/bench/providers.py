@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,7 +117,8 @@ def _second_layer(config: Config, problem: Problem, provider: str) -> Steps:
             net = IndexedLayer(config, second)
             linear = net.fc
         else:
-            net = TutorialNet(config, problem._replace(weights=(second,))).to(config.device)
+            alone = replace(config, inputs=first.shape[0], layers=config.layers[1:])
+            net = TutorialNet(alone, problem._replace(weights=(second,))).to(config.device)
             linear = net.fc[0]  # type: ignore[assignment]
         weight, bias = linear.weight, linear.bias
         x = train.to_dense().detach().requires_grad_()

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .layers import written
+
 
 def show_rows(rows: list[dict[str, Any]], console: Console, *, baseline: str, phase: str = "step") -> None:
     """One table of providers, with how many times faster than the baseline each is."""
@@ -19,12 +21,12 @@ def show_rows(rows: list[dict[str, Any]], console: Console, *, baseline: str, ph
 
 def _table(rows: list[dict[str, Any]], baseline: str, phase: str, wide: bool) -> Table:
     shape = rows[0]["shape"]
-    size = "-".join(str(n) for n in (shape["inputs"], *shape["layers"]))
+    size = written(shape["inputs"], shape["layers"])
     rates = ", ".join(f"{100 * r:.1f}" for r in rows[0]["layer_rates"])
     first = rows[0]
     spread = " (20th to 80th percentile)" if wide else ""
     table = Table(
-        title=f"{first['op']} {size}, T={shape['T']}, B={shape['B']}, input {100 * first['density']:g} %, "
+        title=f"{first['op']} {size}, T={shape['T']}, B={shape['B']}, input {100 * first['density']:.3g} %, "
         f"layers {rates} %, {first['threads']} threads, {first['device']}",
         title_justify="left",
         caption=f"ms: median{spread}. ratio: {phase} of {baseline} / {phase}. "

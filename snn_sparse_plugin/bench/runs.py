@@ -1,4 +1,4 @@
-"""The three runs: training steps of a network, one layer over a sweep, and the backward of layer 2 alone."""
+"""The runs: training steps of a network, one layer over a sweep, and the backward of layer 2 alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..core.errors import ConfigError, MissingDependencyError
 from ..core.version import VERSION, commit, installed
+from .layers import written
 from .measure import Measured, Steps, device_peak_bytes, peak_bytes, saved_bytes, time_alternating
 from .problem import Config, make_problem
 from .providers import PROVIDERS, get, setup
@@ -22,6 +23,33 @@ DENSITIES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 SIZES = (100, 200, 500, 1000, 2000, 4000)
 SURROGATES = (("atan", 2.0), ("fast_sigmoid", 25.0), ("fast_sigmoid", 100.0))
 """snnTorch's default, that of its tutorials, and a steep one."""
+
+_TUTORIAL = Config(inputs=(1, 28, 28), layers=("12C5-MP2", "64C5-MP2", 10), steps=50, batch=32, rate=0.05)
+_RECORDED = Config(inputs=(2, 34, 34), layers=("12C5-MP2", "32C5-MP2", 10), batch=32, density=0.005)
+_VGG9 = Config(
+    inputs=(3, 32, 32),
+    layers=(
+        *("64C3p1", "64C3p1-MP2", "128C3p1", "128C3p1-MP2"),
+        *("256C3p1", "256C3p1", "256C3p1-MP2", 1024, 10),
+    ),
+    steps=10,
+    batch=8,
+    density=0.1,
+)
+CONVOLUTIONAL: dict[str, tuple[Config, ...]] = {
+    "tutorial": tuple(replace(_TUTORIAL, density=d) for d in (0.01, 0.05, 0.2)),
+    "n-mnist": (_RECORDED,),
+    "vgg9": tuple(replace(_VGG9, rate=r) for r in (0.05, 0.2)),
+}
+"""snnTorch's tutorials 6 and 7, the latter at N-MNIST's density, and a VGG-9 at the rates that such networks show."""
+
+_CONV_PROVIDERS = ("sparse", "sparse-events", "sparse-loop", "snntorch", "norse", "spikingjelly")
+CONV_LAYERS: tuple[tuple[tuple[int, int, int], str], ...] = (
+    ((2, 34, 34), "12C5-MP2"),
+    ((12, 12, 12), "64C5"),
+    ((64, 16, 16), "128C3p1"),
+)
+"""Layers of these networks, for the sweep over density: size of the input, and the layer."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +87,51 @@ def run_network(
     for T in steps:
         rows += _run(replace(base, steps=T), options, console)
         show_rows(rows[-len(options.names("network")) :], console, baseline="snntorch")
+    return rows
+
+
+def run_conv(
+    network: str,
+    options: BenchOptions,
+    console: Console,
+    *,
+    steps: int | None = None,
+    density: float | None = None,
+    root: str | None = None,
+    configs: Sequence[Config] | None = None,
+) -> list[dict[str, Any]]:
+    """Training steps of convolutional networks, one row a provider.
+
+    Args:
+        network: a key of :data:`CONVOLUTIONAL`, or ``"conv"`` for all of them.
+        steps, density: in place of those of the networks.
+        root: folder of N-MNIST's files: the network of that name gets recordings.
+
+    Raises:
+        ConfigError: another network.
+    """
+    if network not in (*CONVOLUTIONAL, "conv"):
+        raise ConfigError(f"no network {network!r}; known: conv, {', '.join(CONVOLUTIONAL)}.")
+    if options.providers is None:
+        more = tuple(name for name in options.names("network") if get(name).opt_in)
+        options = replace(options, providers=_CONV_PROVIDERS + more)
+    rows: list[dict[str, Any]] = []
+    asked = CONVOLUTIONAL if network == "conv" else {network: CONVOLUTIONAL[network]}
+    for name, each in asked.items():
+        chosen = [
+            replace(
+                config,
+                steps=steps or config.steps,
+                batch=options.batch or config.batch,
+                density=density or config.density,
+                device=options.device,
+                root=root if name == "n-mnist" else None,
+            )
+            for config in configs or each
+        ]
+        for config in dict.fromkeys(chosen):  # with a density of one's own some are the same
+            rows += _run(config, options, console)
+            show_rows(rows[-len(options.names("network")) :], console, baseline="snntorch")
     return rows
 
 
@@ -135,6 +208,29 @@ def run_sweep(
     return rows
 
 
+def run_conv_sweep(
+    options: BenchOptions,
+    console: Console,
+    points: Sequence[float] | None = None,
+    layers: Sequence[tuple[tuple[int, int, int], str]] = CONV_LAYERS,
+    steps: int = 20,
+) -> list[dict[str, Any]]:
+    """:func:`run_sweep` over input density for each of several convolutions with their pools and neurons."""
+    rows = []
+    for size, layer in layers:
+        base = Config(
+            op="layer",
+            inputs=size,
+            layers=(layer,),
+            steps=steps,
+            batch=options.batch or 16,
+            device=options.device,
+        )
+        console.print(written(size, (layer,)), highlight=False)
+        rows += run_sweep("density", options, console, points, base)
+    return rows
+
+
 def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[str, Any]]:
     """All providers on one config."""
     torch.set_num_threads(options.threads)
@@ -146,7 +242,9 @@ def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[s
     ) as progress:
         what = f"{config.op} T={config.steps} B={config.batch}"
         task = progress.add_task(f"{what}: input and weights", total=None)
-        rates = make_problem(config).rates
+        problem = make_problem(config)
+        rates = problem.rates
+        density = config.density if config.root is None else float(problem.x.mean())
         for name in names:
             progress.update(task, description=f"{what}: preparing {name}")
             try:
@@ -170,11 +268,11 @@ def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[s
             elif options.peak and not compiled:
                 peak = peak_bytes(config, name, options.threads)
             found[name] = Measured(timings[name], saved, peak)
-    return [_row(config, rates, name, found[name], options.threads) for name in names]
+    return [_row(config, density, rates, name, found[name], options.threads) for name in names]
 
 
 def _row(
-    config: Config, rates: tuple[float, ...], provider: str, measured: Measured, threads: int
+    config: Config, density: float, rates: tuple[float, ...], provider: str, measured: Measured, threads: int
 ) -> dict[str, Any]:
     """One provider on one config, with all that is needed to read the figure on its own."""
     library = get(provider).library
@@ -189,7 +287,8 @@ def _row(
             "inputs": config.inputs,
             "layers": list(config.layers),
         },
-        "density": config.density,
+        "density": density,
+        "input": "Bernoulli" if config.root is None else "N-MNIST",
         "layer_rates": [round(r, 5) for r in rates],
         "window": config.window,
         "surrogate": f"{config.surrogate}({config.slope:g})",

@@ -194,7 +194,7 @@ def _speed(study: Study, rows: list[dict[str, Any]]) -> Any:
     ):
         at = [r[sweep] for r in chosen]
         faster, memory = pair
-        clean(faster, "second layer, times as fast as snnTorch's loop")
+        clean(faster, "one layer, times as fast as snnTorch's loop")
         for phase, colour in (("backward", SPARSE), ("forward", LAYERS[2])):
             key = f"{phase}_ms"
             ratios = [r["snntorch"][key]["median"] / r["sparse"][key]["median"] for r in chosen]

@@ -20,9 +20,9 @@ def scores(mem: Tensor, settings: Settings) -> Tensor:
 
 
 def loss(mem: Tensor, target: Tensor, counts: Iterable[Tensor], settings: Settings) -> tuple[Tensor, Tensor]:
-    """Cross entropy alone, and with the penalties on the spike counts (B, N) of each hidden layer."""
+    """Cross entropy alone, and with the penalties on the spike counts (B, N...) of each hidden layer."""
     entropy = F.cross_entropy(scores(mem, settings), target)
-    return entropy, entropy + sum(penalty(c, settings) for c in counts)
+    return entropy, entropy + sum(penalty(c.flatten(1), settings) for c in counts)
 
 
 def penalty(counts: Tensor, settings: Settings) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from ..files import write_atomic
 from . import gradients, speed
 from .session import Session
-from .settings import Settings
+from .settings import ConvSettings, Settings
 from .study import Study
 from .training import Training, Trial, epochs_done
 
@@ -123,7 +123,7 @@ def _gradients(session: Session) -> Any:
         for sparse in (True, False):
             name = "sparse" if sparse else "dense"
             for k, grad in enumerate(gradients.weight_gradients(net, x, y, sparse=sparse)):
-                arrays[f"{name}_{k}_{epochs}"] = grad.cpu().numpy()
+                arrays[f"{name}_{k}_{epochs}"] = grad.flatten(1).cpu().numpy()
     write_atomic(study.out / "gradients.npz", lambda file: np.savez_compressed(file, **arrays))
     return found
 
@@ -140,17 +140,25 @@ def _plans(study: Study) -> list[_Plan]:
     layers, hidden = study.deep
     main, deep = Trial(s, True, seed), _sweep_settings(study, layers=layers, hidden=hidden)
     plans: list[_Plan] = [("fresh", s, None), ("trained", s, main)]
+    windows: list[_Plan] = [("threshold", s.changed(threshold=b), main) for b in study.thresholds]
+    if isinstance(s, ConvSettings):
+        return plans + windows
     plans += [
         ("hidden", s.changed(hidden=n), Trial(_sweep_settings(study, hidden=n), True, seed))
         for n in study.sizes
     ]
-    plans += [("threshold", s.changed(threshold=b), main) for b in study.thresholds]
+    plans += windows
     plans.append(("depth", deep, Trial(deep, True, seed)))
     return [plan for plan in plans if plan[1].layers > 1]
 
 
+def _timed_layer(settings: Settings) -> int:
+    """The second hidden layer, as published, or the last convolution."""
+    return settings.layers if isinstance(settings, ConvSettings) else 2
+
+
 def _speed(session: Session) -> Any:
-    """The second hidden layer, in all plans."""
+    """One hidden layer, in all plans."""
     study, plans = session.study, _plans(session.study)
     trained = bool(_trained_so_far(study, [_main(study)])[_main(study).name])
     if not trained:
@@ -158,14 +166,16 @@ def _speed(session: Session) -> Any:
     x, y = session.batch()
     rows = []
     with session.progress() as bars:
-        task = bars.add_task("second layer", total=len(plans), note="")
+        task = bars.add_task("one layer", total=len(plans), note="")
         for sweep, settings, weights in plans:
             note = f"{sweep}: N = {settings.hidden}, B_th = {settings.threshold:g}"
             bars.update(task, note=note)
             net, epochs = session.network(settings, study.seeds[0], weights)
             rounds = _rounds(study, net, x, y)
             published = sweep == ("trained" if trained else "fresh") and settings.T <= 300
-            row = speed.time_second_layer(net, x, y, rounds=rounds, published=published)
+            published &= not isinstance(settings, ConvSettings)
+            k = _timed_layer(settings)
+            row = speed.time_layer(net, x, y, k=k, rounds=rounds, published=published)
             rows.append({"sweep": sweep, "epochs": epochs, "rounds": rounds} | row)
             bars.advance(task)
     return rows
@@ -173,7 +183,7 @@ def _speed(session: Session) -> Any:
 
 def _rounds(study: Study, net: Any, x: Any, y: Any) -> int:
     """As many rounds as fit into the budget of a row; a round makes two steps of the loop."""
-    probe = speed.second_layer(net, x, y, "snntorch")
+    probe = speed.layer_alone(net, x, y, "snntorch", _timed_layer(net.settings))
     start = perf_counter()
     probe.backward(probe.forward())
     seconds = perf_counter() - start
@@ -234,7 +244,7 @@ PARTS: dict[str, Part] = {
         _gradients,
     ),
     "speed": Part(
-        "time and memory of the second hidden layer",
+        "time and memory of one hidden layer",
         lambda study: (
             _timed(study)
             | {
@@ -253,3 +263,10 @@ PARTS: dict[str, Part] = {
         _epoch,
     ),
 }
+
+CONV_PARTS = ("train", "threshold", "gradients", "speed", "epoch")
+
+
+def parts_of(settings: Settings) -> dict[str, Part]:
+    """The parts that a study with these settings has."""
+    return {name: PARTS[name] for name in CONV_PARTS} if isinstance(settings, ConvSettings) else PARTS

@@ -12,6 +12,7 @@ from ..bench.report import human_bytes
 from ..core.errors import MissingDependencyError
 from ..files import reading, write_text
 from .files import write_csv
+from .settings import ConvSettings
 from .study import Study
 
 # active neuron-steps of both hidden layers in percent, N = 200, mean over training [Perez-Nieves & Goodman 2021]
@@ -38,7 +39,8 @@ def write_report(study: Study, console: Console) -> Any:
         figures = draw(study, {part: r["result"] for part, r in found.items()})
     except MissingDependencyError as error:
         console.print(f"no pictures: {error}")
-    lines = [f"# Sparse gradient descent on {_title(study, found)}", ""]
+    of = " of a convolutional network" if isinstance(study.settings, ConvSettings) else ""
+    lines = [f"# Sparse gradient descent{of} on {_title(study, found)}", ""]
     for part, r in found.items():
         with reading(study.path(part), "a part's results", "Delete it."):
             lines += SECTIONS[part](study, r)
@@ -73,10 +75,25 @@ def _conditions(part: str, c: dict[str, Any]) -> str:
     guard = f", guard min_active = {s['min_active']:g}" if s["min_active"] else ""
     return (
         f"{c['title']}: {train:,} training and {test:,} test samples, T = {s['T']} of {1e3 * s['dt']:g} ms, input "
-        f"density {100 * c['input_density']:.2f} %. {s['layers']} hidden layers of {s['hidden']}, B_th = "
+        f"density {100 * c['input_density']:.2f} %. {_network(s)}, B_th = "
         f"{s['threshold']:g}{guard}{swept}; B = {s['batch']}, Adam {s['learning_rate']:g}{trained}, "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}. {c['device']}, {c['threads']} "
         f"thread{'s' if c['threads'] > 1 else ''}, float32; {versions}, commit {c['commit']}."
+    )
+
+
+def is_conv(settings: dict[str, Any]) -> bool:
+    """Whether settings, as a dict, are those of a convolutional network."""
+    return "kernel" in settings
+
+
+def _network(s: dict[str, Any]) -> str:
+    if not is_conv(s):
+        return f"{s['layers']} hidden layers of {s['hidden']}"
+    layers = "1 layer" if s["layers"] == 1 else f"{s['layers']} layers"
+    return (
+        f"{layers} of a convolution {s['kernel']} × {s['kernel']} to {s['hidden']} channels and a max-pool "
+        f"{s['pool']} × {s['pool']}"
     )
 
 
@@ -117,7 +134,8 @@ def _train(study: Study, found: dict[str, Any]) -> list[str]:
     names = [f"hidden layer {k}" for k in range(1, len(ours) + 1)]
     compared = [[f"this run, {found['conditions']['title']}", *(f"{x} %" for x in ours)]]
     published = PUBLISHED_ACTIVITY.get(study.settings.data)
-    if published is not None and len(ours) == len(published):
+    conv = is_conv(found["conditions"]["settings"])
+    if published is not None and not conv and len(ours) == len(published):
         where = PUBLISHED_DATA[study.settings.data]
         compared.append([f"published, {where}", *(f"{x:.2f} %" for x in published)])
     lines += ["Active neuron-steps, mean over all updates of training:", ""]
@@ -234,7 +252,7 @@ _SWEEPS = {
 
 
 def _speed(study: Study, found: dict[str, Any]) -> list[str]:
-    rows = []
+    rows, s = [], found["conditions"]["settings"]
     for r in found["result"]:
         a, b = r["sparse"], r["snntorch"]
         forward, backward = (b[p]["median"] / a[p]["median"] for p in ("forward_ms", "backward_ms"))
@@ -257,7 +275,7 @@ def _speed(study: Study, found: dict[str, Any]) -> list[str]:
         )
     header = [
         "",
-        "N",
+        "channels" if is_conv(s) else "N",
         "B_th",
         "epochs",
         "active",
@@ -267,7 +285,8 @@ def _speed(study: Study, found: dict[str, Any]) -> list[str]:
         "backward",
         "both",
     ]
-    lines = ["## The second hidden layer alone, snnTorch's step loop → sparse", ""]
+    which = f"Layer {s['layers']}" if is_conv(s) else "The second hidden layer"
+    lines = [f"## {which} alone, snnTorch's step loop → sparse", ""]
     lines += [*table([*header, "saved for backward", "saved"], rows), ""]
     for r in found["result"]:
         if "published" in r:
@@ -281,7 +300,8 @@ def _speed(study: Study, found: dict[str, Any]) -> list[str]:
             ]
     rounds = sorted({r["rounds"] for r in found["result"]})
     times = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
-    return [*lines, f"Published: {PUBLISHED_SPEED}. Medians of alternating rounds, {times} in a row.", ""]
+    published = "" if is_conv(s) else f"Published: {PUBLISHED_SPEED}. "
+    return [*lines, f"{published}Medians of alternating rounds, {times} in a row.", ""]
 
 
 def _total(row: dict[str, Any]) -> float:

@@ -14,8 +14,8 @@ from rich.console import Console
 from ..core.errors import ConfigError
 from ..core.version import VERSION, commit, installed
 from .files import only_one, write_json
-from .parts import PARTS
-from .report import write_report
+from .parts import PARTS, parts_of
+from .report import is_conv, write_report
 from .session import Session
 from .study import Study
 
@@ -29,19 +29,24 @@ def run_study(study: Study, parts: Sequence[str], console: Console) -> Path:
         ConfigError: an unknown part, or a folder that holds another study or in which another process works.
         InputError, MissingDependencyError: from reading the data.
     """
+    known = parts_of(study.settings)
     for part in parts:
-        if part not in PARTS:
-            raise ConfigError(f"no part {part!r}; there are {', '.join(PARTS)}.")
+        if part not in known:
+            raise ConfigError(f"no part {part!r}; there are {', '.join(known)}.")
     if study.threads:
         torch.set_num_threads(study.threads)
     session = Session(study, console)
     with only_one(study.out):
         for part in PARTS:
             found = study.results(part)
-            if found is not None and found["conditions"]["settings"]["data"] != study.settings.data:
-                other = found["conditions"]["settings"]["data"]
-                raise ConfigError(f"{study.out} holds a study of {other}: give another --out.")
-        for part in (p for p in PARTS if p in parts):
+            if found is None:
+                continue
+            settings = found["conditions"]["settings"]
+            if settings["data"] != study.settings.data:
+                raise ConfigError(f"{study.out} holds a study of {settings['data']}: give another --out.")
+            if is_conv(settings) != is_conv(study.settings.as_dict()):
+                raise ConfigError(f"{study.out} holds a study of another network: give another --out.")
+        for part in (p for p in known if p in parts):
             wanted = json.loads(json.dumps(PARTS[part].request(study)))
             before = study.results(part)
             if before is not None and before["request"] == wanted:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data import SpikeData, check_files, load_spikes
-from .network import Network
-from .settings import Settings
+from .network import Network, make_network
+from .settings import ConvSettings, Settings
 from .study import Study
 from .training import Training, Trial
 
@@ -28,9 +28,16 @@ class Session:
     @cached_property
     def data(self) -> SpikeData:
         s = self.study
+        # polarities are channels of a convolution
+        merge = False if s.settings.data == "n-mnist" and isinstance(s.settings, ConvSettings) else None
         with self.console.status(f"reading {s.settings.data}"):
             return load_spikes(
-                s.settings.data, s.root, steps=s.settings.T, dt=s.settings.dt, limit=s.samples or None
+                s.settings.data,
+                s.root,
+                steps=s.settings.T,
+                dt=s.settings.dt,
+                limit=s.samples or None,
+                merge_polarity=merge,
             )
 
     @cached_property
@@ -82,7 +89,7 @@ class Session:
     def network(self, settings: Settings, seed: int, weights_of: Trial | None = None) -> tuple[Network, int]:
         """A network with the weights of a trial as far as it is trained, else fresh ones; and its epochs."""
         data, device = self.data, self.study.device
-        net = Network(data.features, data.classes, settings, seed).to(device)
+        net = make_network(data.features, data.classes, settings, seed).to(device)
         if weights_of is None:
             return net, 0
         training = Training(weights_of, data, self.study.out / "trials" / weights_of.name, device)

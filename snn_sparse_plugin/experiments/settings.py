@@ -71,6 +71,30 @@ class Settings:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ConvSettings(Settings):
+    """A convolutional network: ``layers`` times a convolution, a max-pool and LIF neurons, then the readout.
+
+    Args:
+        hidden: channels of every convolution.
+        kernel: odd side of its kernel; zeros around the map keep its size. ``pool``: side of the pool.
+    """
+
+    hidden: int = 16
+    layers: int = 1
+    kernel: int = 5
+    pool: int = 2
+    init: Literal["normal", "uniform"] = "normal"
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0 or self.pool < 1:
+            raise ConfigError(
+                f"a kernel has an odd side and a pool one of at least 1, got {self.kernel} and {self.pool}."
+            )
+
+
 SETTINGS = {
     "fashion-mnist": Settings("fashion-mnist", init="normal"),
     "n-mnist": Settings("n-mnist", T=300),
@@ -79,6 +103,26 @@ SETTINGS = {
     ),
     # not in the publication: a small set that needs no files
     "digits": Settings("digits", init="normal", batch=64, learning_rate=1e-3, epochs=40),
+}
+
+
+CONV_SETTINGS = {
+    "fashion-mnist": ConvSettings("fashion-mnist", learning_rate=1e-3),
+    # not in the publication; polarities are channels
+    "n-mnist": ConvSettings(
+        "n-mnist",
+        dt=3e-3,
+        tau=20e-3,
+        tau_readout=20e-3,
+        init="uniform",
+        readout="sum",
+        target=3.0,
+        hidden=12,
+        layers=2,
+        batch=16,
+        learning_rate=1e-3,
+    ),
+    "digits": ConvSettings("digits", hidden=8, kernel=3, learning_rate=2e-3, epochs=40),
 }
 
 
@@ -92,3 +136,15 @@ def settings_of(data: str) -> Settings:
     if data not in SETTINGS:
         raise ConfigError(f"no experiment on {data!r}; there are {', '.join(SETTINGS)}.")
     return SETTINGS[data]
+
+
+def conv_settings_of(data: str) -> ConvSettings:
+    """Settings of the convolutional network on a data set.
+
+    Example:
+        >>> conv_settings_of("n-mnist").layers
+        2
+    """
+    if data not in CONV_SETTINGS:
+        raise ConfigError(f"no convolutional experiment on {data!r}; there are {', '.join(CONV_SETTINGS)}.")
+    return CONV_SETTINGS[data]

@@ -1,4 +1,4 @@
-"""Times: the second hidden layer by the published protocol, and whole epochs, each against snnTorch's loop."""
+"""Times: one hidden layer, the second by the published protocol, and whole epochs, each against snnTorch's loop."""
 
 from __future__ import annotations
 
@@ -22,79 +22,85 @@ from .upstream import IndexedLoop, LayerLoop, StepLoop
 LOOPS: dict[str, type[nn.Module]] = {"snntorch": LayerLoop, "published": IndexedLoop}
 
 
-def second_layer(net: Network, x: SpikeTrain, y: Tensor, provider: str) -> Steps:
-    """Forward and backward of the second hidden layer alone, on real spikes and the real gradient of its output.
+def layer_alone(net: Network, x: SpikeTrain, y: Tensor, provider: str, k: int = 2) -> Steps:
+    """Forward and backward of hidden layer ``k`` alone, on real spikes and the real gradient of its output.
 
-    Its backward makes the gradients of weights and of input spikes, the sparse one the latter where layer 1 is active
-    [Perez-Nieves & Goodman 2021]. ``provider``: ``"sparse"``, or a key of :data:`LOOPS`.
+    Its backward makes the gradients of weights and of input spikes, the sparse one the latter where the layer below is
+    active [Perez-Nieves & Goodman 2021]; layer 1 has data for input, which takes none. ``provider``: ``"sparse"``, or
+    a key of :data:`LOOPS`.
     """
-    first, linear = _first_spikes(net, x), net.hidden[1]
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    grad = _output_gradient(net, first, y)
+    before = _spikes_before(net, x, k)
+    weight: Tensor = net.hidden[k - 1].weight  # type: ignore[assignment]
+    grad = _output_gradient(net, before, y, k)
     if provider == "sparse":
 
         def forward() -> Any:
-            return net.layer(first, 2).spikes
+            return net.layer(before, k).spikes
 
         active = forward().active  # does not change from run to run
         if active is not None:
             rows, columns = coordinates(*active)
-            grad = grad[rows % first.T, rows // first.T, columns]
-        kept = [*first.tensors(), *(first.active or ())]
+            grad = grad.flatten(2)[rows % before.T, rows // before.T, columns]
+        kept = [*before.tensors(), *(before.active or ())]
+        leaves = [weight] if before.carrier is None else [weight, before.carrier]
 
         def backward(out: Any) -> Any:
-            return torch.autograd.grad(out.carrier, (weight, first.carrier), grad)  # type: ignore[arg-type]
+            return torch.autograd.grad(out.carrier, leaves, grad)
 
     else:
-        loop = LOOPS[provider](linear, net.settings.beta)
-        spikes = first.to_dense().detach().requires_grad_()
+        loop = LOOPS[provider](partial(net.current, k=k), net.settings.beta)
+        spikes = before.to_dense().detach()
+        leaves = [weight] if before.carrier is None else [weight, spikes.requires_grad_()]
         kept = [spikes]
 
         def forward() -> Any:
             return loop(spikes)
 
         def backward(out: Any) -> Any:
-            return torch.autograd.grad(out, (weight, spikes), grad)
+            return torch.autograd.grad(out, leaves, grad)
 
     return Steps(forward, backward, [weight], [weight, *kept])
 
 
-def _first_spikes(net: Network, x: SpikeTrain) -> SpikeTrain:
-    """The spikes of layer 1 as a leaf: they pass a gradient where layer 1 is active, and no further."""
-    spikes = net.layer(x, 1).spikes
-    carrier = spikes.carrier.detach().clone().requires_grad_()
-    return spikes._replace(carrier=carrier)
+def _spikes_before(net: Network, x: SpikeTrain, k: int) -> SpikeTrain:
+    """The spikes of layer ``k`` - 1 as a leaf: they pass a gradient where it is active, and no further."""
+    for below in range(1, k):
+        x = net.layer(x.detach(), below).spikes
+    if x.carrier is None:
+        return x
+    return x._replace(carrier=x.carrier.detach().clone().requires_grad_())
 
 
-def _output_gradient(net: Network, first: SpikeTrain, y: Tensor) -> Tensor:
-    """Gradient of the whole loss to the spikes of layer 2, dense (T, B, N)."""
+def _output_gradient(net: Network, before: SpikeTrain, y: Tensor, k: int) -> Tensor:
+    """Gradient of the whole loss to the spikes of layer ``k``, dense (T, B, N...)."""
     with torch.no_grad():
-        spikes = net.layer(first.detach(), 2).spikes.to_dense()
+        spikes = net.layer(before.detach(), k).spikes.to_dense()
     spikes.requires_grad_()
-    out = net(spikes, sparse=False, first=2)
+    out = net(spikes, sparse=False, first=k)
     counts = [spikes.sum(0), *(s.counts() for s in out.spikes)]
     _, total = loss(out.mem, y, counts, net.settings)
     return torch.autograd.grad(total, spikes)[0]
 
 
-def time_second_layer(
+def time_layer(
     net: Network,
     x: SpikeTrain,
     y: Tensor,
     *,
+    k: int = 2,
     rounds: int,
     published: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Times in ms and bytes saved for backward of :func:`second_layer`, sparse and dense in alternating rounds.
+    """Times in ms and bytes saved for backward of :func:`layer_alone`, sparse and dense in alternating rounds.
 
     ``published``: also the loop as published, once: its backward takes seconds.
     """
     device = str(x.device)
-    cases = {name: second_layer(net, x, y, name) for name in ("sparse", "snntorch")}
+    cases = {name: layer_alone(net, x, y, name, k) for name in ("sparse", "snntorch")}
     times = time_alternating(cases, rounds, device, advance)
     if published:
-        cases["published"] = second_layer(net, x, y, "published")
+        cases["published"] = layer_alone(net, x, y, "published", k)
         times["published"] = time_alternating({"published": cases["published"]}, 1, device)["published"]
     whole = net(x)
     row: dict[str, Any] = {

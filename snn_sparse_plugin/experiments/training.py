@@ -15,7 +15,7 @@ from ..data import SpikeData, SpikeDataset, loader
 from .checkpoint import Checkpoint, about, check_same, load, put_into, save
 from .files import write_csv, write_lines
 from .losses import loss, scores
-from .network import Network
+from .network import make_network
 from .settings import Settings
 
 EVALUATION_BATCH = 256
@@ -55,7 +55,7 @@ class Training:
     def __init__(self, trial: Trial, data: SpikeData, folder: Path, device: str = "cpu") -> None:
         self.trial, self.data, self.folder, self.device = trial, data, folder, device
         self.about = about(trial.settings, trial.sparse, trial.seed, len(data.train))
-        self.net = Network(data.features, data.classes, trial.settings, trial.seed).to(device)
+        self.net = make_network(data.features, data.classes, trial.settings, trial.seed).to(device)
         self.optimizer = torch.optim.Adam(
             self.net.parameters(), lr=trial.settings.learning_rate, betas=(0.9, 0.999), fused=True
         )
@@ -140,7 +140,7 @@ class Training:
     def evaluate(self, dataset: SpikeDataset) -> tuple[float, float]:
         """Accuracy and cross entropy on all samples of a set."""
         correct, total = 0, 0.0
-        for x, y in loader(dataset, EVALUATION_BATCH):
+        for x, y in loader(dataset, min(EVALUATION_BATCH, self.trial.settings.batch)):
             x, y = x.to(self.device), y.to(self.device)
             mem = self.net(x).mem
             total += float(loss(mem, y, [], self.trial.settings)[0]) * len(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .settings import SLOPE
 
 
 class LoopOutput(NamedTuple):
-    """``mem`` (T, B, classes) of the readout, and of each hidden layer its spike counts (B, N)."""
+    """``mem`` (T, B, classes) of the readout, and of each hidden layer its spike counts (B, N...)."""
 
     mem: Tensor
     counts: list[Tensor]
@@ -54,26 +55,26 @@ class StepLoop(nn.Module):
         counts: list[Tensor | None] = [None] * len(mems)
         record = []
         for spikes in x.unbind(0):
-            for k, (linear, lif) in enumerate(zip(self.net.hidden, self.lif, strict=True)):
-                spikes, mems[k] = lif(linear(spikes), mems[k])
+            for k, lif in enumerate(self.lif):
+                spikes, mems[k] = lif(self.net.current(spikes, k + 1), mems[k])
                 counts[k] = spikes if counts[k] is None else counts[k] + spikes
-            _, mem = self.integrator(F.linear(spikes, weight), mem)
+            _, mem = self.integrator(F.linear(spikes.flatten(1), weight), mem)
             record.append(mem)
         return LoopOutput(torch.stack(record), counts)  # type: ignore[arg-type]
 
 
 class LayerLoop(nn.Module):
-    """One hidden layer as such a loop: spikes (T, B, M) -> (T, B, N)."""
+    """One hidden layer as such a loop: spikes (T, B, M) -> (T, B, N). ``current``: of the spikes of a step."""
 
-    def __init__(self, linear: nn.Linear, beta: float) -> None:
+    def __init__(self, current: Callable[[Tensor], Tensor], beta: float) -> None:
         super().__init__()
         Leaky, grad = _snntorch()
-        self.linear, self.lif = linear, Leaky(beta=beta, spike_grad=grad)
+        self.current, self.lif = current, Leaky(beta=beta, spike_grad=grad)
 
     def forward(self, x: Tensor) -> Tensor:
         mem, record = self.lif.reset_mem(), []
         for spikes in x.unbind(0):
-            spikes, mem = self.lif(self.linear(spikes), mem)
+            spikes, mem = self.lif(self.current(spikes), mem)
             record.append(spikes)
         return torch.stack(record)
 
@@ -84,12 +85,12 @@ class IndexedLoop(nn.Module):
     Under autograd each index makes a zero tensor of the size of ``h``, so its backward grows with T squared.
     """
 
-    def __init__(self, linear: nn.Linear, beta: float) -> None:
+    def __init__(self, current: Callable[[Tensor], Tensor], beta: float) -> None:
         super().__init__()
-        self.linear, self.beta, self.spike = linear, beta, Surrogate("fast_sigmoid", (SLOPE,))
+        self.current, self.beta, self.spike = current, beta, Surrogate("fast_sigmoid", (SLOPE,))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.linear(x.transpose(0, 1))
+        h = self.current(x.transpose(0, 1))
         mem = torch.zeros_like(h[:, 0])
         record = []
         for t in range(h.shape[1]):

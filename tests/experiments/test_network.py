@@ -13,7 +13,7 @@ from snn_sparse_plugin.experiments.gradients import compare, weight_gradients
 from snn_sparse_plugin.experiments.losses import loss
 from snn_sparse_plugin.experiments.network import Network
 from snn_sparse_plugin.experiments.report import _gradient_table
-from snn_sparse_plugin.experiments.speed import LOOPS, profile_update, second_layer, time_epoch
+from snn_sparse_plugin.experiments.speed import LOOPS, layer_alone, profile_update, time_epoch
 from snn_sparse_plugin.experiments.upstream import StepLoop
 from snn_sparse_plugin.ops.spiking_layer import spiking_layer
 
@@ -159,7 +159,7 @@ def test_second_layer_alone_has_the_gradients_of_the_whole(provider):
     pytest.importorskip("snntorch")
     net, x, y = problem()
     train = SpikeTrain.from_dense(x)
-    steps = second_layer(net, train, y, provider)
+    steps = layer_alone(net, train, y, provider)
     weight, inputs = steps.backward(steps.forward())
     whole = weight_gradients(net, train, y, sparse=provider == "sparse")[1]
     assert relative(weight, whole) < 1e-5

@@ -11,13 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import torch_threads
+from rich.console import Console
 from typer.testing import CliRunner
 
 from snn_sparse_plugin.core.errors import ConfigError, InputError
 from snn_sparse_plugin.data import load_spikes
-from snn_sparse_plugin.experiments import Study, Training, Trial, run_study, settings_of
+from snn_sparse_plugin.experiments import (
+    Study,
+    Training,
+    Trial,
+    conv_settings_of,
+    run_study,
+    settings_of,
+)
 from snn_sparse_plugin.experiments.checkpoint import load
 from snn_sparse_plugin.experiments.files import only_one, write_csv
+from snn_sparse_plugin.experiments.parts import CONV_PARTS
+from snn_sparse_plugin.experiments.session import Session
 from snn_sparse_plugin.files import write_atomic
 from snn_sparse_plugin.interfaces.cli import app
 
@@ -239,3 +249,48 @@ def test_one_process_at_a_time_in_a_folder(tmp_path):
         other.kill()
     with only_one(tmp_path):  # a killed one leaves nothing behind
         pass
+
+
+def test_convolutional_study_makes_its_tables(tmp_path):
+    pytest.importorskip("snntorch")
+    quick = ["experiment", "s3gd-conv", "--quick", "--seeds", "0", "--threads", "1", "--out", str(tmp_path)]
+    made = runner.invoke(app, [*quick, "--layers", "2"], catch_exceptions=False)
+    assert made.exit_code == 0, made.output
+    assert all((tmp_path / f"{part}.json").is_file() for part in CONV_PARTS)
+    report = (tmp_path / "report.md").read_text()
+    assert "2 layers of a convolution 3 × 3 to 4 channels" in report
+    assert "## Layer 2 alone" in report
+    assert "published" not in report.lower()
+    grads = json.loads((tmp_path / "gradients.json").read_text())["result"]
+    assert all(row["exact_error"] < 1e-4 for each in grads for row in each["rows"])
+    again = runner.invoke(app, [*quick, "--layers", "2"])
+    assert again.output.count("done before") == len(CONV_PARTS)
+    other = runner.invoke(app, ["experiment", "s3gd", "--part", "train", "--out", str(tmp_path)])
+    assert "another network" in " ".join(other.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--part", "hidden"], "no part 'hidden'"),
+        (["--kernel", "4"], "odd side"),
+        (["--layers", "4"], "to nothing"),
+    ],
+)
+def test_wrong_options_of_the_convolutional_study(tmp_path, options, message):
+    result = runner.invoke(app, ["experiment", "s3gd-conv", "--quick", "--out", str(tmp_path), *options])
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+
+
+def test_polarities_of_recordings_are_channels(tmp_path):
+    for part in ("Train", "Test"):
+        file = tmp_path / part / "3" / "00001.bin"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes([4, 5, 0x80, 0x07, 0xD0]))
+    study = Study(settings=conv_settings_of("n-mnist"), out=tmp_path / "out", root=tmp_path, seeds=(0,))
+    session = Session(study, Console(quiet=True))
+    net, _ = session.network(study.settings, 0)
+    assert net.sizes == [(2, 34, 34), (12, 17, 17), (12, 8, 8)]
+    x, _ = session.batch()
+    assert net(x).mem.shape == (100, 1, 10)

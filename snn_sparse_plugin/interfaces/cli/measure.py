@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ...core.errors import UnsupportedError
+from ...core.errors import ConfigError, UnsupportedError
 from ...files import write_text
 from .common import (
     Device,
@@ -52,6 +52,16 @@ class ProtocolName(str, Enum):
     network = "network"
     surrogates = "surrogates"
     s3gd = "s3gd"
+
+
+class NetworkName(str, Enum):
+    """Choices of ``--network``."""
+
+    linear = "linear"
+    conv = "conv"
+    tutorial = "tutorial"
+    n_mnist = "n-mnist"
+    vgg9 = "vgg9"
 
 
 def demo(
@@ -104,16 +114,30 @@ def bench(
             help="network: whole steps; surrogates: with the surrogates people use; s3gd: backward of layer 2."
         ),
     ] = ProtocolName.network,
+    network: Annotated[
+        NetworkName,
+        typer.Option(
+            help="linear: 700-200-200-20; conv: the convolutional tutorial, n-mnist and vgg9, or one of them."
+        ),
+    ] = NetworkName.linear,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of N-MNIST's files: network n-mnist computes on recordings."),
+    ] = None,
     sweep: Annotated[
-        SweepName | None, typer.Option(help="Instead: one layer over input density or over size.")
+        SweepName | None, typer.Option(help="Instead: a layer over input density or over size.")
     ] = None,
     steps: Annotated[
-        list[int] | None, typer.Option(min=1, help="Time steps T; repeat for several. Default: 100 and 500.")
+        list[int] | None,
+        typer.Option(min=1, help="Time steps T; repeat for several. Default: 100 and 500, or its own."),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size B.")] = None,
     density: Annotated[
-        float, typer.Option(min=1e-4, max=1.0, help="Input spikes per input and step.")
-    ] = 0.02,
+        float | None,
+        typer.Option(
+            min=1e-4, max=1.0, help="Input spikes per input and step. Default: 0.02, or the network's own."
+        ),
+    ] = None,
     providers: Annotated[
         str | None, typer.Option(help="Comma-separated; default: all but the opt-in ones.")
     ] = None,
@@ -142,7 +166,7 @@ def bench(
         console, emit = consoles(to_stdout)
         options = suite.BenchOptions(
             batch=batch,
-            density=density,
+            density=0.02 if density is None else density,
             providers=tuple(p.strip() for p in providers.split(",")) if providers else None,
             compiled=compiled,
             reference=reference,
@@ -151,7 +175,28 @@ def bench(
             device=device,
             peak=peak,
         )
-        if sweep is not None:
+        convolutional = network is not NetworkName.linear
+        if convolutional and protocol is not ProtocolName.network:
+            raise ConfigError(f"--protocol {protocol.value} has a network of its own: leave --network away.")
+        if convolutional and sweep is SweepName.size:
+            raise ConfigError("--sweep size is one of linear layers: leave --network away.")
+        if root is not None and network not in (NetworkName.n_mnist, NetworkName.conv):
+            raise ConfigError("--root is read by --network n-mnist alone.")
+        if convolutional and sweep is not None:
+            chosen = None if points is None else numbers(points, "--points", float)
+            rows = suite.run_conv_sweep(options, console, chosen, steps=steps[0] if steps else 20)
+        elif convolutional:
+            rows = []
+            for T in steps or (None,):
+                rows += suite.run_conv(
+                    network.value,
+                    options,
+                    console,
+                    steps=T,
+                    density=density,
+                    root=None if root is None else str(root),
+                )
+        elif sweep is not None:
             rows = suite.run_sweep(
                 sweep.value, options, console, None if points is None else numbers(points, "--points", float)
             )
