@@ -32,9 +32,8 @@ class _Resets:
             else:
                 before = torch.zeros(shape, device=module.threshold.device) if membrane is None else membrane
                 reset = (before - module.threshold > 0).float()
-        if reset.shape != shape:
-            reset = reset.view(shape) if shape.numel() == reset.numel() else reset.clone()
-        self.note(module, reset)
+        # a tensor of its own: a step of events would keep them all
+        self.note(module, reset.view(shape) if shape.numel() == reset.numel() else reset.clone())
 
     def leave(self, module: nn.Module) -> None:
         found = self._waiting.pop(module, None)

@@ -17,6 +17,7 @@ from snn_sparse_plugin.core.dynamics import NeuronParams
 from snn_sparse_plugin.core.equations import Equations
 from snn_sparse_plugin.core.surrogates import Surrogate
 from snn_sparse_plugin.ops import spiking_layer
+from snn_sparse_plugin.ops.spiking_layer import prepared
 
 LEAKY = Equations(
     """
@@ -147,6 +148,7 @@ def test_wrong_calls():
 
 def test_a_backend_that_cannot_says_so(monkeypatch):
     monkeypatch.setattr(CPUBackend, "equations", False)
+    monkeypatch.setattr(prepared, "_kept", {})
     x, params = spikes(3, 2, 4), {"beta": 0.9, "threshold": 1.0}
     with pytest.raises(UnsupportedError, match="given by equations"):
         spiking_layer(x, spec=LEAKY, params=params, backend="cpu")

@@ -111,7 +111,7 @@ def backward(
 
     dense = None
     if input == "dense" and is_sparse(conv):
-        dense = input_grad(conv, found, weight, arriving.reshape(T * B, -1), places).view(T, B, -1)
+        dense = input_grad(conv, found, weight, arriving.reshape(T * B, conv.out_features), places).view(T, B, -1)
     elif input == "dense":
         dense = _dense(conv, found, weight, arriving, places, (T, B))
     if not (weight_grad or bias_grad or listed is not None):
@@ -141,7 +141,7 @@ def _dense(
     maps = aligned(min(each, rows) if conv.pool else 0, sites * groups * width, nu.dtype)
     for first in range(0, rows, each):
         last = min(first + each, rows)
-        g = torch.from_numpy(nu.reshape(rows, -1)[first:last])
+        g = torch.from_numpy(nu.reshape(rows, conv.out_features)[first:last])
         if conv.pool is not None:
             _unpool(found, nu, winners, maps, first, last)
             laid = torch.from_numpy(maps[: last - first]).view(-1, groups, sites, width)
