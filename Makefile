@@ -17,10 +17,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorials docs test test-slow test-triton test-triton-all test-upstream lint format typecheck bench clean
+.PHONY: help demo tutorials docs test test-slow test-triton test-triton-all test-torch-sparse test-upstream lint format typecheck bench dist clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train on real digits, sparse and dense, and compare (ARGS="--epochs 3 …")
 	$(BIN)/snn-sparse demo $(ARGS)
@@ -51,6 +51,10 @@ test-triton: $(VENV)/.test $(TRITON_VERSIONS:%=$(VENV)/triton-%/.installed)  ## 
 test-triton-all:  ## the same for every minor version and every target
 	$(MAKE) test-triton TRITON_VERSIONS="3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0" TRITON_CASES=test ARGS="-m 'slow or not slow'"
 
+test-torch-sparse: $(VENV)/.torch-sparse  ## build the real torch_sparse, minutes with a C++ compiler, and run its backend's tests
+	$(BIN)/python -c 'import torch_sparse; print("torch_sparse", torch_sparse.__version__)'
+	$(BIN)/python -m pytest -q tests/backends/test_torch_sparse.py $(ARGS)
+
 test-upstream: $(VENV)/.upstream  ## run Norse's own test suite, without and with sparse mode (ARGS=auto for another mode)
 	$(BIN)/python tests/upstream/run_norse_suite.py $(ARGS)
 
@@ -68,6 +72,12 @@ typecheck: $(VENV)/.lint  ## check types
 
 bench: $(VENV)/.dev  ## compare with snnTorch, Norse and SpikingJelly (ARGS="--sweep density …")
 	$(BIN)/snn-sparse bench $(ARGS)
+
+dist: $(VENV)/.test  ## build the source distribution and the wheel into dist/ and check them
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache demo.png
@@ -104,6 +114,13 @@ $(VENV)/.upstream: $(VENV)/.test
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[docs]'
+	@touch $@
+
+# Its extensions are compiled against the torch that is here, so it cannot be built in isolation.
+$(VENV)/.torch-sparse: $(VENV)/.test
+	@command -v $${CXX:-c++} >/dev/null || { echo 'torch_sparse is compiled here: a C++ compiler is needed (CXX=...)'; exit 1; }
+	$(PIP) wheel ninja 'setuptools>=77'
+	$(PIP) --no-build-isolation -e '.[torch-sparse]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
