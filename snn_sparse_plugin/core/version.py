@@ -7,8 +7,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-VERSION = "0.1.0"
-"""Is said here and in ``pyproject.toml``."""
+VERSION = "0.2.0"
+"""Is said here, in ``pyproject.toml`` and in ``CITATION.cff``."""
 
 
 def installed(distribution: str) -> str | None:
