@@ -21,7 +21,7 @@ from snn_sparse_plugin.data import SpikeFile
 from snn_sparse_plugin.learners import eprop
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--data", type=Path, required=True, help="folder with the two files")
+parser.add_argument("--data", type=Path, help="folder with the two files")
 parser.add_argument("--method", nargs="+", default=["eprop"], choices=["eprop", "bptt"])
 parser.add_argument("--seeds", nargs="+", type=int, default=[0])
 parser.add_argument("--epochs", type=int, default=20)
@@ -44,12 +44,14 @@ parser.add_argument("--limit", type=int, default=0, help="recordings used; 0 is 
 parser.add_argument("--threads", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("eprop_shd"))
 
+FETCH = "To fetch SHD: snn_sparse_plugin.data.load_spikes('shd', FOLDER, download=True); FOLDER/SHD has the files."
+
 
 def files(args):
     def one(part):
         found = sorted(args.data.glob(f"shd_{part}.h5*"))
         if not found:
-            raise SystemExit(f"no shd_{part}.h5 or shd_{part}.h5.gz in {args.data}")
+            raise SystemExit(f"no shd_{part}.h5 or shd_{part}.h5.gz in {args.data}. {FETCH}")
         return Binned(SpikeFile(found[0], limit=args.limit), args)
 
     return one("train"), one("test")
@@ -212,6 +214,8 @@ def draw(folder):
 
 if __name__ == "__main__":
     args = parser.parse_args()
+    if args.data is None:
+        parser.error(f"say where the recordings are: --data FOLDER. {FETCH}")
     args.steps = args.steps or round(1400 / args.dt)
     if args.threads:
         torch.set_num_threads(args.threads)

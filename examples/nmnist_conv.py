@@ -199,7 +199,10 @@ def train(method, args):
 def main():
     args = parser.parse_args()
     if args.data is None:
-        parser.error("say where the recordings are: --data FOLDER, or NMNIST")
+        parser.error(
+            "say where the recordings are: --data FOLDER, or NMNIST in the environment. To fetch them: "
+            "snn_sparse_plugin.data.load_spikes('n-mnist', FOLDER, download=True)"
+        )
     if args.alone:
         print(json.dumps(train(args.method[0], args)))
         return

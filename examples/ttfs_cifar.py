@@ -19,7 +19,7 @@ from snn_sparse_plugin.layers.ttfs.networks import PLANS, vgg
 from snn_sparse_plugin.layers.ttfs.recipes import accuracy, augmented
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--root", type=Path, required=True)
+parser.add_argument("--root", type=Path, help="folder of the files")
 parser.add_argument("--classes", type=int, choices=(10, 100), default=10)
 parser.add_argument("--depth", type=int, choices=sorted(PLANS), default=16)
 parser.add_argument("--width", type=float, default=1.0, help="factor on all channels")
@@ -39,6 +39,11 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--save", help="write the spiking network here")
 args = parser.parse_args()
+if args.root is None:
+    parser.error(
+        "say where the images are: --root FOLDER. torchvision fetches them: torchvision.datasets."
+        f"CIFAR{args.classes}(FOLDER, download=True)"
+    )
 
 torch.manual_seed(args.seed)
 data = load_images(f"cifar{args.classes}", args.root)

@@ -17,7 +17,7 @@ from snn_sparse_plugin.layers.ttfs.networks import small_conv
 from snn_sparse_plugin.layers.ttfs.recipes import Recipe, TrainOptions, accuracy, build, train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--root", type=Path, required=True)
+parser.add_argument("--root", type=Path, help="folder of the idx files")
 parser.add_argument("--epochs", type=int, default=40)
 parser.add_argument(
     "--samples", type=int, default=0, help="training images, and test images in proportion; 0 is all"
@@ -30,6 +30,11 @@ parser.add_argument("--tb", type=float, default=0.0, help="weight of the spike r
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--save", help="write the spiking network here, for `snn-sparse ttfs report FILE`")
 args = parser.parse_args()
+if args.root is None:
+    parser.error(
+        "say where the images are: --root FOLDER. To fetch them: "
+        "snn_sparse_plugin.data.load_spikes('fashion-mnist', FOLDER, download=True)"
+    )
 
 torch.manual_seed(0)
 data = load_images("fashion-mnist", args.root).limited(args.samples)

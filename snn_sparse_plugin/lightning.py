@@ -17,7 +17,7 @@ try:
         from pytorch_lightning import Callback
 except ImportError as error:
     raise MissingDependencyError(
-        "SparseCallback is a callback of Lightning: pip install 'snn-sparse-plugin[lightning]'"
+        "SparseCallback is a callback of Lightning: pip install pytorch-lightning"
     ) from error
 except RuntimeError as error:
     if "torchvision" not in str(error):

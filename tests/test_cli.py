@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from snn_sparse_plugin import __version__
+from snn_sparse_plugin import SparseConfig, __version__
 from snn_sparse_plugin.backends import LayerCall, LayerResult
 from snn_sparse_plugin.core import registry
 from snn_sparse_plugin.interfaces.cli import app
@@ -149,7 +150,13 @@ def test_an_error_of_a_script_is_the_scripts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "window"),
-    [(["--exact"], None), (["--threshold", "exact", "--exact"], None), (["--threshold", "0.3"], 0.3)],
+    [
+        (["--exact"], None),
+        (["--threshold", "exact", "--exact"], None),
+        (["--threshold", "0.3"], 0.3),
+        (["--backprop-threshold", "0.3"], 0.3),
+        (["--backprop_threshold=None"], None),
+    ],
     ids=str,
 )
 def test_run_hands_its_options_to_the_mode_and_the_rest_to_the_script(
@@ -171,7 +178,7 @@ def test_run_hands_its_options_to_the_mode_and_the_rest_to_the_script(
         (["--thresold", "0.2", "x.py"], "No such option: --thresold"),
         (["-q", "-x", "x.py"], "No such option: -x"),
         (["--exact", "--threshold", "0.2", "x.py"], "contradict each other"),
-        (["--threshold", "small", "x.py"], "--threshold takes auto, exact or a number"),
+        (["--threshold", "small", "x.py"], "--backprop-threshold takes auto, exact or a number"),
     ],
     ids=str,
 )
@@ -183,6 +190,54 @@ def test_an_option_that_run_does_not_have_is_no_script(
     result = runner.invoke(app, ["run", *arguments])
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
+
+
+def test_every_option_of_python_is_one_of_run(tmp_path: Path) -> None:
+    script = tmp_path / "x.py"
+    script.write_text("from snn_sparse_plugin.core.config import active_config\nprint(active_config())")
+    options = {
+        "backprop_threshold": 0.3,
+        "backend": "cpu",
+        "min_active": 0.25,
+        "fuse_time": False,
+        "check": True,
+        "max_steps": 7,
+    }
+    assert set(options) == {option.name for option in fields(SparseConfig)}
+    words = ["--no-fuse-time", "--check"]
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    assert runner.invoke(app, ["run", "-q", *words, str(script)]).stdout == f"{SparseConfig(**options)}\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["def f():\n    raise ValueError('mine')\nf()\n", "x = (\n", "import no_such_module_anywhere\n"]
+)
+def test_a_scripts_error_is_shown_as_python_shows_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(text)
+    shown = [
+        subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        for arguments in (
+            (str(tmp_path / "x.py"),),
+            ("-m", "snn_sparse_plugin", "run", "-q", str(tmp_path / "x.py")),
+        )
+    ]
+    assert shown[0].stderr == shown[1].stderr
+    assert shown[0].returncode == shown[1].returncode == 1
+
+
+def test_a_mistyped_option_or_command_is_told_the_right_one() -> None:
+    for arguments, meant in ((["benhc"], "bench"), (["bench", "--protcol", "x"], "--protocol")):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 2
+        assert meant in result.stderr
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in runner.invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout
 
 
 def test_the_interpreter_is_no_script() -> None:

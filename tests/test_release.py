@@ -131,3 +131,17 @@ def test_the_source_distribution_passes_its_own_tests(
     )
     assert re.search(r"\d+ passed", told)
     assert "failed" not in told
+
+
+def test_no_text_says_to_install_this_package_by_a_name_that_no_index_has() -> None:
+    """It is installed from a checkout: messages name the library that is missing."""
+    texts = (
+        file
+        for folder in ("snn_sparse_plugin", "docs", "examples", "benchmarks", "README.md")
+        for file in ([ROOT / folder] if (ROOT / folder).is_file() else (ROOT / folder).rglob("*"))
+        if file.suffix in (".py", ".md", ".ipynb", ".yml")
+    )
+    found = [
+        str(file) for file in texts if re.search(r"pip install[^\n`]*snn-sparse-plugin", file.read_text())
+    ]
+    assert not found

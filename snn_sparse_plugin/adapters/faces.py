@@ -25,9 +25,7 @@ def import_upstream(package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
             raise
-        raise MissingDependencyError(
-            f"{extra} is not installed: pip install snn-sparse-plugin[{extra}]"
-        ) from error
+        raise MissingDependencyError(f"{extra} is not installed: pip install {extra}") from error
     loaded_adapters()
     return module
 

@@ -137,4 +137,4 @@ def installed_version(distribution: str) -> tuple[bool, str]:
     try:
         return True, metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return False, f"not installed: pip install snn-sparse-plugin[{distribution}]"
+        return False, f"not installed: pip install {distribution}"

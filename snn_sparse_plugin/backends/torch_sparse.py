@@ -25,7 +25,7 @@ class TorchSparseBackend(Backend):
         try:
             import torch_sparse
         except (ImportError, OSError) as error:
-            hint = "pip install --no-build-isolation snn-sparse-plugin[torch-sparse]"
+            hint = "pip install --no-build-isolation torch-scatter torch-sparse"
             return False, f"torch_sparse cannot be imported ({error}): {hint}"
         return True, f"torch_sparse {torch_sparse.__version__}"
 

@@ -42,7 +42,7 @@ class TritonBackend(Backend):
         try:
             from triton import __version__
         except ImportError as error:
-            return False, f"triton is not installed ({error}): pip install snn-sparse-plugin[triton]"
+            return False, f"triton is not installed ({error}): pip install 'triton>=3.4'"
         from ..triton_kernels import OLDEST
 
         if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST:

@@ -519,6 +519,6 @@ def _torch_sparse() -> Any:
         from torch_sparse import SparseTensor
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
-            "torch_sparse is not installed: pip install --no-build-isolation snn-sparse-plugin[torch-sparse]"
+            "torch_sparse is not installed: pip install --no-build-isolation torch-scatter torch-sparse"
         ) from error
     return SparseTensor

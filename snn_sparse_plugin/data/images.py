@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, InputError, MissingDependencyError
 from ..files import reading, unpack
-from .official import FOLDERS
+from .official import FOLDERS, how_to_fetch
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
 
@@ -74,7 +74,9 @@ def load_images(name: str = "digits", root: str | Path | None = None) -> ImageDa
     if name not in NAMES:
         raise ConfigError(f"no image set {name!r}; known: {', '.join(NAMES)}.")
     if root is None:
-        raise ConfigError(f"{name} is read from disk: say where with --root DIR (root=...).")
+        raise ConfigError(
+            f"{name} is read from disk: say where with --root DIR (root=...). {how_to_fetch(name)}"
+        )
     root = Path(root).expanduser()
     if name.startswith("cifar"):
         return _cifar(name, root)
@@ -165,7 +167,8 @@ def _cifar(name: str, root: Path) -> ImageData:
 def _find_folder(name: str, root: Path) -> Path:
     if not root.is_dir():
         raise InputError(
-            f"{root} is not a folder; --root names the folder that holds the idx files of {name}."
+            f"{root} is not a folder; --root names the folder that holds the idx files of {name}. "
+            f"{how_to_fetch(name)}"
         )
     candidates = (root, root / FOLDERS[name])
     for folder in candidates:
@@ -173,7 +176,7 @@ def _find_folder(name: str, root: Path) -> Path:
             return folder
     raise InputError(
         f"no {name} files in {root}: expected train-images-idx3-ubyte[.gz] and its three companions in "
-        f"{' or '.join(str(c) for c in candidates)}."
+        f"{' or '.join(str(c) for c in candidates)}. {how_to_fetch(name)}"
     )
 
 

@@ -54,6 +54,18 @@ FOLDERS = {
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 
 
+def how_to_fetch(name: str) -> str:
+    """The line of Python that downloads a set, for messages.
+
+    Example:
+        >>> how_to_fetch("shd")
+        "snn_sparse_plugin.data.load_spikes('shd', DIR, download=True) fetches it into DIR."
+    """
+    if name.startswith("cifar"):
+        return f"torchvision.datasets.{name.upper()}(DIR, download=True) fetches it into DIR."
+    return f"snn_sparse_plugin.data.load_spikes({name!r}, DIR, download=True) fetches it into DIR."
+
+
 def check_files(name: str, root: str | Path) -> dict[Path, bool]:
     """For every file of a set that has an official checksum: whether it is the official one.
 

@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..files import printable, reading, unpack
 from .dataset import EventStore, SpikeDataset, check_dt
 from .events import microseconds, whole
-from .official import FOLDERS
+from .official import FOLDERS, how_to_fetch
 
 _CHUNK = 4_000_000  # events that are sorted together
 
@@ -122,7 +122,9 @@ CAMERAS = {
 def find_source(camera: Camera, part: str, root: Path) -> Source:
     """The folder or zip file of a part, in ``root`` or in tonic's folder below it."""
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder; --root names the folder of the files of {camera.name}.")
+        raise InputError(
+            f"{root} is not a folder; --root names the folder of the files of {camera.name}. {how_to_fetch(camera.name)}"
+        )
     places = [base / place for base in (root, root / FOLDERS[camera.name]) for place in camera.places[part]]
     for place in places:
         source = None
@@ -134,7 +136,7 @@ def find_source(camera: Camera, part: str, root: Path) -> Source:
             return source
     raise InputError(
         f"no {camera.name} recordings (*{camera.suffix}) for the {part} part in {root}: expected one of "
-        f"{', '.join(str(place.relative_to(root)) for place in places)}."
+        f"{', '.join(str(place.relative_to(root)) for place in places)}. {how_to_fetch(camera.name)}"
     )
 
 

@@ -14,7 +14,7 @@ from ..core.errors import ConfigError, InputError
 from . import images, recordings, spike_files
 from .coding import latency
 from .dataset import EventStore, SpikeDataset, check_dt
-from .official import check_files, download_set
+from .official import check_files, download_set, how_to_fetch
 
 _LATENCY_TAU = 20e-3  # seconds, of the latency code [Perez-Nieves & Goodman 2021]
 
@@ -102,7 +102,9 @@ def load_spikes(
     if name not in SETS:
         raise ConfigError(f"no spike data {name!r}; known: {', '.join(SETS)}.")
     if root is None and name != "digits":
-        raise ConfigError(f"{name} is read from disk: say where with --root DIR (root=...).")
+        raise ConfigError(
+            f"{name} is read from disk: say where with --root DIR (root=...). {how_to_fetch(name)}"
+        )
     known = SETS[name]
     if (steps is not None and steps < 1) or (limit is not None and limit < 1):
         raise ConfigError(f"steps and limit must be at least 1; got {steps} and {limit}.")

@@ -20,7 +20,7 @@ from ..files import reading, unpack
 from .dataset import EventStore, SpikeDataset, check_dt
 from .events import whole
 from .heaps import check_heaps
-from .official import FOLDERS
+from .official import FOLDERS, how_to_fetch
 
 CHANNELS = 700
 _CHUNK = 512  # recordings read together
@@ -107,7 +107,9 @@ def read_spikes(
 def find_file(name: str, part: str, root: Path) -> Path:
     """The file of a part of ``"shd"`` or ``"ssc"``, in ``root`` or in tonic's folder below it."""
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder; --root names the folder of the files of {name}.")
+        raise InputError(
+            f"{root} is not a folder; --root names the folder of the files of {name}. {how_to_fetch(name)}"
+        )
     folders = (root, root / FOLDERS[name])
     for folder in folders:
         for ending in (".h5", ".h5.gz", ".h5.zip"):
@@ -116,7 +118,7 @@ def find_file(name: str, part: str, root: Path) -> Path:
                 return path
     raise InputError(
         f"no {name} recordings for the {part} part in {root}: expected {name}_{part}.h5[.gz|.zip] there or in "
-        f"{folders[1]}."
+        f"{folders[1]}. {how_to_fetch(name)}"
     )
 
 
@@ -181,7 +183,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         import h5py
     except ImportError as error:
-        raise MissingDependencyError("h5py is not installed: pip install snn-sparse-plugin[data]") from error
+        raise MissingDependencyError("h5py is not installed: pip install h5py") from error
     if path.suffix not in (".gz", ".zip"):
         with reading(path, "an HDF5 file"), path.open("rb") as plain:
             check_heaps(plain)

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core import tally
+from ..core.errors import ConfigError
 from ..core.legend import legend
 from ..core.tally import ClassRuns
 from ..fusion import meter, record
 from ..mode import aligned, sparse_mode
 
-__all__ = ["Session", "class_table", "run_script", "sparse_session"]
+__all__ = ["Session", "class_table", "run_script", "script_error", "sparse_session", "threshold_of"]
 
 
 class Session:
@@ -90,6 +91,37 @@ def run_script(target: str, args: Sequence[str], *, module: bool = False) -> Non
             runpy.run_path(target, run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, path
+
+
+def script_error(error: BaseException) -> bool:
+    """Whether a script under :func:`run_script` raised it; its traceback is then cut to what ``python script`` shows."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_code is not run_script.__code__:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    traceback = traceback.tb_next
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__") == "runpy":
+        traceback = traceback.tb_next
+    error.__traceback__ = traceback
+    return True
+
+
+def threshold_of(text: str) -> float | Literal["auto"] | None:
+    """``backprop_threshold`` as it is written in a command: ``auto``, ``exact`` or ``None``, or a distance.
+
+    Example:
+        >>> threshold_of("0.2"), threshold_of("exact")
+        (0.2, None)
+    """
+    if text == "auto":
+        return "auto"
+    if text in ("exact", "None"):
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--backprop-threshold takes auto, exact or a number, got {text!r}.") from error
 
 
 def class_table(runs: dict[str, ClassRuns]) -> list[str]:

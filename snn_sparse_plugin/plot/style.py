@@ -17,9 +17,7 @@ try:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as error:
-    raise MissingDependencyError(
-        "plots are drawn with matplotlib: pip install 'snn-sparse-plugin[plot]'"
-    ) from error
+    raise MissingDependencyError("plots are drawn with matplotlib: pip install matplotlib") from error
 
 __all__ = [
     "DASHES",

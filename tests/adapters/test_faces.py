@@ -103,7 +103,7 @@ class TestNames:
             try:
                 import snn_sparse_plugin.{face}
             except snn_sparse_plugin.MissingDependencyError as error:
-                assert "pip install snn-sparse-plugin[{extra}]" in str(error), error
+                assert "pip install {extra}" in str(error), error
             else:
                 raise SystemExit("no error")
             """

@@ -59,7 +59,7 @@ class Run:
     def __init__(self, scratch: Path, mode: str | None, only: str = "") -> None:
         spec = find_spec("norse")
         if spec is None or not spec.submodule_search_locations:
-            sys.exit("Norse is not installed: pip install snn-sparse-plugin[upstream-tests]")
+            sys.exit("Norse's tests need more than is installed: pip install '.[upstream-tests]'")
         package = Path(next(iter(spec.submodule_search_locations)))
         self.scratch, self.label = scratch, "without sparse mode" if mode is None else f"--snn-sparse={mode}"
         scratch.mkdir()

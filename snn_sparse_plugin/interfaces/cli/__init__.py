@@ -6,6 +6,7 @@ commands.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -16,12 +17,17 @@ app = typer.Typer(
     name="snn-sparse",
     help="Sparse training of spiking networks in snnTorch and Norse.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # what follows the script is its own
-app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(script.run)
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "token_normalize_func": script.spelled,
+    }
+)(script.run)
 for command in (
     show.doctor,
     show.plugins,
@@ -37,8 +43,16 @@ app.add_typer(experiment.app)
 
 
 def main() -> None:
-    """Entry point of the ``snn-sparse`` command."""
-    app()
+    """Entry point of the ``snn-sparse`` command; an error of a script is shown as ``python script`` shows it."""
+    try:
+        app()
+    except Exception as error:
+        from ..session import script_error
+
+        if not script_error(error):
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)

@@ -14,20 +14,36 @@ from ...core.errors import ConfigError, InputError
 from .common import readable_errors
 
 
+def spelled(option: str) -> str:
+    """Options of Python are taken as they are spelled there, and those of earlier versions."""
+    older = {"threshold": "backprop-threshold", "fuse": "fuse-time", "no-fuse": "no-fuse-time"}
+    name = option.replace("_", "-")
+    return older.get(name, name)
+
+
 def run(
     context: typer.Context,
     script: Annotated[str, typer.Argument(help="A script, or with -m a module; its own arguments follow.")],
     module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
     threshold: Annotated[
-        str, typer.Option(help="backprop_threshold: auto, exact, or a distance from the threshold.")
+        str,
+        typer.Option("--backprop-threshold", help="auto, exact, or a distance from the threshold."),
     ] = "auto",
-    exact: Annotated[bool, typer.Option("--exact", help="The same as --threshold exact.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="The same as --backprop-threshold exact.")] = False,
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
-    fuse: Annotated[bool, typer.Option(help="Run step loops as fused calls over all steps.")] = True,
+    min_active: Annotated[
+        float | None, typer.Option(help="Share of active neuron-steps below which a call runs exact.")
+    ] = None,
+    fuse: Annotated[
+        bool,
+        typer.Option("--fuse-time/--no-fuse-time", help="Run step loops as fused calls over all steps."),
+    ] = True,
+    max_steps: Annotated[int | None, typer.Option(help="Run a recorded loop after so many steps.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Check that inputs and weights are finite.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary at the end.")] = False,
 ) -> None:
     """Run an unmodified script in sparse mode, and say at the end what ran sparse."""
-    from ..session import run_script, sparse_session
+    from ..session import run_script, sparse_session, threshold_of
 
     session = None
     try:
@@ -37,10 +53,16 @@ def run(
                     raise InputError(f"there is no script {script!r}. For a module use -m.{_advice(script)}")
                 if module and not _is_module(script):
                     raise InputError(f"there is no module {script!r} that can be imported from here.")
-                if exact and threshold not in ("auto", "exact"):
-                    raise ConfigError(f"--exact and --threshold {threshold} contradict each other.")
-                window = None if exact else _threshold(threshold)
-                options: dict[str, Any] = {"backprop_threshold": window, "backend": backend}
+                if exact and threshold not in ("auto", "exact", "None"):
+                    raise ConfigError(f"--exact and --backprop-threshold {threshold} contradict each other.")
+                options: dict[str, Any] = {
+                    "backprop_threshold": None if exact else threshold_of(threshold),
+                    "backend": backend,
+                    "max_steps": max_steps,
+                    "check": check,
+                }
+                if min_active is not None:
+                    options["min_active"] = min_active
                 if not fuse:
                     options["fuse_time"] = False
                 session = sparse.enter_context(sparse_session(**options))
@@ -64,12 +86,3 @@ def _is_module(name: str) -> bool:
         return False
     finally:
         sys.path.remove("")
-
-
-def _threshold(text: str) -> Any:
-    if text in ("auto", "exact"):
-        return "auto" if text == "auto" else None
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ConfigError(f"--threshold takes auto, exact or a number, got {text!r}.") from error
