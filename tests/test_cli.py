@@ -270,3 +270,19 @@ def test_the_module_is_the_command_and_starts_light() -> None:
         [sys.executable, "-m", "snn_sparse_plugin", "--version"], capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == __version__
+
+
+def test_a_base_install_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snn_sparse_plugin.interfaces.supported.loaded_adapters", list)
+    result = runner.invoke(app, ["supported"])
+    assert result.exit_code == 1
+    assert "pip install snntorch norse" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--data", "mnist"], ["experiment", "s3gd", "--data", "shd"]], ids=str
+)
+def test_data_that_is_not_there_says_how_to_fetch_it(arguments: list[str], tmp_path: Path) -> None:
+    result = runner.invoke(app, [*arguments, "--root", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f"load_spikes({arguments[-1]!r}, DIR, download=True)" in " ".join(result.stderr.split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -113,3 +115,37 @@ def test_an_error_in_a_cell_is_shown_once_and_fails_the_cell(shell, body, name, 
 def test_a_wrong_option_of_a_cell_is_shown_once(shell, capsys):
     assert not shell.run_cell("%%snn_sparse backend=cuda\npass").success
     assert capsys.readouterr().out.count("UnsupportedError: no backend named 'cuda'") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--backprop-threshold 0.2 --no-fuse-time",
+        "--threshold=0.2 fuse_time=False",
+        "backprop_threshold=0.2 fuse_time=0>1",
+    ],
+)
+def test_options_of_a_cell_are_those_of_the_command_and_of_python(shell, line, capsys):
+    if ">" in line:
+        assert not shell.run_cell(f"%%snn_sparse {line}\npass").success
+        assert "fuse_time must be True or False" in capsys.readouterr().out
+        return
+    body = "from snn_sparse_plugin.core.config import active_config\nprint(active_config())"
+    assert shell.run_cell(f"%%snn_sparse {line} -q\n{body}").success
+    shown = capsys.readouterr().out
+    assert "backprop_threshold=0.2" in shown
+    assert "fuse_time=False" in shown
+    assert "no spiking neuron" not in shown
+
+
+@pytest.mark.parametrize("magic", ["%%snn_sparse --help\n1/0", "%snn_sparse"])
+def test_help_of_the_magic(shell, magic, capsys):
+    assert shell.run_cell(magic).success
+    shown = capsys.readouterr().out
+    for option in fields(ssp.SparseConfig):
+        assert f"--{option.name.replace('_', '-')}" in shown
+
+
+def test_a_mistyped_option_of_a_cell_is_told_the_right_one(shell, capsys):
+    assert not shell.run_cell("%%snn_sparse --exct\npass").success
+    assert "did you mean --exact?" in capsys.readouterr().out

@@ -88,9 +88,12 @@ def _case(row: dict[str, Any]) -> tuple[str, int]:
 
 
 def _show_skipped(rows: list[dict[str, Any]], console: Console) -> None:
-    skipped = {row["provider"]: row["skipped"] for row in rows if row["skipped"] is not None}
-    for provider, reason in skipped.items():
-        console.print(f"[yellow]skipped[/] {provider}: {reason}", markup=True, highlight=False)
+    skipped: dict[str, dict[str, None]] = {}  # one library that is missing is several providers
+    for row in rows:
+        if row["skipped"] is not None:
+            skipped.setdefault(row["skipped"], {})[row["provider"]] = None
+    for reason, providers in skipped.items():
+        console.print(f"[yellow]skipped[/] {', '.join(providers)}: {reason}", highlight=False, soft_wrap=True)
 
 
 def human_bytes(count: int | None) -> str:

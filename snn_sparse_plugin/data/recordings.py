@@ -123,7 +123,8 @@ def find_source(camera: Camera, part: str, root: Path) -> Source:
     """The folder or zip file of a part, in ``root`` or in tonic's folder below it."""
     if not root.is_dir():
         raise InputError(
-            f"{root} is not a folder; --root names the folder of the files of {camera.name}. {how_to_fetch(camera.name)}"
+            f"{root} is not a folder; --root names the folder of the files of {camera.name}. "
+            f"{how_to_fetch(camera.name)}"
         )
     places = [base / place for base in (root, root / FOLDERS[camera.name]) for place in camera.places[part]]
     for place in places:

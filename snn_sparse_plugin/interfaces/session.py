@@ -94,7 +94,7 @@ def run_script(target: str, args: Sequence[str], *, module: bool = False) -> Non
 
 
 def script_error(error: BaseException) -> bool:
-    """Whether a script under :func:`run_script` raised it; its traceback is then cut to what ``python script`` shows."""
+    """Whether a script under :func:`run_script` raised it; its traceback is then cut to the script's own frames."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_frame.f_code is not run_script.__code__:
         traceback = traceback.tb_next

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...core.errors import SparsePluginError
+from ...core.errors import MissingDependencyError, SparsePluginError
 from .common import JsonFlag, consoles, escaped, readable_errors
 
 _COLOURS = {
@@ -156,6 +156,10 @@ def supported(
 
         _import_libraries()
         table = supported.rows()
+        if not table:
+            raise MissingDependencyError(
+                "neither snnTorch nor Norse is installed, whose neurons the table lists: pip install snntorch norse"
+            )
         console, emit = consoles(as_json)
         if as_json:
             emit(supported.as_dicts(table))
