@@ -55,6 +55,8 @@ def test_doctor_reports_and_checks_every_backend() -> None:
     assert check["differing_spikes"] == 0
     assert check["gradient_error"] <= 1e-5
     assert found["versions"]["torch"]
+    assert found["caches"]["cpu"]["files"] > 0
+    assert {"h5py", "tonic", "torchvision"} <= set(found["optional"])
     assert result.exit_code == (0 if found["ok"] else 1)
 
 
@@ -62,6 +64,18 @@ def test_doctor_draws_tables() -> None:
     result = runner.invoke(app, ["doctor"])
     assert "spikes equal" in " ".join(result.stdout.split())
     assert "snn-sparse-plugin" in result.stdout
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_no_width_breaks_a_word_or_a_command(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_backend(monkeypatch, "refusing", "toy:Refusing", RefusingBackend())
+    for command in ("plugins", "doctor"):
+        shown = runner.invoke(app, [command], env={"COLUMNS": str(width)}).stdout
+        assert "…" not in shown
+        if registry.load("backends", "torch_sparse").available()[0] is False:
+            assert "pip install --no-build-isolation torch-scatter torch-sparse" in shown
+    assert "pytorch-lightning" in shown
+    assert "refusing: cpu: only on Sundays" in shown
 
 
 def test_doctor_finds_a_backend_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

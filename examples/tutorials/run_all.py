@@ -40,6 +40,8 @@ scripts = [s for s in sorted(Path(__file__).parent.glob("*_*.py")) if s.name != 
 for script in scripts:
     if args.only and args.only not in script.stem:
         continue
+    if not console.is_terminal:  # a log has no spinner
+        console.print(f"{script.stem} …", highlight=False)
     with console.status(script.stem):
         found = [run(script, mode) for mode in modes]
     missing = next((f for f in found if isinstance(f, str)), None)

@@ -195,7 +195,11 @@ def _train(
             optimizer.step()
             progress.advance(task)
         found.accuracy.append(_accuracy(logits, encode, data))
-        progress.update(task, note=f"test accuracy {100 * found.accuracy[-1]:.1f} %")
+        note = f"test accuracy {100 * found.accuracy[-1]:.1f} %"
+        progress.update(task, note=note)
+        if not progress.console.is_terminal:  # a log has no bar: a line for each epoch
+            epoch = f"{len(found.accuracy)} of {options.epochs}"
+            progress.console.print(f"{name}, epoch {epoch}: {note}", highlight=False, soft_wrap=True)
         after_epoch()
     found.step_ms = 1e3 * median(seconds)
     return found

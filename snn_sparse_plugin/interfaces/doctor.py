@@ -26,9 +26,13 @@ OPTIONAL = {
     "snntorch": "the snnTorch face",
     "norse": "the Norse face",
     "triton": "GPU kernels",
-    "torch-sparse": "SparseTensor interchange, a second product backend",
-    "scikit-learn": "the digits of the demo",
-    "matplotlib": "the picture of the demo",
+    "torch-sparse": "SparseTensor inputs, a second product backend",
+    "scikit-learn": "the digits: demo, data",
+    "h5py": "SHD and SSC",
+    "tonic": "fetches SHD, SSC, N-MNIST, DVS Gesture",
+    "torchvision": "fetches MNIST, Fashion-MNIST, CIFAR",
+    "matplotlib": "pictures",
+    "pytorch-lightning": "SparseCallback",
     "spikingjelly": "a peer in the benchmark",
 }
 TOLERANCE = 1e-5  # relative norm of the difference of float32 gradients; spikes must be equal
@@ -52,6 +56,7 @@ def diagnose() -> dict[str, Any]:
         "optional": {name: _optional(name, use) for name, use in OPTIONAL.items()},
         "devices": _devices(),
         "threads": {"cores": os.cpu_count(), "torch": torch.get_num_threads()},
+        "caches": _caches(),
         "backends": backends,
         "ok": all(b["state"] in ("ok", "unavailable", "idle") for b in backends),
     }
@@ -94,6 +99,22 @@ def _optional(name: str, use: str) -> dict[str, Any]:
     tested = None if adapter is None else adapter.tested
     warning = "" if adapter is None else outside_tested(adapter)
     return {"version": installed(name), "for": use, "tested": tested, "warning": warning}
+
+
+def _caches() -> dict[str, dict[str, Any]]:
+    """Where compiled kernels lie; ``folder`` None: nowhere, as no folder can be written."""
+    from ..backends.cpu.jit import cache_folder
+    from ..triton_kernels.sources import folder as sources
+
+    found = {}
+    for name, folder, pattern in (("cpu", cache_folder(), "*.nbc"), ("gpu", sources(), "*.py")):
+        files = [] if folder is None else list(folder.glob(pattern))
+        found[name] = {
+            "folder": None if folder is None else str(folder),
+            "files": len(files),
+            "bytes": sum(file.stat().st_size for file in files),
+        }
+    return found
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..core.demo_result import DemoResult
-from .style import DENSE, INK, LAYERS, SPARSE, Axes, Figure, clean, new_figure, whole_numbers
+from .style import (
+    BYTES,
+    DENSE,
+    INK,
+    LAYERS,
+    MILLISECONDS,
+    SPARSE,
+    Axes,
+    Figure,
+    clean,
+    new_figure,
+    sensible,
+    whole_numbers,
+)
 
 
 def demo_figure(result: DemoResult) -> Figure:
@@ -14,15 +29,8 @@ def demo_figure(result: DemoResult) -> Figure:
     _accuracy(figure.add_subplot(grid[0, 4:]), result)
     _activity(figure.add_subplot(grid[1, :2]), result)
     sparse, dense = result.sparse, result.dense
-    _bars(figure.add_subplot(grid[1, 2:4]), "training step", sparse.step_ms, dense.step_ms, "ms")
-    scale = 2.0**20
-    _bars(
-        figure.add_subplot(grid[1, 4:]),
-        "saved for backward",
-        sparse.saved_bytes / scale,
-        dense.saved_bytes / scale,
-        "MiB",
-    )
+    _bars(figure.add_subplot(grid[1, 2:4]), "training step", sparse.step_ms, dense.step_ms, MILLISECONDS)
+    _bars(figure.add_subplot(grid[1, 4:]), "saved for backward", sparse.saved_bytes, dense.saved_bytes, BYTES)
     options = result.options
     figure.suptitle(
         f"{options.library} on {options.data}: T = {options.steps}, B = {options.batch}, "
@@ -97,9 +105,10 @@ def _activity(axes: Axes, result: DemoResult) -> None:
     whole_numbers(axes)
 
 
-def _bars(axes: Axes, title: str, sparse: float, dense: float, unit: str) -> None:
+def _bars(axes: Axes, title: str, sparse: float, dense: float, units: Sequence[tuple[float, str]]) -> None:
     clean(axes, title)
-    values = [dense, sparse]
+    scale, unit = sensible(max(sparse, dense), units)
+    values = [dense / scale, sparse / scale]
     bars = axes.barh(["dense", "sparse"], values, color=[DENSE, SPARSE], height=0.55)
     axes.bar_label(bars, labels=[f"{v:.3g} {unit}" for v in values], padding=4, color=INK, fontsize=9.5)
     axes.set_xlim(0, 1.3 * max(values))

@@ -55,14 +55,14 @@ def activity(log: Mapping[str, list[Activity]], path: str | PathLike[str] | None
         for k, (name, calls) in enumerate(called.items()):
             # colours repeat in a deep network, with another dash
             style = {"color": LAYERS[k % len(LAYERS)], "linestyle": DASHES[k // len(LAYERS) % len(DASHES)]}
-            marker = "o" if len(calls) == 1 else None
+            marker = "o" if len(calls) == 1 else None  # a line of one point is not seen
             values = [getattr(entry, field) for entry in calls]
             axes.plot([c.call for c in calls], values, label=name or "neuron", marker=marker, **style)
         axes.set(xlabel="call", ylabel="neuron-steps")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         whole_numbers(axes)
-    figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return saved(figure, path)
 
 
@@ -100,4 +100,5 @@ def raster(spikes: Any, sample: int = 0, path: str | PathLike[str] | None = None
     clean(axes, f"sample {sample}: {len(times)} spikes")
     axes.scatter(times.cpu(), neurons.cpu(), s=9, marker="|", linewidths=1.1, color=SPARSE)
     axes.set(xlim=(-1, T), ylim=(-1, N), xlabel="step", ylabel="neuron")
+    whole_numbers(axes, y=True)
     return saved(figure, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -20,10 +20,12 @@ except ImportError as error:
     raise MissingDependencyError("plots are drawn with matplotlib: pip install matplotlib") from error
 
 __all__ = [
+    "BYTES",
     "DASHES",
     "DENSE",
     "INK",
     "LAYERS",
+    "MILLISECONDS",
     "SPARSE",
     "Axes",
     "Figure",
@@ -32,6 +34,7 @@ __all__ = [
     "new_figure",
     "panels",
     "saved",
+    "sensible",
     "whole_numbers",
 ]
 
@@ -74,6 +77,21 @@ def clean(axes: Axes, title: str) -> None:
     axes.tick_params(colors="#5b5750", labelsize=9)
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of the x axis at whole steps or epochs."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def whole_numbers(axes: Axes, y: bool = False) -> None:
+    """Ticks of the x axis at whole steps or epochs; with ``y`` those of the other too, at whole neurons."""
+    for axis in (axes.xaxis, axes.yaxis)[: 2 if y else 1]:
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def sensible(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The largest unit of which there is at least one: its size and its name.
+
+    Example:
+        >>> sensible(2500.0, MILLISECONDS)
+        (1000.0, 's')
+    """
+    return next((unit for unit in reversed(units) if value >= unit[0]), units[0])
+
+
+MILLISECONDS = ((1e-3, "µs"), (1.0, "ms"), (1e3, "s"))
+BYTES = ((1.0, "B"), (2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB"))

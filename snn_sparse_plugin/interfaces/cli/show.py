@@ -60,19 +60,25 @@ def _import_libraries() -> None:
 
 
 def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
-    facts = Table.grid(padding=(0, 2))
-    for name, value in found["versions"].items():
-        facts.add_row(name, str(value))
+    facts = {**found["versions"]}
     for device in found["devices"]:
         memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in device else ""
-        facts.add_row(device["device"], device["name"] + memory)
+        facts[device["device"]] = device["name"] + memory
     threads = found["threads"]
-    facts.add_row("threads", f"{threads['torch']} of {threads['cores']} cores")
-    console.print(facts)
+    facts["threads"] = f"{threads['torch']} of {threads['cores']} cores"
+    for name, value in facts.items():
+        _whole(console, f"{name:<18} {value}")
+    cpu = found["caches"]["cpu"]
+    where = (
+        f"in {cpu['folder']}"
+        if cpu["folder"]
+        else "kept nowhere: set NUMBA_CACHE_DIR to a folder that can be written"
+    )
+    _whole(console, f"{'CPU kernels':<18} {cpu['files']} compiled, {cpu['bytes'] / 1e6:.1f} MB, {where}")
 
     optional = Table(title="optional libraries", title_justify="left", box=None, pad_edge=False)
     for column in ("library", "version", "tested", "for"):
-        optional.add_column(column)
+        optional.add_column(column, no_wrap=column != "for")
     for name, row in found["optional"].items():
         version = row["version"] or "[yellow]not installed[/]"
         tested = " to ".join(dict.fromkeys(row["tested"] or ()))
@@ -83,8 +89,8 @@ def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
             console.print(f"[red]{escaped(row['warning'])}[/]")
 
     table = Table(title="backends", title_justify="left", box=None, pad_edge=False)
-    for column in ("name", "state", "self-check", "reason"):
-        table.add_column(column, overflow="fold")
+    for column in ("name", "state", "self-check"):
+        table.add_column(column, no_wrap=column != "self-check")
     for row in found["backends"]:
         checks = "; ".join(
             f"{check['device']}: spikes equal, gradients within {check['gradient_error']:.1e}"
@@ -92,9 +98,17 @@ def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
             else f"{check['device']}: {check['reason']}"
             for check in row["checks"]
         )
-        table.add_row(row["name"], _state(row["state"]), escaped(checks), escaped(row["reason"]))
+        table.add_row(row["name"], _state(row["state"]), escaped(checks))
     console.print(table)
+    for row in found["backends"]:  # below the table: what is to be typed or copied stays on one line
+        if row["reason"]:
+            _whole(console, f"{row['name']}: {row['reason']}")
     console.print("[green]all checks passed[/]" if found["ok"] else "[red]a check failed[/]")
+
+
+def _whole(console: Console, line: str) -> None:
+    """A line that no width breaks."""
+    console.print(escaped(line), highlight=False, soft_wrap=True)
 
 
 def _state(state: str) -> str:
@@ -110,12 +124,15 @@ def plugins(context: typer.Context, as_json: JsonFlag = False) -> None:
             emit(rows)
             return
         table = Table(box=None, pad_edge=False)
-        for column in ("group", "name", "version", "distribution", "state", "reason"):
-            table.add_column(column, overflow="fold")
+        for column in ("group", "name", "distribution", "state"):
+            table.add_column(column, no_wrap=column != "distribution")
         for row in rows:
-            cells = [escaped(row[key]) for key in ("group", "name", "version", "distribution")]
-            table.add_row(*cells, _state(row["state"]), escaped(row["reason"]))
+            source = f"{row['distribution']} {row['version']}"
+            table.add_row(*map(escaped, (row["group"], row["name"], source)), _state(row["state"]))
         console.print(table)
+        for row in rows:
+            if row["reason"]:
+                _whole(console, f"{row['name']}: {row['reason']}")
 
 
 def _plugin_rows() -> list[dict[str, str]]:
