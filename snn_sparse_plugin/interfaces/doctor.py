@@ -26,13 +26,13 @@ OPTIONAL = {
     "snntorch": "the snnTorch face",
     "norse": "the Norse face",
     "triton": "GPU kernels",
-    "torch-sparse": "SparseTensor inputs, a second product backend",
+    "torch-sparse": "its tensors, a second backend",
     "scikit-learn": "the digits: demo, data",
     "h5py": "SHD and SSC",
-    "tonic": "fetches SHD, SSC, N-MNIST, DVS Gesture",
-    "torchvision": "fetches MNIST, Fashion-MNIST, CIFAR",
+    "tonic": "fetches recordings",
+    "torchvision": "fetches images",
     "matplotlib": "pictures",
-    "pytorch-lightning": "SparseCallback",
+    "pytorch-lightning": "its callback",
     "spikingjelly": "a peer in the benchmark",
 }
 TOLERANCE = 1e-5  # relative norm of the difference of float32 gradients; spikes must be equal
