@@ -71,7 +71,7 @@ def test_torch_sparse_missing_says_what_to_install():
     try:
         import torch_sparse  # noqa: F401
     except ImportError:
-        with pytest.raises(MissingDependencyError, match=r"snn-sparse-plugin\[torch-sparse\]"):
+        with pytest.raises(MissingDependencyError, match=r"torch-scatter torch-sparse"):
             SpikeTrain.from_dense(spikes(2, 2, 2)).to_torch_sparse()
     else:
         pytest.skip("torch_sparse is installed")

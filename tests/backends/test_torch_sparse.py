@@ -111,5 +111,5 @@ def test_trains_cross_the_border_both_ways(library):
 @pytest.mark.skipif(INSTALLED, reason="torch_sparse is installed")
 def test_asked_for_but_missing_says_what_to_install():
     registry.refresh()
-    with pytest.raises(UnsupportedError, match=r"snn-sparse-plugin\[torch-sparse\]"):
+    with pytest.raises(UnsupportedError, match=r"torch-scatter torch-sparse"):
         spiking_layer(spikes(3, 2, 4), on_grid(2, 4), params=NeuronParams(0.9), backend="torch_sparse")
