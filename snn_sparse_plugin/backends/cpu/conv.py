@@ -111,7 +111,9 @@ def backward(
 
     dense = None
     if input == "dense" and is_sparse(conv):
-        dense = input_grad(conv, found, weight, arriving.reshape(T * B, conv.out_features), places).view(T, B, conv.in_features)
+        dense = input_grad(conv, found, weight, arriving.reshape(T * B, conv.out_features), places).view(
+            T, B, conv.in_features
+        )
     elif input == "dense":
         dense = _dense(conv, found, weight, arriving, places, (T, B))
     if not (weight_grad or bias_grad or listed is not None):
