@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from frameworks import whole_torchvision  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(

@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from snn_sparse_plugin.core import moved, registry
 from snn_sparse_plugin.core.registry import Plugin
 from snn_sparse_plugin.ops.spiking_layer.reference import ReferenceBackend
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_our_own_plugins_are_registered_and_load():
     assert {"cpu", "triton", "torch_sparse", "reference"} <= set(registry.plugins("backends"))
@@ -19,6 +22,14 @@ def test_our_own_plugins_are_registered_and_load():
     for group in ("backends", "adapters"):
         for name in registry.plugins(group):
             assert registry.load(group, name).name == name
+
+
+def test_a_wheel_has_every_package():
+    tomllib = pytest.importorskip("tomllib", reason="from Python 3.11 on")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    homes = {made.parent for made in ROOT.glob("snn_sparse_plugin/**/__init__.py")}
+    ours = {str(home.relative_to(ROOT)).replace("/", ".") for home in homes}
+    assert {name for name in listed if name != "snn_sparse_plugin.triton_kernels"} == ours
 
 
 def test_loading_twice_gives_the_same_object():

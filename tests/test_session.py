@@ -19,7 +19,7 @@ def _fresh():
     tally.clear()
 
 
-def loop(lif, steps=4):
+def loop(lif, steps=20):  # enough for recording to pay
     mem = torch.zeros(2, 3)
     for _ in range(steps):
         _, mem = lif(torch.rand(2, 3), mem)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.progress import Progress
 from torch import nn
 
 from ..core import registry
-from ..core.errors import MissingDependencyError, UnsupportedError
+from ..core.errors import UnsupportedError
 from ..fusion.sequence import unroll
 from ..mode import sparse_mode
 
@@ -35,6 +35,7 @@ class Task(NamedTuple):
 
 
 USUAL = (
+    Task("", "convolutions"),
     *(Task("snntorch", name) for name in ("Leaky", "Synaptic", "RLeaky")),
     *(Task("snntorch", "Leaky", f"reset_mechanism={reset}") for reset in ("zero", "none")),
     *(Task("norse", name) for name in ("LIFCell", "LIFRecurrentCell", "LICell")),
@@ -61,7 +62,6 @@ def run_warm(
         jobs: processes; 0 is one for each core.
 
     Raises:
-        MissingDependencyError: neither snnTorch nor Norse is installed.
         UnsupportedError: ``gpu``, and torch sees none.
     """
     from ..backends.cpu.jit import cache_folder
@@ -69,8 +69,6 @@ def run_warm(
     if gpu and not torch.cuda.is_available():
         raise UnsupportedError("--gpu compiles for the GPU of this machine, but torch sees none.")
     chosen = [task for task in tasks if not task.library or find_spec(task.library)]
-    if not chosen:
-        raise MissingDependencyError("neither snnTorch nor Norse is installed: pip install snntorch")
     jobs = 1 if gpu else min(jobs or os.cpu_count() or 1, len(chosen))
     with Progress(console=console) as progress:
         bar = progress.add_task("compiling kernels", total=len(chosen))
@@ -84,12 +82,10 @@ def run_warm(
 def compile_for(task: Task, gpu: bool = False) -> None:
     """Train for a few steps: exact and with a window, on events and on dense input, in float32."""
     torch.set_num_threads(1)
-    if task.name == "e-prop":
-        _eprop()
-    elif not task.library:
-        _ttfs()
-    else:
+    if task.library:
         _neuron(task, "cuda" if gpu else "cpu")
+    elif not gpu:
+        _OF_NO_LIBRARY[task.name]()
 
 
 def _neuron(task: Task, device: str) -> None:
@@ -111,6 +107,22 @@ def _neuron(task: Task, device: str) -> None:
             read.sum().backward()
 
 
+def _convolutions() -> None:
+    from ..core.dynamics import NeuronParams
+    from ..ops.spiking_conv import convolve, spiking_conv
+
+    channels = 16  # with as many, events win below a share of spikes that these inputs do not reach
+    x = (torch.rand(STEPS, BATCH, channels, 8, 8) < FEW).float()
+    first, second = (torch.rand(channels, channels, 3, 3).requires_grad_() for _ in range(2))
+    for threshold, pool in product((None, FEW), (None, nn.MaxPool2d(2))):
+        options: dict[str, Any] = {"backprop_threshold": threshold, "min_active": 0.0, "events": True}
+        spikes = spiking_conv(
+            x, first, pool=pool, params=NeuronParams(mem=0.9, threshold=20.0), **options
+        ).spikes
+        for other in (None, nn.MaxPool2d(1), nn.MaxPool2d(2, 1)):  # the input's gradient has ways of its own
+            convolve(spikes, second, padding=1, pool=other).sum().backward(retain_graph=True)
+
+
 def _eprop() -> None:
     from ..learners import eprop
 
@@ -123,3 +135,10 @@ def _ttfs() -> None:
 
     net = to_ttfs(nn.Sequential(nn.Linear(NEURONS, NEURONS), nn.ReLU(), nn.Linear(NEURONS, 2)), window=16)
     net(torch.rand(BATCH, NEURONS)).sum().backward()
+
+
+_OF_NO_LIBRARY = {
+    "convolutions": _convolutions,
+    "e-prop": _eprop,
+    "time-to-first-spike coding": _ttfs,
+}
