@@ -286,6 +286,16 @@ class Backend:
         raise NotImplementedError
 
 
+class PooledEvents(NamedTuple):
+    """A max-pool of a binary train: its events, and where the train has a list of active entries, the pool's own, each
+    with the position in that list of the one it passes its gradient to (int32)."""
+
+    indptr: Tensor
+    indices: Tensor
+    active: Active | None = None
+    sources: Tensor | None = None
+
+
 class RunsConvolutions(Protocol):
     """What a backend also needs to convolve events, the op ``"convolution"``; where there is none torch's product runs.
 
@@ -317,6 +327,12 @@ class RunsConvolutions(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of weight, bias and input from that of the current. ``input``: ``"none"``, ``"active"``, one number
         for each active entry of the train, or ``"dense"``."""
+
+    def pool(self, conv: Convolution, train: SpikeTrain) -> PooledEvents:
+        """The max-pool of ``conv``, whose map is the binary train itself."""
+
+    def pool_backward(self, conv: Convolution, train: SpikeTrain, grad: Tensor) -> Tensor:
+        """The gradient (T, B, N) of the train everywhere, from that of its pool."""
 
 
 class RunsTtfs(Protocol):

@@ -13,7 +13,15 @@ from ..core.convolution import Pool
 from ..core.errors import InputError
 from ..core.precision import any_autocast
 from ..core.spikes import SpikeTrain
-from ..ops.spiking_conv import average_pool, convolve, equal_padding, max_pool, pool_of
+from ..ops.spiking_conv import (
+    average_pool,
+    convolve,
+    equal_padding,
+    max_pool,
+    max_pool_events,
+    pool_of,
+    pools_events,
+)
 from .modules import is_unchanged
 from .recordable import Placeholder, functions
 
@@ -89,6 +97,13 @@ def _bound(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return None
 
 
+def pooled_events(flow: Tensor | SpikeTrain | None, pool: Pool | None) -> SpikeTrain | None:
+    """The pool of all steps as events; None where it is torch's to make it."""
+    if pool is None or not isinstance(flow, SpikeTrain) or not pools_events(flow, pool):
+        return None
+    return max_pool_events(flow, pool)
+
+
 def is_even(found: Convolved, kernel: tuple[int, ...]) -> bool:
     """Whether as many zeros stand on either side."""
     widen = found.dilation if isinstance(found.dilation, tuple | list) else (found.dilation,) * len(kernel)
@@ -118,6 +133,15 @@ def pool_of_module(module: nn.Module | None, dims: int) -> Pool | None:
         return pool_of(module, dims)
     except InputError:
         return None
+
+
+def max_pool_of_module(module: nn.Module | None) -> Pool | None:
+    """The pool of a plain max-pool of torch's, of any number of dimensions; None for any other module."""
+    for dims in (1, 2, 3):
+        pool = pool_of_module(module, dims) if isinstance(module, _POOL_MODULES[dims - 1]) else None
+        if pool is not None:
+            return pool
+    return None
 
 
 def takes(weight: Tensor, flow: Tensor | SpikeTrain) -> bool:

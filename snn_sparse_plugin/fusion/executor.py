@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..adapters import Neuron, config_of, has_hooks, refuse
 from ..core.config import current_config
 from ..core.errors import InputError
-from ..core.host import waits
+from ..core.host import is_device, waits
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.products import are_few
-from .convolutions import of_module, pool_of_module, takes
+from .convolutions import max_pool_of_module, of_module, pool_of_module, pooled_events, takes
 from .fused import FusedCall, dense
 from .modules import is_plain_linear, keeps_events
 from .stepping import Flow, Layer, Passed, apply, loop
@@ -40,6 +40,10 @@ def run(
         if made is not None:
             passed, index = Passed(made[0]), index + made[1]
             continue
+        pooled = None if neurons[index] is not None else _pooled(layers[index], passed.flow, per_step)
+        if pooled is not None:
+            passed, index = Passed(pooled), index + 1
+            continue
         linear = None
         if _joins_next(layers, neurons, index, passed.flow, per_step):
             linear = _linear(layers[index], per_step)
@@ -50,7 +54,9 @@ def run(
             name = layer.label if linear is None else f"{layers[index - 1].name}→{layer.name}"
             call = FusedCall(layer, neuron, linear, name, states[index], per_step, last)
             # few spikes are multiplied as they are
-            sparse = not are_few(passed.flow) and _takes_events(layers, neurons, index + 1, per_step)
+            sparse = not are_few(passed.flow) and _takes_events(
+                layers, neurons, index + 1, passed.flow, per_step
+            )
             as_events = events if last else sparse
             found = call.run(passed.flow, as_events, want_mem and last)
             call.adapter.leave(layer.module)
@@ -145,9 +151,25 @@ def _convolved(
     return found.run(flow, pool, layers[index].label), 1 if pool is None else 2
 
 
-def _takes_events(layers: list[Layer], neurons: list[Neuron | None], index: int, per_step: bool) -> bool:
-    """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are."""
-    while index < len(layers) and neurons[index] is None and keeps_events(layers[index].module):
+def _pooled(layer: Layer, flow: Flow, per_step: bool) -> SpikeTrain | None:
+    """The events that a max-pool makes of events; None for other layers and flows."""
+    if not isinstance(flow, SpikeTrain):
+        return None
+    return pooled_events(flow, max_pool_of_module(_plain(layer, per_step)))
+
+
+def _takes_events(
+    layers: list[Layer], neurons: list[Neuron | None], index: int, flow: Flow, per_step: bool
+) -> bool:
+    """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are, or max-pooled."""
+    pools = not is_device(flow.device)
+
+    def passes(layer: Layer) -> bool:
+        return bool(keeps_events(layer.module)) or (
+            pools and max_pool_of_module(_plain(layer, per_step)) is not None
+        )
+
+    while index < len(layers) and neurons[index] is None and passes(layers[index]):
         index += 1
     if index >= len(layers):
         return False

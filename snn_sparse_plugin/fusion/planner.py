@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..core.convolution import Pool
+from ..core.host import is_device
 from ..core.precision import HALF
 from .arguments import ArgumentSeries, Entry
 from .context import casts
@@ -62,6 +63,7 @@ class Plan:
             {node: self._pool_behind(node) for node in functions}
         )  # each with its convolution
         self.inside: set[Node] = {node for node in functions if self._runs_inside(node)}
+        self.spike_pools = _filled({node: self._pool_of_spikes(node) for node in functions})
         self.inside |= {node.arguments[0].read()[0][0] for node in self.pooled}
         self.readers_of: dict[Node, set[Node]] = {node: set() for node in self.sources}
         for (source, _), readers in self.readers.items():
@@ -127,6 +129,16 @@ class Plan:
         pool = pool_recorded(node.func, node.args, node.kwargs)
         return pool if pool is not None and len(pool.kernel) == len(of.shape) - 2 else None
 
+    def _pool_of_spikes(self, node: FunctionNode) -> Pool | None:
+        """The max-pool that a node is, of spikes if a neuron or an input makes what it reads."""
+        if node.func not in POOLS or node in self.pooled or len(node) < 2 or node not in self.alone:
+            return None
+        if len(node.arguments) != 1 or is_device(node.device) or node.dtypes[0] not in TAKEN:
+            return None
+        pool = pool_recorded(node.func, node.args, node.kwargs)
+        batched = pool is not None and pool.kind == "max" and len(node.shape) == len(pool.kernel) + 2
+        return pool if batched else None
+
     def reshapes(self, node: Node) -> bool:
         """Whether it gives samples another shape, so that what are events stay events."""
         if not isinstance(node, FunctionNode) or len(node.arguments) != 1 or node not in self.alone:
@@ -156,7 +168,7 @@ class Plan:
         return bool(readers) and all(
             reader in self.inside
             or reader in self.convolved
-            or (self.reshapes(reader) and self.wants_events(reader))
+            or ((reader in self.spike_pools or self.reshapes(reader)) and self.wants_events(reader))
             or (
                 isinstance(reader, NeuronNode)
                 and reader.neuron.input_weight is not None

@@ -15,6 +15,7 @@ from ..core.spikes import SpikeTrain
 from . import meter
 from .arguments import ArgumentSeries
 from .context import in_mode
+from .convolutions import pooled_events
 from .fused import FusedCall, Synapses
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode, WriteNode
 from .planner import Plan
@@ -46,9 +47,12 @@ def _run_function(node: FunctionNode, plan: Plan) -> Series:
         return Series(n, dense=convolved)
     if n == 1:
         return Series(1, pieces=[plan.call(node, [piece(argument[0]) for argument in node.arguments], 0)])
-    train = train_of(node.arguments[0]) if plan.reshapes(node) else None
+    pool, reshapes = plan.spike_pools.get(node), plan.reshapes(node)
+    train = train_of(node.arguments[0]) if reshapes or pool is not None else None
     if train is not None:
-        return Series(n, train=train.view(*node.shape[1:]))
+        kept = train.view(*node.shape[1:]) if reshapes else pooled_events(train, pool)
+        if kept is not None:
+            return Series(n, train=kept)
     constants = [constant_of(argument) for argument in node.arguments]
     if all(x is not None for x in constants):
         return Series(n, constant=plan.call(node, constants, 0))

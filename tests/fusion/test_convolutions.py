@@ -118,6 +118,10 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         lambda: layers(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 6, 3, padding=1), 96),
         two(lambda x: x, lambda s: F.max_pool2d(s, 2)),
     ),
+    "pool_of_spikes_overlapping": (
+        lambda: layers(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 6, 3, padding=1), 96),
+        two(lambda x: x, lambda s: F.max_pool2d(s, 3, 2, 1)),
+    ),
     "depthwise": (
         lambda: layers(nn.Conv2d(2, 4, 3, stride=2), nn.Conv2d(4, 8, 2, groups=4), 72),
         two(lambda x: x),
@@ -144,6 +148,7 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         normed,
     ),
     "without_batch": (lambda: modules(c1=nn.Conv2d(2, 4, 3), l1=leaky()), without_batch),
+    "vgg": (lambda: vgg(), in_order),
     "sequential": (
         lambda: sequence(
             *(nn.Conv2d(2, 5, 3), nn.MaxPool2d(2), leaky(**HIDDEN), nn.Conv2d(5, 6, 3), leaky(**HIDDEN)),
@@ -152,6 +157,17 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         in_order,
     ),
 }
+
+
+def vgg() -> nn.Module:
+    """Pools behind neurons, before a convolution and before a linear layer."""
+    return sequence(
+        *(nn.Conv2d(2, 6, 3, padding=1), leaky(**HIDDEN), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 8, 3, padding=1), leaky(**HIDDEN), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+        *(nn.Flatten(), nn.Linear(72, 4)),
+    )
+
+
 ONE_OR_THREE_DIMENSIONS = {
     1: lambda: sequence(
         *(nn.Conv1d(2, 5, 3), nn.MaxPool1d(2), leaky(**HIDDEN), nn.Flatten(), nn.Linear(20, 4)),
@@ -240,6 +256,24 @@ def test_a_sequence_unrolled(way: str) -> None:
         utils.reset(net)
         check(outcome(net, lambda: [ssp.unroll(net, given, backprop_threshold=None).mem]), expected)  # noqa: B023
     assert ran(way) == 4
+
+
+@pytest.mark.parametrize("window", [None, 0.125])
+@pytest.mark.parametrize("looped", [True, False])
+def test_pools_of_spikes_pass_events(looped: bool, window: float | None, way: str) -> None:
+    net, x = gridded(vgg()), spikes(2, SIZE, SIZE)
+    options = {"backprop_threshold": window, "min_active": 0}
+
+    def steps(fuse_time: bool) -> list[Tensor]:
+        with ssp.sparse_mode(**options, fuse_time=fuse_time):
+            return [out + 0 for out in in_order(net, x)]
+
+    expected = outcome(net, lambda: steps(False))
+    for _ in range(2):
+        utils.reset(net)
+        calls.clear()
+        check(outcome(net, lambda: steps(True) if looped else [ssp.unroll(net, x, **options).mem]), expected)
+    assert (ran(way), calls["cpu", "pool"]) == (2, 2)
 
 
 def test_within_the_window_gradients_are_those_of_masked_steps(way: str) -> None:

@@ -14,6 +14,7 @@ from ...core.backend import (
     LayerResult,
     Needs,
     OutputGrads,
+    PooledEvents,
     Saved,
     TtfsBackward,
     calls,
@@ -106,6 +107,17 @@ class CPUBackend(Backend):
         return backward(
             conv, train, weight, nu, winners, weight_grad=weight_grad, bias_grad=bias_grad, input=input
         )
+
+    def pool(self, conv: Convolution, train: SpikeTrain) -> PooledEvents:
+        from .conv_pool import pool
+
+        calls[self.name, "pool"] += 1
+        return pool(conv, train)
+
+    def pool_backward(self, conv: Convolution, train: SpikeTrain, grad: Tensor) -> Tensor:
+        from .conv_pool import pool_backward
+
+        return pool_backward(conv, train, grad)
 
     def ttfs(self, x: Tensor, table: Tensor, out: Tensor, times: Tensor) -> None:
         from .ttfs import forward

@@ -66,7 +66,7 @@ def tables(conv: Convolution) -> Tables:
     sites, left = math.prod(conv.map_size), math.prod(conv.out_size)
     inner = conv.in_channels // conv.groups
     sizes = (positions, inner, len(order) * width, width, channels, conv.groups, sites, left)
-    return Tables(sizes, runs, _windows(conv, width), order)
+    return Tables(sizes, runs, windows(conv, width), order)
 
 
 def _runs(conv: Convolution, width: int) -> tuple[np.ndarray, Runs]:
@@ -117,7 +117,7 @@ def _reached(
     return [(k, at // stride) for k, at in reached if at % stride == 0 and 0 <= at // stride < out]
 
 
-def _windows(conv: Convolution, width: int) -> Windows:
+def windows(conv: Convolution, width: int) -> Windows:
     pool, size = conv.pool, conv.map_size
     if pool is None:
         none = np.empty(0, np.int32)

@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import select
-from ...core.backend import RunsConvolutions
-from ...core.config import current_config
 from ...core.convolution import Convolution, Pool
-from ...core.errors import InputError, NonFiniteError, UnsupportedError
-from ...core.host import waits
+from ...core.errors import InputError, NonFiniteError
 from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from ..spiking_layer import SpikingLayerOutput, spiking_layer
 from ..spiking_layer.products import is_still
 from . import autograd
 from .geometry import Size, average_pool, equal_padding, geometry, max_pool, pool_of
+from .pooling import max_pool_events, pools_events
 from .reference import convolved
+from .selection import takes_events
 
 __all__ = [
     "Convolution",
@@ -27,7 +25,9 @@ __all__ = [
     "convolve",
     "equal_padding",
     "max_pool",
+    "max_pool_events",
     "pool_of",
+    "pools_events",
     "spiking_conv",
     "takes_events",
 ]
@@ -135,17 +135,6 @@ def convolve(
     elif not backend.prefers_events(conv, x.density, masked=x.active is not None):
         backend = None
     return autograd.convolve(conv, x, weight, bias, backend)
-
-
-def takes_events(x: Tensor | SpikeTrain) -> RunsConvolutions | None:
-    """The backend that adds rows for the events of an input like this; None where torch's own product runs."""
-    if (isinstance(x, Tensor) and waits(x)) or 0 in x.shape:
-        return None
-    try:
-        found: Any = select(current_config().backend, "convolution", device=x.device, dtype=x.dtype)
-    except UnsupportedError:
-        return None
-    return found  # type: ignore[no-any-return]
 
 
 def _share(x: Tensor) -> float:
