@@ -195,7 +195,11 @@ class RecurrentBackwardWriter(BackwardWriter):
         every = [f"sum_ptr + b * {self.width} + {times(c, 'N')} + cols" for c in range(self.C)]
         for x, nu, later, both in zip(self.inputs, self._nu("end * rows + b"), sums, every, strict=True):
             start += [
-                *(f"nu_{x} = zero", "if end < T:", f"    nu_{x} = tl.load({nu}, mask=mask, other=0.0)"),
+                *(
+                    f"nu_{x} = zero",
+                    "if end < T:",
+                    f"    nu_{x} = tl.load({nu}, mask=mask, other=0.0).to(zero.dtype)",
+                ),
                 *(f"sum_nu_{x} = zero", "if sum_ptr is not None:"),
                 f"    sum_nu_{x} = tl.load({later}, mask=mask, other=0.0)",
             ]
