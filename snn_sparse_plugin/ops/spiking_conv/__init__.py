@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.backend import is_finite
 from ...core.convolution import Convolution, Pool
 from ...core.errors import InputError, NonFiniteError
 from ...core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
@@ -123,7 +124,8 @@ def convolve(
         still = autograd.convolve(conv, x[:1], weight, bias, None)
         return still.expand(len(x), *still.shape[1:])
     backend = takes_events(x)
-    if backend is None:
+    # a weight that no event reaches would not be seen to be NaN
+    if backend is None or not is_finite(weight):
         return autograd.convolve(conv, x, weight, bias, None)
     if isinstance(x, Tensor):
         if not backend.prefers_events(conv, _share(x), masked=False):
