@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ...core.convolution import Convolution
-from .bits import LANES
+from .conv_kernels import add_run
 from .conv_lanes import flip
 from .conv_tables import Runs, Tables, width_of
 from .jit import kernel
-from .lanes import fma, load, splat, store
 from .layout import aligned
 from .memory import array
 from .threads import parallel, split
@@ -92,46 +91,11 @@ def input_grad(
     return out
 
 
-@kernel(forceinline=True)
-def add_scaled_runs(maps, base, weight, w, first, last, runs, value):  # type: ignore[no-untyped-def]
-    """Runs that are short, of a few vectors each."""
-    _, run_weight, run_site, run_length = runs
-    zero, lanes = np.uint64(0), np.uint64(LANES)
-    two = lanes + lanes
-    factor = splat(value)
-    for r in range(first, last):
-        k = np.uint64(r)
-        at, to = np.uint64(w + run_weight[k]), np.uint64(base + run_site[k])
-        end = at + np.uint64(run_length[k])
-        while at + two + two <= end:
-            a, b = load(maps, zero, to), load(maps, zero, to + lanes)
-            c, d = load(maps, zero, to + two), load(maps, zero, to + two + lanes)
-            a, b = fma(load(weight, zero, at), factor, a), fma(load(weight, zero, at + lanes), factor, b)
-            c, d = (
-                fma(load(weight, zero, at + two), factor, c),
-                fma(load(weight, zero, at + two + lanes), factor, d),
-            )
-            store(maps, zero, to, a)
-            store(maps, zero, to + lanes, b)
-            store(maps, zero, to + two, c)
-            store(maps, zero, to + two + lanes, d)
-            at += two + two
-            to += two + two
-        while at + lanes <= end:
-            store(maps, zero, to, fma(load(weight, zero, at), factor, load(maps, zero, to)))
-            at += lanes
-            to += lanes
-        while at < end:
-            maps[zero, to] += value * weight[zero, at]
-            at += np.uint64(1)
-            to += np.uint64(1)
-
-
 @kernel()
 def spread_gradients(first, last, sizes, runs, windows, weight, nu, winners, maps, out):  # type: ignore[no-untyped-def]
     """Rows from first to last. A channel's weights serve all its sites before the next one's."""
     out_width, channels, groups, left, positions, inner, width, taps = sizes
-    run_first = runs[0]
+    run_first, run_weight, run_site, run_length = runs
     window_first, window_site, _ = windows
     result = out.reshape((1, out.size))
     for row in range(first, last):
@@ -150,10 +114,8 @@ def spread_gradients(first, last, sizes, runs, windows, weight, nu, winners, map
                     if begin == window_first[o + 1]:
                         continue
                     site = window_site[begin + winners[row, place + o * out_width]] // out_width
-                add_scaled_runs(maps, base, weight, w, run_first[site], run_first[site + 1], runs, value)
+                for k in range(run_first[site], run_first[site + 1]):
+                    add_run(maps, base + run_site[k], weight, w + run_weight[k], run_length[k], value)
         for g in range(groups):
             to = row * out.shape[1] + g * inner * positions
             flip(maps, g * positions * width, positions, width, inner, result, to, positions)
-
-
-__all__ = ["input_grad"]

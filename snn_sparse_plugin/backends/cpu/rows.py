@@ -88,17 +88,6 @@ def store3(x, t, b, row):  # type: ignore[no-untyped-def]
         x[i, k, j] = row[j]
 
 
-@kernel()
-def transpose(x, first, last, out):  # type: ignore[no-untyped-def]
-    """``out[:, first:last] = x[first:last].T``, in blocks that stay in cache; columns of x beyond out are padding."""
-    columns = min(x.shape[1], out.shape[0])
-    for i in range(first, last, 16):
-        for j in range(0, columns, 16):
-            for m in range(j, min(j + 16, columns)):
-                for k in range(i, min(i + 16, last)):
-                    out[np.uint64(m), np.uint64(k)] = x[np.uint64(k), np.uint64(m)]
-
-
 @kernel(forceinline=True)
 def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
     """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out."""
