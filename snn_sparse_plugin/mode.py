@@ -115,6 +115,7 @@ class Entry:
         """What the module did up to now, such as ``"fused 12, guard 3"``, and what its copies did."""
         if self.record is None:
             return ""
+        tally.fold()
         own, copies = (
             ", ".join(f"{way} {calls[way]}" for way in tally.WAYS if way in calls)
             for calls in (self.record.calls, self.record.copies)
