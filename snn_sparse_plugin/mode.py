@@ -81,6 +81,8 @@ def _sparse_mode(overrides: dict[str, Any]) -> Iterator[SparseConfig]:
             with suppress(SparsePluginError):  # the first error is the one to see
                 flush(reason="end of sparse_mode()")
             raise
+        finally:
+            tally.catch_up()
         flush(reason="end of sparse_mode()")
 
 

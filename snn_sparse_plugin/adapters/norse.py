@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, wraps
 from importlib import import_module
 from typing import Any
@@ -322,7 +323,7 @@ def _fused_container(upstream: Callable[..., Any]) -> Callable[..., Any]:
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None or self.return_hidden:
             return upstream(self, input_tensor, state)
-        with use_config(config):
+        with nullcontext() if config is active_config() else use_config(config):
             fused = runner().container(self, input_tensor, state)
             return upstream(self, input_tensor, state) if fused is None else fused
 

@@ -261,8 +261,8 @@ def account() -> Iterator[Account]:
             found.calls.clear()
 
 
-def fold() -> None:
-    """Count what has been left for later, on devices as well; this waits for them."""
+def catch_up() -> None:
+    """Count what :meth:`Record.count_soon` has left for later."""
     with _lock:
         while _uncounted:
             record = _uncounted.pop()
@@ -270,6 +270,12 @@ def fold() -> None:
                 if n:
                     record.soon[way] -= n
                     record.count(way, n)
+
+
+def fold() -> None:
+    """Read what devices have counted, after :func:`catch_up`; this waits for them."""
+    catch_up()
+    with _lock:
         alive = {_outside, *(entry[0] for entry in list(_records.values()))}
         for key, (number, tell) in list(_later.items()):
             if n := int(number):

@@ -13,15 +13,18 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from ..adapters import record_of, refuse
+from .context import learns
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode
 from .planner import Plan
 
 # What is saved and spent, in steps of a small neuron with its linear layer, forward and backward: about 120
 # microseconds on one core of a fast machine.
-RUN, CALL, FUNCTION = 2.5, 4.0, 1.0
+RUN, CALL, FUNCTION = 2.75, 4.0, 1.0
 """To run a record, and in it each neuron and each function over all steps."""
-CALLED, STEPPED = 0.05, 0.2
-"""A step of a function; to record a step that upstream's forward runs in the end."""
+CALLED, STEPPED = 0.1, 0.2
+"""To record a step of a function beyond what it would have taken; and one that upstream's forward runs in the end."""
+NO_GRAD = 0.8
+"""A step without gradient."""
 LARGE = 20_000
 """Values (samples times neurons) on which a neuron's step costs another step more than fused."""
 
@@ -40,6 +43,7 @@ class Rest:
     pause: int = FIRST_PAUSE  # how many, the next time
     forward: Any = None  # of one that cannot be recorded: the forward that it had then
     way: ShortWay | None = None  # of one that can
+    fed: bool = False  # whether the layer that feeds it in plain steps has been looked for
 
 
 class ShortWay(NamedTuple):
@@ -110,10 +114,11 @@ def _saved(node: Node, stepped: bool) -> float:
     """Against upstream's own steps."""
     n = len(node)
     if isinstance(node, NeuronNode):
-        step = (1 if node.neuron.spec.spiking else 0.5) + node.shape.numel() / LARGE
+        step = (1 if node.neuron.spec.spiking else 0.5) * (1 if learns(node.mode) else NO_GRAD)
+        step += node.shape.numel() / LARGE
         return -STEPPED * n if stepped else n * step - CALL
     if isinstance(node, FunctionNode) and not isinstance(node, InputNode | StackNode):
-        return -STEPPED * n if stepped else CALLED * n - FUNCTION
+        return -(STEPPED * n if stepped else CALLED * n + FUNCTION)
     return 0.0
 
 

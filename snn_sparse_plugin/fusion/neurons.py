@@ -65,6 +65,9 @@ def step(
             if found is not None:
                 return found
         elif rest.forward is None and not kwargs and _are_numbers(args, module) and cuts_nothing(config):
+            if not rest.fed and args:
+                rest.fed = True
+                note_feeding(args[0], module)
             return run_whole(adapter.bare(upstream), module, args, record_of(module))
     name = type(module).__name__
     realize((args, kwargs), name)
@@ -303,12 +306,7 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
                         return found
             elif not torch.compiler.is_compiling():
                 rest = backoff.data.get(ref(self))  # type: ignore[attr-defined]
-                if (
-                    rest is not None
-                    and rest.left
-                    and rest.way is not None
-                    and _goes_short(self, rest.way, args)
-                ):
+                if rest is not None and rest.left and rest.fed and _goes_short(self, rest.way, args):
                     rest.left -= 1
                     return run_whole(rest.way.bare, self, args, rest.way.record)
         return super(cls, self).__call__(*args, **kwargs)
@@ -316,8 +314,10 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     return __call__
 
 
-def _goes_short(module: nn.Module, way: ShortWay, args: tuple[Any, ...]) -> bool:
+def _goes_short(module: nn.Module, way: ShortWay | None, args: tuple[Any, ...]) -> bool:
     """Whether :func:`step` would run upstream's forward as it is, on these very arguments."""
+    if way is None:
+        return False
     config = active_config() if way.unmarked else config_of(module)
     record = here.record
     return (
