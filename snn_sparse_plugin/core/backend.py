@@ -309,9 +309,19 @@ class RunsConvolutions(Protocol):
         wanted at its active entries alone."""
 
     def convolution(
-        self, conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+        self,
+        conv: Convolution,
+        train: SpikeTrain,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep_winners: bool,
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The current, and for the backward which elements a max-pool took, in a form of the backend's own."""
+        """The current, and for the backward which elements a max-pool took, in a form of the backend's own.
+
+        ``factors``: scale and shift (C',) of what the convolution makes, before the pool. The backward is given the
+        weight with the scale in it, and none of its gradients knows of them.
+        """
 
     def convolution_backward(
         self,

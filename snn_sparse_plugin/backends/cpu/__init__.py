@@ -84,11 +84,17 @@ class CPUBackend(Backend):
         return prefers_events(conv, density, masked)
 
     def convolution(
-        self, conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+        self,
+        conv: Convolution,
+        train: SpikeTrain,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep_winners: bool,
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         from .conv import forward
 
-        return forward(conv, train, weight, bias, keep_winners)
+        return forward(conv, train, weight, bias, keep_winners, factors)
 
     def convolution_backward(
         self,
