@@ -21,8 +21,8 @@ from ..ops.spiking_conv import (
     convolve,
     equal_padding,
     max_pool,
-    max_pool_events,
     norm_of,
+    pool_events,
     pool_of,
     pools_events,
 )
@@ -126,7 +126,7 @@ def pooled_events(flow: Tensor | SpikeTrain | None, pool: Pool | None) -> SpikeT
     """The pool of all steps as events; None where it is torch's to make it."""
     if pool is None or not isinstance(flow, SpikeTrain) or not pools_events(flow, pool):
         return None
-    return max_pool_events(flow, pool)
+    return pool_events(flow, pool)
 
 
 def is_even(found: Convolved, kernel: tuple[int, ...]) -> bool:
@@ -176,10 +176,11 @@ def fits(norm: Norm | None, weight: Tensor) -> bool:
     )
 
 
-def max_pool_of_module(module: nn.Module | None) -> Pool | None:
-    """The pool of a plain max-pool of torch's, of any number of dimensions; None for any other module."""
+def spike_pool_of_module(module: nn.Module | None) -> Pool | None:
+    """The pool of a plain pool of torch's, of any number of dimensions; None for any other module."""
     for dims in (1, 2, 3):
-        pool = pool_of_module(module, dims) if isinstance(module, _POOL_MODULES[dims - 1]) else None
+        kinds = _POOL_MODULES[dims - 1], _POOL_MODULES[dims + 2]
+        pool = pool_of_module(module, dims) if isinstance(module, kinds) else None
         if pool is not None:
             return pool
     return None

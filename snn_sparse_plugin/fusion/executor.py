@@ -16,11 +16,11 @@ from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.products import are_few
 from .convolutions import (
     fits,
-    max_pool_of_module,
     norm_of_module,
     of_module,
     pool_of_module,
     pooled_events,
+    spike_pool_of_module,
     takes,
 )
 from .fused import FusedCall, dense
@@ -167,21 +167,21 @@ def _convolved(
 
 
 def _pooled(layer: Layer, flow: Flow, per_step: bool) -> SpikeTrain | None:
-    """The events that a max-pool makes of events; None for other layers and flows."""
+    """The events that a pool makes of events; None for other layers and flows."""
     if not isinstance(flow, SpikeTrain):
         return None
-    return pooled_events(flow, max_pool_of_module(_plain(layer, per_step)))
+    return pooled_events(flow, spike_pool_of_module(_plain(layer, per_step)))
 
 
 def _takes_events(
     layers: list[Layer], neurons: list[Neuron | None], index: int, flow: Flow, per_step: bool
 ) -> bool:
-    """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are, or max-pooled."""
+    """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are, or pooled."""
     pools = not is_device(flow.device)
 
     def passes(layer: Layer) -> bool:
         return bool(keeps_events(layer.module)) or (
-            pools and max_pool_of_module(_plain(layer, per_step)) is not None
+            pools and spike_pool_of_module(_plain(layer, per_step)) is not None
         )
 
     while index < len(layers) and neurons[index] is None and passes(layers[index]):

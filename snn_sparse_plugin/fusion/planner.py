@@ -158,13 +158,13 @@ class Plan:
         return None if wanted or of.mode != node.mode else of
 
     def _pool_of_spikes(self, node: FunctionNode) -> Pool | None:
-        """The max-pool that a node is, of spikes if a neuron or an input makes what it reads."""
+        """The pool that a node is, of spikes if a neuron or an input makes what it reads."""
         if node.func not in POOLS or node in self.pooled or len(node) < 2 or node not in self.alone:
             return None
         if len(node.arguments) != 1 or is_device(node.device) or node.dtypes[0] not in TAKEN:
             return None
         pool = pool_recorded(node.func, node.args, node.kwargs)
-        batched = pool is not None and pool.kind == "max" and len(node.shape) == len(pool.kernel) + 2
+        batched = pool is not None and len(node.shape) == len(pool.kernel) + 2
         return pool if batched else None
 
     def reshapes(self, node: Node) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin.backends.cpu import CPUBackend
 from snn_sparse_plugin.core.backend import calls
-from snn_sparse_plugin.ops.spiking_conv import Norm
+from snn_sparse_plugin.ops.spiking_conv import Norm, pooling
 
 snn = pytest.importorskip("snntorch")
 utils = pytest.importorskip("snntorch.utils")
@@ -123,6 +123,10 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         lambda: layers(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 6, 3, padding=1), 96),
         two(lambda x: x, lambda s: F.max_pool2d(s, 3, 2, 1)),
     ),
+    "average_of_spikes": (
+        lambda: layers(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 6, 3, padding=1), 96),
+        two(lambda x: x, lambda s: F.avg_pool2d(s, 2)),
+    ),
     "depthwise": (
         lambda: layers(nn.Conv2d(2, 4, 3, stride=2), nn.Conv2d(4, 8, 2, groups=4), 72),
         two(lambda x: x),
@@ -174,11 +178,11 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
 }
 
 
-def vgg() -> nn.Module:
+def vgg(first: nn.Module | None = None, second: nn.Module | None = None) -> nn.Module:
     """Pools behind neurons, before a convolution and before a linear layer."""
     return sequence(
-        *(nn.Conv2d(2, 6, 3, padding=1), leaky(**HIDDEN), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 8, 3, padding=1), leaky(**HIDDEN), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+        *(nn.Conv2d(2, 6, 3, padding=1), leaky(**HIDDEN), first or nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 8, 3, padding=1), leaky(**HIDDEN), second or nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
         *(nn.Flatten(), nn.Linear(72, 4)),
     )
 
@@ -315,10 +319,15 @@ def test_a_batch_norm_runs_within_its_convolution(
     assert found == 2
 
 
+@pytest.mark.parametrize("kind", ["max", "average"])
 @pytest.mark.parametrize("window", [None, 0.125])
 @pytest.mark.parametrize("looped", [True, False])
-def test_pools_of_spikes_pass_events(looped: bool, window: float | None, way: str) -> None:
-    net, x = gridded(vgg()), spikes(2, SIZE, SIZE)
+def test_pools_of_spikes_pass_events(
+    looped: bool, window: float | None, kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooling, "MOST_SPIKES", float("inf"))
+    made = (nn.AvgPool2d(2), nn.AvgPool2d(2, ceil_mode=True)) if kind == "average" else ()
+    net, x = gridded(vgg(*made)), spikes(2, SIZE, SIZE)
     options = {"backprop_threshold": window, "min_active": 0}
 
     def steps(fuse_time: bool) -> list[Tensor]:

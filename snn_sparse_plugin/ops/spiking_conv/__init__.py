@@ -16,7 +16,7 @@ from ..spiking_layer.products import is_still
 from . import autograd
 from .geometry import Size, average_pool, equal_padding, geometry, max_pool, pool_of
 from .norm import NORMS, Norm, factors_of, norm_of
-from .pooling import max_pool_events, pools_events
+from .pooling import max_pool_events, pool_events, pools_events
 from .reference import convolved
 from .selection import takes_events
 
@@ -31,6 +31,7 @@ __all__ = [
     "max_pool",
     "max_pool_events",
     "norm_of",
+    "pool_events",
     "pool_of",
     "pools_events",
     "spiking_conv",
