@@ -16,6 +16,7 @@ from snn_sparse_plugin.core.csr import at_active
 from snn_sparse_plugin.core.dynamics import NeuronParams
 from snn_sparse_plugin.core.errors import InputError
 from snn_sparse_plugin.core.spikes import SpikeTrain
+from snn_sparse_plugin.core.surrogates import Surrogate
 from snn_sparse_plugin.ops import spiking_conv, spiking_layer
 from snn_sparse_plugin.ops.spiking_conv import convolve, library
 
@@ -273,3 +274,59 @@ def test_memory_formats_and_strides(way: str) -> None:
         strict=True,
     ):
         assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+class Cut(torch.autograd.Function):
+    """A spike whose surrogate is cut at a distance from threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, window: float) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.window = window
+        return (u > 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        return grads[0] / (25 * u.abs() + 1) ** 2 * (u.abs() < ctx.window), None
+
+
+@pytest.mark.parametrize("window", [0.1, 0.4, torch.inf])
+def test_the_sparse_gradient_is_the_dense_one_with_its_surrogate_cut(window: float, way: str) -> None:
+    """Through convolution, pool and neurons twice and a linear readout, against a loop in plain torch."""
+    torch.manual_seed(3)
+    x = (torch.rand(12, B, 2, 14, 14) < 0.05).double()
+    shapes = ((6, 2, 3, 3), (8, 6, 3, 3), (4, 8 * 2 * 2))
+    first, second, out = weights = [
+        torch.randn(s, dtype=torch.float64).mul(0.4).requires_grad_() for s in shapes
+    ]
+    pool = nn.MaxPool2d(2)
+
+    mems, counted = [torch.zeros((), dtype=torch.float64)] * 2, []
+    for step in x:
+        for k, weight in enumerate((first, second)):
+            reset = (mems[k].detach() > 1).double()
+            mems[k] = 0.875 * mems[k] + pool(F.conv2d(step, weight)) - reset
+            step = Cut.apply(mems[k] - 1, window)
+        counted.append(step)
+    expected = torch.autograd.grad(
+        F.linear(torch.stack(counted).sum(0).flatten(1), out).square().sum(), weights
+    )
+
+    options: dict[str, Any] = {
+        "pool": pool,
+        "params": NeuronParams(mem=0.875),
+        "surrogate": Surrogate("fast_sigmoid", (25.0,)),
+        "events": True,
+        "backprop_threshold": None if window == torch.inf else window,
+        "min_active": 0,
+    }
+    hidden = spiking_conv(SpikeTrain.from_dense(x), first, **options).spikes
+    assert isinstance(hidden, SpikeTrain)
+    spikes = spiking_conv(hidden, second, **options).spikes
+    assert isinstance(spikes, SpikeTrain)
+    assert torch.equal(spikes.to_dense(), torch.stack(counted))
+    found = torch.autograd.grad(F.linear(spikes.counts().flatten(1), out).square().sum(), weights)
+    for got, want in zip(found, expected, strict=True):
+        assert want.any()
+        assert (got - want).norm() <= 1e-12 * want.norm()
