@@ -15,7 +15,7 @@ from ..spiking_layer import SpikingLayerOutput, spiking_layer
 from ..spiking_layer.products import is_still
 from . import autograd
 from .geometry import Size, average_pool, equal_padding, geometry, max_pool, pool_of
-from .norm import NORMS, Norm, factors_of, norm_of
+from .norm import NORMS, Norm, check_norm, norm_of
 from .pooling import max_pool_events, pool_events, pools_events
 from .reference import convolved
 from .selection import takes_events
@@ -124,27 +124,28 @@ def convolve(
         pool=pool,
         name=name,
     )
-    factors = factors_of(norm_of(norm, len(conv.size), name), weight, name)
+    norm = norm_of(norm, len(conv.size), name)
+    check_norm(norm, weight, name)
     if torch.compiler.is_compiling():
         x = x.to_dense() if isinstance(x, SpikeTrain) else x
-        return convolved(conv, x.flatten(0, 1), weight, bias, factors).unflatten(0, x.shape[:2])
+        return convolved(conv, x.flatten(0, 1), weight, bias, norm).unflatten(0, x.shape[:2])
     if isinstance(x, Tensor) and is_still(x):
-        still = autograd.convolve(conv, x[:1], weight, bias, None, factors)
+        still = autograd.convolve(conv, x[:1], weight, bias, None, norm)
         return still.expand(len(x), *still.shape[1:])
     backend = takes_events(x)
     # a weight that no event reaches would not be seen to be NaN
     if backend is None or not is_finite(weight):
-        return autograd.convolve(conv, x, weight, bias, None, factors)
+        return autograd.convolve(conv, x, weight, bias, None, norm)
     if isinstance(x, Tensor):
         if not backend.prefers_events(conv, _share(x), masked=False):
-            return autograd.convolve(conv, x, weight, bias, None, factors)
+            return autograd.convolve(conv, x, weight, bias, None, norm)
         try:
             x = SpikeTrain.from_dense(x)
         except NonFiniteError:  # torch's product carries them on
             backend = None
     elif not backend.prefers_events(conv, x.density, masked=x.active is not None):
         backend = None
-    return autograd.convolve(conv, x, weight, bias, backend, factors)
+    return autograd.convolve(conv, x, weight, bias, backend, norm)
 
 
 def _share(x: Tensor) -> float:

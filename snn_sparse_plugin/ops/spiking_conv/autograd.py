@@ -14,7 +14,7 @@ from ...core.precision import without_autocast
 from ...core.spikes import Active, SpikeTrain
 from ..spiking_layer.again import with_carrier
 from . import library
-from .norm import Factors, apart, of_channels
+from .norm import Factors, Norm, apart, of_channels
 from .reference import convolved
 
 
@@ -24,19 +24,20 @@ def convolve(
     weight: Tensor,
     bias: Tensor | None,
     backend: RunsConvolutions | None,
-    factors: Factors | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """The current (T, B, C', *out). ``backend``: adds rows of the weight for events; None: torch's product.
 
-    ``factors``: scale and shift of a batch norm before the pool.
+    ``norm``: the batch norm before the pool.
     """
     train = x if isinstance(x, SpikeTrain) else None
     given = train.carrier if train is not None else x
+    factors = None if norm is None else norm.factors()
     leaves = (given, weight, bias, *(factors or (None, None)))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        out: Tensor = _Convolve.apply(conv, train, backend, *leaves)
+        out: Tensor = _Convolve.apply(conv, train, backend, norm, *leaves)
         return out
-    return _forward(conv, x, weight, bias, backend, False, factors)[0]
+    return _forward(conv, x, weight, bias, backend, False, norm, factors)[0]
 
 
 def _forward(
@@ -46,11 +47,12 @@ def _forward(
     bias: Tensor | None,
     backend: RunsConvolutions | None,
     keep: bool,
+    norm: Norm | None,
     factors: Factors | None,
 ) -> tuple[Tensor, Tensor | None]:
     if backend is None:
         calls["torch", "convolution"] += 1
-        return library.forward(conv, x, weight, bias, keep, factors)
+        return library.forward(conv, x, weight, bias, keep, norm)
     assert isinstance(x, SpikeTrain)
     calls[backend.name, "convolution"] += 1
     current, winners = backend.convolution(conv, x, weight, bias, keep, factors)
@@ -64,6 +66,7 @@ class _Convolve(torch.autograd.Function):
         conv: Convolution,
         train: SpikeTrain | None,
         backend: RunsConvolutions | None,
+        norm: Norm | None,
         given: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
@@ -73,7 +76,7 @@ class _Convolve(torch.autograd.Function):
         x = given if train is None else train.detach()
         assert x is not None
         factors = None if scale is None or shift is None else (scale, shift)
-        current, winners = _forward(conv, x, weight, bias, backend, True, factors)
+        current, winners = _forward(conv, x, weight, bias, backend, True, norm, factors)
         ctx.conv, ctx.backend, ctx.train_like = conv, backend, None
         kept = [given, weight, bias, scale, shift, winners]
         if train is not None:
@@ -86,15 +89,11 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         given, weight, bias, scale, shift, winners, *kept = ctx.saved_tensors
-        conv, needs, nu = ctx.conv, ctx.needs_input_grad[3:], grads[0].contiguous()
+        conv, needs, nu = ctx.conv, ctx.needs_input_grad[4:], grads[0].contiguous()
         x = given if ctx.train_like is None else _train(ctx.train_like, kept)
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            return (
-                None,
-                None,
-                None,
-                *_differentiable(conv, x, (given, weight, bias, scale, shift), nu, needs),
-            )
+            leaves = given, weight, bias, scale, shift
+            return (None, None, None, None, *_differentiable(conv, x, leaves, nu, needs))
         with without_autocast():
             through = weight if scale is None else weight * of_channels(scale, weight)
             sums = needs[1] or needs[3], needs[2] or needs[4] or (needs[3] and bias is not None)
@@ -116,7 +115,7 @@ class _Convolve(torch.autograd.Function):
             of_scale,
             of_shift,
         )
-        return (None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True)))
+        return (None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True)))
 
 
 def _train(like: tuple[Any, ...], kept: list[Tensor]) -> SpikeTrain:
@@ -147,8 +146,8 @@ def _differentiable(
         )
         dense = with_carrier(x, given if needs[0] else None) if isinstance(x, SpikeTrain) else given
         rows = dense.reshape(-1, conv.in_channels, *conv.size)  # type: ignore[union-attr]
-        factors = None if scale is None or shift is None else (scale, shift)
-        out = convolved(conv, rows, weight, bias, factors)  # type: ignore[arg-type]
+        norm = None if scale is None or shift is None else Norm.of(scale, shift)
+        out = convolved(conv, rows, weight, bias, norm)  # type: ignore[arg-type]
         wanted = [t for t, need in zip((given, weight, bias, scale, shift), needs, strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, nu.view_as(out), create_graph=True))  # type: ignore[arg-type]
     return [next(found) if need else None for need in needs]

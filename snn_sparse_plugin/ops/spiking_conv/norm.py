@@ -2,6 +2,7 @@
 
 They are applied to what the convolution made, as torch does, and not put into the weights: so spikes stay bit-equal to
 upstream's wherever the convolution's sums are exact, whatever the statistics. In the backward they are in the weights.
+Maps that torch convolves are torch's to normalise, too: on a device it rounds in another order.
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ class Norm(NamedTuple):
         shift = F.batch_norm(like, self.mean, self.var, self.weight, self.bias, eps=self.eps)
         return scale[0], shift[0]
 
+    @classmethod
+    def of(cls, scale: Tensor, shift: Tensor) -> Norm:
+        """The batch norm that has these factors."""
+        return cls(torch.zeros_like(shift), torch.ones_like(scale), scale, shift, 0.0)
+
+    def of_maps(self, x: Tensor) -> Tensor:
+        """Of maps (rows, C', *map), by torch's batch norm."""
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, eps=self.eps)
+
 
 def norm_of(given: Any, dims: int, name: str) -> Norm | None:
     """A batch norm given as a module of torch's, as :class:`Norm` or not at all.
@@ -55,29 +65,20 @@ def norm_of(given: Any, dims: int, name: str) -> Norm | None:
     return Norm(given.running_mean, given.running_var, given.weight, given.bias, given.eps)
 
 
-def factors_of(norm: Norm | None, weight: Tensor, name: str) -> Factors | None:
-    """Scale and shift of the channels of a convolution with this weight.
+def check_norm(norm: Norm | None, weight: Tensor, name: str) -> None:
+    """Whether it is one of the channels of a convolution with this weight.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
     """
     if norm is None:
-        return None
+        return
     for label, x in (("mean", norm.mean), ("var", norm.var), ("weight", norm.weight), ("bias", norm.bias)):
         if x is not None and (x.shape, x.dtype, x.device) != (weight.shape[:1], weight.dtype, weight.device):
             raise InputError(
                 f"{name}: {label} of the batch norm is {x.dtype} of shape {tuple(x.shape)} on {x.device}, the "
                 f"convolution has {len(weight)} channels of {weight.dtype} on {weight.device}."
             )
-    return norm.factors()
-
-
-def applied(x: Tensor, factors: Factors | None) -> Tensor:
-    """Scale and shift of maps (rows, C', *map), by torch's batch norm, whose rounding decides who spikes."""
-    if factors is None:
-        return x
-    scale, shift = factors
-    return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.0)
 
 
 def of_channels(factor: Tensor, like: Tensor) -> Tensor:
