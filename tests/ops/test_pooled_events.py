@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import torch_threads
 from torch import Tensor, nn
 
 from snn_sparse_plugin import SpikeTrain
@@ -139,6 +140,22 @@ def test_every_active_neuron_of_a_window_gets_its_share(
     (got,) = torch.autograd.grad(found.to_dense(), carrier, g)
     torch.testing.assert_close(got, at_active(wanted.flatten(2), active), rtol=1e-14, atol=1e-14)
     assert found.active.indices.numel() == int((pooled(pool, mask) > 0).sum())
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1)], ids=["max", "average"])
+def test_any_number_of_threads(pool: nn.Module, threads: int) -> None:
+    _, active = activity((4, 9, 8), 0.2)
+    carrier = torch.zeros(active.indices.numel(), dtype=torch.float64, requires_grad=True)
+    train = SpikeTrain.from_dense(spikes((4, 9, 8), 0.05))._replace(carrier=carrier, active=active)
+    g = torch.randn(T, B, 4, 5, 4, dtype=torch.float64)
+    found = []
+    for n in (1, threads):
+        with torch_threads(n):
+            out = pool_events(train, pool)
+            found.append([out.to_dense(), *torch.autograd.grad(out.to_dense(), carrier, g)])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_averages_of_many_spikes_are_torchs() -> None:
