@@ -286,14 +286,26 @@ class Backend:
         raise NotImplementedError
 
 
+class Shares(NamedTuple):
+    """How the gradient of an average-pool is shared out: the entry ``below`` (int32, several rows may name it) gets
+    that of the entry ``above`` over ``divisor``."""
+
+    below: Tensor
+    above: Tensor
+    divisor: Tensor
+
+
 class PooledEvents(NamedTuple):
-    """A max-pool of a binary train: its events, and where the train has a list of active entries, the pool's own, each
-    with the position in that list of the one it passes its gradient to (int32)."""
+    """A pool of a train: its events, of an average with ``values``, and where the train has a list of active entries,
+    the pool's own. Of a max-pool each with the position in that list of the one it passes its gradient to, ``sources``
+    (int32), of an average with ``shares``."""
 
     indptr: Tensor
     indices: Tensor
     active: Active | None = None
     sources: Tensor | None = None
+    values: Tensor | None = None
+    shares: Shares | None = None
 
 
 class RunsConvolutions(Protocol):
@@ -309,9 +321,19 @@ class RunsConvolutions(Protocol):
         wanted at its active entries alone."""
 
     def convolution(
-        self, conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+        self,
+        conv: Convolution,
+        train: SpikeTrain,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep_winners: bool,
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The current, and for the backward which elements a max-pool took, in a form of the backend's own."""
+        """The current, and for the backward which elements a max-pool took, in a form of the backend's own.
+
+        ``factors``: scale and shift (C',) of what the convolution makes, before the pool. The backward is given the
+        weight with the scale in it, and none of its gradients knows of them.
+        """
 
     def convolution_backward(
         self,
@@ -329,7 +351,7 @@ class RunsConvolutions(Protocol):
         for each active entry of the train, or ``"dense"``."""
 
     def pool(self, conv: Convolution, train: SpikeTrain) -> PooledEvents:
-        """The max-pool of ``conv``, whose map is the binary train itself."""
+        """The pool of ``conv``, whose map is the train itself, for a max-pool a binary one."""
 
     def pool_backward(self, conv: Convolution, train: SpikeTrain, grad: Tensor) -> Tensor:
         """The gradient (T, B, N) of the train everywhere, from that of its pool."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import has_hooks
@@ -14,11 +15,14 @@ from ..core.errors import InputError
 from ..core.precision import any_autocast
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_conv import (
+    NORMS,
+    Norm,
     average_pool,
     convolve,
     equal_padding,
     max_pool,
-    max_pool_events,
+    norm_of,
+    pool_events,
     pool_of,
     pools_events,
 )
@@ -28,6 +32,7 @@ from .recordable import Placeholder, functions
 _CONVOLUTIONS = [functions(f"conv{dims}d") for dims in (1, 2, 3)]
 _MAX_POOLS = [functions(f"max_pool{dims}d") for dims in (1, 2, 3)]
 _AVERAGES = [functions(f"avg_pool{dims}d") for dims in (1, 2, 3)]
+_BATCH_NORM = F.batch_norm
 CONVOLUTIONS = set.union(*_CONVOLUTIONS)
 POOLS = set.union(*_MAX_POOLS, *_AVERAGES)
 _MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,14 +50,15 @@ class Convolved(NamedTuple):
     dilation: Any
     groups: int
 
-    def run(self, flow: Tensor | SpikeTrain, pool: Any, name: str) -> Tensor:
-        """Of all steps (T, B, C, *size)."""
+    def run(self, flow: Tensor | SpikeTrain, norm: Norm | None, pool: Pool | None, name: str) -> Tensor:
+        """Of all steps (T, B, C, *size), with the batch norm and the pool behind it."""
         out: Tensor = convolve(
             *(flow, self.weight, self.bias),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
+            norm=norm,
             pool=pool,
             name=name,
         )
@@ -80,6 +86,25 @@ def recorded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Convol
     return _bound(of, args, kwargs) if func in CONVOLUTIONS else None
 
 
+def norm_recorded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
+    """The batch norm of a recorded call, which has running statistics; None for another call."""
+
+    def of(
+        input: Any,
+        running_mean: Any,
+        running_var: Any,
+        weight: Any = None,
+        bias: Any = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Norm | None:
+        whole = not training and running_mean is not None and running_var is not None
+        return Norm(running_mean, running_var, weight, bias, eps) if whole else None
+
+    return _bound(of, args, kwargs) if func is _BATCH_NORM else None
+
+
 def pool_recorded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pool | None:
     """The pool of a recorded call; None for another call, or one that returns indices."""
     for dims in (1, 2, 3):
@@ -101,7 +126,7 @@ def pooled_events(flow: Tensor | SpikeTrain | None, pool: Pool | None) -> SpikeT
     """The pool of all steps as events; None where it is torch's to make it."""
     if pool is None or not isinstance(flow, SpikeTrain) or not pools_events(flow, pool):
         return None
-    return max_pool_events(flow, pool)
+    return pool_events(flow, pool)
 
 
 def is_even(found: Convolved, kernel: tuple[int, ...]) -> bool:
@@ -135,10 +160,27 @@ def pool_of_module(module: nn.Module | None, dims: int) -> Pool | None:
         return None
 
 
-def max_pool_of_module(module: nn.Module | None) -> Pool | None:
-    """The pool of a plain max-pool of torch's, of any number of dimensions; None for any other module."""
+def norm_of_module(module: nn.Module | None, dims: int) -> Norm | None:
+    """What a plain batch norm of torch's does in eval mode; None for any other module."""
+    if not is_unchanged(module, NORMS[dims - 1 : dims]) or has_hooks(module):  # type: ignore[arg-type]
+        return None
+    assert module is not None
+    return None if module.training or module.running_mean is None else norm_of(module, dims, "norm")
+
+
+def fits(norm: Norm | None, weight: Tensor) -> bool:
+    """Whether each of its numbers belongs to a channel of this weight; if not, torch says what is wrong."""
+    return norm is not None and all(
+        x is None or (x.shape, x.dtype, x.device) == (weight.shape[:1], weight.dtype, weight.device)
+        for x in norm[:4]
+    )
+
+
+def spike_pool_of_module(module: nn.Module | None) -> Pool | None:
+    """The pool of a plain pool of torch's, of any number of dimensions; None for any other module."""
     for dims in (1, 2, 3):
-        pool = pool_of_module(module, dims) if isinstance(module, _POOL_MODULES[dims - 1]) else None
+        kinds = _POOL_MODULES[dims - 1], _POOL_MODULES[dims + 2]
+        pool = pool_of_module(module, dims) if isinstance(module, kinds) else None
         if pool is not None:
             return pool
     return None

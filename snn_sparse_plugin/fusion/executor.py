@@ -14,7 +14,15 @@ from ..core.errors import InputError
 from ..core.host import is_device, waits
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.products import are_few
-from .convolutions import max_pool_of_module, of_module, pool_of_module, pooled_events, takes
+from .convolutions import (
+    fits,
+    norm_of_module,
+    of_module,
+    pool_of_module,
+    pooled_events,
+    spike_pool_of_module,
+    takes,
+)
 from .fused import FusedCall, dense
 from .modules import is_plain_linear, keeps_events
 from .stepping import Flow, Layer, Passed, apply, loop
@@ -140,33 +148,40 @@ def _joins_next(
 def _convolved(
     layers: list[Layer], neurons: list[Neuron | None], index: int, flow: Flow, per_step: bool
 ) -> tuple[Tensor, int] | None:
-    """What a convolution makes of the flow, with the pool behind it, and how many layers that are; None for others."""
+    """What a convolution makes of the flow, with batch norm and pool behind it, and how many layers that are; None for
+    others."""
     if neurons[index] is not None:
         return None
     found = of_module(_plain(layers[index], per_step))
     if found is None or not takes(found.weight, flow) or (isinstance(flow, Tensor) and flow.stride(0) == 0):
         return None
-    behind = layers[index + 1] if index + 1 < len(layers) else None
-    pool = None if behind is None else pool_of_module(_plain(behind, per_step), found.weight.dim() - 2)
-    return found.run(flow, pool, layers[index].label), 1 if pool is None else 2
+    dims = found.weight.dim() - 2
+    behind = [_plain(layer, per_step) for layer in layers[index + 1 : index + 3]]
+    norm = norm_of_module(behind[0], dims) if behind else None
+    if not fits(norm, found.weight):
+        norm = None
+    pool_at = 0 if norm is None else 1
+    pool = pool_of_module(behind[pool_at], dims) if len(behind) > pool_at else None
+    used = 1 + (norm is not None) + (pool is not None)
+    return found.run(flow, norm, pool, layers[index].label), used
 
 
 def _pooled(layer: Layer, flow: Flow, per_step: bool) -> SpikeTrain | None:
-    """The events that a max-pool makes of events; None for other layers and flows."""
+    """The events that a pool makes of events; None for other layers and flows."""
     if not isinstance(flow, SpikeTrain):
         return None
-    return pooled_events(flow, max_pool_of_module(_plain(layer, per_step)))
+    return pooled_events(flow, spike_pool_of_module(_plain(layer, per_step)))
 
 
 def _takes_events(
     layers: list[Layer], neurons: list[Neuron | None], index: int, flow: Flow, per_step: bool
 ) -> bool:
-    """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are, or max-pooled."""
+    """Whether spikes that enter at ``index`` reach a weight matrix of the fused op as they are, or pooled."""
     pools = not is_device(flow.device)
 
     def passes(layer: Layer) -> bool:
         return bool(keeps_events(layer.module)) or (
-            pools and max_pool_of_module(_plain(layer, per_step)) is not None
+            pools and spike_pool_of_module(_plain(layer, per_step)) is not None
         )
 
     while index < len(layers) and neurons[index] is None and passes(layers[index]):

@@ -10,9 +10,20 @@ from torch import Tensor
 from ..core.convolution import Pool
 from ..core.host import is_device
 from ..core.precision import HALF
+from ..ops.spiking_conv import Norm
 from .arguments import ArgumentSeries, Entry
 from .context import casts
-from .convolutions import POOLS, TAKEN, Convolved, is_even, keeps_samples, pool_recorded, recorded
+from .convolutions import (
+    POOLS,
+    TAKEN,
+    Convolved,
+    fits,
+    is_even,
+    keeps_samples,
+    norm_recorded,
+    pool_recorded,
+    recorded,
+)
 from .nodes import FunctionNode, NeuronNode, Node, StackNode, WriteNode, same
 from .recordable import LINEAR, Placeholder, filled
 from .recorded import Recorded
@@ -59,12 +70,12 @@ class Plan:
         self.alone = {group[0] for group in self.groups if len(group) == 1 and not stepped}
         functions = [node for node in self.sources if isinstance(node, FunctionNode)]
         self.convolved = _filled({node: self._convolved(node) for node in functions})
-        self.pooled = _filled(
-            {node: self._pool_behind(node) for node in functions}
-        )  # each with its convolution
+        # each behind its convolution, with which it runs
+        self.normed = _filled({node: self._norm_behind(node) for node in functions})
+        self.pooled = _filled({node: self._pool_behind(node) for node in functions})
         self.inside: set[Node] = {node for node in functions if self._runs_inside(node)}
         self.spike_pools = _filled({node: self._pool_of_spikes(node) for node in functions})
-        self.inside |= {node.arguments[0].read()[0][0] for node in self.pooled}
+        self.inside |= {node.arguments[0].read()[0][0] for node in (*self.normed, *self.pooled)}
         self.readers_of: dict[Node, set[Node]] = {node: set() for node in self.sources}
         for (source, _), readers in self.readers.items():
             self.readers_of[source] |= readers
@@ -117,26 +128,43 @@ class Plan:
         return found._replace(weight=weight, bias=bias)
 
     def _pool_behind(self, node: FunctionNode) -> Pool | None:
-        """The pool that a node is, if it alone reads all of a convolution of spikes."""
-        if len(node) < 2 or node not in self.alone or len(node.arguments) != 1 or node.func not in POOLS:
+        """The pool that a node is, if it alone reads all of a convolution of spikes, or of the batch norm of one."""
+        if len(node.arguments) != 1 or node.func not in POOLS:
             return None
-        source = node.arguments[0].range()
-        if source is None or source[0] not in self.convolved or len(node) != len(source[0]):
-            return None
-        of = source[0]
-        if self.readers[of, 0] != {node} or (of, 0) in self.waiting or of.mode != node.mode:
+        of = self._read_by_none_but(node)
+        if of is None or not (of in self.convolved or of in self.normed):
             return None
         pool = pool_recorded(node.func, node.args, node.kwargs)
         return pool if pool is not None and len(pool.kernel) == len(of.shape) - 2 else None
 
+    def _norm_behind(self, node: FunctionNode) -> Norm | None:
+        """The batch norm by running statistics that a node is, if it alone reads all of a convolution of spikes."""
+        found = norm_recorded(node.func, node.args, node.kwargs)
+        of = None if found is None else self._read_by_none_but(node)
+        if found is None or of not in self.convolved:
+            return None
+        if casts(node.mode) or any(self._varies(argument) for argument in node.arguments[1:]):
+            return None
+        norm = Norm(*filled(tuple(found), [argument[0][0] for argument in node.arguments]))
+        return norm if fits(norm, self.convolved[of].weight) else None
+
+    def _read_by_none_but(self, node: Node) -> Node | None:
+        """What a node reads first, at every one of its calls, if nothing else wants it."""
+        source = node.arguments[0].range()
+        if len(node) < 2 or node not in self.alone or source is None or len(node) != len(source[0]):
+            return None
+        of = source[0]
+        wanted = self.readers[of, 0] != {node} or (of, 0) in self.waiting
+        return None if wanted or of.mode != node.mode else of
+
     def _pool_of_spikes(self, node: FunctionNode) -> Pool | None:
-        """The max-pool that a node is, of spikes if a neuron or an input makes what it reads."""
+        """The pool that a node is, of spikes if a neuron or an input makes what it reads."""
         if node.func not in POOLS or node in self.pooled or len(node) < 2 or node not in self.alone:
             return None
         if len(node.arguments) != 1 or is_device(node.device) or node.dtypes[0] not in TAKEN:
             return None
         pool = pool_recorded(node.func, node.args, node.kwargs)
-        batched = pool is not None and pool.kind == "max" and len(node.shape) == len(pool.kernel) + 2
+        batched = pool is not None and len(node.shape) == len(pool.kernel) + 2
         return pool if batched else None
 
     def reshapes(self, node: Node) -> bool:

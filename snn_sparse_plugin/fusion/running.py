@@ -64,15 +64,19 @@ def _run_function(node: FunctionNode, plan: Plan) -> Series:
 
 
 def _convolved(node: FunctionNode, plan: Plan) -> Tensor | None:
-    """Over all steps (n, ...) what a convolution of spikes makes, or the pool behind it; None for any other node."""
-    pool = plan.pooled.get(node)
-    of = node if pool is None else node.arguments[0].read()[0][0]
+    """Over all steps (n, ...) what a convolution of spikes makes, or batch norm and pool behind it; None for any other
+    node."""
+    of: Node = node
+    pool = plan.pooled.get(of)
+    of = of if pool is None else of.arguments[0].read()[0][0]
+    norm = plan.normed.get(of)
+    of = of if norm is None else of.arguments[0].read()[0][0]
     found = plan.convolved.get(of)
     if found is None:
         return None
     flow, once = _flow(of.arguments[0])
     with use_config(plan.config):
-        out = found.run(flow, pool, "Conv")
+        out = found.run(flow, norm, pool, "Conv")
     return out.expand(len(node), *out.shape[1:]) if once else out
 
 
@@ -96,15 +100,13 @@ def _over_time(node: FunctionNode, tensors: list[Tensor], varying: list[bool], n
     if node.func is LINEAR and varying[0] and not any(varying[1:]):
         return Plan.call(node, tensors, 0)
     kwargs = node.kwargs
-    if (
-        node.func in BATCHED
-        and varying[0]
-        and not any(varying[1:])
-        and len(node.shape) == tensors[0].dim() - 1
-    ):
+    # a batch norm by running statistics always has samples; vmap would round it in another way
+    batched = node.func is F.batch_norm or (
+        node.func in BATCHED and tensors[0].dim() == batched_dims(node.func)
+    )
+    if batched and varying[0] and not any(varying[1:]) and len(node.shape) == tensors[0].dim() - 1:
         flat = [tensors[0].flatten(0, 1), *tensors[1:]]
-        if tensors[0].dim() == batched_dims(node.func):
-            return Plan.call(node, flat, 0).unflatten(0, tensors[0].shape[:2])
+        return Plan.call(node, flat, 0).unflatten(0, tensors[0].shape[:2])
 
     def step(*given: Tensor) -> Any:
         found = iter(given)

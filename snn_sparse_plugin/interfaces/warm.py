@@ -109,7 +109,7 @@ def _neuron(task: Task, device: str) -> None:
 
 def _convolutions() -> None:
     from ..core.dynamics import NeuronParams
-    from ..ops.spiking_conv import convolve, spiking_conv
+    from ..ops.spiking_conv import convolve, pool_events, spiking_conv
 
     channels = 16  # with as many, events win below a share of spikes that these inputs do not reach
     x = (torch.rand(STEPS, BATCH, channels, 8, 8) < FEW).float()
@@ -121,6 +121,8 @@ def _convolutions() -> None:
         ).spikes
         for other in (None, nn.MaxPool2d(1), nn.MaxPool2d(2, 1)):  # the input's gradient has ways of its own
             convolve(spikes, second, padding=1, pool=other).sum().backward(retain_graph=True)
+        for between in (nn.MaxPool2d(2), nn.AvgPool2d(2)):
+            convolve(pool_events(spikes, between), second, padding=1).sum().backward(retain_graph=True)
 
 
 def _eprop() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin.backends.cpu import CPUBackend
 from snn_sparse_plugin.core.backend import calls
+from snn_sparse_plugin.ops.spiking_conv import Norm, pooling
 
 snn = pytest.importorskip("snntorch")
 utils = pytest.importorskip("snntorch.utils")
@@ -122,6 +123,10 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         lambda: layers(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 6, 3, padding=1), 96),
         two(lambda x: x, lambda s: F.max_pool2d(s, 3, 2, 1)),
     ),
+    "average_of_spikes": (
+        lambda: layers(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 6, 3, padding=1), 96),
+        two(lambda x: x, lambda s: F.avg_pool2d(s, 2)),
+    ),
     "depthwise": (
         lambda: layers(nn.Conv2d(2, 4, 3, stride=2), nn.Conv2d(4, 8, 2, groups=4), 72),
         two(lambda x: x),
@@ -147,6 +152,20 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
         ),
         normed,
     ),
+    "batch_norm_without_pool": (
+        lambda: modules(c1=nn.Conv2d(2, 4, 3), norm=nn.BatchNorm2d(4).eval(), pool=nn.Identity(), l1=leaky()),
+        normed,
+    ),
+    "batch_norm_behind_the_pool": (
+        lambda: modules(
+            c1=nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2)),
+            norm=nn.BatchNorm2d(4).eval(),
+            pool=nn.Identity(),
+            l1=leaky(),
+        ),
+        normed,
+    ),
+    "normed_sequence": (lambda: normed_sequence(), in_order),
     "without_batch": (lambda: modules(c1=nn.Conv2d(2, 4, 3), l1=leaky()), without_batch),
     "vgg": (lambda: vgg(), in_order),
     "sequential": (
@@ -159,11 +178,20 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Program]] = {
 }
 
 
-def vgg() -> nn.Module:
+def vgg(first: nn.Module | None = None, second: nn.Module | None = None) -> nn.Module:
     """Pools behind neurons, before a convolution and before a linear layer."""
     return sequence(
-        *(nn.Conv2d(2, 6, 3, padding=1), leaky(**HIDDEN), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 8, 3, padding=1), leaky(**HIDDEN), nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+        *(nn.Conv2d(2, 6, 3, padding=1), leaky(**HIDDEN), first or nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 8, 3, padding=1), leaky(**HIDDEN), second or nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+        *(nn.Flatten(), nn.Linear(72, 4)),
+    )
+
+
+def normed_sequence() -> nn.Module:
+    """Batch norms in eval mode behind convolutions, one of them before a pool."""
+    return sequence(
+        *(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6).eval(), nn.MaxPool2d(2), leaky(**HIDDEN)),
+        *(nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False).eval(), leaky(**HIDDEN)),
         *(nn.Flatten(), nn.Linear(72, 4)),
     )
 
@@ -184,6 +212,11 @@ def gridded(net: nn.Module) -> nn.Module:
         for parameter in net.parameters():
             if parameter.numel() > 1:
                 parameter.copy_((torch.randn(parameter.shape) * 64).round() / 128)
+        for norm in (
+            m for m in net.modules() if isinstance(m, nn.BatchNorm2d)
+        ):  # on no grid: torch rounds it
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.2, 2)
     return net
 
 
@@ -232,7 +265,7 @@ def test_loops(name: str, way: str) -> None:
         with ssp.sparse_mode(backprop_threshold=None):
             return [out + 0 for out in run(net, x)]  # their numbers are wanted inside the block
 
-    exact = not name.startswith("batch_norm")  # its factors are on no grid
+    exact = name != "batch_norm_in_training"
     for _ in range(2):  # which layers feed neurons is known after the first pass
         check(outcome(net, fused), expected, exact=exact)
     if name not in ("batch_norm_in_training", "without_batch"):
@@ -258,10 +291,43 @@ def test_a_sequence_unrolled(way: str) -> None:
     assert ran(way) == 4
 
 
+@pytest.mark.parametrize("looped", [True, False])
+@pytest.mark.parametrize("window", [None, 0.125])
+def test_a_batch_norm_runs_within_its_convolution(
+    looped: bool, window: float | None, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = gridded(normed_sequence()), spikes(2, SIZE, SIZE)
+    options = {"backprop_threshold": window, "min_active": 0}
+
+    def steps(fuse_time: bool) -> list[Tensor]:
+        with ssp.sparse_mode(**options, fuse_time=fuse_time):
+            return [out + 0 for out in in_order(net, x)]
+
+    expected = outcome(net, lambda: steps(False))
+    found, factors = 0, Norm.factors
+
+    def counted(norm: Norm) -> Any:
+        nonlocal found
+        found += 1
+        return factors(norm)
+
+    monkeypatch.setattr(Norm, "factors", counted)
+    for _ in range(2):
+        utils.reset(net)
+        found = 0
+        check(outcome(net, lambda: steps(True) if looped else [ssp.unroll(net, x, **options).mem]), expected)
+    assert found == 2
+
+
+@pytest.mark.parametrize("kind", ["max", "average"])
 @pytest.mark.parametrize("window", [None, 0.125])
 @pytest.mark.parametrize("looped", [True, False])
-def test_pools_of_spikes_pass_events(looped: bool, window: float | None, way: str) -> None:
-    net, x = gridded(vgg()), spikes(2, SIZE, SIZE)
+def test_pools_of_spikes_pass_events(
+    looped: bool, window: float | None, kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooling, "MOST_SPIKES", float("inf"))
+    made = (nn.AvgPool2d(2), nn.AvgPool2d(2, ceil_mode=True)) if kind == "average" else ()
+    net, x = gridded(vgg(*made)), spikes(2, SIZE, SIZE)
     options = {"backprop_threshold": window, "min_active": 0}
 
     def steps(fuse_time: bool) -> list[Tensor]:

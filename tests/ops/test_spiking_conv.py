@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,10 +16,25 @@ from snn_sparse_plugin.core.csr import at_active
 from snn_sparse_plugin.core.dynamics import NeuronParams
 from snn_sparse_plugin.core.errors import InputError
 from snn_sparse_plugin.core.spikes import SpikeTrain
+from snn_sparse_plugin.core.surrogates import Surrogate
 from snn_sparse_plugin.ops import spiking_conv, spiking_layer
 from snn_sparse_plugin.ops.spiking_conv import convolve, library
 
 T, B = 5, 3
+
+
+def normed(dims: int, channels: int, affine: bool = True) -> nn.Module:
+    """A batch norm in eval mode whose numbers are on no grid, one of them negative."""
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](channels, affine=affine).double().eval()
+    torch.manual_seed(2)
+    norm.running_mean.normal_()  # type: ignore[operator, union-attr]
+    norm.running_var.uniform_(0.1, 2)  # type: ignore[operator, union-attr]
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return norm
+
+
 CASES: dict[str, tuple[int, tuple[int, ...], dict[str, Any]]] = {
     # channels out, kernel, options
     "plain": (6, (3, 3), {}),
@@ -26,6 +42,10 @@ CASES: dict[str, tuple[int, tuple[int, ...], dict[str, Any]]] = {
     "pool_with_borders": (6, (3, 2), {"pool": nn.MaxPool2d(3, 2, 1, ceil_mode=True), "padding": 1}),
     "averaged": (6, (3, 3), {"pool": nn.AvgPool2d(2, count_include_pad=False, padding=1), "stride": (2, 1)}),
     "groups": (6, (3, 3), {"groups": 2, "dilation": (1, 2), "padding": "same", "pool": nn.MaxPool2d((2, 1))}),
+    "normed": (6, (3, 3), {"norm": normed(2, 6), "pool": nn.MaxPool2d(2), "padding": 1}),
+    "normed_narrow": (3, (3, 3), {"norm": normed(2, 3, affine=False), "stride": 2}),
+    "normed_groups": (18, (2, 3), {"norm": normed(2, 18), "groups": 2, "pool": nn.AvgPool2d(3, 2, 1)}),
+    "normed_line": (20, (3,), {"norm": normed(1, 20)}),
     "line": (4, (3,), {"stride": 2, "padding": 1, "pool": nn.MaxPool1d(2)}),
     "volume": (4, (2, 2, 2), {"pool": nn.AvgPool3d(2)}),
 }
@@ -38,12 +58,20 @@ def case(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor,
     inner = 4 // options.get("groups", 1)
     weight = (torch.randn(channels, inner, *kernel, dtype=dtype) * 16).round() / 16
     bias = (torch.randn(channels, dtype=dtype) * 16).round() / 16
+    if "norm" in options:
+        options = options | {"norm": copy.deepcopy(options["norm"]).to(dtype)}
     return x, weight.requires_grad_(), bias.requires_grad_(), options
 
 
+def leaves_of(*leaves: Tensor, **options: Any) -> list[Tensor]:
+    """Those that take a gradient."""
+    return [p for p in (*leaves, *options.get("norm", nn.Identity()).parameters()) if p.requires_grad]
+
+
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
-    given = {k: v for k, v in options.items() if k != "pool"}
+    given = {k: v for k, v in options.items() if k not in ("pool", "norm")}
     out = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x.flatten(0, 1), weight, bias, **given)
+    out = options.get("norm", nn.Identity())(out)
     return options.get("pool", nn.Identity())(out).unflatten(0, x.shape[:2])
 
 
@@ -61,7 +89,7 @@ def test_current_and_gradients_are_those_of_torch(name: str, way: str) -> None:
     x, weight, bias, options = case(name)
     for given in (x, SpikeTrain.from_dense(x), x.clone().requires_grad_(), 1.5 * x):
         dense = given.to_dense() if isinstance(given, SpikeTrain) else given
-        leaves = [p for p in (weight, bias, dense) if p.requires_grad]
+        leaves = leaves_of(weight, bias, dense, **options)
         expected = plain(dense, weight, bias, options)
         found = convolve(given, weight, bias, **options)
         assert torch.equal(found, expected)
@@ -95,7 +123,7 @@ def test_a_train_takes_its_gradient_where_its_neurons_were_active(name: str, way
     assert torch.autograd.grad(found, dense, arriving)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["pooled", "groups", "line"])
+@pytest.mark.parametrize("name", ["pooled", "groups", "line", "normed_line"])
 def test_second_derivatives(name: str, way: str) -> None:
     x, weight, bias, options = case(name)
     x = x[(slice(1), slice(1), slice(None), *[slice(5)] * (x.dim() - 3))]
@@ -121,9 +149,10 @@ def test_neurons_behind_it(name: str, way: str) -> None:
     assert torch.equal(found.spikes, expected.spikes)
     assert torch.equal(found.mem, expected.mem)
     assert found.state.v.shape == expected.spikes.shape[1:]
+    leaves = leaves_of(weight, bias, **options)
     for got, want in zip(
-        torch.autograd.grad(found.mem.square().mean(), [weight, bias]),
-        torch.autograd.grad(expected.mem.square().mean(), [weight, bias]),
+        torch.autograd.grad(found.mem.square().mean(), leaves),
+        torch.autograd.grad(expected.mem.square().mean(), leaves),
         strict=True,
     ):
         assert (got - want).norm() <= 1e-5 * want.norm()
@@ -209,6 +238,14 @@ def test_a_graph_of_the_compiler_has_torchs_convolution() -> None:
         ((T, B, 2, 8, 8), (4, 2, 3, 3), {"stride": (1, 2, 3)}, "stride has 3 entries"),
         ((T, B, 2, 8, 8), (4, 2, 3, 3), {"pool": nn.MaxPool1d(2)}, "pool is a MaxPool2d"),
         ((T, B, 2, 8, 8), (4, 2, 3, 3), {"pool": nn.ReLU()}, "or an AvgPool2d"),
+        ((T, B, 2, 8, 8), (4, 2, 3, 3), {"norm": nn.BatchNorm1d(4).eval()}, "norm is a BatchNorm2d"),
+        ((T, B, 2, 8, 8), (4, 2, 3, 3), {"norm": nn.BatchNorm2d(4)}, "in eval mode and with running"),
+        (
+            (T, B, 2, 8, 8),
+            (4, 2, 3, 3),
+            {"norm": nn.BatchNorm2d(3).eval()},
+            r"mean of the batch norm is torch.float32 of shape \(3,\) on cpu, the convolution has 4 channels",
+        ),
     ],
 )
 def test_what_does_not_fit(x: Any, weight: Any, options: dict[str, Any], words: str) -> None:
@@ -237,3 +274,59 @@ def test_memory_formats_and_strides(way: str) -> None:
         strict=True,
     ):
         assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+class Cut(torch.autograd.Function):
+    """A spike whose surrogate is cut at a distance from threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, window: float) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.window = window
+        return (u > 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        return grads[0] / (25 * u.abs() + 1) ** 2 * (u.abs() < ctx.window), None
+
+
+@pytest.mark.parametrize("window", [0.1, 0.4, torch.inf])
+def test_the_sparse_gradient_is_the_dense_one_with_its_surrogate_cut(window: float, way: str) -> None:
+    """Through convolution, pool and neurons twice and a linear readout, against a loop in plain torch."""
+    torch.manual_seed(3)
+    x = (torch.rand(12, B, 2, 14, 14) < 0.05).double()
+    shapes = ((6, 2, 3, 3), (8, 6, 3, 3), (4, 8 * 2 * 2))
+    first, second, out = weights = [
+        torch.randn(s, dtype=torch.float64).mul(0.4).requires_grad_() for s in shapes
+    ]
+    pool = nn.MaxPool2d(2)
+
+    mems, counted = [torch.zeros((), dtype=torch.float64)] * 2, []
+    for step in x:
+        for k, weight in enumerate((first, second)):
+            reset = (mems[k].detach() > 1).double()
+            mems[k] = 0.875 * mems[k] + pool(F.conv2d(step, weight)) - reset
+            step = Cut.apply(mems[k] - 1, window)
+        counted.append(step)
+    expected = torch.autograd.grad(
+        F.linear(torch.stack(counted).sum(0).flatten(1), out).square().sum(), weights
+    )
+
+    options: dict[str, Any] = {
+        "pool": pool,
+        "params": NeuronParams(mem=0.875),
+        "surrogate": Surrogate("fast_sigmoid", (25.0,)),
+        "events": True,
+        "backprop_threshold": None if window == torch.inf else window,
+        "min_active": 0,
+    }
+    hidden = spiking_conv(SpikeTrain.from_dense(x), first, **options).spikes
+    assert isinstance(hidden, SpikeTrain)
+    spikes = spiking_conv(hidden, second, **options).spikes
+    assert isinstance(spikes, SpikeTrain)
+    assert torch.equal(spikes.to_dense(), torch.stack(counted))
+    found = torch.autograd.grad(F.linear(spikes.counts().flatten(1), out).square().sum(), weights)
+    for got, want in zip(found, expected, strict=True):
+        assert want.any()
+        assert (got - want).norm() <= 1e-12 * want.norm()

@@ -84,11 +84,17 @@ class CPUBackend(Backend):
         return prefers_events(conv, density, masked)
 
     def convolution(
-        self, conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+        self,
+        conv: Convolution,
+        train: SpikeTrain,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep_winners: bool,
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         from .conv import forward
 
-        return forward(conv, train, weight, bias, keep_winners)
+        return forward(conv, train, weight, bias, keep_winners, factors)
 
     def convolution_backward(
         self,
@@ -109,12 +115,20 @@ class CPUBackend(Backend):
         )
 
     def pool(self, conv: Convolution, train: SpikeTrain) -> PooledEvents:
+        calls[self.name, "pool"] += 1
+        if conv.pool is not None and conv.pool.kind == "avg":
+            from .conv_average import average
+
+            return average(conv, train)
         from .conv_pool import pool
 
-        calls[self.name, "pool"] += 1
         return pool(conv, train)
 
     def pool_backward(self, conv: Convolution, train: SpikeTrain, grad: Tensor) -> Tensor:
+        if conv.pool is not None and conv.pool.kind == "avg":
+            from .conv_average import average_backward
+
+            return average_backward(conv, grad)
         from .conv_pool import pool_backward
 
         return pool_backward(conv, train, grad)

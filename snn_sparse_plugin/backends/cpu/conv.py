@@ -43,11 +43,17 @@ def prefers_events(conv: Convolution, density: float, masked: bool) -> bool:
 
 
 def forward(
-    conv: Convolution, train: SpikeTrain, weight: Tensor, bias: Tensor | None, keep_winners: bool
+    conv: Convolution,
+    train: SpikeTrain,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep_winners: bool,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """-> current (T, B, out_features), and with ``keep_winners`` what :func:`backward` wants of a max-pool, else None.
 
-    The current is bit-equal to torch's wherever sums are exact.
+    The current is bit-equal to torch's wherever sums are exact. ``factors``: scale and shift (C',) of what the
+    convolution makes, before the pool.
     """
     T, B = train.shape[:2]
     found, dtype = tables(conv), numpy_type(weight.dtype)
@@ -55,12 +61,25 @@ def forward(
     advise_huge_pages(out)
     is_max = conv.pool is not None and conv.pool.kind == "max"
     winners = torch.empty(T, B, _pooled_size(found), dtype=_place(found)) if is_max and keep_winners else None
-    rows, biases = _weights(conv, weight), _biases(conv, found, bias, dtype)
+    rows, biases = _weights(conv, weight), _by_channel(found, bias, dtype)
+    scales = np.empty((2, 0), dtype)
+    if factors is not None:
+        scales = np.concatenate([_by_channel(found, x, dtype) for x in factors])
     events = _events(train, dtype)
 
     def run(first: int, last: int) -> None:
         convolve(
-            *((first, last, T, B), events, found.sizes, found.runs, found.windows, is_max, rows, biases),
+            *(
+                (first, last, T, B),
+                events,
+                found.sizes,
+                found.runs,
+                found.windows,
+                is_max,
+                rows,
+                biases,
+                scales,
+            ),
             *(array(out).reshape(1, -1), _rows(winners, found), *_scratch(found, dtype)),
         )
 
@@ -207,12 +226,13 @@ def _weights(conv: Convolution, weight: Tensor) -> np.ndarray:
     )
 
 
-def _biases(conv: Convolution, found: Tables, bias: Tensor | None, dtype: np.dtype) -> np.ndarray:
+def _by_channel(found: Tables, x: Tensor | None, dtype: np.dtype) -> np.ndarray:
+    """A number for each output channel as a row of the map has them, (1, groups · width)."""
     width, channels, groups = found.sizes[3:6]
-    rows = _zeros(groups * width, dtype)
-    if bias is not None:
-        rows.reshape(groups, width)[:, :channels] = array(bias).reshape(groups, channels)
-    return rows
+    row = _zeros(groups * width, dtype)
+    if x is not None:
+        row.reshape(groups, width)[:, :channels] = array(x).reshape(groups, channels)
+    return row
 
 
 def _channels(row: np.ndarray, found: Tables) -> np.ndarray:

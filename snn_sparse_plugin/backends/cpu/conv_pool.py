@@ -26,7 +26,7 @@ Arrays = tuple[np.ndarray, ...]
 
 
 @lru_cache(maxsize=64)
-def _tables(conv: Convolution) -> tuple[tuple[int, int, int, int], Arrays]:
+def window_tables(conv: Convolution) -> tuple[tuple[int, int, int, int], Arrays]:
     """Channels, positions, windows of a channel, the most windows at a position; where each position's windows begin,
     those windows, and the first place of each window."""
     found: Windows = windows(conv, 1)
@@ -125,15 +125,15 @@ def return_rows(first, last, T, B, events, sizes, table, scratch, grad, out):  #
 def pool(conv: Convolution, train: SpikeTrain) -> PooledEvents:
     """The pool of ``conv``, whose map is the train itself, of a binary train."""
     rows = train.T * train.B
-    sizes, table = _tables(conv)
+    sizes, table = window_tables(conv)
     events = array(train.indptr), array(train.indices)
     none = np.empty(0, np.int32)
     active = (none, none) if train.active is None else tuple(map(array, train.active))
     counts, entries = np.empty(rows, np.int32), np.empty(rows if train.active else 0, np.int32)
 
     def run(first: int, last: int) -> Arrays:
-        pooled = np.empty(_most(events, first, last, sizes) + LANES, np.int32)
-        size = 0 if train.active is None else _most(active, first, last, sizes) + LANES
+        pooled = np.empty(most(events, first, last, sizes) + LANES, np.int32)
+        size = 0 if train.active is None else most(active, first, last, sizes) + LANES
         listed, sources = np.empty(size, np.int32), np.empty(size, np.int32)
         n, m = pool_rows(
             *(first, last, events, active, sizes, table, _scratch(sizes)),
@@ -144,14 +144,14 @@ def pool(conv: Convolution, train: SpikeTrain) -> PooledEvents:
     parts = parallel([lambda r=r: run(*r) for r in split(rows)])  # type: ignore[misc]
     indices, listed, sources = (torch.from_numpy(np.concatenate(some)) for some in zip(*parts, strict=True))
     if train.active is None:
-        return PooledEvents(_indptr(counts), indices)
-    return PooledEvents(_indptr(counts), indices, Active(_indptr(entries), listed), sources)
+        return PooledEvents(indptr_of(counts), indices)
+    return PooledEvents(indptr_of(counts), indices, Active(indptr_of(entries), listed), sources)
 
 
 def pool_backward(conv: Convolution, train: SpikeTrain, grad: Tensor) -> Tensor:
     """The gradient (T, B, N) of a train, from that of its pool (T, B, N')."""
     T, B = train.shape[:2]
-    sizes, table = _tables(conv)
+    sizes, table = window_tables(conv)
     out = torch.empty(T, B, train.features, dtype=grad.dtype)
     events = array(train.indptr), array(train.indices)
     arriving, leaving = array(grad).reshape(T * B, -1), array(out).reshape(T * B, -1)
@@ -163,7 +163,7 @@ def pool_backward(conv: Convolution, train: SpikeTrain, grad: Tensor) -> Tensor:
     return out
 
 
-def _most(pattern: Arrays, first: int, last: int, sizes: tuple[int, ...]) -> int:
+def most(pattern: Arrays, first: int, last: int, sizes: tuple[int, ...]) -> int:
     """How many windows the entries of these rows can reach at most."""
     rows = (last - first) * sizes[0] * sizes[2]
     return min(rows, int(pattern[0][last] - pattern[0][first]) * sizes[3])
@@ -175,7 +175,7 @@ def _scratch(sizes: tuple[int, ...]) -> Arrays:
     return np.empty(n, np.int32), np.empty(n, np.int32), np.zeros(-(-n // LANES), np.uint32)
 
 
-def _indptr(counts: np.ndarray) -> Tensor:
+def indptr_of(counts: np.ndarray) -> Tensor:
     out = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=out[1:])
     return torch.from_numpy(out)

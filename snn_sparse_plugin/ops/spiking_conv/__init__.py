@@ -15,18 +15,23 @@ from ..spiking_layer import SpikingLayerOutput, spiking_layer
 from ..spiking_layer.products import is_still
 from . import autograd
 from .geometry import Size, average_pool, equal_padding, geometry, max_pool, pool_of
-from .pooling import max_pool_events, pools_events
+from .norm import NORMS, Norm, check_norm, norm_of
+from .pooling import max_pool_events, pool_events, pools_events
 from .reference import convolved
 from .selection import takes_events
 
 __all__ = [
+    "NORMS",
     "Convolution",
+    "Norm",
     "Pool",
     "average_pool",
     "convolve",
     "equal_padding",
     "max_pool",
     "max_pool_events",
+    "norm_of",
+    "pool_events",
     "pool_of",
     "pools_events",
     "spiking_conv",
@@ -43,6 +48,7 @@ def spiking_conv(
     padding: Size | str = 0,
     dilation: Size = 1,
     groups: int = 1,
+    norm: Any = None,
     pool: Any = None,
     name: str = "spiking_conv",
     **neurons: Any,
@@ -56,8 +62,8 @@ def spiking_conv(
         x: input (T, B, C, *size) with one to three dimensions of size, dense or a SpikeTrain, float32 or float64.
         weight: (C', C / groups, *kernel), as of ``nn.Conv1d``, ``2d`` and ``3d``. ``bias``: (C',).
         stride, padding, dilation, groups: as of ``nn.Conv2d``, with padding by zeros.
-        pool: a module ``nn.MaxPool1d``, ``2d``, ``3d`` or ``nn.AvgPool1d``, ``2d``, ``3d`` between convolution and
-            neurons.
+        norm: a module ``nn.BatchNorm1d``, ``2d`` or ``3d`` in eval mode between convolution and pool.
+        pool: a module ``nn.MaxPool1d``, ``2d``, ``3d`` or ``nn.AvgPool1d``, ``2d``, ``3d`` before the neurons.
         name: how error messages call this layer.
         **neurons: all else that :func:`~snn_sparse_plugin.ops.spiking_layer` takes: ``params``, ``spec``,
             ``surrogate``, ``state``, ``events``, ``return_mem``, options of the sparse mode.
@@ -78,8 +84,8 @@ def spiking_conv(
         >>> out.spikes.sum().backward(); w.grad.shape
         torch.Size([8, 2, 3, 3])
     """
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "pool": pool}
-    current = convolve(x, weight, bias, name=name, **options)  # type: ignore[arg-type]
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    current = convolve(x, weight, bias, norm=norm, pool=pool, name=name, **options)  # type: ignore[arg-type]
     return spiking_layer(current, name=name, **neurons)
 
 
@@ -92,6 +98,7 @@ def convolve(
     padding: Size | str = 0,
     dilation: Size = 1,
     groups: int = 1,
+    norm: Any = None,
     pool: Any = None,
     name: str = "convolve",
 ) -> Tensor:
@@ -117,26 +124,28 @@ def convolve(
         pool=pool,
         name=name,
     )
+    norm = norm_of(norm, len(conv.size), name)
+    check_norm(norm, weight, name)
     if torch.compiler.is_compiling():
         x = x.to_dense() if isinstance(x, SpikeTrain) else x
-        return convolved(conv, x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2])
+        return convolved(conv, x.flatten(0, 1), weight, bias, norm).unflatten(0, x.shape[:2])
     if isinstance(x, Tensor) and is_still(x):
-        still = autograd.convolve(conv, x[:1], weight, bias, None)
+        still = autograd.convolve(conv, x[:1], weight, bias, None, norm)
         return still.expand(len(x), *still.shape[1:])
     backend = takes_events(x)
     # a weight that no event reaches would not be seen to be NaN
     if backend is None or not is_finite(weight):
-        return autograd.convolve(conv, x, weight, bias, None)
+        return autograd.convolve(conv, x, weight, bias, None, norm)
     if isinstance(x, Tensor):
         if not backend.prefers_events(conv, _share(x), masked=False):
-            return autograd.convolve(conv, x, weight, bias, None)
+            return autograd.convolve(conv, x, weight, bias, None, norm)
         try:
             x = SpikeTrain.from_dense(x)
         except NonFiniteError:  # torch's product carries them on
             backend = None
     elif not backend.prefers_events(conv, x.density, masked=x.active is not None):
         backend = None
-    return autograd.convolve(conv, x, weight, bias, backend)
+    return autograd.convolve(conv, x, weight, bias, backend, norm)
 
 
 def _share(x: Tensor) -> float:

@@ -17,6 +17,7 @@ from ...core.convolution import Convolution
 from ...core.csr import at_active
 from ...core.host import is_device
 from ...core.spikes import SpikeTrain
+from .norm import Norm
 from .reference import convolved, pooled, with_winners
 
 CHUNK_BYTES, DEVICE_CHUNK_BYTES = 2**24, 2**28
@@ -26,11 +27,16 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(
-    conv: Convolution, x: Tensor | SpikeTrain, weight: Tensor, bias: Tensor | None, keep: bool
+    conv: Convolution,
+    x: Tensor | SpikeTrain,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep: bool,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """-> current (T, B, C', *out), and with ``keep`` where the maxima of a max-pool stood, as short as they fit."""
     T, B = x.shape[:2]
-    if conv.pool is None and isinstance(x, Tensor):  # nothing is larger than the result
+    if conv.pool is None and norm is None and isinstance(x, Tensor):  # nothing is larger than the result
         return convolved(conv, x.flatten(0, 1), weight, bias).unflatten(0, (T, B)), None
     current = weight.new_empty(T, B, conv.out_channels, *conv.out_size)
     winners = None
@@ -39,10 +45,10 @@ def forward(
     for steps in _chunks(conv, x):
         rows = _rows(conv, x, steps)
         if winners is None:
-            made = convolved(conv, rows, weight, bias)
+            made = convolved(conv, rows, weight, bias, norm)
         else:
             assert conv.pool is not None
-            made, places = with_winners(conv.pool, _maps(conv, rows, weight, bias))
+            made, places = with_winners(conv.pool, convolved(conv.without_pool(), rows, weight, bias, norm))
             winners[steps] = places.unflatten(0, (-1, B))
         current[steps] = made.unflatten(0, (-1, B))
     return current, winners
@@ -79,10 +85,6 @@ def backward(
         if needs[k] and grads[k] is None:  # no step at all
             grads[k] = nu.new_zeros(shape)
     return grads[0], grads[1], grads[2]
-
-
-def _maps(conv: Convolution, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return convolved(conv.without_pool(), rows, weight, bias)
 
 
 def _place_dtype(conv: Convolution) -> torch.dtype:

@@ -10,15 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.convolution import Convolution, Pool
+from .norm import Norm
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _MAX = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVERAGE: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def convolved(conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution and pooling of samples (rows, C, *size) -> (rows, C', *out)."""
+def convolved(
+    conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None = None
+) -> Tensor:
+    """Convolution, batch norm and pooling of samples (rows, C, *size) -> (rows, C', *out)."""
     x = _CONV[len(conv.size) - 1](x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    x = x if norm is None else norm.of_maps(x)
     return x if conv.pool is None else pooled(conv.pool, x)
 
 
