@@ -217,10 +217,9 @@ def _note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int
     elif membrane:
         adapter.note_last(module, None, out.mem[-2].detach())
     else:
-        spikes = out.spikes.detach()
-        adapter.note_last(
-            module, spikes.step(-2) if isinstance(spikes, SpikeTrain) else spikes[-2].clone(), None
-        )
+        spikes = out.spikes
+        before = spikes.values_at(T - 2) if isinstance(spikes, SpikeTrain) else spikes.detach()[-2].clone()
+        adapter.note_last(module, before, None)
 
 
 def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | None:

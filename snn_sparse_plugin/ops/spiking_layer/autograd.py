@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from ...core.surrogates import once
 from . import again
 
 _LEAVES = ("current", "dense", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
+_leaves = attrgetter(*_LEAVES)
+_NOTHING: dict[str, Any] = dict.fromkeys(("train", *_LEAVES))
 
 
 def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
     carrier = call.train.carrier if call.train is not None else None
-    leaves = [getattr(call, name) for name in _LEAVES]
+    leaves = _leaves(call)
     if call.current is not None and call.current.shape[0] != call.T:
         call = call.changed(current=_of_all_steps(call.current, call.T), once=True)
     if not call.needs_grad:
@@ -73,8 +76,7 @@ class _SpikingLayer(torch.autograd.Function):
         else:
             kept += [None] * 5
         ctx.save_for_backward(*kept, inputs[0])
-        nothing: dict[str, Any] = dict.fromkeys(_LEAVES)
-        ctx.call = call.changed(train=None, **nothing)
+        ctx.call = call.changed(**_NOTHING)
         carrier = None
         if call.want_events:
             shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape

@@ -271,7 +271,10 @@ def output(
         if call.T:
             last = spikes.step(-1) if isinstance(spikes, SpikeTrain) else spikes[-1]
         last = last.view(B, *features)  # type: ignore[union-attr]
-    spikes = spikes.view(*features) if isinstance(spikes, SpikeTrain) else spikes.view(*steps, *features)
+    if isinstance(spikes, SpikeTrain):
+        spikes = spikes.view(*features)
+    elif len(features) > 1:
+        spikes = spikes.view(*steps, *features)
     state: Any
     if isinstance(spec, Equations):
         state = {
@@ -283,9 +286,9 @@ def output(
         if len(features) > 1:  # a view of the same shape would have to be copied to be owned
             v, i = v.view(B, *features), None if i is None else i.view(B, *features)
         state = NeuronState(v, i, last)
-    return SpikingLayerOutput(
-        spikes, None if mem is None else mem.view(*steps, *features), state, active_fraction
-    )
+    if mem is not None and len(features) > 1:
+        mem = mem.view(*steps, *features)
+    return SpikingLayerOutput(spikes, mem, state, active_fraction)
 
 
 def rounded(out: SpikingLayerOutput, dtype: torch.dtype) -> SpikingLayerOutput:
