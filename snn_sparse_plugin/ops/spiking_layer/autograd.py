@@ -31,8 +31,8 @@ def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None
         return backend.spiking_layer(call), None
     box: list[LayerResult] = []
     carrier_out, spikes, mem, v, i = _SpikingLayer.apply(call, backend, box, carrier, *leaves)
-    result = box[0]._replace(spikes=spikes, mem=mem, v=v, i=i)
-    return result, carrier_out
+    _, events, _, _, _, saved, fraction, words = box[0]
+    return LayerResult(spikes, events, mem, v, i, saved, fraction, words), carrier_out
 
 
 def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
@@ -49,7 +49,7 @@ class _SpikingLayer(torch.autograd.Function):
         result = backend.spiking_layer(call)
         saved, events = result.saved, result.events
         assert saved is not None
-        box.append(result._replace(spikes=None, mem=None, saved=saved))
+        box.append(result)
         train = call.train
         ctx.backend, ctx.threshold, ctx.train_like = backend, saved.threshold, None
         ctx.adds_rows = saved.adds_rows
