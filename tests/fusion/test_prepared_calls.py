@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_sparse_plugin import unroll
+from snn_sparse_plugin.backends.cpu import threads
 from snn_sparse_plugin.core import registry
 from snn_sparse_plugin.core.backend import calls
 
@@ -204,6 +205,18 @@ def test_without_gradients_few_rows_give_the_same_spikes(net: nn.Sequential, x: 
     expected = stepped(net, one)
     assert torch.equal(torch.cat([piece.spikes for piece in pieces]), expected[0])
     torch.testing.assert_close(torch.cat([piece.mem for piece in pieces]), expected[1])
+
+
+def test_a_small_call_wakes_no_thread(net: nn.Sequential, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken = []
+    monkeypatch.setattr(threads, "_prepare", woken.append)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check(net, x)
+    finally:
+        torch.set_num_threads(before)
+    assert not woken
 
 
 def test_copies_and_threads_keep_apart(net: nn.Sequential, x: Tensor) -> None:
