@@ -81,6 +81,8 @@ def _sparse_mode(overrides: dict[str, Any]) -> Iterator[SparseConfig]:
             with suppress(SparsePluginError):  # the first error is the one to see
                 flush(reason="end of sparse_mode()")
             raise
+        finally:
+            tally.catch_up()
         flush(reason="end of sparse_mode()")
 
 
@@ -115,6 +117,7 @@ class Entry:
         """What the module did up to now, such as ``"fused 12, guard 3"``, and what its copies did."""
         if self.record is None:
             return ""
+        tally.fold()
         own, copies = (
             ", ".join(f"{way} {calls[way]}" for way in tally.WAYS if way in calls)
             for calls in (self.record.calls, self.record.copies)

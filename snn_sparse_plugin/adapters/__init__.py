@@ -7,7 +7,18 @@ import-swap faces), or the active sparse mode of this thread.
 
 from __future__ import annotations
 
-from .active import MARK, Mark, config_of, entered, is_unmarked, settled, spike, spike_in_graph
+from .active import (
+    MARK,
+    Mark,
+    config_of,
+    cuts_nothing,
+    entered,
+    is_unmarked,
+    run_whole,
+    settled,
+    spike,
+    spike_in_graph,
+)
 from .base import Adapter, Example, Neuron, runner
 from .counting import record_of, refuse, running
 from .hooks import has_hooks, hook, is_hook, patched
@@ -21,6 +32,7 @@ __all__ = [
     "Neuron",
     "adapter_of",
     "config_of",
+    "cuts_nothing",
     "entered",
     "has_hooks",
     "hook",
@@ -33,6 +45,7 @@ __all__ = [
     "patched",
     "record_of",
     "refuse",
+    "run_whole",
     "runner",
     "running",
     "settled",

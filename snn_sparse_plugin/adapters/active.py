@@ -44,20 +44,53 @@ class Mark:
 
 class _Here(threading.local):
     settled = False
+    whole: nn.Module | None = None
+    record: tally.Record | None = None
 
 
-_here = _Here()
+here = _Here()
 
 
 class settled:
     """Inside the block fusion has found that steps do not pay to be recorded: upstream's own code runs them, with its
     whole gradient where the window is ``"auto"``."""
 
+    __slots__ = ("before",)
+
     def __enter__(self) -> None:
-        self.before, _here.settled = _here.settled, True
+        self.before = here.settled, here.whole
+        here.settled, here.whole = True, None
 
     def __exit__(self, *_: object) -> None:
-        _here.settled = self.before
+        here.settled, here.whole = self.before
+
+
+def run_whole(
+    upstream: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], record: tally.Record
+) -> Any:
+    """:class:`settled`, where it is known that the step is cut nowhere (:func:`cuts_nothing`): nothing more is asked
+    in it, and its spikes are counted later."""
+    before = here.settled, here.whole, here.record
+    here.settled, here.whole, here.record = True, module, record
+    try:
+        return upstream(module, *args)
+    finally:
+        here.settled, here.whole, here.record = before
+
+
+def cuts_nothing(config: SparseConfig) -> bool:
+    """Whether :class:`settled` steps under these options have upstream's gradient, and nobody watches them."""
+    return (
+        config.backprop_threshold in (None, "auto")
+        and not tally.watchers.blocks.get()  # is_watched, written out
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def count_whole(spikes: Tensor) -> Tensor:
+    """Count a step of :func:`run_whole` by the spikes that it made."""
+    here.record.count_soon("exact" if spikes.requires_grad else "no_grad")  # type: ignore[union-attr]
+    return spikes
 
 
 _explicit: Scoped[dict[str, Any] | None] = Scoped("snn_sparse_plugin.explicit")
@@ -130,7 +163,7 @@ def is_watched() -> bool:
 
 def _threshold(config: SparseConfig) -> float | str | None:
     threshold = config.backprop_threshold
-    return None if threshold == "auto" and _here.settled else threshold
+    return None if threshold == "auto" and here.settled else threshold
 
 
 def window(surrogate: Surrogate, config: SparseConfig) -> float | None:

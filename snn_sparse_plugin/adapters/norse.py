@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..core.config import active_config, use_config
 from ..core.dynamics import NeuronState
 from ..core.equations import Equations
 from ..core.surrogates import Surrogate
-from .active import config_of, spike, uncut
+from .active import config_of, count_whole, here, spike, uncut
 from .base import Adapter, Example, Neuron, runner
 from .counting import running
 from .hooks import as_hook, hook, is_hook, lock, patched
@@ -123,6 +124,9 @@ class NorseAdapter(Adapter):
         assert v is not None
         steps = (1,) if self.takes_sequence(module) else ()
         return _fallback_state(module, v.new_zeros(*steps, B, *v.shape[1:]))
+
+    def bare(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        return upstream.__wrapped__  # type: ignore[attr-defined, no-any-return]
 
     def _recorded_forward(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
         in_own_mode = _in_own_mode(upstream)
@@ -268,7 +272,11 @@ def _fallback_state(module: Any, template: Tensor) -> Any:
 def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[..., Tensor]:
     # every threshold of every Norse neuron ends here; torch.compile reads the Function itself and stays exact
     def apply(x: Tensor, alpha: Any) -> Tensor:
-        config = None if torch.compiler.is_compiling() else active_config()
+        if torch.compiler.is_compiling():
+            return upstream(x, alpha)
+        if here.whole is not None:
+            return count_whole(upstream(x, alpha))
+        config = active_config()
         if config is None:
             return upstream(x, alpha)
         way = uncut(config, x)
@@ -284,6 +292,7 @@ def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[...,
 
 
 def _in_own_mode(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(upstream)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None:
@@ -314,7 +323,7 @@ def _fused_container(upstream: Callable[..., Any]) -> Callable[..., Any]:
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None or self.return_hidden:
             return upstream(self, input_tensor, state)
-        with use_config(config):
+        with nullcontext() if config is active_config() else use_config(config):
             fused = runner().container(self, input_tensor, state)
             return upstream(self, input_tensor, state) if fused is None else fused
 

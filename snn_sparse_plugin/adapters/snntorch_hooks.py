@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import SparseConfig
-from .active import config_of, is_watched, spike, spike_in_graph, uncut, window
+from .active import (
+    config_of,
+    count_whole,
+    here,
+    is_watched,
+    spike,
+    spike_in_graph,
+    uncut,
+    window,
+)
 from .counting import record_of, running
 from .snntorch_neurons import takes_sequence
 from .snntorch_surrogates import SpikeFunction, recognise
@@ -25,8 +34,11 @@ def _seen(neuron: nn.Module, spike_grad: SpikeFunction) -> nn.Module:
 
 def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and here.whole is self:
+            return count_whole(upstream(self, *args, **kwargs))
         function = self.spike_grad
-        if torch.compiler.is_compiling():
+        if compiling:
             in_graph = _Masked(
                 self, lambda x: spike_in_graph(x, self, function, recognise, takes_sequence(type(self)))
             )
@@ -34,7 +46,9 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         config = config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
-        way = uncut(config, args[-1] if args else kwargs.get("mem"), self.threshold)
+        way = uncut(config, args[-1] if args else kwargs.get("mem"))
+        if way == "no_grad" and torch.is_grad_enabled():
+            way = uncut(config, self.threshold)
         if way is None:
             surrogate = recognise(function)
             if window(surrogate, config) is None and not is_watched():

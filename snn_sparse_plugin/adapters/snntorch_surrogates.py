@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ _FACTORIES = {
 }
 
 _recognised: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Surrogate]] = WeakKeyDictionary()
-"""Functions of snnTorch's factories: what they depend on, and the surrogate that they were with it."""
+"""Functions of snnTorch's factories: their code and what they depend on, and the surrogate that they were with it."""
 
 
 def recognise(function: SpikeFunction) -> Surrogate:
@@ -46,15 +46,17 @@ def recognise(function: SpikeFunction) -> Surrogate:
         >>> recognise(surrogate.fast_sigmoid(slope=100))
         fast_sigmoid(slope=100)
     """
+    known = None
+    if inspect.isfunction(function):
+        known = _recognised.data.get(ref(function))  # type: ignore[attr-defined]
+    if known is not None and _is_still(function, known[0]):  # asked at every step
+        return known[1]
     if isinstance(function, Surrogate):
         return function
     if is_made_by_factory(function):
-        needs = depends_on(function)
-        before, found = _recognised.get(function, ((), None))
-        if found is None or not _same(before, needs) or any(isinstance(x, Tensor) for x in needs):
-            found = _by_code(function)
-            if found is not None:
-                _recognised[function] = needs, found
+        needs, found = depends_on(function), _by_code(function)
+        if found is not None and not any(isinstance(x, Tensor) for x in needs):
+            _recognised[function] = (function.__code__, *needs), found
     else:
         found = _by_class(function)
     return Surrogate("custom", function=function, pure=False) if found is None else found
@@ -72,8 +74,16 @@ def depends_on(function: Any) -> tuple[Any, ...]:
     return (*cells, cls, None if cls is None else vars(cls).get("backward"))
 
 
-def _same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+def _is_still(function: Any, known: tuple[Any, ...]) -> bool:
+    """Whether a function is what :data:`_recognised` knows."""
+    code, *cells, cls, backward = known
+    if function.__code__ is not code:
+        return False
+    for cell, before in zip(function.__closure__ or (), cells, strict=True):
+        if cell.cell_contents is not before:
+            return False
+    now = _class_of(function)
+    return now is cls and (cls is None or cls.__dict__.get("backward") is backward)
 
 
 def _class_of(function: Any) -> Any:

@@ -1,7 +1,8 @@
 """How often neurons ran in sparse mode, and in which way: counted per module and per class.
 
-A count is two dict increments under a lock. What runs inside a compiled graph is not counted. What only a device knows,
-as whether the guard stepped in, is counted there and read when somebody asks for counts.
+A count is two dict increments under a lock; that of steps which take hardly longer is made up when somebody asks for
+counts, as is what only a device knows, such as whether the guard stepped in. What runs inside a compiled graph is not
+counted.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Record:
     refused: str = ""  # what the last call had that kept it from running fused
     origin: Record | None = None  # that of the module of which this one is a copy
     copies: dict[str, int] = field(default_factory=dict)  # what the copies did
+    soon: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEPPED, 0), repr=False)
+
+    def count_soon(self, way: str) -> None:
+        """Count one step of :data:`STEPPED`, when somebody asks."""
+        self.soon[way] += 1  # no lock: no other thread comes in between
+        _uncounted.add(self)
 
     def count(self, way: str, n: int = 1) -> None:
         if _here.aside:
@@ -129,6 +136,7 @@ def _look(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], 
 
 _lock = threading.RLock()
 _accounts: list[Account] = []
+_uncounted: set[Record] = set()
 
 
 class _Here(threading.local):
@@ -253,8 +261,20 @@ def account() -> Iterator[Account]:
             found.calls.clear()
 
 
+def catch_up() -> None:
+    """Count what :meth:`Record.count_soon` has left for later."""
+    with _lock:
+        while _uncounted:
+            record = _uncounted.pop()
+            for way, n in record.soon.items():
+                if n:
+                    record.soon[way] -= n
+                    record.count(way, n)
+
+
 def fold() -> None:
-    """Read what devices have counted; this waits for them."""
+    """Read what devices have counted, after :func:`catch_up`; this waits for them."""
+    catch_up()
     with _lock:
         alive = {_outside, *(entry[0] for entry in list(_records.values()))}
         for key, (number, tell) in list(_later.items()):

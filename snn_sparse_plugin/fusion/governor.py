@@ -7,21 +7,24 @@ window, and the same program has to give the same numbers every time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from ..adapters import refuse
+from ..adapters import record_of, refuse
+from .context import learns
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode
 from .planner import Plan
 
 # What is saved and spent, in steps of a small neuron with its linear layer, forward and backward: about 120
 # microseconds on one core of a fast machine.
-RUN, CALL, FUNCTION = 2.5, 4.0, 1.0
+RUN, CALL, FUNCTION = 2.75, 4.0, 1.0
 """To run a record, and in it each neuron and each function over all steps."""
-CALLED, STEPPED = 0.05, 0.2
-"""A step of a function; to record a step that upstream's forward runs in the end."""
+CALLED, STEPPED = 0.1, 0.2
+"""To record a step of a function beyond what it would have taken; and one that upstream's forward runs in the end."""
+NO_GRAD = 0.8
+"""A step without gradient."""
 LARGE = 20_000
 """Values (samples times neurons) on which a neuron's step costs another step more than fused."""
 
@@ -39,6 +42,17 @@ class Rest:
     left: int = 0  # calls that will not be recorded
     pause: int = FIRST_PAUSE  # how many, the next time
     forward: Any = None  # of one that cannot be recorded: the forward that it had then
+    way: ShortWay | None = None  # of one that can
+    fed: bool = False  # whether the layer that feeds it in plain steps has been looked for
+
+
+class ShortWay(NamedTuple):
+    """How a resting neuron comes to upstream's forward without Module.__call__ and the hook on its forward."""
+
+    hooked: Any  # its class's forward as it was then
+    bare: Any  # what upstream's forward does
+    unmarked: bool  # whether the active options are its own
+    record: Any  # where its steps are counted
 
 
 backoff: WeakKeyDictionary[nn.Module, Rest] = WeakKeyDictionary()
@@ -49,9 +63,15 @@ def forward_of(module: nn.Module) -> Any:
     return module.__dict__.get("forward") or type(module).forward
 
 
+def rest_of(module: nn.Module) -> Rest | None:
+    """``backoff.get(module)``, in a third of the time."""
+    data: Any = backoff.data  # type: ignore[attr-defined]
+    return data.get(ref(module)) if data else None
+
+
 def resting(module: nn.Module) -> Rest | None:
     """Why this call of the module is not to be recorded; None if it is."""
-    found = backoff.get(module) if backoff.data else None  # type: ignore[attr-defined]
+    found = rest_of(module)
     if found is None or not found.left:
         return None
     if found.forward is not None and found.forward is not forward_of(module):
@@ -63,7 +83,7 @@ def resting(module: nn.Module) -> Rest | None:
 
 def will_rest(module: nn.Module | None) -> bool:
     """Whether the next call of the module is not to be recorded."""
-    found = backoff.get(module) if backoff.data and module is not None else None  # type: ignore[attr-defined]
+    found = None if module is None else rest_of(module)
     return found is not None and found.left > 0
 
 
@@ -71,26 +91,34 @@ def judge(plan: Plan, stepped: set[Node]) -> None:
     """Note, after a record has run, of which modules it paid to record the steps. ``stepped``: the nodes whose calls
     ran one by one."""
     paid = sum(_saved(node, node in stepped) for node in plan.sources if node not in plan.inside) > RUN
-    found: dict[nn.Module, str | None] = {}  # why it did not pay, None where it did
+    # why it did not pay, None where it did; and its short way
+    found: dict[nn.Module, tuple[str | None, ShortWay | None]] = {}
     for node in plan.sources:
         if isinstance(node, NeuronNode):
             why = _reason(node, plan, node in stepped) if node in stepped or not paid else None
             if why is not None or node.module not in found:
-                found[node.module] = why
+                found[node.module] = why, _short_way(node)
         elif isinstance(node, InputNode):
-            found[node.kwargs["module"]] = None if paid else ""
-    for module, why in found.items():
-        _note(module, why)
+            found[node.kwargs["module"]] = None if paid else "", None
+    for module, (why, way) in found.items():
+        _note(module, why, way)
+
+
+def _short_way(node: NeuronNode) -> ShortWay | None:
+    if node.forward is None:
+        return None
+    return ShortWay(node.forward, node.adapter.bare(node.upstream), node.unmarked, record_of(node.module))
 
 
 def _saved(node: Node, stepped: bool) -> float:
     """Against upstream's own steps."""
     n = len(node)
     if isinstance(node, NeuronNode):
-        step = (1 if node.neuron.spec.spiking else 0.5) + node.shape.numel() / LARGE
+        step = (1 if node.neuron.spec.spiking else 0.5) * (1 if learns(node.mode) else NO_GRAD)
+        step += node.shape.numel() / LARGE
         return -STEPPED * n if stepped else n * step - CALL
     if isinstance(node, FunctionNode) and not isinstance(node, InputNode | StackNode):
-        return -STEPPED * n if stepped else CALLED * n - FUNCTION
+        return -(STEPPED * n if stepped else CALLED * n + FUNCTION)
     return 0.0
 
 
@@ -106,11 +134,12 @@ def _reason(node: NeuronNode, plan: Plan, stepped: bool) -> str:
     return "" if alone else "layers that feed each other in a circle"
 
 
-def _note(module: nn.Module, why: str | None) -> None:
+def _note(module: nn.Module, why: str | None, way: ShortWay | None) -> None:
     if why is None:
         backoff.pop(module, None)
         return
     rest = backoff.setdefault(module, Rest())
+    rest.way = way
     rest.short += 1
     if rest.short >= SHORT:
         rest.left, rest.pause = rest.pause, min(LONGEST_PAUSE, 4 * rest.pause)

@@ -5,18 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Neuron, config_of, is_hook, is_unmarked, refuse, settled
+from ..adapters import (
+    Adapter,
+    Neuron,
+    config_of,
+    cuts_nothing,
+    is_hook,
+    is_unmarked,
+    record_of,
+    refuse,
+    run_whole,
+    settled,
+)
 from ..core import tally
 from ..core.config import SparseConfig, active_config
 from ..core.precision import HALF
 from .context import here, mode_to_record
 from .flush import flush, realize
 from .fused import takes_step
-from .governor import Rest, backoff, forward_of, resting
+from .governor import Rest, ShortWay, backoff, forward_of, resting
 from .nodes import NeuronNode, Node
 from .precision import matters, of_step
 from .record import Record, open_record
@@ -52,6 +64,11 @@ def step(
             found = _record(adapter, module, upstream, args, kwargs, config)
             if found is not None:
                 return found
+        elif rest.forward is None and not kwargs and _are_numbers(args, module) and cuts_nothing(config):
+            if not rest.fed and args:
+                rest.fed = True
+                note_feeding(args[0], module)
+            return run_whole(adapter.bare(upstream), module, args, record_of(module))
     name = type(module).__name__
     realize((args, kwargs), name)
     for buffer in module._buffers.values():
@@ -62,6 +79,20 @@ def step(
         with settled():
             return upstream(module, *args, **kwargs)
     return upstream(module, *args, **kwargs)
+
+
+def _are_numbers(args: tuple[Any, ...], module: nn.Module | None = None) -> bool:
+    """Whether the arguments of a step, and the states inside the module, are plain tensors: written out, as it is
+    asked at every step."""
+    for x in args:
+        kind = type(x)
+        if kind is not Tensor and x is not None and not (isinstance(x, tuple) and _are_numbers(x)):
+            return False
+    if module is not None:
+        for x in module._buffers.values():
+            if type(x) is Recorded:
+                return False
+    return True
 
 
 def settle(module: nn.Module) -> None:
@@ -258,23 +289,48 @@ def _hooked_forward(module: nn.Module) -> Any:
 
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
-        if args and type(args[-1]) is Recorded and not kwargs:
-            record = here.record
-            node = None if record is None else record.neurons.get(id(self))
-            if (
-                record is not None
-                and node is not None
-                and node.forward is type(self).forward
-                and node.config is (active_config() if node.unmarked else config_of(self))
-                and not is_listened_to(self)
-            ):
-                found = _advance(record, node, args)
-                if found is not None:
-                    return found
+        if args and not kwargs:
+            # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
+            if type(args[-1]) is Recorded:
+                record = here.record
+                node = None if record is None else record.neurons.get(id(self))
+                if (
+                    record is not None
+                    and node is not None
+                    and node.forward is type(self).forward
+                    and node.config is (active_config() if node.unmarked else config_of(self))
+                    and not is_listened_to(self)
+                ):
+                    found = _advance(record, node, args)
+                    if found is not None:
+                        return found
+            elif not torch.compiler.is_compiling():
+                rest = backoff.data.get(ref(self))  # type: ignore[attr-defined]
+                if rest is not None and rest.left and rest.fed and _goes_short(self, rest.way, args):
+                    rest.left -= 1
+                    return run_whole(rest.way.bare, self, args, rest.way.record)
         return super(cls, self).__call__(*args, **kwargs)
 
     return __call__
+
+
+def _goes_short(module: nn.Module, way: ShortWay | None, args: tuple[Any, ...]) -> bool:
+    """Whether :func:`step` would run upstream's forward as it is, on these very arguments."""
+    if way is None:
+        return False
+    config = active_config() if way.unmarked else config_of(module)
+    record = here.record
+    return (
+        config is not None
+        and config.fuse_time
+        and way.hooked is type(module).forward
+        and "forward" not in module.__dict__
+        and not here.paused
+        and (record is None or id(module) not in record.neurons)
+        and _are_numbers(args, module)
+        and not is_listened_to(module)
+        and cuts_nothing(config)
+    )
 
 
 def _fits(leaf: Any, record: Record) -> bool:

@@ -128,3 +128,66 @@ def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
             loop(net, torch.zeros(4, 2, 8))
             found.append(backoff[net.lif].pause if net.lif in backoff else 0)
     assert sorted(set(found)) == [256, 600]
+
+
+# --- a resting neuron's step goes straight to upstream's forward ---
+
+
+def resting_network() -> tuple[Any, Tensor]:
+    x, net = (torch.rand(4, 2, 8) < 0.5).float(), network()
+    passes(3, x, net)
+    assert backoff[net.lif].fed
+    return net, x
+
+
+def test_a_resting_step_runs_hooks() -> None:
+    net, x = resting_network()
+    seen: list[Any] = []
+    net.lif.register_forward_hook(lambda *_: seen.append(1))
+    passes(1, x, net)
+    assert len(seen) == 4
+
+
+def test_a_resting_step_runs_a_forward_of_its_own() -> None:
+    net, x = resting_network()
+    forward = net.lif.forward
+    net.lif.forward = lambda x, mem: tuple(2 * part for part in forward(x, mem))
+    with ssp.sparse_mode():
+        spikes, _ = net.lif(torch.full((2, 8), 9.0), torch.zeros(2, 8))
+    assert (spikes == 2).all()
+
+
+def test_a_resting_step_is_masked_where_a_window_is_asked_for() -> None:
+    net, x = resting_network()
+    current = torch.full((2, 8), 5.0, requires_grad=True)
+    with ssp.sparse_mode(backprop_threshold=0.1, min_active=0):
+        net.lif(current, torch.zeros(2, 8))[0].sum().backward()
+    assert (current.grad == 0).all()
+    current.grad = None
+    with ssp.sparse_mode():
+        net.lif(current, torch.zeros(2, 8))[0].sum().backward()
+    assert (current.grad != 0).all()
+
+
+def test_resting_steps_are_counted_and_watched() -> None:
+    net, x = resting_network()
+    tally.clear()
+    seen: list[int] = []
+    with ssp.sparse_mode(), torch.no_grad():
+        net.lif(x[0], torch.zeros(2, 8))
+    passes(1, x, net)
+    with ssp.sparse_mode(), tally.watchers.block(lambda record, spikes, active, steps: seen.append(steps)):
+        loop(net, x)
+    assert record_of(net.lif).calls.get("no_grad") == 1
+    assert record_of(net.lif).calls["exact"] == 8 and sum(seen) == 4
+    assert tally.by_class()["Leaky"].calls["exact"] == 8
+
+
+def test_a_resting_step_takes_recorded_numbers() -> None:
+    net, x = resting_network()
+    other = snn.Leaky(0.875)
+    with ssp.sparse_mode(), torch.no_grad():
+        recorded, _ = other(4 * x[0], torch.zeros(2, 8))
+        assert type(recorded) is Recorded
+        spikes, mem = net.lif(recorded, torch.zeros(2, 8))
+        assert torch.equal(mem, recorded)
