@@ -103,13 +103,16 @@ _in_force = ""
 @contextmanager
 def entered(config: SparseConfig, explicit: dict[str, Any] | None = None) -> Iterator[SparseConfig]:
     """Make ``config`` the active one here; ``explicit`` options also win over a module's own mark."""
-    text = repr((config, explicit))
+    text = f"{_named(config)}{explicit}"
     _announce(text, enter=True)
     try:
         with _explicit.block(explicit or _explicit.get()), use_config(config):
             yield config
     finally:
         _announce(text, enter=False)
+
+
+_named = functools.lru_cache(maxsize=256)(repr)
 
 
 def _announce(text: str, *, enter: bool) -> None:

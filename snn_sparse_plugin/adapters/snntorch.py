@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
-from importlib import import_module
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,16 +12,17 @@ from torch import Tensor, nn
 from ..core.config import active_config
 from ..core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..core.equations import Equations
-from ..core.host import number
+from ..core.host import number, waits
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
-from .hooks import has_hooks, hook, patched
+from .hooks import has_hooks, hook
 from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
-from .snntorch_neurons import STATES, WHY_NOT, Classes, Parts, builders, takes_sequence
+from .snntorch_kinds import Kind, kind_of, spike_function
+from .snntorch_neurons import STATES, Classes, Parts, takes_sequence
 from .snntorch_reset import LastReset, resets
-from .snntorch_surrogates import SpikeFunction, depends_on, is_made_by_factory, recognise
+from .snntorch_surrogates import recognise
 
 
 class SnnTorchAdapter(Adapter):
@@ -52,11 +52,10 @@ class SnnTorchAdapter(Adapter):
         return examples()
 
     def owns(self, module: Any) -> bool:
-        snn = Classes()
-        return isinstance(module, snn.SpikingNeuron | snn.LeakyParallel)
+        return isinstance(module, _neurons())
 
     def masks(self, module: Any) -> str | None:
-        surrogate = recognise(_spike_function(module))
+        surrogate = recognise(spike_function(module))
         return "its spike function has no gradient" if surrogate.kind == "zero" else None
 
     def takes_sequence(self, module: Any) -> bool:
@@ -72,57 +71,33 @@ class SnnTorchAdapter(Adapter):
         return len(shape) == 3 or not self.takes_sequence(module)
 
     def neuron(self, module: Any) -> Neuron | str:
-        snn = Classes()
-        cls = _fused_class(type(module))  # type: ignore[arg-type]
-        if cls is None:
-            kind = type(module).__name__
-            return WHY_NOT.get(kind, f"{kind} is in no fused family")
-        own = next((method for method in _METHODS if method in vars(module)), None)
-        if own is not None:
-            return f"it overrides {own}()"
-        methods = [getattr(c, method, None) for c in (type(module), cls) for method in _METHODS]
-        changed = _changed(cls, *methods)
-        if changed is not None:
-            return changed
-        steps = cls is not snn.DeltaLeaky  # whose forward ignores both options
-        if steps and getattr(module, "state_quant", False):
-            return "state_quant is a Python function on the membrane of every step"
-        if steps and getattr(module, "inhibition", False):
-            return "inhibition lets only the neuron with the highest membrane fire"
-        function = _spike_function(module)
-        surrogate = recognise(function)
-        if is_made_by_factory(function) and any(isinstance(x, Tensor) for x in depends_on(function)):
-            return "a parameter of its spike function is a tensor, whose number may be another at every step"
-        if not surrogate.pure:
-            named = getattr(surrogate.function, "__qualname__", type(surrogate.function).__qualname__)
-            return (
-                f"its spike function {named} is none of snnTorch's, so that upstream calls it at every step"
-            )
-        parts = _parts(module, cls, snn)
+        kind = kind_of(module)
+        parts = kind if isinstance(kind, str) else _parts(module, kind)
         if isinstance(parts, str):
             return parts
-        factor = module.graded_spikes_factor
+        factor = _held(module, "graded_spikes_factor")
         graded = factor.requires_grad or factor.numel() != 1 or number(factor) != 1
-        if graded and cls is not snn.DeltaLeaky:
+        if graded and kind.scales:  # type: ignore[union-attr]
             if "recurrent_weight" in parts or "recurrent_diagonal" in parts:
                 return "graded spikes with recurrence"
             # upstream multiplies in fire, and in StateLeaky again after it
-            scale = factor * factor if issubclass(cls, snn.StateLeaky) else factor
+            scale = factor * factor if isinstance(module, Classes().StateLeaky) else factor
             parts = {**parts, "output": _scaled(scale, parts.get("output"))}
-        return Neuron(surrogate=surrogate, **parts)
+        return Neuron(surrogate=kind.surrogate, **parts)  # type: ignore[union-attr]
 
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 
     def initial_state(self, module: Any, neuron: Neuron, template: Tensor, state: Any) -> tuple[Any, Any]:
-        given = state is not None or isinstance(module, Classes().DeltaLeaky)
-        hidden = self.read_state(module) if state is None else state
+        given = state is not None or isinstance(module, _delta())
+        own = self.read_state(module)
+        hidden = own if state is None else state
 
         def fits(name: str) -> Tensor | None:
             value = hidden.get(name)
             # upstream starts from zeros where the shape differs, e.g. before the first call
             return value if value is not None and (given or value.shape == template.shape) else None
 
-        names = tuple(self.read_state(module))
+        names = tuple(own)
         if isinstance(neuron.spec, Equations):
             start = {name: fits(name) for name in neuron.spec.states}
             if isinstance(module, Classes().AssociativeLeaky):  # a product, before its first factor
@@ -140,13 +115,12 @@ class SnnTorchAdapter(Adapter):
         return {name: x.new_zeros(B, *x.shape[1:]) for name, x in like.items()}
 
     def keeps(self, module: Any) -> tuple[str | None, str | None]:
-        snn = Classes()
-        if not isinstance(module, snn.StateLeaky):
+        if not isinstance(module, _state()):
             return None, None
-        return "spk" if module.output else None, "mem" if isinstance(module, snn.LinearLeaky) else None
+        return "spk" if module.output else None, "mem" if isinstance(module, Classes().LinearLeaky) else None
 
     def read_state(self, module: Any) -> Any:
-        if isinstance(module, Classes().DeltaLeaky):
+        if isinstance(module, _delta()):
             return {"mem": module.mem, "mem_prev": module.mem_prev}
         names = module._non_persistent_buffers_set
         return {name: value for name, value in module._buffers.items() if name in names}
@@ -252,7 +226,7 @@ class SnnTorchAdapter(Adapter):
 
     def note_last(self, module: Any, fired: Tensor | None, membrane: Tensor | None) -> None:
         # DeltaLeaky is a Leaky whose own forward has no reset
-        if isinstance(module, _with_reset()) and not isinstance(module, Classes().DeltaLeaky):
+        if isinstance(module, _with_reset()) and not isinstance(module, _delta()):
             resets.note_last(module, fired, membrane)
 
     def leave(self, module: Any) -> None:
@@ -268,43 +242,28 @@ class SnnTorchAdapter(Adapter):
         return None
 
 
-def _spike_function(module: Any) -> SpikeFunction:
-    """``spike_grad`` as the user set it: a hooked class masks the attribute."""
-    function = vars(module).get("spike_grad")
-    if function is None:  # a module
-        function = vars(module)["_modules"].get("spike_grad")
-    return module.spike_grad if function is None else function  # type: ignore[no-any-return]
-
-
-_METHODS = ("forward", "fire", "mem_reset", "_base_state_function")
-
-
-@lru_cache(maxsize=1024)
-def _fused_class(kind: type) -> type | None:
-    """The class of a fused family that this is or inherits from."""
-    snn = Classes()
-    family = (*builders(), snn.Leaky, snn.Synaptic, snn.RLeaky, snn.RSynaptic)
-    return next((cls for cls in family if issubclass(kind, cls)), None)
-
-
-@lru_cache(maxsize=1024)
-def _changed(cls: type, *methods: Any) -> str | None:
-    """Why a class whose methods are the first of these does not do what ``cls``, with the others, does upstream."""
-    for method, its, upstream in zip(_METHODS, methods, methods[len(_METHODS) :], strict=False):
-        if its is not upstream:
-            return f"it overrides {method}()"
-        foreign = patched(cls, method, import_module("snntorch"))
-        if foreign is not None:
-            return foreign
-    return None
-
-
 Output = Callable[[Tensor, Any], Tensor]
 
 
 def _scaled(factor: Tensor, output: Output | None) -> Output:
     """Graded spikes, and what is made of them."""
     return lambda spikes, x: spikes * factor if output is None else output(spikes * factor, x)
+
+
+@cache
+def _neurons() -> tuple[type, ...]:
+    snn = Classes()
+    return snn.SpikingNeuron, snn.LeakyParallel
+
+
+@cache
+def _delta() -> Any:
+    return Classes().DeltaLeaky
+
+
+@cache
+def _state() -> Any:
+    return Classes().StateLeaky
 
 
 @cache
@@ -323,33 +282,42 @@ def _own(x: Tensor | None) -> Tensor | None:
     return x.clone() if x is not None and x._is_view() else x
 
 
-def _parts(module: Any, cls: Any, snn: Any) -> Parts | str:
+def _parts(module: Any, kind: Kind) -> Parts | str:
     """Equations or spec, parameters and weights of a neuron."""
-    build, by_reset = builders().get(cls, (None, True))
-    if build is not None and not by_reset:
-        return build(module)
-    # state_function is chosen at construction; only reset_delay=False also looks at reset_mechanism_val
-    functions: dict[Any, Any] = {cls._base_sub: "subtract", cls._base_zero: "zero", cls._base_int: "none"}
-    reset = functions.get(getattr(module.state_function, "__func__", None))
-    if reset is None:
-        return "its state_function was replaced"
+    build, reset, synapse = kind.build, kind.reset, kind.synapse
     if build is not None:
-        return build(module, reset)
-    synapse = cls in (snn.Synaptic, snn.RSynaptic)
+        return build(module) if reset is None else build(module, reset)
     corrected = not module.reset_delay and reset != "none"
     if not module.reset_delay:
-        if cls is snn.RSynaptic:
+        if synapse and kind.recurrent:
             return "RSynaptic with reset_delay=False raises in snnTorch"
         if ("subtract", "zero", "none")[int(number(module.reset_mechanism_val))] != reset:
             return "reset_mechanism was changed after construction, so that its two resets differ"
-    spec = _spec(synapse, reset, corrected, "state" if cls is snn.Leaky else "sum")
     params = NeuronParams(
-        mem=module.beta.clamp(0, 1),
-        syn=module.alpha.clamp(0, 1) if synapse else 0.0,
-        threshold=module.threshold,
+        mem=_clamped(_held(module, "beta")),
+        syn=_clamped(_held(module, "alpha")) if synapse else 0.0,
+        threshold=_held(module, "threshold"),
     )
-    recurrent = _recurrence(module.recurrent) if cls in (snn.RLeaky, snn.RSynaptic) else {}
-    return recurrent if isinstance(recurrent, str) else {"spec": spec, "params": params, **recurrent}
+    parts: Parts = {
+        "spec": _spec(synapse, reset, corrected, "sum" if synapse or kind.recurrent else "state"),
+        "params": params,
+    }
+    if not kind.recurrent:
+        return parts
+    found = _recurrence(module.recurrent)
+    return found if isinstance(found, str) else parts | found
+
+
+def _held(module: Any, name: str) -> Any:
+    """An attribute that is mostly a buffer or a parameter, which modules are slow to find."""
+    found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
+
+
+def _clamped(decay: Tensor) -> Tensor:
+    """``decay.clamp(0, 1)``; itself where that is the same number and has no gradient."""
+    is_number = not decay.dim() and not decay.requires_grad and not waits(decay)
+    return decay if is_number and 0 <= float(decay) <= 1 else decay.clamp(0, 1)
 
 
 @cache

@@ -26,14 +26,15 @@ class _Resets:
     def note_last(self, module: Any, fired: Tensor | None, membrane: Tensor | None) -> None:
         """The reset of a step that began with these spikes, or with this membrane."""
         shape = module._buffers["mem"].shape
-        with torch.no_grad():
-            if fired is not None:
-                reset = fired
-            else:
+        reset = fired
+        if reset is None:
+            with torch.no_grad():
                 before = torch.zeros(shape, device=module.threshold.device) if membrane is None else membrane
                 reset = (before - module.threshold > 0).float()
-        # a tensor of its own: a step of events would keep them all
-        self.note(module, reset.view(shape) if shape.numel() == reset.numel() else reset.clone())
+        if reset.shape != shape:
+            # a tensor of its own: a step of events would keep them all
+            reset = reset.view(shape) if shape.numel() == reset.numel() else reset.clone()
+        self.note(module, reset)
 
     def leave(self, module: nn.Module) -> None:
         found = self._waiting.pop(module, None)

@@ -50,7 +50,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, train: SpikeTrain, t: int) -> Tensor:
         ctx.active, ctx.shape, ctx.step, ctx.steps = train.active, carrier.shape, t, train.T
-        return train._dense_step(t)
+        return train.values_at(t)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

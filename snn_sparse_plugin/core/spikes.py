@@ -268,11 +268,12 @@ class SpikeTrain:
         t = range(self.T)[t]
         if self.requires_grad:
             return Step.apply(self.carrier, self, t)
-        step = self._dense_step(t)
+        step = self.values_at(t)
         step._snn_step = (self, t)  # type: ignore[attr-defined]  # a loop over all steps is run on the events
         return step
 
-    def _dense_step(self, t: int) -> Tensor:
+    def values_at(self, t: int) -> Tensor:
+        """The numbers of step ``t``, 0 <= t < T, (B, N...), without a gradient."""
         kernels = self._kernels()
         if kernels is not None:
             return self._summed(kernels, range(t, t + 1))
@@ -316,9 +317,9 @@ class SpikeTrain:
 
     def _summed(self, kernels: Any, steps: range) -> Tensor:
         values = None if self.values is None else self.values.detach()
-        flat = (self.T, self.B, self.features)
+        flat = (*self.shape[:2], self._forms.features)
         summed: Tensor = kernels.count_events(self.indptr, self.indices, values, flat, self.dtype, steps)
-        return summed.view(self.shape[1:])
+        return summed if len(self.shape) == 3 else summed.view(self.shape[1:])
 
     def _kernels(self) -> Any:
         """The compiled conversions, for a train that has CSR events at hand; else None."""
@@ -423,11 +424,15 @@ class SpikeTrain:
 
     def view(self, *features: int) -> SpikeTrain:
         """The same events with other feature dimensions, (T, B, *features); one may be -1."""
+        if features == self.shape[2:]:
+            return self
         probe = torch.empty(self.features, device="meta").view(*features)
         return self._replace(shape=(self.T, self.B, *probe.shape))
 
     def flatten(self) -> SpikeTrain:
         """The same events as (T, B, N)."""
+        if len(self.shape) == 3:
+            return self
         return self._replace(shape=(self.T, self.B, self.features))
 
     def detach(self) -> SpikeTrain:

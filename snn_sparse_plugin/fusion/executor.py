@@ -12,6 +12,7 @@ from ..adapters import Neuron, config_of, has_hooks, refuse
 from ..core.config import current_config
 from ..core.errors import InputError
 from ..core.host import is_device, waits
+from ..core.precision import any_autocast
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.products import are_few
 from .convolutions import (
@@ -142,7 +143,7 @@ def _joins_next(
     if neuron is None or neuron.input_weight is not None or _linear(layers[index], per_step) is None:
         return False
     # under autocast the product has another dtype: the Linear itself runs then
-    return not torch.is_autocast_enabled(flow.device.type)
+    return not (any_autocast() and torch.is_autocast_enabled(flow.device.type))
 
 
 def _convolved(

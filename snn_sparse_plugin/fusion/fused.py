@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def takes_step(neuron: Neuron, x: Tensor, state: list[Tensor]) -> torch.Size | s
         return "weights of another dtype than the input, or on another device"
     if neuron.recurrent and _recurrent_weight(neuron, features) is None:
         return _no_recurrence(features)
-    template = torch.empty((), dtype=state_dtype(dtype), device=device).expand(*batch, *features)
+    template = _template((*batch, *features), state_dtype(dtype), device)
     tensors = [t for t in (*state, *neuron.values) if isinstance(t, Tensor)]
     if any(t.dim() and t.device != device for t in tensors):
         return f"a state or parameter on another device than the input, which is on {device}"
@@ -121,7 +122,7 @@ class FusedCall:
         if neuron.recurrent and recurrent is None:
             return self._refused(_no_recurrence(features))
         shape = (B, *features) if self.per_step else (T, B, *features)
-        template = torch.empty((), dtype=state_dtype(flow.dtype), device=flow.device).expand(shape)
+        template = _template(shape, state_dtype(flow.dtype), flow.device)
         start, initial = adapter.initial_state(module, neuron, template, self.state)
         config = self.config or config_of(module) or current_config()
         if self.last and config.min_active > 0:
@@ -202,6 +203,19 @@ class FusedCall:
         return None
 
 
+def _template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Stands for an output of this form; nobody looks at its numbers."""
+    if torch._C._len_torch_dispatch_stack():  # its tensors are that mode's own
+        return _new_template.__wrapped__(shape, dtype, device)
+    return _new_template(shape, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _new_template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty((), dtype=dtype, device=device).expand(shape)
+
+
 def _no_recurrence(features: tuple[int, ...]) -> str:
     if len(features) == 1:
         return f"a one-to-one recurrence of {features[0]} neurons, where up to {MAX_DIAGONAL} are fused"
@@ -217,10 +231,12 @@ def _note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int
     elif membrane:
         adapter.note_last(module, None, out.mem[-2].detach())
     else:
-        spikes = out.spikes.detach()
-        adapter.note_last(
-            module, spikes.step(-2) if isinstance(spikes, SpikeTrain) else spikes[-2].clone(), None
-        )
+        spikes = out.spikes
+        if isinstance(spikes, SpikeTrain):
+            before = spikes.values_at(T - 2)
+        else:
+            before = (spikes.detach() if spikes.requires_grad else spikes)[-2].clone()
+        adapter.note_last(module, before, None)
 
 
 def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import pytest
 import snntorch as snn
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snn_sparse_plugin import unroll
+from snn_sparse_plugin.backends.cpu import threads
 from snn_sparse_plugin.core import registry
 from snn_sparse_plugin.core.backend import calls
 
@@ -92,8 +97,31 @@ CHANGES = {
     "another threshold": lambda net: setattr(net[3], "threshold", torch.tensor(0.5)),
     "a decay for each neuron": lambda net: setattr(net[1], "beta", torch.full((17,), 0.25)),
     "a decay that learns": lambda net: setattr(net[1], "beta", nn.Parameter(torch.tensor(0.25))),
+    "a decay above one": lambda net: net[1].beta.fill_(1.5),
     "another surrogate": lambda net: setattr(net[1], "spike_grad", snn.surrogate.fast_sigmoid(5)),
+    "another slope": lambda net: setattr(net[1].spike_grad.__closure__[0], "cell_contents", 5.0),
+    "a slope that is a tensor": lambda net: setattr(
+        net[1].spike_grad.__closure__[0], "cell_contents", torch.tensor(5.0)
+    ),
+    "a spike function of its own": lambda net: setattr(net[1], "spike_grad", lambda x: torch.sigmoid(4 * x)),
+    "another reset": lambda net: setattr(net[1], "state_function", net[1]._base_zero),
+    "another reset mechanism": lambda net: setattr(net[1], "reset_mechanism", "zero"),
+    "a reset without delay": lambda net: setattr(net[1], "reset_delay", False),
+    "graded spikes": lambda net: net[1].graded_spikes_factor.fill_(2),
+    "inhibition": lambda net: setattr(net[1], "inhibition", True),
+    "quantised states": lambda net: setattr(net[1], "state_quant", lambda mem: (mem * 8).round() / 8),
+    "a step of its own": lambda net: setattr(net[1], "fire", lambda mem: (mem > 2).float()),
+    "a hook": lambda net: net[1].register_forward_hook(lambda module, args, out: out * 0.5),
+    "a hook on the layer": lambda net: net[2].register_forward_hook(lambda module, args, out: out * 0.5),
+    "another class": lambda net: setattr(net[1], "__class__", Louder),
 }  # fmt: skip
+
+
+class Louder(snn.Leaky):
+    """A neuron with a step of its own."""
+
+    def fire(self, mem: Tensor) -> Tensor:
+        return super().fire(2 * mem)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -101,6 +129,40 @@ def test_a_change_between_two_calls_is_seen(net: nn.Sequential, x: Tensor, chang
     check(net, x)
     CHANGES[change](net)
     check(net, x)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(snn.Leaky, "fire"), (snn.surrogate.ATan, "backward")])
+def test_a_patch_and_its_end_are_seen(
+    net: nn.Sequential, x: Tensor, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    def halved(*args: Any) -> Any:
+        out = plain(*args)
+        return 0.5 * out if isinstance(out, Tensor) else tuple(g if g is None else 0.5 * g for g in out)
+
+    plain = getattr(owner, name)
+    check(net, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, halved if name == "fire" else staticmethod(halved))
+        check(net, x)
+    check(net, x)
+
+
+def test_what_is_kept_keeps_no_network(net: nn.Sequential, x: Tensor) -> None:
+    check(net, x)
+    fresh(net)
+    neurons = [copy.deepcopy(net[1]) for _ in range(3)]
+    neurons[1].fire = partial(fire_of, neurons[1])
+    neurons[2].spike_grad = partial(fire_of, neurons[2])
+    for neuron in neurons:
+        unroll(nn.Sequential(net[0], neuron), x)
+    alive = [weakref.ref(neuron) for neuron in neurons]
+    del neurons, neuron
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
+
+
+def fire_of(neuron: snn.Leaky, mem: Tensor) -> Tensor:
+    return (mem > neuron.threshold).float()
 
 
 def test_other_shapes_and_options_are_other_calls(net: nn.Sequential, x: Tensor) -> None:
@@ -143,6 +205,18 @@ def test_without_gradients_few_rows_give_the_same_spikes(net: nn.Sequential, x: 
     expected = stepped(net, one)
     assert torch.equal(torch.cat([piece.spikes for piece in pieces]), expected[0])
     torch.testing.assert_close(torch.cat([piece.mem for piece in pieces]), expected[1])
+
+
+def test_a_small_call_wakes_no_thread(net: nn.Sequential, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken = []
+    monkeypatch.setattr(threads, "_prepare", woken.append)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check(net, x)
+    finally:
+        torch.set_num_threads(before)
+    assert not woken
 
 
 def test_copies_and_threads_keep_apart(net: nn.Sequential, x: Tensor) -> None:

@@ -46,9 +46,11 @@ def count_events(
     out = torch.zeros(B, N, dtype=dtype)
     pattern, sums = (array(indptr), array(indices)), array(out)
     numbers = sums[0, :0] if values is None else array(values)
-    # for a few steps another thread is not worth waking
-    ranges = split(B, None if (end - begin) * B * N > SMALLEST else 1)
-    parallel([lambda r=r: _add(*r, T, begin, end, *pattern, numbers, sums) for r in ranges])  # type: ignore[misc]
+    if (end - begin) * B * N <= SMALLEST:  # not worth waking another thread
+        _add(0, B, T, begin, end, *pattern, numbers, sums)
+    else:
+        ranges = split(B)
+        parallel([lambda r=r: _add(*r, T, begin, end, *pattern, numbers, sums) for r in ranges])  # type: ignore[misc]
     return out
 
 

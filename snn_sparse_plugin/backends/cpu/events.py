@@ -15,6 +15,9 @@ from .jit import kernel
 from .memory import array
 from .threads import parallel, split
 
+# Reading so many numbers takes less time than it takes to wake a thread.
+SMALLEST = 1 << 18
+
 
 @kernel()
 def scan_rows(x, first, last, counts, out, n):  # type: ignore[no-untyped-def]
@@ -96,24 +99,25 @@ def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Te
     graded = None
     if not binary:
         values = np.empty(indices.size, dtype=rows.dtype)
-        parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in split(T * B)])
+        ranges = split(T * B, 1 if rows.size <= SMALLEST else None)
+        parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in ranges])
         graded = torch.from_numpy(values)
     return torch.from_numpy(indptr), torch.from_numpy(indices), graded
 
 
 def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.ndarray, np.ndarray, bool]:
     """indptr and indices, and whether all values are 1."""
-    counts = np.zeros(T * B, dtype=np.int64)
+    counts, few = np.zeros(T * B, dtype=np.int64), 1 if rows.size <= SMALLEST else None
     parts = [] if begun is None else begun.end(rows, counts)
     at = parts[-1].last if parts else 0
     if at < T * B:
-        rest = split(T * B - at)
+        rest = split(T * B - at, few)
         parts += parallel([lambda r=r: _scan(rows, at + r[0], at + r[1], counts) for r in rest])
     total = sum(part.columns.size for part in parts)
     if total > MAX_EVENTS:
         raise InputError(f"input has {total} events, at most {MAX_EVENTS} fit; split the batch.")
     indptr = np.zeros(T * B + 1, dtype=np.int32)
-    np.cumsum(counts.reshape(T, B).T, out=indptr[1:])
+    counts.reshape(T, B).T.cumsum(out=indptr[1:])
     indices = np.empty(total, dtype=np.int32)
 
     def place(first: int, last: int) -> None:
@@ -123,7 +127,7 @@ def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.n
                 before = int(counts[part.first : start].sum())
                 place_rows(start, stop, T, B, part.columns, before, indptr, indices)
 
-    parallel([lambda r=r: place(*r) for r in split(T * B)])
+    parallel([lambda r=r: place(*r) for r in split(T * B, few)])
     return indptr, indices, all(part.binary for part in parts)
 
 

@@ -6,7 +6,9 @@ our threads need (measured: up to twice the time of a step on two cores).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -23,12 +25,21 @@ from .turned import all_finite, turn
 SMALLEST = 1 << 17
 
 
+_SINGLE, DOUBLE, INT32 = np.dtype("float32"), np.dtype("float64"), np.dtype("int32")
+
+
 def numpy_type(dtype: torch.dtype) -> np.dtype:
-    return np.dtype("float32" if dtype == torch.float32 else "float64")
+    return _SINGLE if dtype == torch.float32 else DOUBLE
 
 
 def array_or_empty(x: Tensor | None, dtype: np.dtype, dim: int) -> np.ndarray:
-    return np.empty((0,) * dim, dtype) if x is None else array(x)
+    return empty(dtype, dim) if x is None else array(x)
+
+
+@cache
+def empty(dtype: np.dtype, dim: int) -> np.ndarray:
+    """What kernels take for something that is absent."""
+    return np.empty((0,) * dim, dtype)
 
 
 def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
@@ -37,12 +48,12 @@ def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
     if current is not None:
         still = call.T > 1 and current.stride(0) == 0
         current = (current[:1] if still else current).contiguous()
-    indptr = indices = np.empty(0, dtype=np.int32)
-    values = np.empty(0, dtype)
+    indptr = indices = empty(INT32, 1)
+    values = empty(dtype, 1)
     if call.train is not None:
         indptr, indices = array(call.train.indptr), array(call.train.indices)
         values = array_or_empty(call.train.values, dtype, 1)
-    zeros = np.zeros(call.currents, dtype)
+    zeros = no_bias(call.currents, dtype)
     made = call.rows if weight else None  # a backward has those that the forward made
     return Fed(
         array_or_empty(current, dtype, 3),
@@ -57,9 +68,15 @@ def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
     )
 
 
+@lru_cache(maxsize=256)
+def no_bias(n: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros that kernels only read."""
+    return np.zeros(n, dtype)
+
+
 def ranges_of(call: LayerCall) -> list[tuple[int, int]]:
     """The samples of a call in ranges, one for each thread; one range where that is faster."""
-    return split(call.B, None if call.T * call.B * call.N > SMALLEST else 1)
+    return split(call.B) if call.T * call.B * call.N > SMALLEST else [(0, call.B)]
 
 
 def padded(n: int) -> int:
@@ -73,8 +90,8 @@ def aligned(
     """New memory that begins at a cache line: vectors that lie across two lines take twice the time."""
     size, line = rows * columns, _LINE // dtype.itemsize
     room = new(size + line, dtype)
-    first = -room.__array_interface__["data"][0] % _LINE // dtype.itemsize
-    return room[first : first + size].reshape(rows, columns)
+    first = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % _LINE  # type: ignore[arg-type]
+    return np.ndarray((rows, columns), dtype, room, first)
 
 
 _LINE = 64  # bytes
@@ -85,10 +102,16 @@ def zero_rows(rows: int, n: int, dtype: np.dtype) -> np.ndarray:
     return aligned(rows, padded(n), dtype, np.zeros)
 
 
+@lru_cache(maxsize=256)
+def no_rows(n: int, dtype: np.dtype) -> np.ndarray:
+    """:func:`zero_rows` of which there are none."""
+    return np.empty((0, padded(n)), dtype)
+
+
 def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     """Rows of W^T in whole vectors."""
     if weight is None:
-        return np.empty((0, 0), dtype)
+        return empty(dtype, 2)
     n, m = weight.shape
     return flip(array(weight), aligned(m, padded(n), dtype))
 
@@ -96,7 +119,7 @@ def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
 def rows_of(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     """Rows of W in whole vectors."""
     if weight is None:
-        return np.empty((0, 0), dtype)
+        return empty(dtype, 2)
     n, m = weight.shape
     out = aligned(n, padded(m), dtype)
     out[:, :m], out[:, m:] = array(weight), 0
@@ -111,12 +134,12 @@ def flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 def finite(*arrays: np.ndarray) -> bool:
     """Whether no number of contiguous arrays is NaN or infinite."""
-    return all(all_finite(x.reshape(-1)) for x in arrays)
+    return all(not x.size or all_finite(x.reshape(-1)) for x in arrays)
 
 
-def copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+def copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A copy of ``x`` that a kernel may change, or zeros."""
-    return torch.from_numpy(np.zeros(shape, dtype) if x is None else np.array(array(x)))
+    return np.zeros(shape, dtype) if x is None else array(x).copy()
 
 
 def joined(parts: Iterable[np.ndarray]) -> Tensor:

@@ -6,6 +6,7 @@ Results do not depend on timing: each thread owns a contiguous range of samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ...core.errors import InputError
 from .arguments import Fed, States, Written
 from .bits import LANES
 from .forward import forward_kernel
-from .layout import array_or_empty, finite, inputs_of, joined, numpy_type, padded, ranges_of
+from .layout import array_or_empty, empty, finite, inputs_of, joined, numpy_type, padded, ranges_of
 from .memory import array
 from .program import forward_of
 from .replay_linear import replays_linear
@@ -139,11 +140,11 @@ def _keeps_mem(call: LayerCall) -> bool:
 def _allocated(call: LayerCall, wanted: _Wanted) -> _Made:
     T, B, N, dtype = call.T, call.B, call.N, call.v0.dtype
     kind, synapse = numpy_type(dtype), _has_synapse(call)
-    v = np.array(array(call.v0))
+    v = array(call.v0).copy()
     chunks = -(-T // CHUNK) if call.needs_grad else 0
     return _Made(
         v,
-        np.array(array_or_empty(call.i0, kind, 2)) if synapse else np.empty((0, 0), kind),
+        array(call.i0).copy() if synapse else empty(kind, 2),  # type: ignore[arg-type]
         np.empty((chunks, *v.shape), kind),
         np.empty((chunks if synapse else 0, B, N), kind),
         torch.empty(T, B, N, dtype=dtype) if call.want_spikes and call.spec.spiking else None,
@@ -207,7 +208,7 @@ def _saved(
     if wanted.mem and u is None:
         assert made.mem is not None
         # what the caller gets may be written to
-        mem = torch.from_numpy(made.mem.numpy().copy()) if call.want_mem else made.mem
+        mem = torch.from_numpy(array(made.mem).copy()) if call.want_mem else made.mem
     replays = mem is None and (u is None or call.params_grad or needs_states(call.spec))
     return Saved(
         threshold,
@@ -243,7 +244,10 @@ def _has_synapse(call: LayerCall) -> bool:
 def code_of(call: LayerCall) -> Code:
     """The member of the neuron family, as kernels are compiled for it."""
     assert isinstance(call.spec, NeuronSpec)
-    return encode(call.spec, call.rec_weight is not None)
+    return _encoded(call.spec, call.rec_weight is not None)
+
+
+_encoded = cache(encode)
 
 
 def needs_states(spec: NeuronSpec | Equations) -> bool:

@@ -20,12 +20,16 @@ from .arguments import Arriving, Derivative, Entries, Fed, Incoming, Outgoing, R
 from .backward import backward_active_kernel
 from .impulses import backward_impulses
 from .layout import (
+    DOUBLE,
+    INT32,
     added,
     aligned,
     array_or_empty,
     copied,
+    empty,
     flip,
     inputs_of,
+    no_rows,
     numpy_type,
     padded,
     ranges_of,
@@ -48,11 +52,13 @@ from .way import Way, empty_list, input_is_listed, only_decays, wants_params, wa
 class _Left(NamedTuple):
     """Gradients that each sample has for itself; written, or of the states changed, in place."""
 
-    v: Tensor  # what flows to the last step from the state after it; then to the state before the first step
-    i: Tensor
+    v: (
+        np.ndarray
+    )  # what flows to the last step from the state after it; then to the state before the first step
+    i: np.ndarray
     active: Tensor | None  # of the active entries of the input
     nu: Tensor | None  # of the currents, (T or 1, B, C·N)
-    rec0: Tensor | None
+    rec0: np.ndarray | None
 
 
 class _Sums(NamedTuple):
@@ -117,7 +123,7 @@ def _allocated(call: LayerCall, way: Way, grads: OutputGrads, needs: Needs) -> _
         alone = call.once or call.T == 1  # most kernels add to a single step, and write each of several
         nu = torch.empty(1 if alone else call.T, call.B, currents, dtype=dtype)
         if alone and not (way.linear and call.train is None):
-            nu.numpy().fill(0)
+            array(nu).fill(0)
     elif needs.input:
         active = torch.empty(call.train.active.indices.numel(), dtype=dtype)  # type: ignore[union-attr]
     if needs.rec0 and call.rec0 is not None:
@@ -135,7 +141,7 @@ def _shared(
     left: _Left,
 ) -> _Shared:
     dtype = numpy_type(call.v0.dtype)
-    none = np.empty(0, dtype=np.int32)
+    none = empty(INT32, 1)
     # without input gradients a list, or the membrane, never looks at the weights
     columns = not way.impulses and (input_is_listed(call) or not (way.by_list or saved.mem is not None))
     inputs = inputs_of(call, dtype, weight=columns)
@@ -155,10 +161,10 @@ def _shared(
         Derivative(window, call.surrogate.code, *call.surrogate.packed),
         arriving,
         product,
-        (array(left.v), array(left.i)),
+        (left.v, left.i),
         array_or_empty(left.active, dtype, 1),
         array_or_empty(left.nu, dtype, 3),
-        array_or_empty(left.rec0, dtype, 2),
+        empty(dtype, 2) if left.rec0 is None else left.rec0,
     )
 
 
@@ -166,7 +172,7 @@ def _arriving(
     grads: OutputGrads, way: Way, dtype: np.dtype
 ) -> tuple[Arriving, tuple[np.ndarray, np.ndarray]]:
     """Gradients that arrive, and apart from them the spikes' where the kernel multiplies it from two factors."""
-    spikes, product = grads.spikes, (np.empty((0, 0, 0), dtype), np.empty((0, 0), dtype))
+    spikes, product = grads.spikes, (empty(dtype, 3), empty(dtype, 2))
     if isinstance(spikes, ProductGrad):
         if way.linear:
             product, spikes = (array(spikes.nu), panels_of(spikes.weight, dtype)), None
@@ -201,14 +207,14 @@ def _zeros(call: LayerCall, needs: Needs) -> _Sums:
     dtype = numpy_type(call.v0.dtype)
 
     def rows(wanted: bool, count: int) -> np.ndarray:
-        return zero_rows(count if wanted else 0, call.currents, dtype)
+        return zero_rows(count, call.currents, dtype) if wanted else no_rows(call.currents, dtype)
 
     return _Sums(
         rows(needs.weight and call.train is not None, 0 if call.weight is None else call.weight.shape[1]),
         rows(needs.bias and call.bias is not None, 1),
         rows(needs.rec_weight and call.rec_weight is not None, call.N),
         rows(needs.rec_bias and call.rec_bias is not None, 1),
-        np.zeros((len(call.params), call.N) if wants_params(call, needs) else (0, 0)),
+        np.zeros((len(call.params), call.N)) if wants_params(call, needs) else empty(DOUBLE, 2),
     )
 
 
@@ -287,9 +293,9 @@ def _collected(call: LayerCall, needs: Needs, left: _Left, sums: _Sums) -> Input
         _bias(sums.bias, call.currents),
         _weight(sums.rec_weight, call.currents),
         _bias(sums.rec_bias, call.currents),
-        left.rec0,
-        left.v if needs.v0 else None,
-        left.i if needs.i0 and call.i0 is not None else None,
+        None if left.rec0 is None else torch.from_numpy(left.rec0),
+        torch.from_numpy(left.v) if needs.v0 else None,
+        torch.from_numpy(left.i) if needs.i0 and call.i0 is not None else None,
         torch.from_numpy(params.astype(numpy_type(call.v0.dtype))) if params.size else None,
     )
 

@@ -44,6 +44,8 @@ if hasattr(os, "register_at_fork"):
 def split(n: int, parts: int | None = None) -> list[tuple[int, int]]:
     """``n`` items as contiguous ranges, one per torch thread (at least one, possibly empty)."""
     parts = max(1, min(parts or torch.get_num_threads(), n))
+    if parts == 1:
+        return [(0, n)]
     bounds = [n * k // parts for k in range(parts + 1)]
     return list(itertools.pairwise(bounds))
 

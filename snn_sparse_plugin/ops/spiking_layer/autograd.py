@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,20 +17,22 @@ from ...core.surrogates import once
 from . import again
 
 _LEAVES = ("current", "dense", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
+_leaves = attrgetter(*_LEAVES)
+_NOTHING: dict[str, Any] = dict.fromkeys(("train", *_LEAVES))
 
 
 def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
     carrier = call.train.carrier if call.train is not None else None
-    leaves = [getattr(call, name) for name in _LEAVES]
+    leaves = _leaves(call)
     if call.current is not None and call.current.shape[0] != call.T:
         call = call.changed(current=_of_all_steps(call.current, call.T), once=True)
     if not call.needs_grad:
         return backend.spiking_layer(call), None
     box: list[LayerResult] = []
     carrier_out, spikes, mem, v, i = _SpikingLayer.apply(call, backend, box, carrier, *leaves)
-    result = box[0]._replace(spikes=spikes, mem=mem, v=v, i=i)
-    return result, carrier_out
+    _, events, _, _, _, saved, fraction, words = box[0]
+    return LayerResult(spikes, events, mem, v, i, saved, fraction, words), carrier_out
 
 
 def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
@@ -46,7 +49,7 @@ class _SpikingLayer(torch.autograd.Function):
         result = backend.spiking_layer(call)
         saved, events = result.saved, result.events
         assert saved is not None
-        box.append(result._replace(spikes=None, mem=None, saved=saved))
+        box.append(result)
         train = call.train
         ctx.backend, ctx.threshold, ctx.train_like = backend, saved.threshold, None
         ctx.adds_rows = saved.adds_rows
@@ -73,8 +76,7 @@ class _SpikingLayer(torch.autograd.Function):
         else:
             kept += [None] * 5
         ctx.save_for_backward(*kept, inputs[0])
-        nothing: dict[str, Any] = dict.fromkeys(_LEAVES)
-        ctx.call = call.changed(train=None, **nothing)
+        ctx.call = call.changed(**_NOTHING)
         carrier = None
         if call.want_events:
             shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape

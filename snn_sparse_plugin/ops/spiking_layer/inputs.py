@@ -326,7 +326,7 @@ def _pack_state(
         if value is None:
             return torch.zeros(flat, dtype=dtype, device=device)
         if value.shape == shape and value.dtype == dtype and value.device == device:
-            return value.reshape(flat).contiguous()
+            return value.contiguous() if len(shape) == 2 else value.reshape(flat).contiguous()
         if value.device != device and value.dim():
             raise InputError(f"{name}: state {label!r} is on {value.device}, the input on {device}.")
         if torch.promote_types(value.dtype, dtype) != dtype:

@@ -105,7 +105,9 @@ class Prepared:
         weight, bias = (synapses.weight, synapses.bias) if current is None else (None, None)
         leaves = (synapses.recurrent, synapses.recurrent_bias, call.rec0, v0, i0, packed, current, dense)
         carrier = None if train is None else train.carrier
-        learns = any(x is not None and x.requires_grad for x in (weight, bias, carrier, *leaves))
+        learns = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (weight, bias, carrier, *leaves)
+        )
         return self.pattern.changed(
             train=train,
             dense=dense,
@@ -118,7 +120,7 @@ class Prepared:
             v0=v0,
             i0=i0,
             params=packed,
-            needs_grad=learns and torch.is_grad_enabled(),
+            needs_grad=learns,
             params_grad=packed.requires_grad,
         )
 
@@ -223,12 +225,11 @@ def _count(call: LayerCall, result: LayerResult) -> None:
     saved = result.saved
     if saved is None or call.threshold is None:
         return
-    guarded = partial(_guarded, ran, call.name)
     if saved.near is not None:
         if call.min_active > 0:
-            ran.count_later(saved.near < enough(call), call.name, guarded)
+            ran.count_later(saved.near < enough(call), call.name, partial(_guarded, ran, call.name))
     elif saved.threshold is None:
-        guarded(1)
+        _guarded(ran, call.name, 1)
 
 
 def _guarded(ran: tally.Record, name: str, n: int) -> None:
@@ -271,7 +272,10 @@ def output(
         if call.T:
             last = spikes.step(-1) if isinstance(spikes, SpikeTrain) else spikes[-1]
         last = last.view(B, *features)  # type: ignore[union-attr]
-    spikes = spikes.view(*features) if isinstance(spikes, SpikeTrain) else spikes.view(*steps, *features)
+    if isinstance(spikes, SpikeTrain):
+        spikes = spikes.view(*features)
+    elif len(features) > 1:
+        spikes = spikes.view(*steps, *features)
     state: Any
     if isinstance(spec, Equations):
         state = {
@@ -283,13 +287,15 @@ def output(
         if len(features) > 1:  # a view of the same shape would have to be copied to be owned
             v, i = v.view(B, *features), None if i is None else i.view(B, *features)
         state = NeuronState(v, i, last)
-    return SpikingLayerOutput(
-        spikes, None if mem is None else mem.view(*steps, *features), state, active_fraction
-    )
+    if mem is not None and len(features) > 1:
+        mem = mem.view(*steps, *features)
+    return SpikingLayerOutput(spikes, mem, state, active_fraction)
 
 
 def rounded(out: SpikingLayerOutput, dtype: torch.dtype) -> SpikingLayerOutput:
     spikes, mem = out.spikes, out.mem
+    if spikes.dtype == dtype and (mem is None or mem.dtype == dtype):
+        return out
     if spikes.dtype != dtype:
         spikes = spikes._replace(dtype=dtype) if isinstance(spikes, SpikeTrain) else spikes.to(dtype)
     return out._replace(spikes=spikes, mem=cast(mem, dtype))
