@@ -51,7 +51,6 @@ _CONVERSIONS = {"cpu": "snn_sparse_plugin.backends.cpu.conversions"}
 
 
 @cache
-@cache
 def conversions(device: str) -> Any:
     """The module of compiled conversions between dense spikes and events for a type of device, such as ``"cpu"``.
 

@@ -149,7 +149,7 @@ def test_a_resting_step_runs_hooks() -> None:
 
 
 def test_a_resting_step_runs_a_forward_of_its_own() -> None:
-    net, x = resting_network()
+    net, _ = resting_network()
     forward = net.lif.forward
     net.lif.forward = lambda x, mem: tuple(2 * part for part in forward(x, mem))
     with ssp.sparse_mode():
@@ -158,7 +158,7 @@ def test_a_resting_step_runs_a_forward_of_its_own() -> None:
 
 
 def test_a_resting_step_is_masked_where_a_window_is_asked_for() -> None:
-    net, x = resting_network()
+    net, _ = resting_network()
     current = torch.full((2, 8), 5.0, requires_grad=True)
     with ssp.sparse_mode(backprop_threshold=0.1, min_active=0):
         net.lif(current, torch.zeros(2, 8))[0].sum().backward()
@@ -179,7 +179,8 @@ def test_resting_steps_are_counted_and_watched() -> None:
     with ssp.sparse_mode(), tally.watchers.block(lambda record, spikes, active, steps: seen.append(steps)):
         loop(net, x)
     assert record_of(net.lif).calls.get("no_grad") == 1
-    assert record_of(net.lif).calls["exact"] == 8 and sum(seen) == 4
+    assert record_of(net.lif).calls["exact"] == 8
+    assert sum(seen) == 4
     assert tally.by_class()["Leaky"].calls["exact"] == 8
 
 
@@ -189,5 +190,5 @@ def test_a_resting_step_takes_recorded_numbers() -> None:
     with ssp.sparse_mode(), torch.no_grad():
         recorded, _ = other(4 * x[0], torch.zeros(2, 8))
         assert type(recorded) is Recorded
-        spikes, mem = net.lif(recorded, torch.zeros(2, 8))
+        _, mem = net.lif(recorded, torch.zeros(2, 8))
         assert torch.equal(mem, recorded)
