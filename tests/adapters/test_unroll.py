@@ -290,6 +290,24 @@ class TestState:
         assert torch.equal(torch.cat([first.spikes, second.spikes]), whole.spikes)
         assert torch.equal(second.mem[-1], whole.mem[-1])
 
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_single_steps_without_gradient_are_upstreams_code(self, name):
+        net, x = two_layers(CLASSES[name]), spikes(12, 3, 30)
+        twin, third = copy.deepcopy(net), copy.deepcopy(net)
+        with torch.no_grad(), ssp.sparse_mode():
+            whole = unroll(twin, x)
+            calls.clear()
+            parts = [unroll(net, step[None]) for step in x]
+            assert not forwards()
+            given = None
+            for step in x:
+                last = unroll(third, step[None], given)
+                given = last.state
+        assert torch.equal(parts[-1].mem[-1], whole.mem[-1])
+        assert torch.equal(last.mem[-1], whole.mem[-1])
+        assert torch.equal(torch.cat([part.spikes for part in parts]), whole.spikes)
+        assert not parts[0].spikes.requires_grad
+
     def test_hidden_states_carry_the_graph(self):
         net, x = leaky_net(), spikes(12, 3, 30)
         twin = copy.deepcopy(net)
