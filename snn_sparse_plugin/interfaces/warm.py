@@ -36,6 +36,7 @@ class Task(NamedTuple):
 
 USUAL = (
     Task("", "convolutions"),
+    Task("", "events and single steps"),
     *(Task("snntorch", name) for name in ("Leaky", "Synaptic", "RLeaky")),
     *(Task("snntorch", "Leaky", f"reset_mechanism={reset}") for reset in ("zero", "none")),
     *(Task("norse", name) for name in ("LIFCell", "LIFRecurrentCell", "LICell")),
@@ -57,7 +58,7 @@ def run_warm(
     """Compile, with a bar: -> how many tasks there were, and the folder of the CPU's kernels.
 
     Args:
-        tasks: those of a library that is not installed are left out.
+        tasks: those of a library that is not installed are left out, for a GPU also those of no library.
         gpu: the kernels of this machine's GPU instead of the CPU's, in one process.
         jobs: processes; 0 is one for each core.
 
@@ -68,7 +69,7 @@ def run_warm(
 
     if gpu and not torch.cuda.is_available():
         raise UnsupportedError("--gpu compiles for the GPU of this machine, but torch sees none.")
-    chosen = [task for task in tasks if not task.library or find_spec(task.library)]
+    chosen = [task for task in tasks if (find_spec(task.library) if task.library else not gpu)]
     jobs = 1 if gpu else min(jobs or os.cpu_count() or 1, len(chosen))
     with Progress(console=console) as progress:
         bar = progress.add_task("compiling kernels", total=len(chosen))
@@ -84,7 +85,7 @@ def compile_for(task: Task, gpu: bool = False) -> None:
     torch.set_num_threads(1)
     if task.library:
         _neuron(task, "cuda" if gpu else "cpu")
-    elif not gpu:
+    else:
         _OF_NO_LIBRARY[task.name]()
 
 
@@ -107,9 +108,23 @@ def _neuron(task: Task, device: str) -> None:
             read.sum().backward()
 
 
+def _events_and_steps() -> None:
+    from ..backends.cpu.ahead import Ahead
+    from ..backends.cpu.conversions import events_from_dense, fire, passed
+    from ..core.surrogates import Surrogate
+
+    x = torch.eye(NEURONS).repeat(STEPS, 1, 1)
+    ahead = Ahead(x, STEPS, 1.0)
+    ahead.finish(STEPS)
+    events_from_dense(x, ahead)
+    events_from_dense(2 * x)
+    spikes, kept, *_ = fire(x[0], NEURONS, FEW, 0.0)
+    passed(spikes, x[0], kept, Surrogate("heaviside"))
+
+
 def _convolutions() -> None:
     from ..core.dynamics import NeuronParams
-    from ..ops.spiking_conv import convolve, spiking_conv
+    from ..ops.spiking_conv import convolve, max_pool_events, spiking_conv
 
     channels = 16  # with as many, events win below a share of spikes that these inputs do not reach
     x = (torch.rand(STEPS, BATCH, channels, 8, 8) < FEW).float()
@@ -121,6 +136,8 @@ def _convolutions() -> None:
         ).spikes
         for other in (None, nn.MaxPool2d(1), nn.MaxPool2d(2, 1)):  # the input's gradient has ways of its own
             convolve(spikes, second, padding=1, pool=other).sum().backward(retain_graph=True)
+        pooled = max_pool_events(spikes, nn.MaxPool2d(2))
+        convolve(pooled, second, padding=1).sum().backward(retain_graph=True)
 
 
 def _eprop() -> None:
@@ -138,6 +155,7 @@ def _ttfs() -> None:
 
 
 _OF_NO_LIBRARY = {
+    "events and single steps": _events_and_steps,
     "convolutions": _convolutions,
     "e-prop": _eprop,
     "time-to-first-spike coding": _ttfs,
