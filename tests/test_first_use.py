@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from snn_sparse_plugin.backends.cpu import notice
+from snn_sparse_plugin.backends.cpu.forward import forward_kernel
+from snn_sparse_plugin.backends.cpu.rows import encode
+from snn_sparse_plugin.core.dynamics import NeuronSpec
 from snn_sparse_plugin.interfaces import warm
 from snn_sparse_plugin.interfaces.cli import app
 
@@ -91,6 +95,20 @@ def test_a_second_process_compiles_nothing(loops):
     _, again = loops
     assert {name: numbers for name, numbers in again["kernels"].items() if numbers[1]} == {}
     assert again["kernels"]["forward"][2] == 1
+
+
+def test_kernels_from_disk_register_nothing_that_only_a_compilation_asks_for(loops):
+    _, again = loops
+    assert "numba.np.random.generator_methods" not in again["imported"]
+
+
+def test_one_forward_serves_with_and_without_a_reset():
+    def kernel(**spec):
+        return forward_kernel(encode(NeuronSpec(**spec), False), np.dtype("float32")).func
+
+    assert kernel(reset="none") is kernel(reset="subtract")
+    assert kernel(reset="none", synapse=True) is kernel(reset="subtract", synapse=True)
+    assert kernel(reset="zero") is not kernel(reset="subtract")
 
 
 def test_warm_compiles_into_a_fresh_folder(tmp_path, monkeypatch):

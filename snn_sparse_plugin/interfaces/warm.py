@@ -36,6 +36,7 @@ class Task(NamedTuple):
 
 USUAL = (
     Task("", "convolutions"),
+    Task("", "events and single steps"),
     *(Task("snntorch", name) for name in ("Leaky", "Synaptic", "RLeaky")),
     *(Task("snntorch", "Leaky", f"reset_mechanism={reset}") for reset in ("zero", "none")),
     *(Task("norse", name) for name in ("LIFCell", "LIFRecurrentCell", "LICell")),
@@ -57,7 +58,7 @@ def run_warm(
     """Compile, with a bar: -> how many tasks there were, and the folder of the CPU's kernels.
 
     Args:
-        tasks: those of a library that is not installed are left out.
+        tasks: those of a library that is not installed are left out, for a GPU also those of no library.
         gpu: the kernels of this machine's GPU instead of the CPU's, in one process.
         jobs: processes; 0 is one for each core.
 
@@ -68,7 +69,7 @@ def run_warm(
 
     if gpu and not torch.cuda.is_available():
         raise UnsupportedError("--gpu compiles for the GPU of this machine, but torch sees none.")
-    chosen = [task for task in tasks if not task.library or find_spec(task.library)]
+    chosen = [task for task in tasks if (find_spec(task.library) if task.library else not gpu)]
     jobs = 1 if gpu else min(jobs or os.cpu_count() or 1, len(chosen))
     with Progress(console=console) as progress:
         bar = progress.add_task("compiling kernels", total=len(chosen))
@@ -84,7 +85,7 @@ def compile_for(task: Task, gpu: bool = False) -> None:
     torch.set_num_threads(1)
     if task.library:
         _neuron(task, "cuda" if gpu else "cpu")
-    elif not gpu:
+    else:
         _OF_NO_LIBRARY[task.name]()
 
 
@@ -105,6 +106,20 @@ def _neuron(task: Task, device: str) -> None:
             out = unroll(net, x if dense else (x < 0.5).float())
             read = out.spikes if by_spikes or out.mem is None else out.mem
             read.sum().backward()
+
+
+def _events_and_steps() -> None:
+    from ..backends.cpu.ahead import Ahead
+    from ..backends.cpu.conversions import events_from_dense, fire, passed
+    from ..core.surrogates import Surrogate
+
+    x = torch.eye(NEURONS).repeat(STEPS, 1, 1)
+    ahead = Ahead(x, STEPS, 1.0)
+    ahead.finish(STEPS)
+    events_from_dense(x, ahead)
+    events_from_dense(2 * x)
+    spikes, kept, *_ = fire(x[0], NEURONS, FEW, 0.0)
+    passed(spikes, x[0], kept, Surrogate("heaviside"))
 
 
 def _convolutions() -> None:
@@ -140,6 +155,7 @@ def _ttfs() -> None:
 
 
 _OF_NO_LIBRARY = {
+    "events and single steps": _events_and_steps,
     "convolutions": _convolutions,
     "e-prop": _eprop,
     "time-to-first-spike coding": _ttfs,

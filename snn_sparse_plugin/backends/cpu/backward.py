@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .jit import kernel
-from .outgoing import deliver
+from .outgoing import deliver, deliver_recurrent
 from .rows import (
     DECAY,
     DELAYED,
@@ -161,6 +161,8 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                             lam[j] = zero if v0[b, j] - threshold[j] > zero else lam[j]
                 if k == 0 or r == first * T:
                     deliver(block, r % block.shape[0], r, until, T, incoming, outgoing)
+                    if recurrent:
+                        deliver_recurrent(block, r % block.shape[0], r, until, T, incoming, outgoing)
                     until = r
 
     return backward_active

@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import sys
 import zlib
+from functools import cache
 from glob import escape
+from importlib import import_module
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from .notice import Notice
@@ -47,12 +51,17 @@ class KernelCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         global _notice
         try:
-            found = super().load_overload(sig, target_context)
+            # numba's own method first registers all that a compilation may ask for, half a second that a kernel from
+            # disk does not need; a compilation does it, too
+            rtsys.initialize(target_context)
+            found = self._load_overload(sig, target_context)
         except Exception as error:
             log.debug("%s is compiled again: %s", self._name, error)
             found = None
-        if found is None and _notice is None:  # what follows is its compilation, under numba's lock
-            _notice = Notice(self, self._py_func.__name__)
+        if found is None:  # what follows is its compilation, under numba's lock
+            spare_scipy()
+            if _notice is None:
+                _notice = Notice(self, self._py_func.__name__)
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -64,6 +73,22 @@ class KernelCache(FunctionCache):
             super().save_overload(sig, data)
         except Exception as error:
             not_cached(self.cache_path, error)
+
+
+@cache
+def spare_scipy() -> None:
+    """Import numba's array functions without scipy.linalg (30 MB), which they import to see whether it is there: that
+    scipy is there must do. What multiplies matrices in numba asks for it again.
+    """
+    linalg = import_module("numba.np.linalg")
+    ask = getattr(linalg, "ensure_blas", None)
+    if "numba.np.arraymath" in sys.modules or "scipy" not in sys.modules or ask is None:
+        return
+    linalg.ensure_blas = lambda: None  # type: ignore[attr-defined]
+    try:
+        import_module("numba.np.arraymath").ensure_blas = ask  # type: ignore[attr-defined]
+    finally:
+        linalg.ensure_blas = ask  # type: ignore[attr-defined]
 
 
 def _identity(x: Any) -> Any:

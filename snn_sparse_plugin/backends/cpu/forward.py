@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,24 @@ import numpy as np
 from ...core.backend import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
-from .rows import Code, add_rows, advance_kernel, copy_row, load2, load3, store3
+from .rows import THRESHOLD, Code, add_rows, advance_kernel, copy_row, load2, load3, shared, store3
 
 
 @cache
 def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
     """The forward of one member of the neuron family; its branches are resolved at compile time."""
+    member, subtracts = shared(code)
+    return partial(_forward_kernel(member, dtype), subtracts)
+
+
+@cache
+def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
     _, synapse, _, _, _, _, spiking, recurrent = code
     pick, advance = pick_values(dtype), advance_kernel(code)
 
     @kernel()
     def forward(  # type: ignore[no-untyped-def]
+        subtracts,  # whether a reset by subtraction is one
         first,
         last,
         T,
@@ -38,6 +45,8 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         N = v_state.shape[1]
         dtype = v_state.dtype
         reset = np.zeros(N, dtype)
+        if subtracts:
+            copy_row(reset, params[THRESHOLD])
         padded = -(-N // LANES) * LANES
         # as long as a padded row of weights: without a remainder, the sum is a fifth faster
         x_row, rec_row = np.zeros((1, padded), dtype), np.zeros((1, padded), dtype)
@@ -53,7 +62,7 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         one, zero = dtype.type(1), dtype.type(0)
         still = current.shape[0] == 1  # the same current at every step
         n, n_act, seen = counts[0], counts[1], counts[2]
-        empty = np.empty(0, dtype)
+        empty, row = values[:0], np.int64(0)
 
         for b in range(first, last):
             if keep_events and n + T * N + LANES > out_idx.shape[0]:
@@ -69,7 +78,7 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                         store3(i_checkpoints, t // CHUNK, b, i)
                 if from_events:
                     copy_row(x, bias)
-                    add_rows(x_row, 0, weight, indices, values, indptr[r], indptr[r + 1])
+                    add_rows(x_row, row, weight, indices, values, indptr[r], indptr[r + 1])
                 else:
                     load3(x, current, 0 if still else t, b)
                 if recurrent:
@@ -77,7 +86,7 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                         load2(rec, rec0, b)
                     else:
                         copy_row(rec, rec_bias)
-                        add_rows(rec_row, 0, rec_weight, out_idx, empty, previous, n)
+                        add_rows(rec_row, row, rec_weight, out_idx, empty, previous, n)
                     previous = n
                 advance(params, x, rec, v, i, reset, distance)
                 if keep_mem:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .bits import LANES
 from .jit import kernel
 from .lanes import along, fma, load, mul, splat, store
 from .rows import surrogate_row
@@ -69,8 +70,8 @@ def backward_impulses(  # type: ignore[no-untyped-def]
             t = np.uint64(T - 1 - back)
             r = np.uint64(b * T) + t
             if n == np.uint64(span):
-                shrink(m.shape[1], (m, splat(scale[n])))
-                shrink(y.shape[1], (y, splat(scale[n])))
+                shrink(m, scale[n])
+                shrink(y, scale[n])
                 n = np.uint64(0)
             at, end = act_ptr[r] - begin, act_ptr[r + np.uint64(1)] - begin
             while at < end:  # two at a time, to read y once; the second of an odd last is nothing
@@ -138,12 +139,13 @@ def add_rows(k, arguments):  # type: ignore[no-untyped-def]
     store(y, 0, k, fma(q, load(weight, j, k), fma(p, load(weight, i, k), load(y, 0, k))))
 
 
-@along
-@kernel(forceinline=True)
-def shrink(k, arguments):  # type: ignore[no-untyped-def]
-    """``row *= factor``"""
-    row, factor = arguments
-    store(row, 0, k, mul(factor, load(row, 0, k)))
+@kernel(part=True)
+def shrink(row, factor):  # type: ignore[no-untyped-def]
+    """``row *= factor``, once in many steps"""
+    k, by = np.uint64(0), splat(factor)
+    while k < np.uint64(row.shape[1]):
+        store(row, 0, k, mul(by, load(row, 0, k)))
+        k += np.uint64(LANES)
 
 
 @along

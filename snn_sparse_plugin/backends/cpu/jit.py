@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from numba import njit
 
-from .cache import KernelCache, not_cached
+from .cache import KernelCache, not_cached, spare_scipy
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -35,6 +33,7 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
                 dispatcher._cache = KernelCache(function, sources())
             except (RuntimeError, OSError) as error:  # a read-only installation and no writable home
                 not_cached("any folder", error)
+                spare_scipy()
         return dispatcher
 
     return compile_later
@@ -46,24 +45,6 @@ def cache_folder() -> Path | None:
         return Path(KernelCache(cache_folder, "").cache_path)
     except (RuntimeError, OSError):
         return None
-
-
-def _spare_scipy() -> None:
-    """Import numba's array functions without scipy.linalg (30 MB), which they import to see whether it is there: that
-    scipy is there must do. What multiplies matrices in numba asks for it again.
-    """
-    linalg = import_module("numba.np.linalg")
-    ask = getattr(linalg, "ensure_blas", None)
-    if "numba.np.arraymath" in sys.modules or "scipy" not in sys.modules or ask is None:
-        return
-    linalg.ensure_blas = lambda: None  # type: ignore[attr-defined]
-    try:
-        import_module("numba.np.arraymath").ensure_blas = ask  # type: ignore[attr-defined]
-    finally:
-        linalg.ensure_blas = ask  # type: ignore[attr-defined]
-
-
-_spare_scipy()
 
 
 @cache

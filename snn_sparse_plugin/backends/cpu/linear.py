@@ -28,10 +28,13 @@ def is_linear(code: Code) -> bool:
     return update == DECAY and kind in (NONE, SUBTRACT) and not attached and not recurrent
 
 
-@cache
 def backward_linear_kernel(code: Code) -> Callable[..., Any]:
     """The backward over the active list for a linear adjoint; takes the arguments of ``backward_active``."""
-    synapse = code[1]
+    return _backward_linear_kernel(bool(code[1]))
+
+
+@cache
+def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
 
     @kernel()
     def backward_linear(  # type: ignore[no-untyped-def]
@@ -64,7 +67,7 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
         copy_row(decay[1, :N], params[SYN])
         g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
         unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
-        high = last * T
+        high, membrane, current = last * T, np.int64(0), np.int64(1)
         while high > first * T:
             low = max(first * T, (high - 1) // block.shape[0] * block.shape[0])
             shift = low % block.shape[0]
@@ -98,9 +101,9 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
                 if top == b * T + T:
                     copy_row(flow[0, :N], lam_state[b])
                     copy_row(flow[1, :N], ci_state[b])
-                sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, 0)
+                sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, membrane)
                 if synapse:
-                    sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, 1)
+                    sweep(block, shift + bottom - low, shift + top - low, decay, flow, sums, current)
                 if bottom == b * T:
                     copy_row(lam_state[b], flow[0])
                     copy_row(ci_state[b], flow[1])
@@ -108,7 +111,7 @@ def backward_linear_kernel(code: Code) -> Callable[..., Any]:
             deliver(block, shift, low, high, T, incoming, unbiased)
             high = low
         if g_bias.shape[0] > 0:
-            add_all(g_bias, sums, 1 if synapse else 0, 1)
+            add_all(g_bias, sums, current if synapse else membrane, current)
 
     return backward_linear
 

@@ -15,7 +15,10 @@ AFTER = 1.0  # seconds
 QUIET = "SNN_SPARSE_QUIET"
 """Environment variable: nothing is written to the terminal where it is set to anything but nothing or 0."""
 
-_TEXT = "compiling kernels for this processor, once: the next process finds them (`snn-sparse warm` makes them ahead) …"
+_TEXT = (
+    "compiling kernels for this processor, once, some ten seconds: the next process finds them "
+    "(`snn-sparse warm` makes them ahead) …"
+)
 _told = False
 
 

@@ -32,9 +32,12 @@ def deliver(  # type: ignore[no-untyped-def]
     incoming,
     outgoing,
 ):
-    """Add a block of nu rows to everything that wants it."""
-    indptr, indices, values, weight, in_ptr, in_idx, out_ptr, out_idx = incoming
-    g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
+    """Add a block of nu rows to everything that wants it but what is recurrent.
+
+    Numbers are given as variables, as a part is compiled for each literal.
+    """
+    indptr, indices, values, weight, in_ptr, in_idx, _, _ = incoming
+    g_weight, g_bias, g_active, g_current, _, _, _ = outgoing
     if g_weight.shape[0] > 0:
         many = indptr[high] - indptr[low] > 8 * (high - low)
         if many and g_weight.shape[1] == LANES and values.shape[0] == 0:
@@ -56,23 +59,28 @@ def deliver(  # type: ignore[no-untyped-def]
             else:
                 for j in range(N):
                     g_current[t, b, j] = block[k, j]
-    # the spikes of step t - 1 drove the recurrent input of step t, and rec0 that of the first
-    if g_rec_weight.shape[0] + g_rec_bias.shape[0] + g_rec0.shape[0] > 0:
-        r = low
-        while r < high:
-            until = min(high, (r // T + 1) * T)  # of this sample
-            if r % T == 0:
-                for j in range(g_rec0.shape[1]):
-                    g_rec0[r // T, j] = block[first + r - low, j]
-                r += 1
-            k = first + r - low
-            if g_rec_weight.shape[0] > 0:
-                rows = rows_of_entries(out_ptr, r - 1, until - 1, k)
-                none = values[:0]
-                add_rows_at(g_rec_weight, out_idx, none, out_ptr[r - 1], out_ptr[until - 1], block, rows)
-            if g_rec_bias.shape[0] > 0:
-                add_all(g_rec_bias, block, k, until - r)
-            r = until
+
+
+@kernel(part=True)
+def deliver_recurrent(block, first, low, high, T, incoming, outgoing):  # type: ignore[no-untyped-def]
+    """The rest of :func:`deliver`: spikes of step t - 1 drove the recurrent input of step t, rec0 that of the first."""
+    _, _, values, _, _, _, out_ptr, out_idx = incoming
+    _, _, _, _, g_rec_weight, g_rec_bias, g_rec0 = outgoing
+    r = low
+    while r < high:
+        until = min(high, (r // T + 1) * T)  # of this sample
+        if r % T == 0:
+            for j in range(g_rec0.shape[1]):
+                g_rec0[r // T, j] = block[first + r - low, j]
+            r += 1
+        k = first + r - low
+        if g_rec_weight.shape[0] > 0:
+            rows = rows_of_entries(out_ptr, r - 1, until - 1, k)
+            none = values[:0]
+            add_rows_at(g_rec_weight, out_idx, none, out_ptr[r - 1], out_ptr[until - 1], block, rows)
+        if g_rec_bias.shape[0] > 0:
+            add_all(g_rec_bias, block, k, until - r)
+        r = until
 
 
 @_inlined

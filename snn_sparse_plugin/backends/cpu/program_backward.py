@@ -9,7 +9,7 @@ import numpy as np
 
 from ...core.backend import CHUNK, LayerCall
 from .jit import kernel
-from .outgoing import deliver
+from .outgoing import deliver, deliver_recurrent
 from .program import (
     ABS,
     ADD,
@@ -214,6 +214,8 @@ def backward_program(  # type: ignore[no-untyped-def]
                         adjoint[of_input, j] = 0
                 if r % block.shape[0] == 0 or r == first * T:
                     deliver(block, r % block.shape[0], r, until, T, incoming, outgoing)
+                    if recurrent:
+                        deliver_recurrent(block, r % block.shape[0], r, until, T, incoming, outgoing)
                     until = r
             # the adjoints of the parameters are not cleared step by step: they are the sums over the chunk
             settle_params(adjoint, places[2], g_params)

@@ -15,7 +15,7 @@ import numpy as np
 from ...core.backend import CHUNK
 from .backward import decay_back, input_grad
 from .jit import kernel
-from .outgoing import deliver
+from .outgoing import deliver, deliver_recurrent
 from .rows import (
     CORRECTED,
     DECAY,
@@ -131,7 +131,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         jumps, distances = np.zeros((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
         padded = block.shape[1]
         x_row, rec_row = np.zeros((1, padded), dtype), np.zeros((1, padded), dtype)
-        x, rec = x_row[0, :N], rec_row[0, :N]
+        x, rec, row = x_row[0, :N], rec_row[0, :N], np.int64(0)
         v, i = np.empty(N, dtype), np.zeros(N, dtype)
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
@@ -154,7 +154,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                     r, k = b * T + t, t - start
                     if from_events:
                         copy_row(x, bias)
-                        add_rows(x_row, 0, weight, indices, values, indptr[r], indptr[r + 1])
+                        add_rows(x_row, row, weight, indices, values, indptr[r], indptr[r + 1])
                     else:
                         load3(x, current, 0 if still else t, b)
                     if recurrent:
@@ -162,7 +162,9 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             load2(rec, rec0, b)
                         else:
                             copy_row(rec, rec_bias)
-                            add_rows(rec_row, 0, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r])
+                            add_rows(
+                                rec_row, row, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r]
+                            )
                     store2(v_rows, k, v)
                     if synapse:
                         store2(i_rows, k, i)
@@ -249,6 +251,8 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             lam[j] = (one - reset[j]) * lam[j]
                     if r % block.shape[0] == 0 or r == first * T:
                         deliver(block, r % block.shape[0], r, until, T, incoming, outgoing)
+                        if recurrent:
+                            deliver_recurrent(block, r % block.shape[0], r, until, T, incoming, outgoing)
                         until = r
                 settle_params(recent, 0, g_params)
 

@@ -8,7 +8,7 @@ matrices is multiplied here, a chunk at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from .rows import (
     copy_row,
     load2,
     load3,
+    shared,
     store2,
     surrogate_row,
 )
@@ -63,10 +64,17 @@ def currents(block, start, stop, b, T, current, bias, indptr, indices, values, w
 @cache
 def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
     """The backward that replays, for a linear adjoint; arguments as of ``backward_replay`` where they share names."""
+    member, subtracts = shared(code)
+    return partial(_backward_replay_linear_kernel(member), subtracts)
+
+
+@cache
+def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
     synapse, advance = code[1], advance_kernel(code)
 
     @kernel()
     def backward_replay_linear(  # type: ignore[no-untyped-def]
+        subtracts,  # whether a reset by subtraction is one
         first,
         last,
         T,
@@ -96,6 +104,8 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         dtype = lam_state.dtype
         x, none = np.zeros(N, dtype), np.zeros(N, dtype)
         v, i, reset, distance = np.empty(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
+        if subtracts:
+            copy_row(reset, params[THRESHOLD])
         flow, decay = np.zeros((2, width), dtype), np.zeros((2, width), dtype)
         # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
         sums = np.zeros((2, width), dtype)
@@ -108,6 +118,7 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         threshold = params[THRESHOLD]
         # of one current for all steps the gradient is the sum of each sample, and nobody wants the rows of nu
         once, summed = g_current.shape[0] == 1 and indptr.shape[0] == 0, np.zeros((2, width), dtype)
+        adjoint, membrane, synaptic = np.int64(ADJOINT), np.int64(0), np.int64(1)
         for b in range(last - 1, first - 1, -1):
             copy_row(flow[0, :N], lam_state[b])
             copy_row(flow[1, :N], ci_state[b])
@@ -134,7 +145,7 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                 slopes = flat[at_phi : at_phi + size]
                 surrogate_row(surrogate, first_param, second_param, window, flat[:size], slopes)
                 if has_product:
-                    multiply(g_above, panels, start, stop, b, block, ADJOINT)
+                    multiply(g_above, panels, start, stop, b, block, adjoint)
                 for t in range(start, stop):
                     phi, k, at = np.uint64(PHI + t - start), np.uint64(ADJOINT + t - start), np.uint64(t)
                     if has_product:
@@ -154,18 +165,18 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                         for a in range(act_ptr[r], act_ptr[r + 1]):
                             neuron = np.uint64(act_idx[a])
                             block[k, neuron] += block[phi, neuron] * g_out[a]
-                to, end = summed if once else sums, ADJOINT + stop - start
-                sweep(block, ADJOINT, end, decay, flow, to, 0)
+                to, end = summed if once else sums, adjoint + stop - start
+                sweep(block, adjoint, end, decay, flow, to, membrane)
                 if synapse:
-                    sweep(block, ADJOINT, end, decay, flow, to, 1)
+                    sweep(block, adjoint, end, decay, flow, to, synaptic)
                 if not once:
-                    deliver(block, ADJOINT, b * T + start, b * T + stop, T, incoming, unbiased)
+                    deliver(block, adjoint, b * T + start, b * T + stop, T, incoming, unbiased)
             if once:
                 for j in range(N):
                     g_current[0, b, j] = summed[1 if synapse else 0, j]
             copy_row(lam_state[b], flow[0])
             copy_row(ci_state[b], flow[1])
         if g_bias.shape[0] > 0:
-            add_all(g_bias, sums, 1 if synapse else 0, 1)
+            add_all(g_bias, sums, synaptic if synapse else membrane, synaptic)
 
     return backward_replay_linear

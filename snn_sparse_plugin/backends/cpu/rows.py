@@ -16,7 +16,7 @@ from ...core.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
 from .bits import LANES
 from .exponential import exp_negative
 from .jit import kernel
-from .lanes import add, load, store
+from .lanes import add, load, mul, splat, store
 
 DECAY, EULER, BOX = (UPDATES.index(x) for x in ("decay", "euler", "box"))
 NONE, SUBTRACT, ZERO, VALUE = (RESETS.index(x) for x in ("none", "subtract", "zero", "value"))
@@ -43,6 +43,24 @@ def encode(spec: NeuronSpec, recurrent: bool) -> Code:
         int(spec.spiking),
         int(recurrent),
     )
+
+
+def shared(code: Code) -> tuple[Code, bool]:
+    """The member of the family whose forward does for this one as well, and whether a reset subtracts the threshold.
+
+    Without a reset a member runs as one that subtracts zero.
+    """
+    update, synapse, kind, timing, scope, _, spiking, recurrent = code
+    subtracts = is_plain(code) and kind == SUBTRACT
+    if is_plain(code) and kind == NONE:
+        kind = SUBTRACT
+    return (update, synapse, kind, timing, scope if kind == ZERO else 0, 0, spiking, recurrent), subtracts
+
+
+def is_plain(code: Code) -> bool:
+    """Whether a step is the commonest one: delayed reset by subtraction, or none."""
+    update, _, kind, timing, _, _, spiking, recurrent = code
+    return update == DECAY and bool(spiking) and timing == DELAYED and kind != ZERO and not recurrent
 
 
 @kernel(forceinline=True)
@@ -90,11 +108,14 @@ def store3(x, t, b, row):  # type: ignore[no-untyped-def]
 
 @kernel(forceinline=True)
 def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
-    """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out."""
-    N, k = out.shape[1], np.uint32(k)
+    """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out.
+
+    Rows are whole vectors. ``k`` is no literal: each would be compiled for itself.
+    """
+    row, width, zero, lanes = np.uint64(k), np.uint64(out.shape[1]), np.uint64(0), np.uint64(LANES)
+    e = first
     # few neurons: their row stays in a register; the order of the sum is that of longer rows
-    if N == LANES and values.shape[0] == 0:
-        row, zero, e = np.uint64(k), np.uint64(0), first
+    if width == lanes and values.shape[0] == 0:
         total = load(out, row, zero)
         while e + 4 <= last:
             p, q = load(x, np.uint64(indices[e]), zero), load(x, np.uint64(indices[e + 1]), zero)
@@ -107,22 +128,26 @@ def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untype
         store(out, row, zero, total)
         return
     if values.shape[0] > 0:
-        for e in range(first, last):
-            a, value = np.uint32(indices[e]), values[e]
-            for j in range(N):
-                out[k, j] += value * x[a, j]
+        while e < last:
+            a, value, j = np.uint64(indices[e]), splat(values[e]), zero
+            while j < width:
+                store(out, row, j, add(load(out, row, j), mul(value, load(x, a, j))))
+                j += lanes
+            e += 1
         return
-    e = first
     while e + 4 <= last:
-        a, b = np.uint32(indices[e]), np.uint32(indices[e + 1])
-        c, d = np.uint32(indices[e + 2]), np.uint32(indices[e + 3])
-        for j in range(N):
-            out[k, j] += (x[a, j] + x[b, j]) + (x[c, j] + x[d, j])
+        a, b = np.uint64(indices[e]), np.uint64(indices[e + 1])
+        c, d, j = np.uint64(indices[e + 2]), np.uint64(indices[e + 3]), zero
+        while j < width:
+            four = add(add(load(x, a, j), load(x, b, j)), add(load(x, c, j), load(x, d, j)))
+            store(out, row, j, add(load(out, row, j), four))
+            j += lanes
         e += 4
     while e < last:
-        a = np.uint32(indices[e])
-        for j in range(N):
-            out[k, j] += x[a, j]
+        a, j = np.uint64(indices[e]), zero
+        while j < width:
+            store(out, row, j, add(load(out, row, j), load(x, a, j)))
+            j += lanes
         e += 1
 
 
@@ -153,31 +178,28 @@ def reset_row(code, params, v, reset):  # type: ignore[no-untyped-def]
 
 
 @kernel(forceinline=True)
-def _subtract_row(mem, threshold, x, subtract, v, distance):  # type: ignore[no-untyped-def]
+def _subtract_row(mem, threshold, subtracted, x, v, distance):  # type: ignore[no-untyped-def]
     """The commonest step (delayed reset by subtraction, or none) in one pass: a third of the time of five."""
     zero = v.dtype.type(0)
-    if subtract:
-        for j in range(v.shape[0]):
-            reset = threshold[j] if v[j] - threshold[j] > zero else zero
-            u = (mem[j] * v[j] + x[j]) - reset
-            v[j] = u
-            distance[j] = u - threshold[j]
-    else:
-        for j in range(v.shape[0]):
-            u = mem[j] * v[j] + x[j]
-            v[j] = u
-            distance[j] = u - threshold[j]
+    for j in range(v.shape[0]):
+        reset = subtracted[j] if v[j] - threshold[j] > zero else zero
+        u = (mem[j] * v[j] + x[j]) - reset
+        v[j] = u
+        distance[j] = u - threshold[j]
 
 
 @cache
 def advance_kernel(code: Code) -> Callable[..., None]:
     """One step of one member of the neuron family; the branches of others are never compiled."""
     update, synapse, kind, timing, scope, _, spiking, recurrent = code
-    plain = update == DECAY and bool(spiking) and timing == DELAYED and kind != ZERO and not recurrent
+    plain = is_plain(code)
 
     @kernel(forceinline=True)
     def advance(params, x, rec, v, i, reset, distance):  # type: ignore[no-untyped-def]
-        """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold."""
+        """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold.
+
+        In a plain step ``reset`` is what one subtracts: the threshold, or zero without a reset.
+        """
         N = v.shape[0]
         one, zero = v.dtype.type(1), v.dtype.type(0)  # a bare 1 is an int64 and would make float64 of float32
         mem, syn, threshold = params[MEM], params[SYN], params[THRESHOLD]
@@ -186,9 +208,9 @@ def advance_kernel(code: Code) -> Callable[..., None]:
             if synapse:
                 for j in range(N):
                     i[j] = syn[j] * i[j] + x[j]
-                _subtract_row(mem, threshold, i, kind == SUBTRACT, v, distance)
+                _subtract_row(mem, threshold, reset, i, v, distance)
             else:
-                _subtract_row(mem, threshold, x, kind == SUBTRACT, v, distance)
+                _subtract_row(mem, threshold, reset, x, v, distance)
             return
 
         carried = reset_row(code, params, v, reset)

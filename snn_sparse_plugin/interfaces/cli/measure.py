@@ -239,7 +239,7 @@ def warm(
         from ..warm import OTHERS, USUAL, run_warm
 
         console, _ = consoles(False)
-        tasks = (*USUAL, *(task for task in OTHERS if task.library or not gpu)) if everything else USUAL
+        tasks = (*USUAL, *OTHERS) if everything else USUAL
         count, folder = run_warm(console, tasks, gpu, jobs)
         if gpu:
             console.print(f"{count} neurons' kernels are in Triton's cache", soft_wrap=True)
