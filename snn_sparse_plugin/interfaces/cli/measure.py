@@ -210,7 +210,7 @@ def bench(
             emit(rows)
         elif out is not None:
             write_text(out, json.dumps(rows, indent=2) + "\n")
-            console.print(f"{len(rows)} rows written to {out}")
+            console.print(f"{len(rows)} rows written to {out}", soft_wrap=True)
 
 
 def tune(context: typer.Context, as_json: JsonFlag = False) -> None:
