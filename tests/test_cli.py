@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from snn_sparse_plugin import SparseConfig, __version__
@@ -66,7 +69,27 @@ def test_doctor_draws_tables() -> None:
     assert "snn-sparse-plugin" in result.stdout
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
+WIDTHS = [60, 80, 120, 200]
+
+
+def shown_at(width: int, *arguments: str) -> str:
+    result = runner.invoke(app, arguments, env={"COLUMNS": str(width)}, terminal_width=width)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def is_whole(text: str, wide: str) -> bool:
+    """Whether every word is one of the wider output; an English word alone may be broken, at its hyphen."""
+    words, known = text.split(), set(wide.split())
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        broken = word.endswith("-") and not word.startswith(("-", "snn-")) and word + following in known
+        rest = any(known_word.endswith(f"-{word}") for known_word in known)
+        if not (word in known or broken or rest):
+            return False
+    return "…" not in text and "..." not in text.replace("[ARGS]...", "")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_no_width_breaks_a_word_or_a_command(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     add_backend(monkeypatch, "refusing", "toy:Refusing", RefusingBackend())
     for command in ("plugins", "doctor"):
@@ -76,6 +99,30 @@ def test_no_width_breaks_a_word_or_a_command(width: int, monkeypatch: pytest.Mon
             assert "pip install --no-build-isolation torch-scatter torch-sparse" in shown
     assert "pytorch-lightning" in shown
     assert "refusing: cpu: only on Sundays" in shown
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_width_breaks_the_table_of_neurons(width: int) -> None:
+    shown = shown_at(width, "supported")
+    assert is_whole(shown, shown_at(500, "supported"))
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command, as the words that call it."""
+    command = command or typer.main.get_command(app)
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(commands()), ids=lambda path: " ".join(path) or "snn-sparse")
+def test_no_width_breaks_the_help_of_a_command(path: tuple[str, ...]) -> None:
+    wide = shown_at(200, *path, "--help")
+    for width in WIDTHS:
+        shown = shown_at(width, *path, "--help")
+        assert is_whole(shown, wide), shown
+        assert max(map(len, shown.splitlines())) <= width
 
 
 def test_doctor_finds_a_backend_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

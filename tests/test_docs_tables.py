@@ -12,6 +12,23 @@ def test_what_to_expect_is_current():
     assert page == EXPECT["with_table"](page, rows), "run: python benchmarks/expect.py --table"
 
 
+def test_the_first_sentence_of_what_to_expect_is_the_tables():
+    """How many times faster, with the default surrogate."""
+    rows = {
+        (str(row["shape"]), row["layer_rates"][0], row["provider"]): row["step_ms"]["median"]
+        for row in json.loads(EXPECT["ROWS"].read_text())
+        if row["surrogate"] == "atan(2)"
+    }
+    page = EXPECT["PAGE"].read_text()
+    for provider in ("sparse-loop", "sparse"):
+        ratios = [
+            rows[shape, rate, "snntorch"] / time
+            for (shape, rate, name), time in rows.items()
+            if name == provider
+        ]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in page
+
+
 def test_every_way_and_surrogate_has_a_figure():
     rows = json.loads(EXPECT["ROWS"].read_text())
     assert {row["provider"] for row in rows} == set(EXPECT["WAYS"])

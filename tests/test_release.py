@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,8 @@ SAMPLE = (
     "tests/test_docs_tables.py",
     "tests/layers/test_ttfs_energy_table.py",
 )
+
+NO_SOURCES = (".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "build", "dist", "*.egg-info")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -83,8 +86,10 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     for tool in ("build", "twine"):
         if installed(tool) is None:  # asked by name: a folder called build can be imported too
             pytest.skip(f"{tool} is not installed: pip install {tool}")
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    out, copy = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("copy") / "project"
+    # a build writes into the tree, in which other tests, and another process's build, are at work
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*NO_SOURCES))
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy, cwd=out)
     run(sys.executable, "-m", "twine", "check", "--strict", *out.iterdir(), cwd=out)
     (source,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return source, wheel

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from snn_sparse_plugin.core.tables import show_table
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--root", help="folder of N-MNIST's Train.zip and Test.zip")
@@ -34,31 +35,37 @@ def run(script: Path, mode: str) -> dict[str, Any] | str:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def say(line: str) -> None:
+    """A line for each tutorial while the others run, which no width breaks."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 console, modes, failed = Console(), args.modes.split(","), False
-table = Table("tutorial", "score", *(f"{m}: loss, score, s, times faster" for m in modes))
 scripts = [s for s in sorted(Path(__file__).parent.glob("*_*.py")) if s.name != "run_all.py"]
-for script in scripts:
-    if args.only and args.only not in script.stem:
-        continue
-    if not console.is_terminal:  # a log has no spinner
-        console.print(f"{script.stem} …", highlight=False)
-    with console.status(script.stem):
-        found = [run(script, mode) for mode in modes]
+scripts = [s for s in scripts if not args.only or args.only in s.stem]
+rows: list[tuple[str, ...]] = []
+for count, script in enumerate(scripts, start=1):
+    found = []
+    for mode in modes:
+        with console.status(f"{script.stem}, {mode}"):
+            found.append(run(script, mode))
     missing = next((f for f in found if isinstance(f, str)), None)
     if missing is not None:
         skipped = "needs" in missing
         failed |= not skipped
-        table.add_row(script.stem, "", f"{'skipped' if skipped else 'failed'}: {missing}")
+        say(f"{count} of {len(scripts)} {script.stem}: {'skipped' if skipped else 'failed'}: {missing}")
         continue
     numbers: list[dict[str, Any]] = [f for f in found if isinstance(f, dict)]
-    first, cells = numbers[0], []
+    first = numbers[0]
+    say(f"{count} of {len(scripts)} {script.stem}: {first['unit']}")
     for mode, n in zip(modes, numbers, strict=True):
         faster = first["seconds"] / max(n["seconds"], 1e-9)
-        cells.append(f"{n['loss']:.4f}, {n['score']:.1f}, {n['seconds']:.2f}, {faster:.1f}")
+        cells = (f"{n['loss']:.4f}", f"{n['score']:.1f}", f"{n['seconds']:.2f}", f"{faster:.1f}×")
+        rows.append((script.stem if n is first else "", mode, *cells))
+        say(f"  {mode}: loss {cells[0]}, score {cells[1]}, {cells[2]} s, ratio {cells[3]}")
         if mode == "exact":
             failed |= abs(first["score"] - n["score"]) > 1 or abs(first["loss"] - n["loss"]) > 0.02 * abs(
                 first["loss"]
             )
-    table.add_row(script.stem, first["unit"], *cells)
-console.print(table)
+show_table(console, ("tutorial", "mode", "loss", "score", "s", "ratio"), rows, keys=2)
 sys.exit(int(failed))

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from ..core.tables import show_table
 from .layers import written
 
 
@@ -15,71 +15,66 @@ def show_rows(rows: list[dict[str, Any]], console: Console, *, baseline: str, ph
     """One table of providers, with how many times faster than the baseline each is."""
     timed = [row for row in rows if row["skipped"] is None]
     if timed:
-        console.print(_table(timed, baseline, phase, wide=console.width >= 100))
+        _show_timed(timed, console, baseline, phase)
     _show_skipped(rows, console)
 
 
-def _table(rows: list[dict[str, Any]], baseline: str, phase: str, wide: bool) -> Table:
-    shape = rows[0]["shape"]
-    size = written(shape["inputs"], shape["layers"])
-    rates = ", ".join(f"{100 * r:.1f}" for r in rows[0]["layer_rates"])
+def _show_timed(rows: list[dict[str, Any]], console: Console, baseline: str, phase: str) -> None:
     first = rows[0]
-    spread = " (20th to 80th percentile)" if wide else ""
-    table = Table(
-        title=f"{first['op']} {size}, T={shape['T']}, B={shape['B']}, input {100 * first['density']:.3g} %, "
-        f"layers {rates} %, {first['threads']} threads, {first['device']}",
-        title_justify="left",
-        caption=f"ms: median{spread}. ratio: {phase} of {baseline} / {phase}. "
-        "saved: bytes kept for backward, and per neuron-step.",
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("provider", no_wrap=True)
-    for column in ("forward", "backward", "step", "ratio", "saved", "B/n-s", "peak"):
-        table.add_column(column, justify="right", no_wrap=True)
+    shape = first["shape"]
+    size = written(shape["inputs"], shape["layers"])
+    rates = ", ".join(f"{100 * r:.1f}" for r in first["layer_rates"])
+    wide = console.width >= 100
     base = next((row[f"{phase}_ms"]["median"] for row in rows if row["provider"] == baseline), math.nan)
+    lines = []
     for row in rows:
         ratio = base / row[f"{phase}_ms"]["median"]
         whole = row["step_ms"]
         per = row["saved_bytes_per_neuron_step"]
-        table.add_row(
-            row["provider"],
-            f"{row['forward_ms']['median']:.2f}",
-            f"{row['backward_ms']['median']:.2f}",
-            f"{whole['median']:.2f}" + (f" ({whole['p20']:.2f}–{whole['p80']:.2f})" if wide else ""),
-            "" if math.isnan(ratio) else f"{ratio:.1f}×",
-            human_bytes(row["saved_bytes"]),
-            "–" if per is None else f"{per:.2f}",
-            human_bytes(row["peak_bytes"]),
+        spread = f" ({human_ms(whole['p20'])}–{human_ms(whole['p80'])})" if wide else ""
+        lines.append(
+            (
+                row["provider"],
+                human_ms(row["forward_ms"]["median"]),
+                human_ms(row["backward_ms"]["median"]),
+                human_ms(whole["median"]) + spread,
+                "" if math.isnan(ratio) else f"{ratio:.1f}×",
+                human_bytes(row["saved_bytes"]),
+                "–" if per is None else f"{per:.2f}",
+                human_bytes(row["peak_bytes"]),
+            )
         )
-    return table
+    show_table(
+        console,
+        ("provider", "forward", "backward", "step", "ratio", "saved", "B/n-s", "peak"),
+        lines,
+        title=f"{first['op']} {size}, T={shape['T']}, B={shape['B']}, input {100 * first['density']:.3g} %, "
+        f"layers {rates} %, {first['threads']} threads, {first['device']}",
+        caption=f"ms: median{' (20th to 80th percentile)' if wide else ''}. ratio: {phase} of {baseline} / {phase}. "
+        "saved: bytes kept for backward, and per neuron-step.",
+    )
 
 
 def show_surrogates(rows: list[dict[str, Any]], console: Console) -> None:
     """A line for each surrogate, length and provider: how many times faster than snnTorch's loop, and peak memory."""
     timed = [row for row in rows if row["skipped"] is None]
     base = {_case(row): row["step_ms"]["median"] for row in timed if row["provider"] == "snntorch"}
-    table = Table(
-        title="a training step with the surrogates that people use",
-        title_justify="left",
-        caption="ms: median. ratio: step of snntorch / step. peak: of a process.",
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("surrogate", no_wrap=True)
-    table.add_column("provider", no_wrap=True)
-    for column in ("T", "step", "ratio", "peak"):
-        table.add_column(column, justify="right", no_wrap=True)
+    lines = []
     for row in timed:
         median = row["step_ms"]["median"]
         ratio = f"{base[_case(row)] / median:.1f}×" if _case(row) in base else ""
         first = row["surrogate"] if row["provider"] == timed[0]["provider"] else ""
         peak = human_bytes(row["peak_bytes"])
-        table.add_row(first, row["provider"], str(row["shape"]["T"]), f"{median:.2f}", ratio, peak)
+        lines.append((first, row["provider"], str(row["shape"]["T"]), human_ms(median), ratio, peak))
     if timed:
-        console.print(table)
+        show_table(
+            console,
+            ("surrogate", "provider", "T", "step", "ratio", "peak"),
+            lines,
+            title="a training step with the surrogates that people use",
+            caption="ms: median. ratio: step of snntorch / step. peak: of a process.",
+            keys=2,
+        )
     _show_skipped(rows, console)
 
 
@@ -94,6 +89,11 @@ def _show_skipped(rows: list[dict[str, Any]], console: Console) -> None:
             skipped.setdefault(row["skipped"], {})[row["provider"]] = None
     for reason, providers in skipped.items():
         console.print(f"[yellow]skipped[/] {', '.join(providers)}: {reason}", highlight=False, soft_wrap=True)
+
+
+def human_ms(value: float) -> str:
+    """Milliseconds with four figures: ``1.23``, ``123.4``, ``1234``."""
+    return f"{value:.{2 if value < 99.995 else 1 if value < 999.95 else 0}f}"
 
 
 def human_bytes(count: int | None) -> str:
@@ -115,25 +115,20 @@ def show_crossover(rows: list[dict[str, Any]], sweep: str, console: Console) -> 
     points: dict[float, dict[str, float]] = {}
     for row in timed:
         points.setdefault(_point(row, sweep), {})[row["provider"]] = row["step_ms"]["median"]
-    over = "input density" if sweep == "density" else "layer size N"
-    table = Table(
-        title=f"step in ms over {over}; the fastest is bold",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    for column in ("density" if sweep == "density" else "N", *names):
-        table.add_column(column, justify="right")
-    if "auto" in names:
-        table.add_column("auto / best", justify="right")
+    lines = []
     for point, times in points.items():
         best = min(times.values())
-        cells = [f"[bold]{t:.2f}[/]" if t == best else f"{t:.2f}" for t in (times[name] for name in names)]
+        cells = [f"[bold]{human_ms(t)}[/]" if t == best else human_ms(t) for t in (times[n] for n in names)]
         if "auto" in names:
             others = [t for name, t in times.items() if name != "auto"]
             cells.append(f"{times['auto'] / min(others):.2f}" if others else "–")
-        table.add_row(_label(point, sweep), *cells)
-    console.print(table)
+        lines.append((_label(point, sweep), *cells))
+    show_table(
+        console,
+        ("density" if sweep == "density" else "N", *names, *(["auto / best"] if "auto" in names else [])),
+        lines,
+        title=f"step in ms over {'input density' if sweep == 'density' else 'layer size N'}; the fastest is bold",
+    )
     if {"events", "dense"} <= set(names):
         console.print(crossover({p: (t["events"], t["dense"]) for p, t in points.items()}, sweep))
     _show_skipped(rows, console)

@@ -238,28 +238,38 @@ def _run(config: Config, options: BenchOptions, console: Console) -> list[dict[s
     found: dict[str, Measured] = {}
     cases: dict[str, Steps] = {}
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as progress:
-        what = f"{config.op} T={config.steps} B={config.batch}"
-        task = progress.add_task(f"{what}: input and weights", total=None)
+        task = progress.add_task("", total=None)
+
+        def tell(step: str, **changes: Any) -> None:
+            line = f"{config.op} T={config.steps} B={config.batch}: {step}"
+            progress.update(task, description=line, **changes)
+            if not console.is_terminal:  # a log has no bar: a line for each step
+                console.print(line, highlight=False, soft_wrap=True)
+
+        tell("input and weights")
         problem = make_problem(config)
         rates = problem.rates
         density = config.density if config.root is None else float(problem.x.mean())
         for name in names:
-            progress.update(task, description=f"{what}: preparing {name}")
+            tell(f"preparing {name}")
             try:
                 cases[name] = setup(config, name)
             except MissingDependencyError as error:
                 found[name] = Measured(skipped=str(error))
         if cases:
-            progress.update(
-                task, description=f"{what}: warm-up, then timing", total=options.rounds, completed=0
-            )
+            tell(f"warm-up, then {options.rounds} rounds of all", total=options.rounds, completed=0)
             timings = time_alternating(
                 cases, options.rounds, config.device, partial(progress.update, task, advance=1)
             )
         for name, steps in cases.items():
-            progress.update(task, description=f"{what}: memory of {name}")
+            tell(f"memory of {name}")
             compiled = name == "compile"  # hooks and a fresh process would each compile again
             saved = None if compiled else _saved(steps)
             peak = None

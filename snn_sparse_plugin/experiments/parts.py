@@ -170,6 +170,7 @@ def _speed(session: Session) -> Any:
         for sweep, settings, weights in plans:
             note = f"{sweep}: N = {settings.hidden}, B_th = {settings.threshold:g}"
             bars.update(task, note=note)
+            session.log(f"one layer, {note}")
             net, epochs = session.network(settings, study.seeds[0], weights)
             rounds = _rounds(study, net, x, y)
             published = sweep == ("trained" if trained else "fresh") and settings.T <= 300
@@ -197,6 +198,7 @@ def _epoch(session: Session) -> Any:
     turns = 2 * study.rounds
     with session.progress() as bars:
         task = bars.add_task("epoch time", total=turns, note="")
+        session.log(f"epoch time, {turns} turns")
         found = speed.time_epoch(
             lambda: session.network(study.settings, trial.seed, trial)[0],
             session.data.train,

@@ -30,6 +30,7 @@ class Session:
         s = self.study
         # polarities are channels of a convolution
         merge = False if s.settings.data == "n-mnist" and isinstance(s.settings, ConvSettings) else None
+        self.log(f"reading {s.settings.data}")
         with self.console.status(f"reading {s.settings.data}"):
             return load_spikes(
                 s.settings.data,
@@ -65,7 +66,13 @@ class Session:
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,
         )
+
+    def log(self, line: str) -> None:
+        """A line for each step of the work where no bar shows it."""
+        if not self.console.is_terminal:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def train(self, trials: Sequence[Trial], what: str) -> list[Training]:
         """Train what is not trained yet; finished trials are only read."""

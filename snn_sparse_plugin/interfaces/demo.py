@@ -69,7 +69,10 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         console=console,
+        disable=not console.is_terminal,
     ) as progress:
+        if not console.is_terminal:
+            console.print("compiling kernels, once per machine")
         task = progress.add_task("compiling kernels", total=1, note="once per machine")
         _warm_up(sparse_net, sparse, coded(data.train_x[:2]))
         progress.update(task, completed=1)
@@ -269,4 +272,4 @@ def show(result: DemoResult, console: Console) -> None:
             f"hidden layer {k}", f"{100 * spikes:.1f} % spikes", "", f"{100 * active:.1f} % pass a gradient"
         )
     console.print(table)
-    console.print(f"picture: {result.options.out}")
+    console.print(f"picture: {result.options.out}", soft_wrap=True)

@@ -71,12 +71,18 @@ def run_warm(
         raise UnsupportedError("--gpu compiles for the GPU of this machine, but torch sees none.")
     chosen = [task for task in tasks if (find_spec(task.library) if task.library else not gpu)]
     jobs = 1 if gpu else min(jobs or os.cpu_count() or 1, len(chosen))
-    with Progress(console=console) as progress:
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("compiling kernels", total=len(chosen))
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(compile_for, task, gpu) for task in chosen]):
+            running = {pool.submit(compile_for, task, gpu): task for task in chosen}
+            for count, done in enumerate(as_completed(running), start=1):
                 done.result()
                 progress.advance(bar)
+                if not console.is_terminal:  # a log has no bar: a line for each task
+                    name = " ".join(filter(None, running[done]))
+                    console.print(
+                        f"compiled {count} of {len(chosen)}: {name}", highlight=False, soft_wrap=True
+                    )
     return len(chosen), cache_folder()
 
 

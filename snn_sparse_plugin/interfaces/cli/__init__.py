@@ -12,21 +12,24 @@ from typing import Annotated
 import typer
 
 from . import experiment, measure, script, show, ttfs
+from .common import short
 
 app = typer.Typer(
     name="snn-sparse",
     help="Sparse training of spiking networks in snnTorch and Norse.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its boxes cut words and options on narrow terminals
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 # what follows the script is its own
 app.command(
+    short_help=short(script.run),
     context_settings={
         "allow_extra_args": True,
         "allow_interspersed_args": False,
         "token_normalize_func": script.spelled,
-    }
+    },
 )(script.run)
 for command in (
     show.doctor,
@@ -37,7 +40,7 @@ for command in (
     measure.tune,
     measure.warm,
 ):
-    app.command()(command)
+    app.command(short_help=short(command))(command)
 app.add_typer(ttfs.app)
 app.add_typer(experiment.app)
 

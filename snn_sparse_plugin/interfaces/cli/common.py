@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,11 @@ Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training image
 TrainingImages = Annotated[int, typer.Option(min=0, help="Training images to use; 0 is all.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def short(command: Callable[..., Any]) -> str:
+    """A command's line in a list of commands: all of its first, of which a narrow terminal would cut the end."""
+    return (inspect.getdoc(command) or "").partition("\n")[0]
 
 
 @contextmanager

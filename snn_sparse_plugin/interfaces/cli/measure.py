@@ -139,14 +139,14 @@ def bench(
         ),
     ] = None,
     providers: Annotated[
-        str | None, typer.Option(help="Comma-separated; default: all but the opt-in ones.")
+        str | None, typer.Option(help="Separated by commas; default: all but the opt-in ones.")
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Add torch.compile of snnTorch's loop: minutes to compile.")
     ] = False,
     reference: Annotated[bool, typer.Option("--reference", help="Add the slow reference backend.")] = False,
     points: Annotated[
-        str | None, typer.Option(help="Points of the sweep, comma-separated: densities, or sizes N.")
+        str | None, typer.Option(help="Points of the sweep, separated by commas: densities, or sizes N.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; medians are over them.")] = 15,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads for everyone.")] = 2,
@@ -210,7 +210,7 @@ def bench(
             emit(rows)
         elif out is not None:
             write_text(out, json.dumps(rows, indent=2) + "\n")
-            console.print(f"{len(rows)} rows written to {out}")
+            console.print(f"{len(rows)} rows written to {out}", soft_wrap=True)
 
 
 def tune(context: typer.Context, as_json: JsonFlag = False) -> None:

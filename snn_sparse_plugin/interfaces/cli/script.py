@@ -29,7 +29,7 @@ def run(
         str,
         typer.Option("--backprop-threshold", help="auto, exact, or a distance from the threshold."),
     ] = "auto",
-    exact: Annotated[bool, typer.Option("--exact", help="The same as --backprop-threshold exact.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="The whole gradient, as upstream's.")] = False,
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
     min_active: Annotated[
         float | None, typer.Option(help="Share of active neuron-steps below which a call runs exact.")

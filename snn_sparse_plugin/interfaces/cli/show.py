@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ...core.errors import MissingDependencyError, SparsePluginError
+from ...core.tables import show_words
 from .common import JsonFlag, consoles, escaped, readable_errors
+
+if TYPE_CHECKING:
+    from ..supported import Row
 
 _COLOURS = {
     "ok": "green",
@@ -183,8 +187,28 @@ def supported(
         elif as_markdown:
             typer.echo(supported.markdown(table), nl=False)
         else:
-            shown = Table("library", "neuron", "fused", "not fused with", "exactness")
-            for row in table:
-                unfused = "\n".join(f"{option}: {why}" for option, why in row.fallback.items()) or "none"
-                shown.add_row(row.library, row.neuron, row.fused, unfused, row.exactness)
-            console.print(shown)
+            _show_supported(console, table)
+
+
+def _show_supported(console: Console, table: list[Row]) -> None:
+    """For each library its neurons, and below them each reason once, with the options and neurons it holds for."""
+    for library in dict.fromkeys(row.library for row in table):
+        rows = [row for row in table if row.library == library]
+        shown = Table(box=None, pad_edge=False)
+        for column in (library, "fused", "exactness"):
+            shown.add_column(column, no_wrap=column == library)
+        concerned: dict[str, list[str]] = {}
+        for row in rows:
+            fused, _, why = row.fused.replace("`", "").partition(": ")
+            shown.add_row(row.neuron, escaped(fused), escaped(row.exactness))
+            if fused == "no":
+                reasons = [f"not fused: {why}"]
+            else:
+                reasons = [f"not fused with {option}: {reason}" for option, reason in row.fallback.items()]
+                reasons += [f"{fused.rpartition('; ')[2]}: {why}"] if why else []
+            for reason in reasons:
+                concerned.setdefault(reason, []).append(row.neuron)
+        console.print(shown)
+        for reason, neurons in sorted(concerned.items()):
+            show_words(console, f"{reason} ({', '.join(neurons)})")
+        console.print()

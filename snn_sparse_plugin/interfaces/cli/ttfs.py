@@ -12,9 +12,11 @@ import typer
 from rich.console import Console
 
 from ...core.errors import ConfigError
-from .common import Epochs, JsonFlag, Threads, TrainingImages, readable_errors
+from .common import Epochs, JsonFlag, Threads, TrainingImages, readable_errors, short
 
-app = typer.Typer(name="ttfs", help="Time-to-first-spike networks.", no_args_is_help=True)
+app = typer.Typer(
+    name="ttfs", help="Time-to-first-spike networks.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 class DataName(str, Enum):
@@ -56,7 +58,6 @@ def _network_and_images(model: Path, data: DataName, root: Path | None, samples:
     return net, x[:n].view(-1, *net.input_shape), y[:n]
 
 
-@app.command()
 def report(
     context: typer.Context,
     model: Model,
@@ -82,7 +83,6 @@ def report(
         print(json.dumps(found.as_dict(), indent=2) if as_json else found)
 
 
-@app.command()
 def verify(
     context: typer.Context,
     model: Model,
@@ -107,7 +107,6 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
 def ablation(
     context: typer.Context,
     data: Data = DataName.digits,
@@ -171,3 +170,7 @@ def ablation(
             print(suite.as_markdown(found))
         else:
             console.print(suite.as_table(found, f"{data.value}, {seeds} seeds, {epochs} epochs"))
+
+
+for command in (report, verify, ablation):
+    app.command(short_help=short(command))(command)
