@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +11,7 @@ from torch import Tensor, nn
 from ..adapters import (
     Adapter,
     Neuron,
-    config_of,
     cuts_nothing,
-    is_hook,
     is_unmarked,
     record_of,
     refuse,
@@ -23,19 +19,18 @@ from ..adapters import (
     settled,
 )
 from ..core import tally
-from ..core.config import SparseConfig, active_config
+from ..core.config import SparseConfig
 from ..core.precision import HALF
 from .context import here, mode_to_record
 from .flush import flush, realize
 from .fused import takes_step
-from .governor import Rest, ShortWay, backoff, forward_of, resting
-from .nodes import NeuronNode, Node
+from .governor import Rest, backoff, forward_of, resting
+from .nodes import NeuronNode
 from .precision import matters, of_step
 from .record import Record, open_record
 from .recorded import Recorded, value_of
-from .sources import MODULE_CALL, is_listened_to, note_feeding
-
-_lock = threading.RLock()
+from .shortcuts import advance, are_numbers, hooked_forward, likes, result
+from .sources import note_feeding
 
 ASK_AGAIN = 64
 """Calls after which a neuron that could not be recorded is tried again."""
@@ -56,7 +51,7 @@ def step(
         if record is not None and not kwargs:
             node = record.neurons.get(id(module))
             if node is not None and node.config is config:
-                found = _advance(record, node, args)
+                found = advance(record, node, args)
                 if found is not None:
                     return found
         rest = resting(module)
@@ -64,7 +59,7 @@ def step(
             found = _record(adapter, module, upstream, args, kwargs, config)
             if found is not None:
                 return found
-        elif rest.forward is None and not kwargs and _are_numbers(args, module) and cuts_nothing(config):
+        elif rest.forward is None and not kwargs and are_numbers(args, module) and cuts_nothing(config):
             if not rest.fed and args:
                 rest.fed = True
                 note_feeding(args[0], module)
@@ -81,88 +76,11 @@ def step(
     return upstream(module, *args, **kwargs)
 
 
-def _are_numbers(args: tuple[Any, ...], module: nn.Module | None = None) -> bool:
-    """Whether the arguments of a step, and the states inside the module, are plain tensors: written out, as it is
-    asked at every step."""
-    for x in args:
-        kind = type(x)
-        if kind is not Tensor and x is not None and not (isinstance(x, tuple) and _are_numbers(x)):
-            return False
-    if module is not None:
-        for x in module._buffers.values():
-            if type(x) is Recorded:
-                return False
-    return True
-
-
 def settle(module: nn.Module) -> None:
     """Run the record if it holds steps of this module."""
     record = here.record
     if record is not None and id(module) in record.neurons:
         flush(record, f"an attribute of {type(module).__name__}")
-
-
-def _advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
-    """The next step of a node, where the state is the one that its last step left; else None."""
-    calls = record.calls
-    if calls > record.look and record.is_full():
-        flush(record, "a large record")
-        return None
-    leaves, x, argument = node.adapter.next_state(node.module, args), args[0], node.arguments[0]
-    if leaves is None or not node.left(leaves):
-        return None
-    entry: Any
-    follows = False  # whether it is the next of successive values, as at most steps
-    if type(x) is Recorded:
-        entry = x.__dict__.get("_value")  # value_of, written out
-        if entry is None:
-            return None
-        source, call, slot = entry
-        if source is argument.source:
-            follows = call == argument.stop and slot == argument.slot
-        elif not _takes(node, source, slot):
-            return None
-    elif type(x) is Tensor and _likes(node, x.shape, x.dtype, x.device):
-        entry = record.plain.entry(x)
-    else:
-        return None
-    if node.mode != mode_to_record() or not node.description.holds():
-        return None
-    order, steps = node.order, node.config.max_steps
-    if steps is not None and len(order) >= steps:
-        return None
-    if record.entered():
-        return None
-    with record.lock:  # record.enter(), written out
-        if record.closed:
-            return None
-        if follows:
-            argument.stop += 1
-        else:
-            argument.append(entry)
-        order.append(record.calls)
-        record.calls += 1
-        return _result(node)
-
-
-def _takes(node: NeuronNode, source: Node, slot: int) -> bool:
-    """Whether a result of another node is what this one may read."""
-    here = source.record is node.record and source.readable
-    return here and _likes(node, source.shape, source.dtypes[slot], source.device)
-
-
-def _likes(node: NeuronNode, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether these are those of the node's inputs."""
-    return shape == node.input_shape and dtype is node.input_dtype and device == node.device
-
-
-def _result(node: NeuronNode) -> Any:
-    """What upstream's forward returns for the newest step."""
-    out = node.make(0)
-    new = {}
-    for name, slot in node.named_slots:
-        new[name] = node.make(slot) if slot else out
-    return node.adapter.write_call(node.module, out, new, node.like)
 
 
 def _record(
@@ -206,7 +124,7 @@ def _record(
             and node.module is module
             and node.config is config
             and node.mode == mode
-            and _likes(node, shape, dtype, device)
+            and likes(node, shape, dtype, device)
             and node.left(list(leaves.values()))
             and node.description.holds()
         ):
@@ -218,7 +136,7 @@ def _record(
                 return None
         node.arguments[0].append(record.entry(x))
         node.record.count(node)
-        return _result(node)
+        return result(node)
     finally:
         record.leave()
 
@@ -267,70 +185,9 @@ def _open(
     adapter.begin(module)
     node = NeuronNode(record, adapter, module, neuron, upstream, config, leaves, like, dtypes)
     node.shape, node.device, node.input_shape, node.input_dtype = out_shape, x.device, x.shape, x.dtype
-    node.forward, node.unmarked = _hooked_forward(module), is_unmarked(module)
+    node.forward, node.unmarked = hooked_forward(module), is_unmarked(module)
     record.neurons[id(module)] = node
     return node
-
-
-# --- the way around Module.__call__ and the hook on forward, which take as long as recording ---
-
-
-def _hooked_forward(module: nn.Module) -> Any:
-    """The hook that stands for the module's forward, once its class has the shorter way to it; else None."""
-    cls = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    forward = vars(cls)["forward"]
-    if "forward" in vars(module) or not is_hook(forward):
-        return None
-    with _lock:
-        if cls.__call__ is MODULE_CALL:
-            cls.__call__ = _call_of(cls)  # type: ignore[method-assign]
-    return forward
-
-
-def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and not kwargs:
-            # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
-            if type(args[-1]) is Recorded:
-                record = here.record
-                node = None if record is None else record.neurons.get(id(self))
-                if (
-                    record is not None
-                    and node is not None
-                    and node.forward is type(self).forward
-                    and node.config is (active_config() if node.unmarked else config_of(self))
-                    and not is_listened_to(self)
-                ):
-                    found = _advance(record, node, args)
-                    if found is not None:
-                        return found
-            elif not torch.compiler.is_compiling():
-                rest = backoff.data.get(ref(self))  # type: ignore[attr-defined]
-                if rest is not None and rest.left and rest.fed and _goes_short(self, rest.way, args):
-                    rest.left -= 1
-                    return run_whole(rest.way.bare, self, args, rest.way.record)
-        return super(cls, self).__call__(*args, **kwargs)
-
-    return __call__
-
-
-def _goes_short(module: nn.Module, way: ShortWay | None, args: tuple[Any, ...]) -> bool:
-    """Whether :func:`step` would run upstream's forward as it is, on these very arguments."""
-    if way is None:
-        return False
-    config = active_config() if way.unmarked else config_of(module)
-    record = here.record
-    return (
-        config is not None
-        and config.fuse_time
-        and way.hooked is type(module).forward
-        and "forward" not in module.__dict__
-        and not here.paused
-        and (record is None or id(module) not in record.neurons)
-        and _are_numbers(args, module)
-        and not is_listened_to(module)
-        and cuts_nothing(config)
-    )
 
 
 def _fits(leaf: Any, record: Record) -> bool:

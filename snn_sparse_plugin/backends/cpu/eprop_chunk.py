@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .eprop import sort_events
 from .jit import kernel
-from .rows import add_rows
 from .threads import parallel, split
 
 
@@ -23,6 +22,30 @@ def _scale_add(out, o, factor, x, i):  # type: ignore[no-untyped-def]
     o, i = np.uint32(o), np.uint32(i)
     for j in range(out.shape[1]):
         out[o, j] += factor * x[i, j]
+
+
+@kernel(part=True)
+def _add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
+    """``add_rows`` of :mod:`.rows`, in its order, for rows that are no whole vectors."""
+    N, k, e = out.shape[1], np.uint32(k), first
+    if values.shape[0] > 0:
+        while e < last:
+            a = np.uint32(indices[e])
+            for j in range(N):
+                out[k, j] += values[e] * x[a, j]
+            e += 1
+        return
+    while e + 4 <= last:
+        a, b = np.uint32(indices[e]), np.uint32(indices[e + 1])
+        c, d = np.uint32(indices[e + 2]), np.uint32(indices[e + 3])
+        for j in range(N):
+            out[k, j] += (x[a, j] + x[b, j]) + (x[c, j] + x[d, j])
+        e += 4
+    while e < last:
+        a = np.uint32(indices[e])
+        for j in range(N):
+            out[k, j] += x[a, j]
+        e += 1
 
 
 @kernel()
@@ -176,7 +199,7 @@ def _sum_and_carry(  # type: ignore[no-untyped-def]
                     for j in range(N):
                         out[row, j] += start[0, c, at, j] * own[o, at, row, j]
             if some:
-                add_rows(out, i, loss, rows, scaled, starts[i], starts[i + 1])
+                _add_rows(out, i, loss, rows, scaled, starts[i], starts[i + 1])
             if not carry:
                 continue
             for o in range(O):
@@ -193,7 +216,7 @@ def _sum_and_carry(  # type: ignore[no-untyped-def]
                         for j in range(N):
                             fresh[o, j] += start[o + 1, c, at, j] * own[q, at, row, j]
                 if some:
-                    add_rows(fresh, o, nu[at, o + 1], rows, scaled, starts[i], starts[i + 1])
+                    _add_rows(fresh, o, nu[at, o + 1], rows, scaled, starts[i], starts[i + 1])
             for o in range(O):
                 for j in range(N):
                     own[o, at, row, j] = fresh[o, j]

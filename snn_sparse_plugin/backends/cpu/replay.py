@@ -37,6 +37,7 @@ from .rows import (
     advance_kernel,
     copy_row,
     dot,
+    is_plain,
     load2,
     load3,
     reset_row,
@@ -94,7 +95,7 @@ def settle_params(recent, first, out):  # type: ignore[no-untyped-def]
 def backward_replay_kernel(code: Code) -> Callable[..., Any]:
     """The backward that replays, for one member of the neuron family."""
     update, synapse, kind, timing, scope, attached, spiking, recurrent = code
-    advance = advance_kernel(code)
+    advance, plain = advance_kernel(code), is_plain(code)
 
     @kernel()
     def backward_replay(  # type: ignore[no-untyped-def]
@@ -134,6 +135,11 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         x, rec, row = x_row[0, :N], rec_row[0, :N], np.int64(0)
         v, i = np.empty(N, dtype), np.zeros(N, dtype)
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
+        replayed = np.zeros(
+            N, dtype
+        )  # resets of the steps that are replayed; of plain ones what they subtract
+        if plain and kind == SUBTRACT:
+            copy_row(replayed, threshold)
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
         v_before, i_before = np.empty(N, dtype), np.zeros(N, dtype)
         jump, distance = np.zeros(N, dtype), np.zeros(N, dtype)
@@ -175,7 +181,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             for j in range(N):
                                 jump[j] = i[j] + jump[j]
                         store2(jumps, k, jump)
-                    advance(params, x, rec, v, i, reset, distance)
+                    advance(params, x, rec, v, i, replayed, distance)
                     if spiking:
                         store2(distances, k, distance)
 
