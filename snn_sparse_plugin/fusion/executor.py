@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ def run(
     want_mem: bool = True,
 ) -> tuple[Flow, Tensor | None, list[Any]]:
     """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer)."""
-    if per_step and (not current_config().fuse_time or _shares_state(layers) or _is_step(x)):
-        with paused():
+    alone = per_step and _is_step(x)
+    if alone or (per_step and (not current_config().fuse_time or _shares_state(layers))):
+        with paused() if alone else nullcontext():
             spikes, mem, states = loop(layers, dense(x), states)
         return (spikes_as_events(spikes, layers) if events else spikes), mem, states
     neurons = [_fusable(layer, per_step) for layer in layers]
