@@ -229,11 +229,11 @@ class Adapter:
         """One step of upstream's forward from this state; the module's own state stays as it is."""
         raise NotImplementedError
 
-    # What upstream's forward leaves in the module besides its state, where it leaves something.
-
     def bare(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
         """What ``upstream``, as given to the runner's ``step``, does for a step whose gradient is cut nowhere."""
         return upstream
+
+    # What upstream's forward leaves in the module besides its state, where it leaves something.
 
     def begin(self, module: nn.Module) -> None:
         """Steps of the module are recorded from now on: what the last forward left is out of date."""

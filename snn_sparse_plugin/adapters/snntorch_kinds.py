@@ -23,11 +23,8 @@ from .snntorch_surrogates import SpikeFunction, depends_on, is_made_by_factory, 
 class Kind(NamedTuple):
     """A fused family, and the member of it that a module is."""
 
-    cls: Any
     surrogate: Surrogate
-    build: (
-        Callable[..., Parts | str] | None
-    )  # what describes it; None: it is a member of the canonical family
+    build: Callable[..., Parts | str] | None  # what describes it; None: the canonical family
     reset: str | None  # None: its equations have one alone
     scales: bool  # whether its forward scales spikes by ``graded_spikes_factor``
     synapse: bool
@@ -108,7 +105,7 @@ def _decided(module: Any) -> Kind | str:
         return f"its spike function {named} is none of snnTorch's, so that upstream calls it at every step"
     build, by_reset = builders().get(cls, (None, True))
     if not by_reset:
-        return Kind(cls, surrogate, build, None, steps, False, False)
+        return Kind(surrogate, build, None, steps, False, False)
     # state_function is chosen at construction; only reset_delay=False also looks at reset_mechanism_val
     functions: dict[Any, str] = {cls._base_sub: "subtract", cls._base_zero: "zero", cls._base_int: "none"}
     reset = functions.get(getattr(module.state_function, "__func__", None))
@@ -116,7 +113,7 @@ def _decided(module: Any) -> Kind | str:
         return "its state_function was replaced"
     snn = Classes()
     synapse, recurrent = cls in (snn.Synaptic, snn.RSynaptic), cls in (snn.RLeaky, snn.RSynaptic)
-    return Kind(cls, surrogate, build, reset, steps, synapse, recurrent)
+    return Kind(surrogate, build, reset, steps, synapse, recurrent)
 
 
 def spike_function(module: Any) -> SpikeFunction:

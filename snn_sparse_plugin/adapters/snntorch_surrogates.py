@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -46,17 +47,15 @@ def recognise(function: SpikeFunction) -> Surrogate:
         >>> recognise(surrogate.fast_sigmoid(slope=100))
         fast_sigmoid(slope=100)
     """
-    known = None
-    if inspect.isfunction(function):
-        known = _recognised.data.get(ref(function))  # type: ignore[attr-defined]
-    if known is not None and _is_still(function, known[0]):  # asked at every step
-        return known[1]
     if isinstance(function, Surrogate):
         return function
     if is_made_by_factory(function):
-        needs, found = depends_on(function), _by_code(function)
-        if found is not None and not any(isinstance(x, Tensor) for x in needs):
-            _recognised[function] = (function.__code__, *needs), found
+        needs = function.__code__, *depends_on(function)
+        before, found = _recognised.get(function, ((), None))
+        if len(before) != len(needs) or not all(map(is_, before, needs)):
+            found = _by_code(function)
+            if found is not None and not any(isinstance(x, Tensor) for x in needs):
+                _recognised[function] = needs, found
     else:
         found = _by_class(function)
     return Surrogate("custom", function=function, pure=False) if found is None else found
@@ -72,18 +71,6 @@ def depends_on(function: Any) -> tuple[Any, ...]:
     cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
     cls = _class_of(function)
     return (*cells, cls, None if cls is None else vars(cls).get("backward"))
-
-
-def _is_still(function: Any, known: tuple[Any, ...]) -> bool:
-    """Whether a function is what :data:`_recognised` knows."""
-    code, *cells, cls, backward = known
-    if function.__code__ is not code:
-        return False
-    for cell, before in zip(function.__closure__ or (), cells, strict=True):
-        if cell.cell_contents is not before:
-            return False
-    now = _class_of(function)
-    return now is cls and (cls is None or cls.__dict__.get("backward") is backward)
 
 
 def _class_of(function: Any) -> Any:

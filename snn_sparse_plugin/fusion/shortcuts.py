@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ..adapters import config_of, cuts_nothing, is_hook, run_whole
 from ..core.config import active_config
 from .context import here, mode_to_record
 from .flush import flush
-from .governor import ShortWay, backoff
+from .governor import ShortWay, rest_of
 from .nodes import NeuronNode, Node
 from .record import Record
 from .recorded import Recorded
@@ -134,19 +133,18 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
                     if found is not None:
                         return found
             elif not torch.compiler.is_compiling():
-                rest = backoff.data.get(ref(self))  # type: ignore[attr-defined]
-                if rest is not None and rest.left and rest.fed and _goes_short(self, rest.way, args):
+                rest = rest_of(self)
+                way = rest.way if rest is not None and rest.left and rest.fed else None
+                if rest is not None and way is not None and _goes_short(self, way, args):
                     rest.left -= 1
-                    return run_whole(rest.way.bare, self, args, rest.way.record)
+                    return run_whole(way.bare, self, args, way.record)
         return super(cls, self).__call__(*args, **kwargs)
 
     return __call__
 
 
-def _goes_short(module: nn.Module, way: ShortWay | None, args: tuple[Any, ...]) -> bool:
+def _goes_short(module: nn.Module, way: ShortWay, args: tuple[Any, ...]) -> bool:
     """Whether the runner's ``step`` would run upstream's forward as it is, on these very arguments."""
-    if way is None:
-        return False
     config = active_config() if way.unmarked else config_of(module)
     record = here.record
     return (

@@ -19,7 +19,7 @@ from ..core.precision import HALF
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record
-from .governor import backoff, resting, will_rest
+from .governor import resting, will_rest
 from .nodes import InputNode
 from .record import open_record
 from .recorded import Recorded
@@ -99,14 +99,13 @@ _CALLS = {cls: _call_of(cls) for cls in _LAYERS}
 
 
 def _feeds_resting(self: Any) -> bool:
-    """What :func:`_of_plain` would find for a layer whose neuron is not recorded now: written out, for loops that are
-    no faster recorded."""
+    """Whether :func:`_of_plain` would find nothing, as the layer's neuron is not recorded now."""
     if torch.compiler.is_compiling():
         return False
     fed = _feeding.data.get(ref(self))  # type: ignore[attr-defined]
-    neuron = None if fed is None else fed()
-    rest = None if neuron is None else backoff.data.get(ref(neuron))  # type: ignore[attr-defined]
-    return rest is not None and rest.left > 0 and (here.record is None or id(self) not in here.record.inputs)
+    if fed is None or not will_rest(fed()):
+        return False
+    return here.record is None or id(self) not in here.record.inputs
 
 
 def _of_plain(cls: Any, self: Any, x: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .bits import LANES
@@ -74,19 +73,6 @@ def flip(x, at, rows, stride, columns, out, to, out_stride):  # type: ignore[no-
         for i in range(zero, rows, side):
             i = min(i, rows - side)
             _square(x, at + i * stride + j, stride, out, to + j * out_stride + i, out_stride)
-
-
-@intrinsic
-def fused(typingctx: Any, x: Any, factor: Any, term: Any) -> Any:
-    """``x * factor + term`` of single numbers, rounded once where the machine can: as vectors are."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number = args[0].type
-        name = f"llvm.fmuladd.f{x.bitwidth}"
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [number] * 3), name)
-        return builder.call(function, args)
-
-    return x(x, x, x), codegen
 
 
 @intrinsic

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .bits import LANES
-from .conv_lanes import flip, fused, if_larger, store_places, where_placed
+from .conv_lanes import flip, if_larger, store_places, where_placed
 from .jit import kernel
 from .lanes import add, fma, load, splat, store
 
@@ -49,7 +49,7 @@ def rescale(maps, factors, sizes):  # type: ignore[no-untyped-def]
                 j += lanes
                 place += lanes
             while j < end:
-                maps[zero, place] = fused(maps[zero, place], factors[zero, j], factors[one, j])
+                maps[zero, place] = fma(maps[zero, place], factors[zero, j], factors[one, j])
                 j += np.uint64(1)
                 place += np.uint64(1)
 

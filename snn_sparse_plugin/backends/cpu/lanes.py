@@ -117,12 +117,12 @@ def mul(typingctx: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """``a * b + c``, rounded once where the machine can."""
+    """``a * b + c`` of vectors or of single numbers, rounded once where the machine can."""
+    form = f"v{LANES}f{a.dtype.bitwidth}" if isinstance(a, Lanes) else f"f{a.bitwidth}"
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = args[0].type
-        name = f"llvm.fmuladd.v{LANES}f{a.dtype.bitwidth}"
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+        kind = ir.FunctionType(args[0].type, [args[0].type] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{form}")
         return builder.call(function, args)
 
     return a(a, a, a), codegen

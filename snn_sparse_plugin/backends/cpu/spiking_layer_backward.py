@@ -50,11 +50,10 @@ from .way import Way, empty_list, input_is_listed, only_decays, wants_params, wa
 
 
 class _Left(NamedTuple):
-    """Gradients that each sample has for itself; written, or of the states changed, in place."""
+    """Gradients that each sample has for itself; written, or of the states changed, in place: ``v`` and ``i`` are what
+    flows to the last step from the state after it, then what flows to the state before the first step."""
 
-    v: (
-        np.ndarray
-    )  # what flows to the last step from the state after it; then to the state before the first step
+    v: np.ndarray
     i: np.ndarray
     active: Tensor | None  # of the active entries of the input
     nu: Tensor | None  # of the currents, (T or 1, B, C·N)

@@ -53,7 +53,7 @@ Guard = Annotated[
     bool,
     typer.Option("--guard", help="This package's guard (default min_active), which the publication lacks."),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Batch size B; published: 256.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Batch size B.")]
 LearningRate = Annotated[float | None, typer.Option(help="Of Adam.")]
 Samples = Annotated[int, typer.Option(min=0, help="Training samples to use; 0 is all.")]
 Thresholds = Annotated[str, typer.Option(help="B_th of its sweep.", show_default="0.05, 0.1, 0.2, 0.4, 0.8")]
