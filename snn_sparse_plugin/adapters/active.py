@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,16 +99,28 @@ _entered: list[str] = []
 _in_force = ""
 
 
-@contextmanager
-def entered(config: SparseConfig, explicit: dict[str, Any] | None = None) -> Iterator[SparseConfig]:
-    """Make ``config`` the active one here; ``explicit`` options also win over a module's own mark."""
-    text = f"{_named(config)}{explicit}"
-    _announce(text, enter=True)
-    try:
-        with _explicit.block(explicit or _explicit.get()), use_config(config):
-            yield config
-    finally:
-        _announce(text, enter=False)
+class entered:
+    """Make ``config`` the active one inside the block; ``explicit`` options also win over a module's own mark."""
+
+    __slots__ = ("blocks", "text")
+
+    def __init__(self, config: SparseConfig, explicit: dict[str, Any] | None = None) -> None:
+        self.text = f"{_named(config)}{explicit}"
+        self.blocks = _explicit.block(explicit or _explicit.get()), use_config(config)
+
+    def __enter__(self) -> None:
+        try:
+            _announce(self.text, enter=True)
+            for block in self.blocks:
+                block.__enter__()
+        except BaseException:  # an interrupt
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        for block in self.blocks:
+            block.__exit__()
+        _announce(self.text, enter=False)
 
 
 _named = functools.lru_cache(maxsize=256)(repr)
@@ -118,7 +129,10 @@ _named = functools.lru_cache(maxsize=256)(repr)
 def _announce(text: str, *, enter: bool) -> None:
     global _in_force
     with _lock:
-        _entered.append(text) if enter else _entered.remove(text)
+        if enter:
+            _entered.append(text)
+        elif text in _entered:
+            _entered.remove(text)
         _in_force = "|".join(sorted(set(_entered)))
 
 

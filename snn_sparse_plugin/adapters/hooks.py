@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +35,24 @@ def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[...
         upstream = vars(cls).get(name)  # None: inherited, since a patch of this class has ended
         if upstream is not None and not is_hook(upstream):
             setattr(cls, name, as_hook(functools.wraps(upstream)(wrap(upstream))))
+
+
+class Placed:
+    """Attributes of upstream's classes as an adapter has left them."""
+
+    def __init__(self) -> None:
+        self._as_left: dict[tuple[type, str], tuple[Mapping[str, Any], Any]] = {}
+
+    def note(self, cls: type, *names: str) -> None:
+        for name in names:
+            self._as_left[cls, name] = vars(cls), vars(cls).get(name)
+
+    def hold(self) -> bool:
+        """Whether nobody has changed one since: asked whenever sparse mode is entered."""
+        for (_, name), (attributes, left) in self._as_left.items():
+            if attributes.get(name) is not left:
+                return False
+        return bool(self._as_left)
 
 
 def patched(cls: type, method: str, package: ModuleType) -> str | None:

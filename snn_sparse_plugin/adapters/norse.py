@@ -19,7 +19,7 @@ from ..core.surrogates import Surrogate
 from .active import config_of, count_whole, here, spike, uncut
 from .base import Adapter, Example, Neuron, runner
 from .counting import running
-from .hooks import as_hook, hook, is_hook, lock, patched
+from .hooks import Placed, as_hook, hook, is_hook, lock, patched
 from .loading import installed_version
 from .norse_examples import examples
 from .norse_neurons import WHY_NOT, builders
@@ -36,21 +36,27 @@ class NorseAdapter(Adapter):
     def available(self) -> tuple[bool, str]:
         return installed_version("norse")
 
+    def __init__(self) -> None:
+        self._placed = Placed()
+
     def install(self) -> None:
         norse, snn = import_module("norse.torch"), import_module("norse.torch.module.snn")
-        functions = threshold_functions()
+        placed, functions = self._placed, threshold_functions()
         with lock:
             for function, method in functions.items():
                 if not is_hook(function.apply):
                     upstream_apply[function] = function.apply
                     function.apply = staticmethod(as_hook(_masked_apply(function.apply, method)))
-        for cls in (snn.SNN, snn.SNNRecurrent):
-            hook(cls, "forward", _fused_sequence)
-        for cls in _with_steps():
-            hook(cls, "forward", self._recorded_forward)
-        hook(norse.SequentialState, "forward", _fused_container)
+                placed.note(function, "apply")
+        sequences = dict.fromkeys((snn.SNN, snn.SNNRecurrent), _fused_sequence)
+        steps = dict.fromkeys(_with_steps(), self._recorded_forward)
+        for cls, wrap in {**sequences, **steps, norse.SequentialState: _fused_container}.items():
+            hook(cls, "forward", wrap)
+            placed.note(cls, "forward")
 
-    repair = install
+    def repair(self) -> None:
+        if not self._placed.hold():
+            self.install()
 
     def examples(self) -> dict[str, Example]:
         return examples()

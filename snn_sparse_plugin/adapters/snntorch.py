@@ -15,7 +15,7 @@ from ..core.equations import Equations
 from ..core.host import number, waits
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
-from .hooks import has_hooks, hook
+from .hooks import Placed, has_hooks, hook
 from .loading import installed_version
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
@@ -34,19 +34,28 @@ class SnnTorchAdapter(Adapter):
     def available(self) -> tuple[bool, str]:
         return installed_version("snntorch")
 
+    def __init__(self) -> None:
+        self._placed = Placed()
+
     def install(self) -> None:
-        snn = Classes()
+        snn, placed = Classes(), self._placed
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, masked_method)
+            placed.note(snn.SpikingNeuron, method)
         for name in STATES:
-            hook(getattr(snn, name), "forward", self._recorded_forward)
-            if "reset" not in vars(getattr(snn, name)):
-                getattr(snn, name).reset = LastReset()
+            cls = getattr(snn, name)
+            hook(cls, "forward", self._recorded_forward)
+            if "reset" not in vars(cls):
+                cls.reset = LastReset()
+            placed.note(cls, "forward", "reset")
         for cls in (snn.DeltaLeaky, snn.LeakyParallel):  # these call spike_grad without fire
             if not isinstance(vars(cls).get("spike_grad"), MaskedAttribute):
                 cls.spike_grad = MaskedAttribute()
+            placed.note(cls, "spike_grad")
 
-    repair = install
+    def repair(self) -> None:
+        if not self._placed.hold():
+            self.install()
 
     def examples(self) -> dict[str, Example]:
         return examples()

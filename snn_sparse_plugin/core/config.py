@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from . import registry
 from .errors import ConfigError
-from .scopes import Scoped
+from .scopes import Block, Scoped
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,8 @@ class SparseConfig:
 
     def updated(self, **overrides: Any) -> SparseConfig:
         """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
+        if not overrides:
+            return self
         key = tuple(
             (name, type(value), value if type(value) in _PYTHON else _plain(value))
             for name, value in overrides.items()
@@ -173,11 +174,9 @@ def _defaults(_: str | None) -> SparseConfig:
     return SparseConfig()
 
 
-@contextmanager
-def use_config(config: SparseConfig | None) -> Iterator[SparseConfig | None]:
+def use_config(config: SparseConfig | None) -> Block[SparseConfig | None]:
     """Make ``config`` the active one inside the block; the previous one comes back on any exit."""
-    with _active.block(config):
-        yield config
+    return _active.block(config)
 
 
 def check_device(name: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -32,6 +32,7 @@ _feeding: WeakKeyDictionary[nn.Module, ref[nn.Module]] = (
 )  # layers, and the neuron that each feeds
 _lock = threading.RLock()
 _inside = 0
+_hooked = False  # whether the classes have the hook
 _for_good: Any = None  # the block that never ends
 
 SEARCH = 256
@@ -47,28 +48,41 @@ class _Recent(threading.local):
 _recent = _Recent()
 
 
-@contextmanager
-def watched() -> Iterator[None]:
+class watched:
     """Inside the block, layers with weights that feed neurons take part in the record although their input is plain.
 
-    Which ones feed neurons is seen the first time that a neuron gets their output.
+    Which ones feed neurons is seen the first time that a neuron gets their output. The classes keep the hook until one
+    of their layers is called outside: to change a class costs its next call more than most steps.
     """
-    global _inside
-    with _lock:
-        _inside += 1
-        if _inside == 1:
-            for cls in _LAYERS:
-                cls.__call__ = _CALLS[cls]  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _inside, _hooked
+        with _lock:
+            _inside += 1
+            if not _hooked:
+                _hooked = True
+                for cls in _LAYERS:
+                    cls.__call__ = _CALLS[cls]  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        global _inside
         with _lock:
             _inside -= 1
-            if not _inside:
-                for cls in _LAYERS:
-                    if cls.__dict__.get("__call__") is _CALLS[cls]:
-                        with suppress(AttributeError):  # a finalizer that comes in between has done it
-                            del cls.__call__  # type: ignore[attr-defined]
+
+
+@atexit.register  # before the interpreter clears what the hooks use
+def _unhook() -> None:
+    global _hooked
+    with _lock:
+        if _inside or not _hooked:
+            return
+        _hooked = False
+        for cls in _LAYERS:
+            if cls.__dict__.get("__call__") is _CALLS[cls]:
+                with suppress(AttributeError):  # a finalizer that comes in between has done it
+                    del cls.__call__  # type: ignore[attr-defined]
 
 
 def watch() -> None:
@@ -78,12 +92,15 @@ def watch() -> None:
     if _for_good is None:
         _for_good = watched()
         _for_good.__enter__()
-        atexit.register(_for_good.__exit__, None, None, None)  # before the interpreter clears what it uses
+        atexit.register(_for_good.__exit__, None, None, None)  # before _unhook, which was registered earlier
 
 
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
+        if not _inside:
+            if not torch.compiler.is_compiling():
+                _unhook()
+        elif len(args) == 1 and not kwargs:
             if type(args[0]) is not Recorded:
                 found = None if _feeds_resting(self) else _of_plain(cls, self, args[0])
             else:
