@@ -43,8 +43,7 @@ class Mark:
 
 class _Here(threading.local):
     settled = False
-    whole: nn.Module | None = None
-    record: tally.Record | None = None
+    whole: tuple[nn.Module, tally.Record] | None = None  # the neuron of run_whole, and where it is counted
 
 
 here = _Here()
@@ -69,12 +68,11 @@ def run_whole(
 ) -> Any:
     """:class:`settled`, where it is known that the step is cut nowhere (:func:`cuts_nothing`): nothing more is asked
     in it, and its spikes are counted later."""
-    before = here.settled, here.whole, here.record
-    here.settled, here.whole, here.record = True, module, record
+    before, here.whole = here.whole, (module, record)
     try:
         return upstream(module, *args)
     finally:
-        here.settled, here.whole, here.record = before
+        here.whole = before
 
 
 def cuts_nothing(config: SparseConfig) -> bool:
@@ -86,9 +84,9 @@ def cuts_nothing(config: SparseConfig) -> bool:
     )
 
 
-def count_whole(spikes: Tensor) -> Tensor:
+def count_whole(record: tally.Record, spikes: Tensor) -> Tensor:
     """Count a step of :func:`run_whole` by the spikes that it made."""
-    here.record.count_soon("exact" if spikes.requires_grad else "no_grad")  # type: ignore[union-attr]
+    record.count_soon("exact" if spikes.requires_grad else "no_grad")
     return spikes
 
 
@@ -177,7 +175,7 @@ def is_watched() -> bool:
 
 def _threshold(config: SparseConfig) -> float | str | None:
     threshold = config.backprop_threshold
-    return None if threshold == "auto" and here.settled else threshold
+    return None if threshold == "auto" and (here.settled or here.whole is not None) else threshold
 
 
 def window(surrogate: Surrogate, config: SparseConfig) -> float | None:

@@ -92,6 +92,9 @@ class Adapter:
     tested: tuple[str, str] | None = None
     """Oldest and newest version of the library the adapter is tested with; an end ``"1.0"`` includes every 1.0.x."""
 
+    functions: tuple[str, ...] = ()
+    """Modules of the library whose autograd functions, such as spikes, take tensors alone: no neuron runs in them."""
+
     def available(self) -> tuple[bool, str]:
         """Whether the library can be imported, and its version or the reason why not."""
         raise NotImplementedError

@@ -32,6 +32,7 @@ class NorseAdapter(Adapter):
     name = "norse"
     package = "norse.torch"
     tested = ("1.1", "1.1")
+    functions = ("norse.torch.functional.threshold",)
 
     def available(self) -> tuple[bool, str]:
         return installed_version("norse")
@@ -280,8 +281,9 @@ def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[...,
     def apply(x: Tensor, alpha: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return upstream(x, alpha)
-        if here.whole is not None:
-            return count_whole(upstream(x, alpha))
+        whole = here.whole
+        if whole is not None:
+            return count_whole(whole[1], upstream(x, alpha))
         config = active_config()
         if config is None:
             return upstream(x, alpha)

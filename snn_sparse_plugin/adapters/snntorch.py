@@ -30,6 +30,7 @@ class SnnTorchAdapter(Adapter):
 
     name = package = "snntorch"
     tested = ("0.9.4", "1.0")
+    functions = ("snntorch.surrogate",)
 
     def available(self) -> tuple[bool, str]:
         return installed_version("snntorch")

@@ -35,8 +35,10 @@ def _seen(neuron: nn.Module, spike_grad: SpikeFunction) -> nn.Module:
 def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        if not compiling and here.whole is self:
-            return count_whole(upstream(self, *args, **kwargs))
+        if not compiling:
+            whole = here.whole
+            if whole is not None and whole[0] is self:
+                return count_whole(whole[1], upstream(self, *args, **kwargs))
         function = self.spike_grad
         if compiling:
             in_graph = _Masked(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..adapters import loaded_adapters
 from . import functions as _functions  # noqa: F401, answers calls on recorded steps
 from .aliases import note_alias
 from .context import here
@@ -63,13 +64,21 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
             return upstream(cls, *args, **kwargs)
         if here.record is not None:
             realize((args, kwargs), cls.__name__)
-        here.paused += 1  # paused, written out: neurons that are not fused come here at every step
+        if _takes_tensors_alone(cls):
+            return upstream(cls, *args, **kwargs)
+        here.paused += 1  # paused, written out
         try:
             return upstream(cls, *args, **kwargs)
         finally:
             here.paused -= 1
 
     return apply
+
+
+@cache
+def _takes_tensors_alone(cls: type[Function]) -> bool:
+    """Whether no neuron can run in this function: those that every step of a neuron calls."""
+    return any(cls.__module__ in adapter.functions for adapter in loaded_adapters())
 
 
 def _on_real(upstream: Callable[..., Any]) -> Callable[..., Any]:

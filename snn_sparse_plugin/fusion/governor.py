@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
 from ..adapters import record_of, refuse
+from ..core.by_identity import ByIdentity
 from .context import learns
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode
 from .planner import Plan
@@ -55,7 +55,7 @@ class ShortWay(NamedTuple):
     record: Any  # where its steps are counted
 
 
-backoff: WeakKeyDictionary[nn.Module, Rest] = WeakKeyDictionary()
+backoff: ByIdentity[Rest] = ByIdentity()
 
 
 def forward_of(module: nn.Module) -> Any:
@@ -63,19 +63,13 @@ def forward_of(module: nn.Module) -> Any:
     return module.__dict__.get("forward") or type(module).forward
 
 
-def rest_of(module: nn.Module) -> Rest | None:
-    """``backoff.get(module)``, in a third of the time."""
-    data: Any = backoff.data  # type: ignore[attr-defined]
-    return data.get(ref(module)) if data else None
-
-
 def resting(module: nn.Module) -> Rest | None:
     """Why this call of the module is not to be recorded; None if it is."""
-    found = rest_of(module)
+    found = backoff.get(module)
     if found is None or not found.left:
         return None
     if found.forward is not None and found.forward is not forward_of(module):
-        del backoff[module]
+        backoff.pop(module)
         return None
     found.left -= 1
     return found
@@ -83,7 +77,7 @@ def resting(module: nn.Module) -> Rest | None:
 
 def will_rest(module: nn.Module | None) -> bool:
     """Whether the next call of the module is not to be recorded."""
-    found = None if module is None else rest_of(module)
+    found = backoff.get(module)
     return found is not None and found.left > 0
 
 
@@ -136,9 +130,11 @@ def _reason(node: NeuronNode, plan: Plan, stepped: bool) -> str:
 
 def _note(module: nn.Module, why: str | None, way: ShortWay | None) -> None:
     if why is None:
-        backoff.pop(module, None)
+        backoff.pop(module)
         return
-    rest = backoff.setdefault(module, Rest())
+    if module not in backoff:
+        backoff[module] = Rest()
+    rest = backoff[module]
     rest.way = way
     rest.short += 1
     if rest.short >= SHORT:

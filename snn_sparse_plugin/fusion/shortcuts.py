@@ -17,7 +17,7 @@ from ..adapters import config_of, cuts_nothing, is_hook, run_whole
 from ..core.config import active_config
 from .context import here, mode_to_record
 from .flush import flush
-from .governor import ShortWay, rest_of
+from .governor import ShortWay, backoff
 from .nodes import NeuronNode, Node
 from .record import Record
 from .recorded import Recorded
@@ -133,7 +133,7 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
                     if found is not None:
                         return found
             elif not torch.compiler.is_compiling():
-                rest = rest_of(self)
+                rest = backoff.get(self)
                 way = rest.way if rest is not None and rest.left and rest.fed else None
                 if rest is not None and way is not None and _goes_short(self, way, args):
                     rest.left -= 1

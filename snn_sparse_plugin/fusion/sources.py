@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import config_of, has_hooks
+from ..core.by_identity import ByIdentity
 from ..core.config import SparseConfig, active_config
 from ..core.precision import HALF
 from .ahead import ENOUGH, begin
@@ -27,9 +28,7 @@ from .recorded import Recorded
 MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _Module, _Linear = nn.Module, nn.Linear
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_feeding: WeakKeyDictionary[nn.Module, ref[nn.Module]] = (
-    WeakKeyDictionary()
-)  # layers, and the neuron that each feeds
+_feeding: ByIdentity[ref[nn.Module]] = ByIdentity()  # layers, and the neuron that each feeds
 _lock = threading.RLock()
 _inside = 0
 _hooked = False  # whether the classes have the hook
@@ -119,7 +118,7 @@ def _feeds_resting(self: Any) -> bool:
     """Whether :func:`_of_plain` would find nothing, as the layer's neuron is not recorded now."""
     if torch.compiler.is_compiling():
         return False
-    fed = _feeding.data.get(ref(self))  # type: ignore[attr-defined]
+    fed = _feeding.get(self)
     if fed is None or not will_rest(fed()):
         return False
     return here.record is None or id(self) not in here.record.inputs
@@ -130,7 +129,7 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return None
     config = active_config()
-    fed = _feeding.get(self) if _feeding.data else None  # type: ignore[attr-defined]
+    fed = _feeding.get(self)
     neuron = None if fed is None else fed()
     if config is None:
         config = None if neuron is None else config_of(neuron)
