@@ -9,10 +9,10 @@ from functools import cache
 from importlib import import_module
 from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from ..core.by_identity import ByIdentity
 from ..core.errors import ConfigError
 from ..core.host import number
 from ..core.surrogates import Surrogate
@@ -31,7 +31,7 @@ _FACTORIES = {
     "SFS": ("sparse_fast_sigmoid", ("slope", "B")),
 }
 
-_recognised: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Surrogate]] = WeakKeyDictionary()
+_recognised: ByIdentity[tuple[tuple[Any, ...], Surrogate]] = ByIdentity()
 """Functions of snnTorch's factories: their code and what they depend on, and the surrogate that they were with it."""
 
 
@@ -51,7 +51,7 @@ def recognise(function: SpikeFunction) -> Surrogate:
         return function
     if is_made_by_factory(function):
         needs = function.__code__, *depends_on(function)
-        before, found = _recognised.get(function, ((), None))
+        before, found = _recognised.get(function) or ((), None)
         if len(before) != len(needs) or not all(map(is_, before, needs)):
             found = _by_code(function)
             if found is not None and not any(isinstance(x, Tensor) for x in needs):
@@ -63,7 +63,23 @@ def recognise(function: SpikeFunction) -> Surrogate:
 
 def is_made_by_factory(function: Any) -> bool:
     """Whether this is what one of snnTorch's factories returns, or its disabled surrogate."""
-    return inspect.isfunction(function) and function.__code__ in _codes()
+    return inspect.isfunction(function) and _form_of(function) is not None
+
+
+def _form_of(function: Any) -> Any:
+    """What :func:`_codes` says of a function; None where it says nothing."""
+    code = function.__code__
+    found = _forms.get(id(code))
+    if found is None:
+        form = _codes().get(code)
+        if form is None:
+            return None
+        found = _forms[id(code)] = code, form
+    return found[1]
+
+
+_forms: dict[int, tuple[Any, tuple[str, str, tuple[str, ...]]]] = {}
+"""By identity: to hash code is to read all of it, at every step."""
 
 
 def depends_on(function: Any) -> tuple[Any, ...]:
@@ -75,7 +91,7 @@ def depends_on(function: Any) -> tuple[Any, ...]:
 
 def _class_of(function: Any) -> Any:
     """The autograd Function that one of snnTorch's spike functions applies."""
-    return function.__globals__.get(_codes()[function.__code__][0])
+    return function.__globals__.get(_form_of(function)[0])
 
 
 def _is_upstreams(cls: Any) -> bool:
@@ -87,7 +103,7 @@ def _is_upstreams(cls: Any) -> bool:
 
 def _by_code(function: Any) -> Surrogate | None:
     code: Any = function.__code__
-    _, kind, names = _codes()[code]
+    _, kind, names = _form_of(function)
     if kind == "zero":
         return Surrogate(kind)
     if not _is_upstreams(_class_of(function)):

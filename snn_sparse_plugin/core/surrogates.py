@@ -232,12 +232,13 @@ class _MaskedSpike(torch.autograd.Function):
     ) -> Tensor:
         ctx.surrogate, ctx.ran, ctx.kernels = surrogate, tally.current(), _kernels_for(x)
         ctx.exact, ctx.twice = False, min_active >= 1  # twice: differentiable again
+        keep = None  # which elements pass a gradient; those of kernels are in ctx.passing
         if ctx.kernels is not None:
             S = x.numel() // x.shape[-1] if sequence else x.shape[0]
-            spikes, keep, near, kept = ctx.kernels.fire(x, S, threshold, min_active)
+            spikes, ctx.passing, near, passing = ctx.kernels.fire(x, S, threshold, min_active)
             if x.dtype is not torch.float32:  # whose spikes have upstream's own dtype
                 spikes = function(x)
-            ctx.exact = kept == x.numel() > near
+            ctx.exact = passing == x.numel() > near
         else:
             spikes = function(x)
             close = x.abs() < threshold
@@ -250,7 +251,8 @@ class _MaskedSpike(torch.autograd.Function):
         ctx.ran.count("exact" if ctx.exact else "masked")
         if ctx.exact:
             ctx.ran.count("guard")
-        tally.show(spikes, keep, _steps(x, sequence))
+        if tally.watchers.blocks.get():
+            tally.show(spikes, _mask(ctx, keep, x), _steps(x, sequence))
         ctx.save_for_backward(x, None if ctx.exact else keep)
         return spikes
 
@@ -258,18 +260,23 @@ class _MaskedSpike(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, keep) = grads, ctx.saved_tensors
         again = torch.is_grad_enabled()
-        if keep is None:
+        if ctx.exact:
             out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
             return out, None, None, None, None, None
         ctx.ran.count("backward")
         if ctx.kernels is not None and not again and grad.dtype == x.dtype:
-            out = ctx.kernels.passed(grad, x, keep, ctx.surrogate)
+            out = ctx.kernels.passed(grad, x, ctx.passing, ctx.surrogate)
         else:
             at = x if ctx.twice else x.detach()
-            out = torch.where(keep, grad * ctx.surrogate.grad(at), 0).to(x.dtype)
+            out = torch.where(_mask(ctx, keep, x), grad * ctx.surrogate.grad(at), 0).to(x.dtype)
         if again and not ctx.twice:
             out = once(out, "the gradient of spikes inside a window")
         return out, None, None, None, None, None
+
+
+def _mask(ctx: Any, keep: Tensor | None, x: Tensor) -> Tensor:
+    """Which elements of ``x`` pass a gradient, as a tensor."""
+    return torch.from_numpy(ctx.passing).view(x.shape) if keep is None else keep
 
 
 # Function.apply without what it does for torch.func, whose transforms do not come here
@@ -280,8 +287,11 @@ def _kernels_for(x: Tensor) -> Any:
     """The compiled kernels for a step; None where torch's operators make it."""
     if torch._C._is_tracing():  # sizes are tensors then
         return None
-    fits = x.dim() > 1 and x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and x.numel()
+    fits = x.dim() > 1 and x.dtype in _COMPILED and x.is_contiguous() and x.numel()
     return registry.conversions(x.device.type) if fits and not waits(x) else None
+
+
+_COMPILED = torch.float32, torch.float64
 
 
 def blocked_spike(

@@ -35,30 +35,34 @@ def _fire(x, window, least, spikes, keep):  # type: ignore[no-untyped-def]
     return total, kept
 
 
+BLOCK = 1024
+"""Numbers whose derivatives wait in cache for the gradient."""
+
+
 @kernel()
 def _pass(grad, x, keep, kind, first, second, out):  # type: ignore[no-untyped-def]
-    S, N = x.shape
-    slope = np.empty(N, x.dtype)
+    slope = np.empty(BLOCK, x.dtype)
     zero = x.dtype.type(0)
-    for s in range(S):
-        surrogate_row(kind, first, second, -1.0, x[s], slope)
-        for n in range(N):
-            out[s, n] = grad[s, n] * slope[n] if keep[s, n] else zero
+    for start in range(0, len(x), BLOCK):
+        here = x[start : start + BLOCK]
+        surrogate_row(kind, first, second, -1.0, here, slope)
+        for n in range(len(here)):
+            out[start + n] = grad[start + n] * slope[n] if keep[start + n] else zero
 
 
-def fire(x: Tensor, S: int, window: float, min_active: float) -> tuple[Tensor, Tensor, int, int]:
-    """Spikes of ``x``, membrane minus threshold, and which of its elements pass a gradient: -> (spikes, bool, how many
-    are near, how many pass). ``S``: a neuron has this many samples, the rows of ``x``. One that is near in a smaller
-    fraction of them than ``min_active`` passes all."""
-    spikes, keep = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    rows = [array(t).reshape(S, -1) for t in (x, spikes, keep)]
-    near, kept = _fire(rows[0], window, min_active * S, rows[1], rows[2])
+def fire(x: Tensor, S: int, window: float, min_active: float) -> tuple[Tensor, np.ndarray, int, int]:
+    """Spikes of ``x``, membrane minus threshold, and which of its elements pass a gradient: -> (spikes, bool (S, N),
+    how many are near, how many pass). ``S``: a neuron has this many samples, the rows of ``x``. One that is near in a
+    smaller fraction of them than ``min_active`` passes all."""
+    spikes, rows = torch.empty_like(x), array(x).reshape(S, -1)
+    keep = np.empty(rows.shape, np.bool_)
+    near, kept = _fire(rows, window, min_active * S, array(spikes).reshape(S, -1), keep)
     return spikes, keep, near, kept
 
 
-def passed(grad: Tensor, x: Tensor, keep: Tensor, surrogate: Surrogate) -> Tensor:
+def passed(grad: Tensor, x: Tensor, keep: np.ndarray, surrogate: Surrogate) -> Tensor:
     """``grad`` times the surrogate's derivative at ``x`` where ``keep``, else 0."""
-    out, N = torch.empty_like(x), x.shape[-1]
-    rows = [array(t).reshape(-1, N) for t in (grad, x, keep, out)]
-    _pass(*rows[:3], surrogate.code, *surrogate.packed, rows[3])
+    out = torch.empty_like(x)
+    numbers = array(grad).reshape(-1), array(x).reshape(-1), keep.reshape(-1)
+    _pass(*numbers, surrogate.code, *surrogate.packed, array(out).reshape(-1))
     return out
