@@ -44,6 +44,7 @@ class Mark:
 class _Here(threading.local):
     settled = False
     whole: tuple[nn.Module, tally.Record] | None = None  # the neuron of run_whole, and where it is counted
+    cut: Any = None  # what is known of the neuron that fires, in cut.fire
 
 
 here = _Here()

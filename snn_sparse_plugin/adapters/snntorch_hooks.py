@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import SparseConfig
+from . import cut
 from .active import (
     config_of,
     count_whole,
@@ -48,23 +49,41 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         config = config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
-        way = uncut(config, args[-1] if args else kwargs.get("mem"))
+        mem = args[-1] if args else kwargs.get("mem")
+        known = cut.kept(self)
+        if known is not None and known.config is config and _may_cut(mem) and known.holds(self):
+            return cut.fire(known, upstream, self, args, kwargs)
+        way = uncut(config, mem)
         if way == "no_grad" and torch.is_grad_enabled():
             way = uncut(config, self.threshold)
         if way is None:
             surrogate = recognise(function)
-            if window(surrogate, config) is None and not is_watched():
+            threshold = window(surrogate, config)
+            if threshold is None and not is_watched():
                 way = "exact"
         if way is not None:
             record_of(self).count(way)
             return upstream(self, *args, **kwargs)
         sequence = takes_sequence(type(self))
+        if (
+            threshold is not None
+            and not sequence
+            and surrogate.kind not in ("zero", "custom")
+            and _may_cut(mem)
+        ):
+            cut.keep(self, config, function, surrogate, threshold)
         with running(self):
             return upstream(
                 _seen(self, lambda x: spike(x, function, surrogate, config, sequence)), *args, **kwargs
             )
 
     return masked
+
+
+def _may_cut(mem: Any) -> bool:
+    """Whether a step on this membrane has a gradient, which nobody wants to know more of than that it is masked."""
+    gradient = type(mem) is Tensor and mem.requires_grad and torch.is_grad_enabled()
+    return gradient and here.whole is None and not here.settled and not is_watched()
 
 
 class _Masked:

@@ -229,8 +229,9 @@ class _MaskedSpike(torch.autograd.Function):
         threshold: float,
         min_active: float,
         sequence: bool,
+        ran: tally.Record,
     ) -> Tensor:
-        ctx.surrogate, ctx.ran, ctx.kernels = surrogate, tally.current(), _kernels_for(x)
+        ctx.surrogate, ctx.ran, ctx.kernels = surrogate, ran, _kernels_for(x)
         ctx.exact, ctx.twice = False, min_active >= 1  # twice: differentiable again
         keep = None  # which elements pass a gradient; those of kernels are in ctx.passing
         if ctx.kernels is not None:
@@ -262,7 +263,7 @@ class _MaskedSpike(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if ctx.exact:
             out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
-            return out, None, None, None, None, None
+            return out, None, None, None, None, None, None
         ctx.ran.count("backward")
         if ctx.kernels is not None and not again and grad.dtype == x.dtype:
             out = ctx.kernels.passed(grad, x, ctx.passing, ctx.surrogate)
@@ -271,7 +272,7 @@ class _MaskedSpike(torch.autograd.Function):
             out = torch.where(_mask(ctx, keep, x), grad * ctx.surrogate.grad(at), 0).to(x.dtype)
         if again and not ctx.twice:
             out = once(out, "the gradient of spikes inside a window")
-        return out, None, None, None, None, None
+        return out, None, None, None, None, None, None
 
 
 def _mask(ctx: Any, keep: Tensor | None, x: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ def _mask(ctx: Any, keep: Tensor | None, x: Tensor) -> Tensor:
 
 
 # Function.apply without what it does for torch.func, whose transforms do not come here
-_apply_masked: Callable[..., Tensor] = torch._C._FunctionBase.__dict__["apply"].__get__(None, _MaskedSpike)
+apply_masked: Callable[..., Tensor] = torch._C._FunctionBase.__dict__["apply"].__get__(None, _MaskedSpike)
 
 
 def _kernels_for(x: Tensor) -> Any:
@@ -359,4 +360,4 @@ def masked_spike(
         spikes = _blocked(x, function, keep)
         tally.show(spikes, keep, _steps(x, sequence))
         return spikes
-    return _apply_masked(x, function, surrogate, threshold, min_active, sequence)
+    return apply_masked(x, function, surrogate, threshold, min_active, sequence, tally.current())

@@ -13,7 +13,8 @@ from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..adapters import loaded_adapters
+from ..adapters import cut, loaded_adapters
+from ..adapters.active import here as firing
 from . import functions as _functions  # noqa: F401, answers calls on recorded steps
 from .aliases import note_alias
 from .context import here
@@ -65,7 +66,10 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
         if here.record is not None:
             realize((args, kwargs), cls.__name__)
         if _takes_tensors_alone(cls):
-            return upstream(cls, *args, **kwargs)
+            known = firing.cut
+            if known is None or known.applies is not cls:
+                return upstream(cls, *args, **kwargs)
+            return cut.spike(known, lambda x: upstream(cls, x, *args[1:], **kwargs), args[0])
         here.paused += 1  # paused, written out
         try:
             return upstream(cls, *args, **kwargs)
