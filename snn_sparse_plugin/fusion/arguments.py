@@ -51,6 +51,14 @@ class ArgumentSeries:
             return
         self.entries.append(entry)
 
+    def precedes(self, value: Value) -> bool:
+        """Whether a value is the next one of the result that the last entry is of."""
+        source, call, slot = value
+        if self.source is not None:
+            return source is self.source and call == self.stop and slot == self.slot
+        last = self.entries[-1]
+        return len(last) == 3 and last[0] is source and last[1] + 1 == call and last[2] == slot
+
     def fill(self, n: int) -> None:
         """Repeat the last entry, noted once for all calls, up to ``n``."""
         if len(self) < n:

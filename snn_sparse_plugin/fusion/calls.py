@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,92 @@ class Call:
         self.shapes.append(parts)
 
 
+class Reader(NamedTuple):
+    """A node whose next call is told by a look: it has the same constants and parameters, and the next results."""
+
+    node: FunctionNode
+    n: int
+    same: tuple[tuple[int, Any], ...]  # positions of the arguments that are the same at each call
+    named: tuple[tuple[str, Any], ...]
+    results: tuple[tuple[int, ArgumentSeries], ...]  # positions of recorded results
+
+    @staticmethod
+    def of(node: FunctionNode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reader | None:
+        """None where an argument may be another although it is the same object, or has parts."""
+        same, results, tensors = [], [], 0
+        for position, x in enumerate(args):
+            if type(x) is Recorded:
+                results.append((position, node.arguments[tensors]))
+                tensors += 1
+            elif isinstance(x, Tensor):
+                if not (x.requires_grad and x.is_leaf):
+                    return None
+                same.append((position, x))
+                tensors += 1
+            elif _stays(x):
+                same.append((position, x))
+            else:
+                return None
+        if not all(map(_stays, kwargs.values())):
+            return None
+        return Reader(node, len(args), tuple(same), tuple(kwargs.items()), tuple(results))
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Value] | None:
+        """The results that a call reads, if it is the next one."""
+        if len(args) != self.n or len(kwargs) != len(self.named):
+            return None
+        for position, x in self.same:
+            other = args[position]
+            if other is not x and not (type(x) is int and type(other) is int and x == other):
+                return None
+        for name, x in self.named:
+            if kwargs.get(name, self) is not x:
+                return None
+        values = []
+        for position, argument in self.results:
+            x = args[position]
+            value = x.__dict__.get("_value") if type(x) is Recorded else None
+            if value is None or not argument.precedes(value):
+                return None
+            values.append(value)
+        return values
+
+
+def _stays(x: Any) -> bool:
+    """Whether an argument is no tensor and cannot be changed."""
+    return all(map(_stays, x)) if isinstance(x, tuple) else x is None or type(x) in CONSTANTS
+
+
+def next_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
+    """What :func:`record_call` comes to where the call is the next one of a node that is there; else None."""
+    value = args[0].__dict__.get("_value") if args and type(args[0]) is Recorded else None
+    reader = None if value is None else value[0].readers.get((func, value[2]))
+    if reader is None:
+        return None
+    node, record, values = reader.node, here.record, reader.takes(args, kwargs)
+    if values is None or node.record is not record or node.mode != mode_to_record() or record.entered():
+        return None
+    with record.lock:  # record.enter(), written out
+        if record.closed:
+            return None
+        for (_, argument), value in zip(reader.results, values, strict=True):
+            argument.append(value)
+        if node.view:
+            record.viewed.update(values)
+        node.repeats = 0
+        node.order.append(record.calls)
+        record.calls += 1
+        made = node.make(0)
+    if record.calls > record.look and record.is_full():
+        flush(record, "a large record")
+    return made
+
+
 def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
     """Put a call into its node: -> what stands for the result, or None where the call cannot wait."""
+    found = next_call(func, args, kwargs)
+    if found is not None:
+        return found
     opened = here.record
     if opened is None:
         return None
@@ -96,6 +180,7 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return None
     try:
         key: Any = (*call.key, mode)
+        base = key
         now = [entry for entry in call.entries if len(entry) == 3]
         node = record.functions.get(key)
         # the same function on the same step again stands in a node of its own
@@ -118,6 +203,12 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             record.viewed.update(now)
         record.count(node)
         made_now = node.make(0)
+        # a running sum reads another node at its second call than at its first
+        if len(node.order) < 3 and key is base and args and type(args[0]) is Recorded:
+            source, _, slot = args[0]._value
+            reader = Reader.of(node, args, kwargs)
+            if reader is not None:
+                source.readers[func, slot] = reader
     finally:
         record.leave()
     if record.calls > record.look and record.is_full():

@@ -40,6 +40,7 @@ class Node:
             "mode",
             "newest",
             "order",
+            "readers",
             "record",
             "results",
         ),
@@ -58,6 +59,7 @@ class Node:
         self.results: list[Any] = [None] * slots
         # the nodes of linear layers that read this one: by the ids of weight and bias, and the result's slot
         self.linears: dict[tuple[int, int, int], FunctionNode] = {}
+        self.readers: dict[tuple[Any, int], Any] = {}  # of other functions: by function and the result's slot
         self.shape: torch.Size
         self.dtypes: tuple[torch.dtype, ...]  # of each result
         self.device: torch.device
@@ -120,6 +122,7 @@ class Node:
                     put_by(given, spare)
         self.given.clear()
         self.linears.clear()
+        self.readers.clear()
         self.newest = [None] * len(self.newest)
         self.results = []
 
