@@ -10,7 +10,7 @@ import numpy as np
 from .bits import LANES
 from .conv_lanes import flip, if_larger, store_places, where_placed
 from .jit import kernel
-from .lanes import add, fma, load, splat, store
+from .lanes import add, div, fma, load, splat, store, zeros
 
 
 @kernel(part=True)
@@ -101,16 +101,26 @@ def average(maps, sizes, windows, out):  # type: ignore[no-untyped-def]
     """The mean of each window; of an empty one 0."""
     width, groups, sites, left = sizes[3], sizes[5], sizes[6], sizes[7]
     first, site, divisor = windows
-    zero = np.uint64(0)
+    zero, lanes = np.uint64(0), np.uint64(LANES)
     for g in range(groups):
         base = g * sites * width
         for o in range(left):
             to, by = np.uint64((g * left + o) * width), maps.dtype.type(divisor[o])
-            for j in range(np.uint64(width)):
+            if first[o] == first[o + 1]:
+                by = maps.dtype.type(1)
+            j = zero
+            while j + lanes <= np.uint64(width):
+                sums = zeros(maps)
+                for k in range(first[o], first[o + 1]):
+                    sums = add(sums, load(maps, zero, np.uint64(base + site[k]) + j))
+                store(out, zero, to + j, div(sums, splat(by)))
+                j += lanes
+            while j < np.uint64(width):
                 total = maps.dtype.type(0)
                 for k in range(first[o], first[o + 1]):
                     total += maps[zero, np.uint64(base + site[k]) + j]
-                out[zero, to + j] = total / by if first[o] < first[o + 1] else total
+                out[zero, to + j] = total / by
+                j += np.uint64(1)
 
 
 @kernel(part=True)
@@ -129,11 +139,14 @@ def unpool(pooled, sizes, windows, winners, row, maps):  # type: ignore[no-untyp
             by = maps.dtype.type(1 if is_max else divisor[o])
             for k in range(begin, first[o + 1]):
                 to, turn, j = np.uint64(base + site[k]), np.int32(k - begin), zero
-                if is_max:
-                    while j + lanes <= np.uint64(width):
-                        mine = where_placed(winners, row, at + j, turn, load(pooled, zero, at + j))
-                        store(maps, zero, to + j, add(load(maps, zero, to + j), mine))
-                        j += lanes
+                while j + lanes <= np.uint64(width):
+                    mine = load(pooled, zero, at + j)
+                    if is_max:
+                        mine = where_placed(winners, row, at + j, turn, mine)
+                    else:
+                        mine = div(mine, splat(by))
+                    store(maps, zero, to + j, add(load(maps, zero, to + j), mine))
+                    j += lanes
                 while j < np.uint64(width):
                     if not is_max or winners[row, at + j] == turn:
                         maps[zero, to + j] += pooled[zero, at + j] / by

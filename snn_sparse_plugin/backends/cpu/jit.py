@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import config, njit
 
 from .cache import KernelCache, not_cached, spare_scipy
+
+
+KERNEL, PART = 2, 1
+"""How hard LLVM tries. The third level takes a third of the time of compilation more and gives nothing: what is hot is
+written in vectors. A part is optimised with the kernels that it goes into."""
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -25,9 +31,12 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     part = options.pop("part", options.get("forceinline", False))
     options = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **options}
     options["no_cpython_wrapper"] = part
+    level = PART if part else KERNEL
 
     def compile_later(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**options)(function)
+        if hasattr(dispatcher, "_compiler"):  # not under NUMBA_DISABLE_JIT
+            dispatcher._compiler.compile = partial(_at_level, level, dispatcher._compiler.compile)
         if hasattr(dispatcher, "_cache"):  # not under NUMBA_DISABLE_JIT
             try:
                 dispatcher._cache = KernelCache(function, sources())
@@ -37,6 +46,17 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return compile_later
+
+
+def _at_level(level: int, compile: Callable[..., Any], *args: Any) -> Any:
+    """Compile something, under numba's lock; NUMBA_OPT has its way."""
+    before = config.OPT
+    if "NUMBA_OPT" not in os.environ:
+        config.OPT = type(before)(level)
+    try:
+        return compile(*args)
+    finally:
+        config.OPT = before
 
 
 def cache_folder() -> Path | None:

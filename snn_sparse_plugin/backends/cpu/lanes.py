@@ -116,6 +116,16 @@ def mul(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def div(typingctx: Any, a: Any, b: Any) -> Any:
+    """``a / b``"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fdiv(*args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c`` of vectors or of single numbers, rounded once where the machine can."""
     form = f"v{LANES}f{a.dtype.bitwidth}" if isinstance(a, Lanes) else f"f{a.bitwidth}"
