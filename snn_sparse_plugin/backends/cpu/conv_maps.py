@@ -140,11 +140,8 @@ def unpool(pooled, sizes, windows, winners, row, maps):  # type: ignore[no-untyp
             for k in range(begin, first[o + 1]):
                 to, turn, j = np.uint64(base + site[k]), np.int32(k - begin), zero
                 while j + lanes <= np.uint64(width):
-                    mine = load(pooled, zero, at + j)
-                    if is_max:
-                        mine = where_placed(winners, row, at + j, turn, mine)
-                    else:
-                        mine = div(mine, splat(by))
+                    x = load(pooled, zero, at + j)
+                    mine = where_placed(winners, row, at + j, turn, x) if is_max else div(x, splat(by))
                     store(maps, zero, to + j, add(load(maps, zero, to + j), mine))
                     j += lanes
                 while j < np.uint64(width):

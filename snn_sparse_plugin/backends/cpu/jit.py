@@ -9,14 +9,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from numba import config, njit
+import numba
+from numba import njit
 
 from .cache import KernelCache, not_cached, spare_scipy
 
-
+_config: Any = numba.config
 KERNEL, PART = 2, 1
-"""How hard LLVM tries. The third level takes a third of the time of compilation more and gives nothing: what is hot is
-written in vectors. A part is optimised with the kernels that it goes into."""
+"""How hard LLVM tries. Numba's own level, the third, takes a tenth more of the time of all compilation and gives
+nothing, as what is hot is written in vectors. A part is optimised again in each kernel that it goes into."""
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -35,9 +36,8 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def compile_later(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**options)(function)
-        if hasattr(dispatcher, "_compiler"):  # not under NUMBA_DISABLE_JIT
-            dispatcher._compiler.compile = partial(_at_level, level, dispatcher._compiler.compile)
         if hasattr(dispatcher, "_cache"):  # not under NUMBA_DISABLE_JIT
+            dispatcher._compiler.compile = partial(_at_level, level, dispatcher._compiler.compile)
             try:
                 dispatcher._cache = KernelCache(function, sources())
             except (RuntimeError, OSError) as error:  # a read-only installation and no writable home
@@ -50,13 +50,13 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 def _at_level(level: int, compile: Callable[..., Any], *args: Any) -> Any:
     """Compile something, under numba's lock; NUMBA_OPT has its way."""
-    before = config.OPT
+    before = _config.OPT
     if "NUMBA_OPT" not in os.environ:
-        config.OPT = type(before)(level)
+        _config.OPT = type(before)(level)
     try:
         return compile(*args)
     finally:
-        config.OPT = before
+        _config.OPT = before
 
 
 def cache_folder() -> Path | None:
