@@ -93,6 +93,12 @@ def _in_grad_mode(mode: int) -> AbstractContextManager[Any]:
     return torch.inference_mode() if mode == 2 else _without_inference_mode(bool(mode))
 
 
+def in_mode_of(made: Any) -> AbstractContextManager[Any]:
+    """The mode in which a result is to be taken apart that more than one may read: those who want a gradient of it, too,
+    whoever comes first."""
+    return _without_inference_mode(True) if made.requires_grad and not learns(call_mode()) else nullcontext()
+
+
 @contextmanager
 def _without_inference_mode(grad: bool) -> Iterator[None]:
     with torch.inference_mode(False), torch.set_grad_enabled(grad):

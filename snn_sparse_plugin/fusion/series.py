@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core.spikes import SpikeTrain
 from .arguments import ArgumentSeries, Entry, Slices
+from .context import in_mode_of
 
 
 class Series:
@@ -61,7 +62,8 @@ class Series:
             assert self.dense is not None
             self.given += 1
             # one node of the graph for all steps: indexing has a backward of the whole size for each
-            self._steps = self.dense.unbind(0)
+            with in_mode_of(self.dense):
+                self._steps = self.dense.unbind(0)
         return self._steps[call]
 
     def own(self, calls: list[int]) -> list[Tensor]:
@@ -81,7 +83,8 @@ class Series:
 
     def _densify(self) -> None:
         if self.dense is None and self.train is not None:
-            self.dense = self.train.to_dense()
+            with in_mode_of(self.train):
+                self.dense = self.train.to_dense()
 
 
 def piece(entry: Entry) -> Tensor:
