@@ -129,3 +129,19 @@ def test_fuse_time_off_is_heard() -> None:
     passes(net)
     assert set(net.kinds) == {Tensor}
     assert not calls
+
+
+def test_layers_are_torchs_own_again_from_the_first_call_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_inside", 0)  # models of other tests are sparse for good
+    fc, x = nn.Linear(M, N), torch.rand(B, M)
+    with ssp.sparse_mode():
+        hooked = nn.Linear.__call__
+        fc(x)
+    assert hooked is not nn.Module.__call__
+    expected = nn.functional.linear(x, fc.weight, fc.bias)
+    assert torch.equal(fc(x), expected)
+    assert all(cls.__call__ is nn.Module.__call__ for cls in sources._LAYERS)
+    with ssp.sparse_mode():
+        assert nn.Linear.__call__ is hooked
+    sources._unhook()
+    assert nn.Linear.__call__ is nn.Module.__call__
