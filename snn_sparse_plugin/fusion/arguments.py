@@ -56,7 +56,7 @@ class ArgumentSeries:
         source, call, slot = value
         if self.source is not None:
             return source is self.source and call == self.stop and slot == self.slot
-        last = self.entries[-1]
+        last = self.entries[-1] if self.entries else ()
         return len(last) == 3 and last[0] is source and last[1] + 1 == call and last[2] == slot
 
     def fill(self, n: int) -> None:

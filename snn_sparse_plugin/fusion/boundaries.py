@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-@cache
+@lru_cache(maxsize=256)
 def _takes_tensors_alone(cls: type[Function]) -> bool:
     """Whether no neuron can run in this function: those that every step of a neuron calls."""
     return any(cls.__module__ in adapter.functions for adapter in loaded_adapters())

@@ -137,11 +137,12 @@ def next_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     reader = None if value is None else value[0].readers.get((func, value[2]))
     if reader is None:
         return None
-    node, record, values = reader.node, here.record, reader.takes(args, kwargs)
-    if values is None or node.record is not record or node.mode != mode_to_record() or record.entered():
+    node, record = reader.node, here.record
+    if node.record is not record or node.mode != mode_to_record() or record.entered():
         return None
     with record.lock:  # record.enter(), written out
-        if record.closed:
+        values = None if record.closed else reader.takes(args, kwargs)
+        if values is None:
             return None
         for (_, argument), value in zip(reader.results, values, strict=True):
             argument.append(value)

@@ -94,8 +94,8 @@ def _in_grad_mode(mode: int) -> AbstractContextManager[Any]:
 
 
 def in_mode_of(made: Any) -> AbstractContextManager[Any]:
-    """The mode in which a result is to be taken apart that more than one may read: those who want a gradient of it, too,
-    whoever comes first."""
+    """The mode in which to take a result apart that several read: some of them want a gradient of it, whoever comes
+    first."""
     return _without_inference_mode(True) if made.requires_grad and not learns(call_mode()) else nullcontext()
 
 

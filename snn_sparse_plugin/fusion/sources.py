@@ -31,7 +31,6 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _feeding: ByIdentity[ref[nn.Module]] = ByIdentity()  # layers, and the neuron that each feeds
 _lock = threading.RLock()
 _inside = 0
-_hooked = False  # whether the classes have the hook
 _for_good: Any = None  # the block that never ends
 
 SEARCH = 256
@@ -57,12 +56,11 @@ class watched:
     __slots__ = ()
 
     def __enter__(self) -> None:
-        global _inside, _hooked
+        global _inside
         with _lock:
             _inside += 1
-            if not _hooked:
-                _hooked = True
-                for cls in _LAYERS:
+            for cls in _LAYERS:
+                if "__call__" not in cls.__dict__:  # else ours, or somebody's who has to be asked
                     cls.__call__ = _CALLS[cls]  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
@@ -73,12 +71,8 @@ class watched:
 
 @atexit.register  # before the interpreter clears what the hooks use
 def _unhook() -> None:
-    global _hooked
     with _lock:
-        if _inside or not _hooked:
-            return
-        _hooked = False
-        for cls in _LAYERS:
+        for cls in () if _inside else _LAYERS:
             if cls.__dict__.get("__call__") is _CALLS[cls]:
                 with suppress(AttributeError):  # a finalizer that comes in between has done it
                     del cls.__call__  # type: ignore[attr-defined]

@@ -145,3 +145,20 @@ def test_layers_are_torchs_own_again_from_the_first_call_outside(monkeypatch: py
         assert nn.Linear.__call__ is hooked
     sources._unhook()
     assert nn.Linear.__call__ is nn.Module.__call__
+
+
+def test_a_call_put_in_place_of_torchs_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_inside", 0)
+    sources._unhook()
+    seen = []
+
+    def call(self: nn.Module, *args: Any) -> Any:
+        seen.append(self)
+        return nn.Module.__call__(self, *args)
+
+    monkeypatch.setattr(nn.Linear, "__call__", call, raising=False)
+    net = Net(snn)
+    with ssp.sparse_mode():
+        net(torch.rand(T, B, M)).sum().item()
+    assert len(seen) == 2 * T
+    assert nn.Linear.__call__ is call
