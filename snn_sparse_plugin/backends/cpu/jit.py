@@ -16,8 +16,8 @@ from .cache import KernelCache, not_cached, spare_scipy
 
 _config: Any = numba.config
 KERNEL, PART = 2, 1
-"""How hard LLVM tries. Numba's own level, the third, takes a tenth more of the time of all compilation and gives
-nothing, as what is hot is written in vectors. A part is optimised again in each kernel that it goes into."""
+"""How hard LLVM tries. Numba's own level, the third, takes about a tenth more of LLVM's time and gives nothing, as what
+is hot is written in vectors. A part is optimised again in each kernel that it goes into."""
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
