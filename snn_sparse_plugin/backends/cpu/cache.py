@@ -23,6 +23,7 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from .notice import Notice
+from .parts import kept_as
 
 log = logging.getLogger("snn_sparse_plugin")
 _told = False
@@ -36,8 +37,9 @@ class KernelCache(FunctionCache):
         RuntimeError: there is no folder that can be written.
     """
 
-    def __init__(self, function: Any, sources: str) -> None:
+    def __init__(self, function: Any, sources: str, part: bool = False) -> None:
         super().__init__(function)
+        self._part = part
         # numba looks at the file of the kernel alone, but what it calls is compiled into it: after a change in
         # another file cached kernels would disagree about arguments and crash
         stamp = self._cache_file._source_stamp, sources
@@ -54,7 +56,8 @@ class KernelCache(FunctionCache):
             # numba's own method first registers all that a compilation may ask for, half a second that a kernel from
             # disk does not need; a compilation does it, too
             rtsys.initialize(target_context)
-            found = self._load_overload(sig, target_context)
+            with kept_as(self._part):
+                found = self._load_overload(sig, target_context)
         except Exception as error:
             log.debug("%s is compiled again: %s", self._name, error)
             found = None

@@ -13,6 +13,7 @@ import numba
 from numba import njit
 
 from .cache import KernelCache, not_cached, spare_scipy
+from .parts import kept_as
 
 _config: Any = numba.config
 KERNEL, PART = 2, 1
@@ -32,14 +33,13 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     part = options.pop("part", options.get("forceinline", False))
     options = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **options}
     options["no_cpython_wrapper"] = part
-    level = PART if part else KERNEL
 
     def compile_later(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**options)(function)
         if hasattr(dispatcher, "_cache"):  # not under NUMBA_DISABLE_JIT
-            dispatcher._compiler.compile = partial(_at_level, level, dispatcher._compiler.compile)
+            dispatcher._compiler.compile = partial(_compile, part, dispatcher._compiler.compile)
             try:
-                dispatcher._cache = KernelCache(function, sources())
+                dispatcher._cache = KernelCache(function, sources(), part)
             except (RuntimeError, OSError) as error:  # a read-only installation and no writable home
                 not_cached("any folder", error)
                 spare_scipy()
@@ -48,13 +48,14 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return compile_later
 
 
-def _at_level(level: int, compile: Callable[..., Any], *args: Any) -> Any:
+def _compile(part: bool, compile: Callable[..., Any], *args: Any) -> Any:
     """Compile something, under numba's lock; NUMBA_OPT has its way."""
     before = _config.OPT
     if "NUMBA_OPT" not in os.environ:
-        _config.OPT = type(before)(level)
+        _config.OPT = type(before)(PART if part else KERNEL)
     try:
-        return compile(*args)
+        with kept_as(part):
+            return compile(*args)
     finally:
         _config.OPT = before
 
