@@ -50,8 +50,8 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     span = scale.shape[0] - 1
     floor = in_ptr[first * T] if reads else 0
     for b in range(last - 1, first - 1, -1):
-        m[0, :] = 0
-        y[0, :] = 0
+        shrink(m, dtype.type(0))
+        shrink(y, dtype.type(0))
         for neuron in range(N):
             if flow[b, neuron] != 0:
                 x = flow[b, neuron]
@@ -62,7 +62,7 @@ def backward_impulses(  # type: ignore[no-untyped-def]
                     add_row(y.shape[1], (y, np.uint64(0), splat(x), weight, np.uint64(neuron)))
         begin = act_ptr[b * T]
         size = act_ptr[b * T + T] - begin
-        arrived = np.empty(size, dtype)
+        arrived = np.empty((1, size), dtype)[0]
         surrogate_row(surrogate, first_param, second_param, -1.0, act_x[begin : begin + size], arrived)
         arrive(arrived, b, T, begin, act_ptr, act_idx, g_out, g_spikes)
         n = np.uint64(0)
@@ -103,7 +103,8 @@ def powers(decay, T, dtype):  # type: ignore[no-untyped-def]
     while span < T and SMALLEST <= abs(power) <= 1.0 / SMALLEST:
         power *= decay
         span += 1
-    scale, inverse, series = np.empty(span + 1, dtype), np.empty(span, dtype), np.empty(T, dtype)
+    rows = np.empty((3, T + 1), dtype)
+    scale, inverse, series = rows[0, : span + 1], rows[1, :span], rows[2, :T]
     power, total = 1.0, 0.0
     for n in range(T):
         if n < span:

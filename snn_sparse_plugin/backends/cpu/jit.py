@@ -11,6 +11,7 @@ from typing import Any
 
 import numba
 from numba import njit
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
 from .cache import KernelCache, not_cached, spare_scipy
 from .parts import kept_as
@@ -31,7 +32,13 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     slower).
     """
     part = options.pop("part", options.get("forceinline", False))
-    options = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **options}
+    options = {
+        "nogil": True,
+        "error_model": "numpy",
+        "no_cfunc_wrapper": True,
+        "pipeline_class": _Passes,
+        **options,
+    }
     options["no_cpython_wrapper"] = part
 
     def compile_later(function: Callable[..., Any]) -> Any:
@@ -46,6 +53,28 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return compile_later
+
+
+class _Passes(CompilerBase):
+    """Numba's passes but for those that look, in each function, for what no kernel has."""
+
+    _NEEDLESS = frozenset(
+        {
+            "with_lifting",  # blocks in object mode
+            "inline_closure_likes",  # comprehensions and functions in functions
+            "inline_overloads",
+            "find_literally",
+            "literal_unroll",
+            "LiteralPropagation",
+            "nopython_rewrites",  # one loop for an expression of whole arrays
+        }
+    )
+
+    def define_pipelines(self) -> list[Any]:
+        passes: Any = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        passes.passes = [(each, what) for each, what in passes.passes if each.name() not in self._NEEDLESS]
+        passes.finalize()
+        return [passes]
 
 
 def _compile(part: bool, compile: Callable[..., Any], *args: Any) -> Any:

@@ -59,10 +59,10 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
         g_out, g_spikes, g_mem = arriving
         N, width = v0.shape[1], block.shape[1]
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
-        # rows of whole vectors: what flows to the next step back, and what it decays by
-        flow, decay = np.zeros((2, width), block.dtype), np.zeros((2, width), block.dtype)
-        # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
-        sums = np.zeros((2, width), block.dtype)
+        # rows of whole vectors for lam and nu: what flows to the next step back, what it decays by, and their sums, with
+        # which the gradient of the bias costs no pass of its own
+        rows = np.zeros((6, width), block.dtype)
+        flow, decay, sums = rows[:2], rows[2:4], rows[4:]
         copy_row(decay[0, :N], params[MEM])
         copy_row(decay[1, :N], params[SYN])
         g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
@@ -81,11 +81,11 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
                     for column in range(0, width, LANES):
                         store(block, k, column, zeros(block))
             begin, end = act_ptr[low], act_ptr[high]
-            phi = np.empty(end - begin, block.dtype)
+            phi = np.empty((1, end - begin), block.dtype)[0]
             surrogate_row(surrogate, first_param, second_param, -1.0, act_x[begin:end], phi)
-            rows = rows_of_entries(act_ptr, low, high, shift)
+            owners = rows_of_entries(act_ptr, low, high, shift)
             for e in range(end - begin):
-                k, entry = np.uint64(rows[0, np.uint64(e)]), np.uint64(act_idx[np.uint64(begin + e)])
+                k, entry = np.uint64(owners[0, np.uint64(e)]), np.uint64(act_idx[np.uint64(begin + e)])
                 g = block.dtype.type(0)
                 if has_out:
                     g = g_out[begin + e]
