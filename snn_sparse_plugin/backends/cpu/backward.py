@@ -34,7 +34,6 @@ from .rows import (
     copy_row,
     dot,
     store2,
-    surrogate_row,
 )
 
 
@@ -90,7 +89,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         incoming,  # what came in and spiked, see outgoing.py
         active,
         act_x,  # membrane - threshold there
-        derivative,
+        phi,  # the surrogate's derivative there
         block,  # space for rows of nu, zero beyond column N
         arriving,  # gradients of active entries, of spikes and of the membrane: empty where there is none
         lam_state,  # (B, N): gradient of the final state in, of the initial state out
@@ -98,7 +97,6 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         outgoing,
     ):
         act_ptr, act_idx = active
-        _, surrogate, first_param, second_param = derivative
         out_ptr, out_idx = incoming[6], incoming[7]
         g_out, g_spikes, g_mem = arriving
         N = v0.shape[1]
@@ -110,10 +108,6 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         for b in range(last - 1, first - 1, -1):
             lam, ci = lam_state[b], ci_state[b]
-            first_active, last_active = act_ptr[b * T], act_ptr[b * T + T]
-            phi = np.empty(last_active - first_active, dtype)
-            x = act_x[first_active:last_active]
-            surrogate_row(surrogate, first_param, second_param, -1.0, x, phi)
             for t in range(T - 1, -1, -1):
                 r = b * T + t
                 k = r % block.shape[0]
@@ -140,7 +134,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
                             g += (reset_value[j] - (act_x[a] + threshold[j])) * mu[j]
                         elif kind == ZERO:
                             g -= (act_x[a] + threshold[j]) * mu[j]
-                    lam[j] += phi[a - first_active] * g
+                    lam[j] += phi[a] * g
                 # what spiked at t - 1 passes nothing on to its state or, with scope sum, to anything
                 if timing == DELAYED and kind == ZERO and scope == SUM:
                     if t > 0:

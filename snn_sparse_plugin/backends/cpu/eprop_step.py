@@ -17,7 +17,7 @@ from .bits import LANES
 from .jit import kernel
 from .memory import array
 from .program import execute
-from .rows import surrogate_row
+from .surrogate import surrogate_row
 
 
 @kernel()

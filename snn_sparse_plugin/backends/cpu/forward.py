@@ -13,8 +13,6 @@ from .bits import LANES, above16, append_columns, count_bits, pick_values, withi
 from .jit import kernel
 from .rows import THRESHOLD, Code, add_rows, advance_kernel, copy_row, load2, load3, shared, store3
 
-X, REC = 0, 1  # rows of what adds up to a step's currents
-
 
 @cache
 def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
@@ -49,8 +47,8 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         padded = -(-N // LANES) * LANES
         # as long as a padded row of weights: without a remainder, the sum is a fifth faster. In one piece, as each way
         # to make an array is compiled, too
-        rows = np.zeros((4, padded), dtype)
-        x, rec, reset, distance = rows[X, :N], rows[REC, :N], rows[2, :N], rows[3]
+        rows, in_x, in_rec = np.zeros((4, padded), dtype), np.int64(0), np.int64(1)
+        x, rec, reset, distance = rows[in_x, :N], rows[in_rec, :N], rows[2, :N], rows[3]
         if subtracts:
             copy_row(reset, params[THRESHOLD])
         for j in range(padded):
@@ -81,7 +79,7 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                         store3(i_checkpoints, t // CHUNK, b, i)
                 if from_events:
                     copy_row(x, bias)
-                    add_rows(rows, X, weight, indices, values, indptr[r], indptr[r + 1])
+                    add_rows(rows, in_x, weight, indices, values, indptr[r], indptr[r + 1])
                 else:
                     load3(x, current, 0 if still else t, b)
                 if recurrent:
@@ -89,7 +87,7 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                         load2(rec, rec0, b)
                     else:
                         copy_row(rec, rec_bias)
-                        add_rows(rows, REC, rec_weight, out_idx, empty, previous, n)
+                        add_rows(rows, in_rec, rec_weight, out_idx, empty, previous, n)
                     previous = n
                 advance(params, x, rec, v, i, reset, distance)
                 if keep_mem:

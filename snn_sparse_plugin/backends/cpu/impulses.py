@@ -15,7 +15,6 @@ import numpy as np
 from .bits import LANES
 from .jit import kernel
 from .lanes import along, fma, load, mul, splat, store
-from .rows import surrogate_row
 
 SMALLEST = 1e-6  # power of the decay (or of its inverse) at which m and y are scaled anew
 
@@ -30,8 +29,7 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     decay,
     incoming,
     active,
-    act_x,  # membrane - threshold there
-    derivative,
+    phi,  # the surrogate's derivative there; then times the gradient that arrives
     arriving,
     flow,  # (B, N): what flows to the last step from the state after it; then from the first step to the state before
     sums,  # m and y, each one row of whole vectors
@@ -39,7 +37,6 @@ def backward_impulses(  # type: ignore[no-untyped-def]
 ):
     """Samples first..last. Rows of ``weight`` are W_j; the gradient's rows, ``g_weight``, are those of W^T."""
     act_ptr, act_idx = active
-    _, surrogate, first_param, second_param = derivative
     indptr, indices, values, weight, in_ptr, in_idx = incoming
     g_out, g_spikes = arriving
     g_weight, g_bias, g_active = outgoing
@@ -61,9 +58,7 @@ def backward_impulses(  # type: ignore[no-untyped-def]
                 if reads:
                     add_row(y.shape[1], (y, np.uint64(0), splat(x), weight, np.uint64(neuron)))
         begin = act_ptr[b * T]
-        size = act_ptr[b * T + T] - begin
-        arrived = np.empty((1, size), dtype)[0]
-        surrogate_row(surrogate, first_param, second_param, -1.0, act_x[begin : begin + size], arrived)
+        arrived = phi[begin : act_ptr[b * T + T]]
         arrive(arrived, b, T, begin, act_ptr, act_idx, g_out, g_spikes)
         n = np.uint64(0)
         for back in range(T):

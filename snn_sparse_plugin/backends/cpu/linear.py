@@ -19,7 +19,7 @@ from .bits import LANES
 from .jit import kernel
 from .lanes import add, fma, load, mul, store, zeros
 from .outgoing import add_all, deliver, rows_of_entries
-from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, copy_row, surrogate_row
+from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, copy_row
 
 
 def is_linear(code: Code) -> bool:
@@ -46,8 +46,8 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
         _,
         incoming,
         active,
-        act_x,  # membrane - threshold there
-        derivative,
+        _act_x,
+        phi,  # the surrogate's derivative there
         block,
         arriving,
         lam_state,
@@ -55,12 +55,11 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
         outgoing,
     ):
         act_ptr, act_idx = active
-        _, surrogate, first_param, second_param = derivative
         g_out, g_spikes, g_mem = arriving
         N, width = v0.shape[1], block.shape[1]
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
-        # rows of whole vectors for lam and nu: what flows to the next step back, what it decays by, and their sums, with
-        # which the gradient of the bias costs no pass of its own
+        # rows of whole vectors for lam and nu: what flows to the next step back, what it decays by, and their sums, so
+        # that the gradient of the bias costs no pass of its own
         rows = np.zeros((6, width), block.dtype)
         flow, decay, sums = rows[:2], rows[2:4], rows[4:]
         copy_row(decay[0, :N], params[MEM])
@@ -81,8 +80,6 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
                     for column in range(0, width, LANES):
                         store(block, k, column, zeros(block))
             begin, end = act_ptr[low], act_ptr[high]
-            phi = np.empty((1, end - begin), block.dtype)[0]
-            surrogate_row(surrogate, first_param, second_param, -1.0, act_x[begin:end], phi)
             owners = rows_of_entries(act_ptr, low, high, shift)
             for e in range(end - begin):
                 k, entry = np.uint64(owners[0, np.uint64(e)]), np.uint64(act_idx[np.uint64(begin + e)])
@@ -92,7 +89,7 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
                 if has_spikes:
                     row = low + np.int64(k) - shift
                     g += g_spikes[row % T, row // T, entry]
-                block[k, entry] += phi[e] * g
+                block[k, entry] += phi[begin + e] * g
             # sample by sample, as the state of each comes in and goes out
             top = high
             while top > low:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...core.surrogates import Surrogate
 from .jit import kernel
 from .memory import array
-from .rows import surrogate_row
+from .surrogate import surrogate_row
 
 
 @kernel()

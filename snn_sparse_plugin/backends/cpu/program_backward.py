@@ -30,7 +30,8 @@ from .program import (
     to_registers,
 )
 from .replay import settle_params
-from .rows import dot, surrogate_row
+from .rows import dot
+from .surrogate import surrogate_row
 
 
 @kernel()

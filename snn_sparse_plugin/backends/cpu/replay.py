@@ -42,8 +42,8 @@ from .rows import (
     load3,
     reset_row,
     store2,
-    surrogate_row,
 )
+from .surrogate import surrogate_row
 
 
 @kernel(forceinline=True)

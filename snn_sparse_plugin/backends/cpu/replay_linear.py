@@ -30,8 +30,8 @@ from .rows import (
     load3,
     shared,
     store2,
-    surrogate_row,
 )
+from .surrogate import surrogate_row
 
 PHI, ADJOINT, BLOCK_ROWS = CHUNK, 2 * CHUNK, 3 * CHUNK
 """Rows of the kernel's block: for each step of a chunk u - threshold, the surrogate there, and the adjoint."""

@@ -1,4 +1,4 @@
-"""The equations on one row of N neurons: synaptic input, one step of the neuron, the surrogate's derivative.
+"""The equations on one row of N neurons: synaptic input, one step of the neuron.
 
 Rows are short and stay in cache, so each line is its own loop: the compiler vectorises all of them. The neuron
 keeps upstream's order of float operations (see ``core/canonical.py``); only dot products may reorder.
@@ -6,7 +6,6 @@ keeps upstream's order of float operations (see ``core/canonical.py``); only dot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 
@@ -14,7 +13,6 @@ import numpy as np
 
 from ...core.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
 from .bits import LANES
-from .exponential import exp_negative
 from .jit import kernel
 from .lanes import add, load, mul, splat, store
 
@@ -284,59 +282,3 @@ def advance_kernel(code: Code) -> Callable[..., None]:
                 v[j] = zero * v[j] if distance[j] > zero else v[j]
 
     return advance  # type: ignore[no-any-return]
-
-
-@kernel(part=True)
-def surrogate_row(kind, first, second, window, x, out):  # type: ignore[no-untyped-def]
-    """sigma'(x) of ``surrogates.py``, zero where ``abs(x) >= window`` (window < 0: nowhere)."""
-    N = out.shape[0]
-    a, b = x.dtype.type(first), x.dtype.type(second)
-    one, two = x.dtype.type(1), x.dtype.type(2)
-    if kind == 1:
-        for j in range(N):
-            q = a * abs(x[j]) + one
-            out[j] = one / (q * q)
-    elif kind == 2:
-        half, scale = a * x.dtype.type(0.5), x.dtype.type(math.pi / 2) * a
-        for j in range(N):
-            q = scale * x[j]
-            out[j] = half / (one + q * q)
-    elif kind == 3 or kind == 10:  # tanh(x) is a sigmoid of 2 x
-        slope, scale = (a, a) if kind == 3 else (two * a, two * two)
-        for j in range(N):
-            e = exp_negative(-abs(slope * x[j]))
-            out[j] = scale * e / ((e + one) * (e + one))
-    elif kind == 4:
-        out[:] = one
-    elif kind == 5:
-        for j in range(N):
-            out[j] = -a if x[j] >= 0 else a
-    elif kind == 6:
-        for j in range(N):
-            out[j] = one if x[j] > 0 else one - one
-    elif kind == 7:
-        for j in range(N):
-            out[j] = b * exp_negative(-a * abs(x[j] - one))
-    elif kind == 8:
-        for j in range(N):
-            q = a * abs(x[j]) + one
-            out[j] = (one if x[j] > b else one - one) / (q * q)
-    elif kind == 9:
-        for j in range(N):
-            out[j] = a * max(one - abs(x[j]), x.dtype.type(0))
-    elif kind == 11:
-        for j in range(N):
-            s = a * a + x[j] * x[j]
-            root = np.sqrt(s)
-            out[j] = (-(x[j] * x[j] / (two * s * root)) + one / (two * root)) * two * a
-    elif kind == 12:
-        scale = x.dtype.type(2 / math.sqrt(math.pi))
-        for j in range(N):
-            q = a * x[j]
-            out[j] = scale * exp_negative(-q * q)
-    else:
-        out[:] = 0
-    if window >= 0:
-        limit = x.dtype.type(window)
-        for j in range(N):
-            out[j] = out[j] if abs(x[j]) < limit else x.dtype.type(0)

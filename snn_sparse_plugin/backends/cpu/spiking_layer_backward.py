@@ -45,6 +45,7 @@ from .replay import backward_replay_kernel
 from .replay_linear import BLOCK_ROWS, backward_replay_linear_kernel
 from .rows import MEM
 from .spiking_layer import code_of
+from .surrogate import slopes
 from .threads import parallel
 from .way import Way, empty_list, input_is_listed, only_decays, wants_params, way_of
 
@@ -78,6 +79,7 @@ class _Shared(NamedTuple):
     incoming: Incoming
     active: Entries
     u: np.ndarray
+    phi: np.ndarray  # room for the surrogate's derivative at ``u``
     mem: np.ndarray
     derivative: Derivative
     arriving: Arriving
@@ -150,12 +152,14 @@ def _shared(
     incoming = (inputs.indptr, inputs.indices, inputs.values, weight, in_ptr, in_idx, out_ptr, out_idx)
     arriving, product = _arriving(grads, way, dtype)
     window = -1.0 if saved.threshold is None else saved.threshold
+    u = array_or_empty(saved.u if way.by_list else None, dtype, 1)
     return _Shared(
         array(call.params),
         inputs,
         Incoming(*incoming),
         Entries(none, none) if saved.active is None else Entries(*(array(x) for x in saved.active)),
-        array_or_empty(saved.u if way.by_list else None, dtype, 1),
+        u,
+        np.empty_like(u),
         array_or_empty(saved.mem, dtype, 3),
         Derivative(window, call.surrogate.code, *call.surrogate.packed),
         arriving,
@@ -193,6 +197,9 @@ def _run_range(
         *(sums.rec_weight, sums.rec_bias, shared.g_rec0),
     )
     samples = first, last, call.T
+    if way.by_list:
+        low, high = shared.active.indptr[first * call.T], shared.active.indptr[last * call.T]
+        slopes(*shared.derivative[1:], shared.u[low:high], shared.phi[low:high])
     if way.impulses:
         _run_impulses(call, shared, outgoing, samples)
     elif way.by_list:
@@ -222,7 +229,7 @@ def _run_impulses(
 ) -> None:
     dtype, width = shared.incoming.weight.dtype, shared.incoming.weight.shape[1]
     backward_impulses(
-        *(*samples, shared.params[MEM, 0], shared.incoming[:6], shared.active, shared.u, shared.derivative),
+        *(*samples, shared.params[MEM, 0], shared.incoming[:6], shared.active, shared.phi),
         *(shared.arriving[:2], shared.states[0]),
         (zero_rows(1, call.currents, dtype), aligned(1, width, dtype)),
         outgoing[:3],
@@ -234,7 +241,7 @@ def _run_list(call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tup
     backward = backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code)
     backward(
         *(*samples, shared.params, array(call.v0), shared.inputs.rec_weight, shared.incoming, shared.active),
-        *(shared.u, shared.derivative, _block(call), shared.arriving, *shared.states, outgoing),
+        *(shared.u, shared.phi, _block(call), shared.arriving, *shared.states, outgoing),
     )
 
 
