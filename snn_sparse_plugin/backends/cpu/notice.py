@@ -16,7 +16,7 @@ QUIET = "SNN_SPARSE_QUIET"
 """Environment variable: nothing is written to the terminal where it is set to anything but nothing or 0."""
 
 _TEXT = (
-    "compiling kernels for this processor, once, some ten seconds: the next process finds them "
+    "compiling kernels for this processor, once, some seconds: the next process finds them "
     "(`snn-sparse warm` makes them ahead) …"
 )
 _told = False
