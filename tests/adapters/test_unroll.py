@@ -16,6 +16,7 @@ from snntorch import surrogate, utils  # noqa: E402
 import snn_sparse_plugin as ssp  # noqa: E402
 from snn_sparse_plugin import InputError, SpikeTrain, unroll  # noqa: E402
 from snn_sparse_plugin.backends import calls  # noqa: E402
+from snn_sparse_plugin.backends.cpu import CPUBackend  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,29 @@ class TestModulesBetween:
         expected = snntorch_loop(twin, x)
         torch.manual_seed(3)
         assert torch.equal(unroll(net, x).spikes, expected[0])
+
+    @pytest.mark.parametrize(
+        "writes",
+        [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.Dropout2d(0.5, inplace=True)],
+        ids=repr,
+    )
+    def test_modules_that_write_into_their_input(self, writes, monkeypatch):
+        monkeypatch.setattr(CPUBackend, "prefers_events", lambda *a, **k: True)
+        net = on_grid(
+            nn.Sequential(
+                *(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), writes, snntorch.Leaky(0.9, init_hidden=True)),
+                *(nn.Flatten(), nn.Linear(36, 5), snntorch.Leaky(0.9, init_hidden=True, output=True)),
+            )
+        )
+        twin, x = copy.deepcopy(net), spikes(6, 2, 1, 8, 8)
+        torch.manual_seed(3)
+        expected = snntorch_loop(twin, x)[1]
+        torch.manual_seed(3)
+        found = unroll(net, x, backprop_threshold=None).mem
+        assert torch.equal(found, expected)
+        for mems in (found, expected):
+            mems.square().sum().backward()
+        assert worst((p.grad for p in net.parameters()), (p.grad for p in twin.parameters())) < 1e-5
 
     def test_dropout_in_eval_keeps_events(self):
         net = nn.Sequential(*leaky_net())
