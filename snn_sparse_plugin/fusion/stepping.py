@@ -89,7 +89,7 @@ def _steps(layer: Layer, flow: Tensor, state: Any, want_mem: bool) -> Passed:
     start(layer, state)
     outs, mems = [], []
     for x in flow.unbind(0):
-        out, mem, state = _step(layer, _writable(x, layer.module), state)
+        out, mem, state = _step(layer, x if layer.adapter else _writable(x, layer.module), state)
         outs.append(out)
         mems.append(mem if want_mem else None)
     return Passed(torch.stack(outs), _stack(mems), finish(layer, state))
@@ -117,9 +117,17 @@ def loop(layers: list[Layer], flow: Tensor, states: list[Any]) -> tuple[Tensor, 
 
 
 def _writable(x: Tensor, module: nn.Module) -> Tensor:
-    """The input of a module; a copy where it writes there and autograd takes no writing into one step of several, or
-    into what an op has made."""
-    return x.clone() if x.requires_grad and getattr(module, "inplace", False) else x
+    """The input of a module; a copy where it may write there, as autograd takes no writing into one step of several."""
+    return x.clone() if x.requires_grad and _may_write(module) else x
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether the module may write into its input: torch's own say so, of others nobody knows."""
+    return any(getattr(m, "inplace", not _is_torchs(m.forward)) for m in module.modules())
+
+
+def _is_torchs(forward: Any) -> bool:
+    return str(getattr(forward, "__module__", "")).startswith("torch.nn.")
 
 
 def start(layer: Layer, state: Any) -> None:

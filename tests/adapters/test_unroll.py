@@ -130,6 +130,13 @@ def test_first_layer_without_input_gradient():
     assert worst((p.grad for p in net.parameters()), (p.grad for p in twin.parameters())) < 1e-5
 
 
+class Halved(nn.Module):
+    """In the place of its input."""
+
+    def forward(self, x):
+        return x.mul_(0.5)
+
+
 class TestModulesBetween:
     def test_convolutions_pooling_flatten(self):
         options = {"spike_grad": surrogate.atan(), "init_hidden": True}
@@ -174,7 +181,7 @@ class TestModulesBetween:
 
     @pytest.mark.parametrize(
         "writes",
-        [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.Dropout2d(0.5, inplace=True)],
+        [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.Dropout2d(0.5, inplace=True), Halved()],
         ids=repr,
     )
     def test_modules_that_write_into_their_input(self, writes, monkeypatch):

@@ -221,6 +221,17 @@ def test_hooks_are_called_as_upstream_calls_them(place: str, kind: str) -> None:
     assert len(seen) == 2 * (1 if place == "0" else T)
 
 
+def test_a_module_over_all_steps_writes_into_a_current() -> None:
+    net = gridded(
+        norse.SequentialState(
+            *(norse.Lift(nn.Conv2d(2, 5, 3)), nn.ReLU(inplace=True), lif()),
+            *(lift(nn.Flatten(), nn.Linear(320, 4)), norse.LI()),
+        )
+    )
+    both(net, frames())
+    assert convolutions() == 1
+
+
 def test_hooks_of_several_layers_take_turns() -> None:
     net, x = sequence(pool(), nn.Identity()), frames()
     seen: list[str] = []
