@@ -31,7 +31,7 @@ from .convolutions import (
 from .fused import FusedCall, dense
 from .governor import LARGE
 from .modules import is_plain_linear, keeps_events
-from .opened import opened
+from .opened import joined, opened, stepped_together
 from .stepping import Flow, Layer, Passed, apply, loop
 
 
@@ -72,6 +72,10 @@ def _run(
         pooled = None if neurons[index] is not None else _pooled(layers[index], passed.flow, per_step)
         if pooled is not None:
             passed, index = Passed(pooled), index + 1
+            continue
+        stepped = stepped_together(layers[index:], passed.flow, per_step)
+        if len(stepped) > 1:
+            passed, index = apply(joined(stepped), passed.flow, None, per_step), index + len(stepped)
             continue
         linear = None
         if _joins_next(layers, neurons, index, passed.flow, per_step):

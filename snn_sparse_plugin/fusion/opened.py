@@ -1,12 +1,16 @@
-"""What stands inside a layer: ``Lift(nn.Sequential(conv, pool))`` as its convolution and its pool."""
+"""What runs by itself: ``Lift(nn.Sequential(conv, pool))`` as its convolution and its pool, and what has to run step by
+step together with what follows it."""
 
 from __future__ import annotations
+
+from itertools import takewhile
 
 from torch import nn
 
 from ..adapters import has_hooks
-from .modules import draws, is_batch_norm, is_unchanged, may_mix
-from .stepping import Layer
+from .governor import LARGE
+from .modules import applies_per_sample, draws, is_batch_norm, is_unchanged, may_mix
+from .stepping import Flow, Layer
 
 
 def opened(layer: Layer) -> list[Layer]:
@@ -44,3 +48,27 @@ def _may_stand_alone(modules: list[nn.Module]) -> bool:
         and sum(draws(m) for m in modules) <= 1
         and len({id(m) for m in norms}) == len(norms)
     )
+
+
+def stepped_together(layers: list[Layer], flow: Flow, per_step: bool) -> list[Layer]:
+    """The first layer where it has to run step by step and steps are large, and those without weights behind it: each
+    finds a step in cache then, and of all steps only what the last one makes is kept. Else none."""
+    first, large = layers[0], flow.shape[1:].numel() > LARGE
+    if not large or not _may_step(first, per_step) or applies_per_sample(first.module, len(flow.shape)):
+        return []
+
+    def follows(layer: Layer) -> bool:
+        module = layer.module
+        light = is_batch_norm(module) or next(module.parameters(), None) is None
+        return light and _may_step(layer, per_step)
+
+    return [first, *takewhile(follows, layers[1:])]
+
+
+def _may_step(layer: Layer, per_step: bool) -> bool:
+    return layer.adapter is None and not layer.stateful and (per_step or layer.lifted)
+
+
+def joined(layers: list[Layer]) -> Layer:
+    """Layers that run step by step as one."""
+    return Layer(layers[0].name, nn.Sequential(*(layer.module for layer in layers)), lifted=True)

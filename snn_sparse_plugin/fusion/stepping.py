@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, has_hooks
 from ..core.errors import InputError
 from ..core.spikes import SpikeTrain
-from .modules import applies_per_sample, keeps_events
+from .modules import applies_per_sample, is_batch_norm, keeps_events
 
 Flow = Tensor | SpikeTrain
 """What passes between layers: (T, B, N...), dense or events."""
@@ -123,6 +123,8 @@ def _writable(x: Tensor, module: nn.Module) -> Tensor:
 
 def _may_write(module: nn.Module) -> bool:
     """Whether the module may write into its input: torch's own say so, of others nobody knows."""
+    if isinstance(module, nn.Sequential) and len(module) and is_batch_norm(module[0]):
+        return False  # the others write into what that has made
     return any(getattr(m, "inplace", not _is_torchs(m.forward)) for m in module.modules())
 
 

@@ -17,6 +17,7 @@ import snn_sparse_plugin as ssp  # noqa: E402
 from snn_sparse_plugin import InputError, SpikeTrain, unroll  # noqa: E402
 from snn_sparse_plugin.backends import calls  # noqa: E402
 from snn_sparse_plugin.backends.cpu import CPUBackend  # noqa: E402
+from snn_sparse_plugin.fusion import opened  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +202,23 @@ class TestModulesBetween:
         for mems in (found, expected):
             mems.square().sum().backward()
         assert worst((p.grad for p in net.parameters()), (p.grad for p in twin.parameters())) < 1e-5
+
+    def test_what_runs_step_by_step_does_so_together_where_steps_are_large(self, monkeypatch):
+        monkeypatch.setattr(opened, "LARGE", 0)
+        seen = []
+        layers = nn.BatchNorm1d(20), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Dropout(0.5)
+        first, neuron, *others = leaky_net()
+        net = nn.Sequential(first, *layers, neuron, *others)
+        for index in (1, 3):
+            net[index].register_forward_hook(lambda module, args, out: seen.append((type(module), out.shape)))
+        twin, x = copy.deepcopy(net), spikes(12, 3, 30)
+        torch.manual_seed(3)
+        expected = snntorch_loop(twin, x)[0]
+        wanted, seen[:] = seen[:], []
+        torch.manual_seed(3)
+        assert torch.equal(unroll(net, x).spikes, expected)
+        assert seen == wanted
+        assert torch.allclose(net[1].running_var, twin[1].running_var)
 
     def test_dropout_in_eval_keeps_events(self):
         net = nn.Sequential(*leaky_net())

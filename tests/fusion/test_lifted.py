@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin.backends.cpu import CPUBackend
 from snn_sparse_plugin.core.backend import calls
+from snn_sparse_plugin.fusion import opened
 
 norse = pytest.importorskip("norse.torch")
 
@@ -149,6 +150,16 @@ INSIDE: dict[str, tuple[Callable[[], tuple[nn.Module, ...]], int]] = {
     "dropout": (lambda: (pool(), nn.Dropout(0.4)), 1),
     "dropout_in_place": (lambda: (pool(), nn.Dropout(0.4, inplace=True)), 1),
     "dropout_of_maps": (lambda: (nn.Dropout2d(0.4), pool()), 1),
+    "batch_norm_in_training_and_others": (
+        lambda: (
+            nn.BatchNorm2d(5),
+            nn.ReLU(inplace=True),
+            pool(),
+            nn.Dropout(0.4, inplace=True),
+            nn.Conv2d(5, 5, 1),
+        ),
+        2,
+    ),
     "dropout_in_eval": (lambda: (pool(), nn.Dropout(0.4).eval()), 1),
     "activation": (lambda: (pool(), nn.ReLU(inplace=True)), 1),
     "nested": (lambda: (nn.Sequential(nn.BatchNorm2d(5).eval(), nn.Sequential(pool())), nn.Identity()), 1),
@@ -160,8 +171,10 @@ INSIDE: dict[str, tuple[Callable[[], tuple[nn.Module, ...]], int]] = {
 }
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("name", INSIDE)
-def test_what_stands_inside(name: str) -> None:
+def test_what_stands_inside(name: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opened, "LARGE", 0 if large else float("inf"))
     inside, events = INSIDE[name]
     net, x = sequence(*inside()), frames()
     training = any(isinstance(m, nn.BatchNorm2d) and m.training for m in net.modules())
