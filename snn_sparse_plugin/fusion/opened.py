@@ -60,7 +60,9 @@ def stepped_together(layers: list[Layer], flow: Flow, per_step: bool) -> list[La
     def follows(layer: Layer) -> bool:
         module = layer.module
         light = is_batch_norm(module) or next(module.parameters(), None) is None
-        return light and _may_step(layer, per_step)
+        # of wrappers each takes all its steps before the next takes one
+        in_turn = per_step or not (draws(module) or may_mix(module))
+        return light and in_turn and _may_step(layer, per_step)
 
     return [first, *takewhile(follows, layers[1:])]
 

@@ -64,7 +64,7 @@ def apply(layer: Layer, flow: Flow, state: Any, per_step: bool, want_mem: bool =
         check_features(layer.label, flow.shape, module.in_features)
     if not per_step:
         if layer.adapter is None and not layer.stateful:
-            return Passed(module(flow))
+            return Passed(module(_writable(flow, module)))
         if layer.adapter is not None:
             return Passed(*layer.adapter.step(module, flow, state))
         out, state = module(flow, state)
@@ -117,7 +117,8 @@ def loop(layers: list[Layer], flow: Tensor, states: list[Any]) -> tuple[Tensor, 
 
 
 def _writable(x: Tensor, module: nn.Module) -> Tensor:
-    """The input of a module; a copy where it may write there, as autograd takes no writing into one step of several."""
+    """The input of a module; a copy where it may write there: autograd takes no writing into one step of several, nor
+    into what the layer before has kept."""
     return x.clone() if x.requires_grad and _may_write(module) else x
 
 

@@ -183,6 +183,19 @@ def test_what_stands_inside(name: str, large: bool, monkeypatch: pytest.MonkeyPa
     assert neurons() == 2
 
 
+@pytest.mark.parametrize("noise", [nn.Dropout, nn.RReLU])
+def test_lifts_draw_their_numbers_one_after_the_other(
+    noise: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened, "LARGE", 0)
+    net = norse.SequentialState(
+        *(norse.Lift(nn.Conv2d(2, 5, 3)), norse.Lift(nn.Dropout(0.4)), lift(pool(), noise()), lif()),
+        *(lift(nn.Flatten(), nn.Linear(80, 4)), norse.LI()),
+    )
+    both(gridded(net), frames())
+    assert convolutions() == 1
+
+
 def test_a_whole_network() -> None:
     net = gridded(
         norse.SequentialState(
@@ -234,14 +247,15 @@ def test_hooks_are_called_as_upstream_calls_them(place: str, kind: str) -> None:
     assert len(seen) == 2 * (1 if place == "0" else T)
 
 
-def test_a_module_over_all_steps_writes_into_a_current() -> None:
+@pytest.mark.parametrize("before", [nn.Identity, nn.Sigmoid])
+def test_a_module_over_all_steps_writes_into_its_input(before: type[nn.Module]) -> None:
     net = gridded(
         norse.SequentialState(
-            *(norse.Lift(nn.Conv2d(2, 5, 3)), nn.ReLU(inplace=True), lif()),
+            *(lift(nn.Conv2d(2, 5, 3), before()), nn.ReLU(inplace=True), lif()),
             *(lift(nn.Flatten(), nn.Linear(320, 4)), norse.LI()),
         )
     )
-    both(net, frames())
+    both(net, frames(), exact=before is nn.Identity)
     assert convolutions() == 1
 
 
