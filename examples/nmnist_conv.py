@@ -1,5 +1,5 @@
 """Train the convolutional network of snnTorch's tutorial 7 on N-MNIST and compare accuracy, time and memory: by its own
-loop, by the same loop in sparse mode, by Norse and by SpikingJelly.
+loop, by the same loop in sparse mode, by Norse, by the same network of Norse in sparse mode, and by SpikingJelly.
 
     python examples/nmnist_conv.py --data FOLDER --method sparse snntorch norse spikingjelly
 
@@ -24,7 +24,7 @@ from torch import nn
 from snn_sparse_plugin import sparse_mode
 from snn_sparse_plugin.data import load_spikes, loader
 
-METHODS = ("sparse", "snntorch", "norse", "spikingjelly")
+METHODS = ("sparse", "snntorch", "sparse-norse", "norse", "spikingjelly")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", type=Path, default=os.environ.get("NMNIST"), help="folder of the recordings")
@@ -127,17 +127,18 @@ def spikingjelly_network(args):
 
 def network(method, args):
     """-> the parameters' owner, and the spike counts (B, 10) of an input (T, B, 2, 34, 34)."""
-    if method == "norse":
-        return norse_network(args)
     if method == "spikingjelly":
         return spikingjelly_network(args)
-    net = SnnTorch(args)
-    if method == "snntorch":
-        return net, net
+    if "norse" in method:
+        net, counts = norse_network(args)
+    else:
+        net = counts = SnnTorch(args)
+    if not method.startswith("sparse"):
+        return net, counts
 
     def sparse(x):
         with sparse_mode(**({"backprop_threshold": None} if args.exact else {})):
-            return net(x)
+            return counts(x)
 
     return net, sparse
 

@@ -61,8 +61,9 @@ def test_eprop_on_recordings_goes_on_where_it_stopped(monkeypatch, capsys, tmp_p
     assert (tmp_path / "out" / "accuracy.png").exists()
 
 
-def test_convolutions_on_recordings(monkeypatch, capfd, tmp_path):
-    pytest.importorskip("snntorch")
+@pytest.mark.parametrize("methods", [("sparse", "snntorch"), ("sparse-norse", "norse")], ids=" ".join)
+def test_convolutions_on_recordings(methods, monkeypatch, capfd, tmp_path):
+    pytest.importorskip(methods[1])
     for part in ("Train", "Test"):
         for label in (1, 2):
             file = tmp_path / part / str(label) / "00001.bin"
@@ -72,7 +73,7 @@ def test_convolutions_on_recordings(monkeypatch, capfd, tmp_path):
     small = ("--epochs", 2, "--steps", 6, "--batch", 2, "--channels", 2, 3, "--threads", 1, "--exact")
     out = run(
         *(monkeypatch, capfd, "nmnist_conv.py", "--data", tmp_path, *small),
-        *("--method", "sparse", "snntorch"),
+        *("--method", *methods),
     )
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
-    assert rows["sparse"] == rows["snntorch"]
+    assert rows[methods[0]] == rows[methods[1]]

@@ -81,8 +81,8 @@ class NorseAdapter(Adapter):
 
     def unwrap(self, module: Any) -> nn.Module | None:
         lift = import_module("norse.torch").Lift
-        plain = type(module).forward is lift.forward and not module.is_stateful
-        return module.lifted_module if plain else None
+        plain = type(module).forward is lift.forward and "forward" not in vars(module)
+        return module.lifted_module if plain and not module.is_stateful else None
 
     def takes_sequence(self, module: Any) -> bool:
         snn = import_module("norse.torch.module.snn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .convolutions import (
 from .fused import FusedCall, dense
 from .governor import LARGE
 from .modules import is_plain_linear, keeps_events
+from .opened import joined, opened, stepped_together
 from .stepping import Flow, Layer, Passed, apply, loop
 
 
@@ -48,6 +50,18 @@ def run(
         with paused() if alone else nullcontext():
             spikes, mem, states = loop(layers, dense(x), states)
         return (spikes_as_events(spikes, layers) if events else spikes), mem, states
+    if per_step or not current_config().fuse_time:
+        return _run(layers, x, states, per_step, events, want_mem)
+    parts = [opened(layer) for layer in layers]
+    # a layer of several parts keeps no state
+    inner = [state for state, own in zip(states, parts, strict=True) for _ in own]
+    out, mem, inner = _run([part for own in parts for part in own], x, inner, per_step, events, want_mem)
+    return out, mem, [inner[end - 1] for end in accumulate(map(len, parts))]
+
+
+def _run(
+    layers: list[Layer], x: Flow, states: list[Any], per_step: bool, events: bool, want_mem: bool
+) -> tuple[Flow, Tensor | None, list[Any]]:
     neurons = [_fusable(layer, per_step) for layer in layers]
     passed, index = Passed(x), 0
     while index < len(layers):
@@ -58,6 +72,10 @@ def run(
         pooled = None if neurons[index] is not None else _pooled(layers[index], passed.flow, per_step)
         if pooled is not None:
             passed, index = Passed(pooled), index + 1
+            continue
+        stepped = stepped_together(layers[index:], passed.flow, per_step)
+        if len(stepped) > 1:
+            passed, index = apply(joined(stepped), passed.flow, None, per_step), index + len(stepped)
             continue
         linear = None
         if _joins_next(layers, neurons, index, passed.flow, per_step):
@@ -134,10 +152,8 @@ def _fusable(layer: Layer, per_step: bool) -> Neuron | None:
 
 
 def _plain(layer: Layer, per_step: bool) -> nn.Module | None:
-    """The module of a layer, bare or inside a wrapper that applies it at every step; None where it takes all steps."""
-    if per_step:
-        return layer.module
-    return None if layer.wrapper is None or has_hooks(layer.module) else layer.wrapper.unwrap(layer.module)
+    """The module of a layer that is applied at every step; None where it takes all steps."""
+    return layer.module if per_step or layer.lifted else None
 
 
 def _linear(layer: Layer, per_step: bool) -> nn.Linear | None:

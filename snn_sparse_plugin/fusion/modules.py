@@ -54,6 +54,16 @@ def may_mix(module: nn.Module) -> bool:
     return not is_unchanged(module, _DROPOUT) and not any(_keeps_apart(module, dims) for dims in range(3, 7))
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module is torch's own batch norm, in train mode or not."""
+    return is_unchanged(module, _BATCH_NORM)
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether the module is one of torch's dropouts in train mode, which draw new random numbers at every call."""
+    return module.training and is_unchanged(module, _DROPOUT)
+
+
 def _keeps_apart(module: Any, dims: int) -> bool:
     for spatial, classes in _SPATIAL.items():
         if is_unchanged(module, classes):

@@ -98,6 +98,11 @@ def unroll(
             problem = layer.adapter.check_in_sequence(layer.module, index == len(layers) - 1)
             if problem:
                 raise InputError(f"{layer.label} {problem}.")
+        elif _gives_a_tuple(layer, adapters):
+            raise InputError(
+                f"{layer.label} hands its state on beside its output. Write Norse's LIF in the place of a lifted "
+                f"LIFCell, and so for other cells, or run the network in sparse_mode()."
+            )
     per_step = not _takes_sequence(layers, adapters)
     states = [None] * len(layers) if state is None else list(state)
     before = [layer.adapter.read_state(layer.module) if layer.adapter else None for layer in layers]
@@ -177,6 +182,13 @@ def _takes_sequence(layers: list[Layer], adapters: list[Adapter]) -> bool:
     return any(a.takes_sequence(layer.module) for a in adapters for layer in layers)
 
 
+def _gives_a_tuple(layer: Layer, adapters: list[Adapter]) -> bool:
+    """Whether its library alone knows what it hands on: Norse's Lift of a cell gives a state as well, which the next
+    Lift leaves out."""
+    ours = layer.adapter is not None or layer.wrapper is not None or layer.stateful
+    return not ours and any(a.takes_sequence(layer.module) for a in adapters)
+
+
 # --- what the hooks on upstream's sequence modules call ---
 
 
@@ -216,7 +228,7 @@ def _hooked_container(module: nn.Module, x: Tensor, state: Any) -> tuple[Tensor,
     adapters = loaded_adapters()
     container = next(a for a in adapters if a.container(module))
     layers = _flatten(module, "", container, adapters)
-    if not _takes_sequence(layers, adapters):
+    if not _takes_sequence(layers, adapters) or any(_gives_a_tuple(layer, adapters) for layer in layers):
         return None
     states = [None] * len(layers) if state is None else list(state)
     try:

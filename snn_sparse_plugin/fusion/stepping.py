@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, has_hooks
 from ..core.errors import InputError
 from ..core.spikes import SpikeTrain
-from .modules import applies_per_sample, keeps_events
+from .modules import applies_per_sample, is_batch_norm, keeps_events
 
 Flow = Tensor | SpikeTrain
 """What passes between layers: (T, B, N...), dense or events."""
@@ -27,6 +27,7 @@ class Layer:
     adapter: Adapter | None = None  # the owner of a neuron
     wrapper: Adapter | None = None  # the owner of a wrapper such as Norse's Lift
     stateful: bool = False  # called as module(x, state) although no adapter owns it
+    lifted: bool = False  # a wrapper applies it at every step, in a network written for (T, B, ...) too
 
     @property
     def label(self) -> str:
@@ -53,20 +54,17 @@ def check_features(name: str, shape: torch.Size, expected: int) -> None:
 
 def apply(layer: Layer, flow: Flow, state: Any, per_step: bool, want_mem: bool = False) -> Passed:
     """One layer over all steps. ``per_step``: the network is written for (B, ...), not for (T, B, ...)."""
-    module, hooked = layer.module, has_hooks(layer.module)
+    module, per_step = layer.module, per_step or layer.lifted
     if isinstance(flow, SpikeTrain):
-        kept = None if hooked else keeps_events(module, flow, per_step)
+        kept = None if has_hooks(module) else keeps_events(module, flow, per_step)
         if isinstance(kept, SpikeTrain):
             return Passed(kept)
         flow = flow.to_dense()
     if isinstance(module, nn.Linear):
         check_features(layer.label, flow.shape, module.in_features)
     if not per_step:
-        inner = layer.wrapper.unwrap(module) if layer.wrapper is not None and not hooked else None
-        if inner is not None and applies_per_sample(inner, flow.dim()):
-            return Passed(_once(inner, flow))
         if layer.adapter is None and not layer.stateful:
-            return Passed(module(flow))
+            return Passed(module(_writable(flow, module)))
         if layer.adapter is not None:
             return Passed(*layer.adapter.step(module, flow, state))
         out, state = module(flow, state)
@@ -82,7 +80,7 @@ def _once(module: nn.Module, flow: Tensor) -> Tensor:
     if T > 1 and flow.stride(0) == 0:
         out = module(flow[0])
         return out.expand(T, *out.shape)
-    return module(flow.flatten(0, 1)).unflatten(0, (T, B))
+    return module(_writable(flow.flatten(0, 1), module)).unflatten(0, (T, B))
 
 
 def _steps(layer: Layer, flow: Tensor, state: Any, want_mem: bool) -> Passed:
@@ -91,7 +89,7 @@ def _steps(layer: Layer, flow: Tensor, state: Any, want_mem: bool) -> Passed:
     start(layer, state)
     outs, mems = [], []
     for x in flow.unbind(0):
-        out, mem, state = _step(layer, x, state)
+        out, mem, state = _step(layer, x if layer.adapter else _writable(x, layer.module), state)
         outs.append(out)
         mems.append(mem if want_mem else None)
     return Passed(torch.stack(outs), _stack(mems), finish(layer, state))
@@ -116,6 +114,23 @@ def loop(layers: list[Layer], flow: Tensor, states: list[Any]) -> tuple[Tensor, 
         mems.append(mem)
     states = [finish(layer, state) for layer, state in zip(layers, states, strict=True)]
     return torch.stack(outs), _stack(mems), states
+
+
+def _writable(x: Tensor, module: nn.Module) -> Tensor:
+    """The input of a module; a copy where it may write there: autograd takes no writing into one step of several, nor
+    into what the layer before has kept."""
+    return x.clone() if x.requires_grad and _may_write(module) else x
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether the module may write into its input: torch's own say so, of others nobody knows."""
+    if isinstance(module, nn.Sequential) and len(module) and is_batch_norm(module[0]):
+        return False  # the others write into what that has made
+    return any(getattr(m, "inplace", not _is_torchs(m.forward)) for m in module.modules())
+
+
+def _is_torchs(forward: Any) -> bool:
+    return str(getattr(forward, "__module__", "")).startswith("torch.nn.")
 
 
 def start(layer: Layer, state: Any) -> None:

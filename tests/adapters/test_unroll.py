@@ -16,6 +16,8 @@ from snntorch import surrogate, utils  # noqa: E402
 import snn_sparse_plugin as ssp  # noqa: E402
 from snn_sparse_plugin import InputError, SpikeTrain, unroll  # noqa: E402
 from snn_sparse_plugin.backends import calls  # noqa: E402
+from snn_sparse_plugin.backends.cpu import CPUBackend  # noqa: E402
+from snn_sparse_plugin.fusion import opened  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +131,13 @@ def test_first_layer_without_input_gradient():
     assert worst((p.grad for p in net.parameters()), (p.grad for p in twin.parameters())) < 1e-5
 
 
+class Halved(nn.Module):
+    """In the place of its input."""
+
+    def forward(self, x):
+        return x.mul_(0.5)
+
+
 class TestModulesBetween:
     def test_convolutions_pooling_flatten(self):
         options = {"spike_grad": surrogate.atan(), "init_hidden": True}
@@ -170,6 +179,46 @@ class TestModulesBetween:
         expected = snntorch_loop(twin, x)
         torch.manual_seed(3)
         assert torch.equal(unroll(net, x).spikes, expected[0])
+
+    @pytest.mark.parametrize(
+        "writes",
+        [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.Dropout2d(0.5, inplace=True), Halved()],
+        ids=repr,
+    )
+    def test_modules_that_write_into_their_input(self, writes, monkeypatch):
+        monkeypatch.setattr(CPUBackend, "prefers_events", lambda *a, **k: True)
+        net = on_grid(
+            nn.Sequential(
+                *(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), writes, snntorch.Leaky(0.9, init_hidden=True)),
+                *(nn.Flatten(), nn.Linear(36, 5), snntorch.Leaky(0.9, init_hidden=True, output=True)),
+            )
+        )
+        twin, x = copy.deepcopy(net), spikes(6, 2, 1, 8, 8)
+        torch.manual_seed(3)
+        expected = snntorch_loop(twin, x)[1]
+        torch.manual_seed(3)
+        found = unroll(net, x, backprop_threshold=None).mem
+        assert torch.equal(found, expected)
+        for mems in (found, expected):
+            mems.square().sum().backward()
+        assert worst((p.grad for p in net.parameters()), (p.grad for p in twin.parameters())) < 1e-5
+
+    def test_what_runs_step_by_step_does_so_together_where_steps_are_large(self, monkeypatch):
+        monkeypatch.setattr(opened, "LARGE", 0)
+        seen = []
+        layers = nn.BatchNorm1d(20), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Dropout(0.5)
+        first, neuron, *others = leaky_net()
+        net = nn.Sequential(first, *layers, neuron, *others)
+        for index in (1, 3):
+            net[index].register_forward_hook(lambda module, args, out: seen.append((type(module), out.shape)))
+        twin, x = copy.deepcopy(net), spikes(12, 3, 30)
+        torch.manual_seed(3)
+        expected = snntorch_loop(twin, x)[0]
+        wanted, seen[:] = seen[:], []
+        torch.manual_seed(3)
+        assert torch.equal(unroll(net, x).spikes, expected)
+        assert seen == wanted
+        assert torch.allclose(net[1].running_var, twin[1].running_var)
 
     def test_dropout_in_eval_keeps_events(self):
         net = nn.Sequential(*leaky_net())

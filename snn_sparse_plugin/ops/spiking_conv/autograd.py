@@ -52,11 +52,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     if backend is None:
         calls["torch", "convolution"] += 1
-        return library.forward(conv, x, weight, bias, keep, norm)
-    assert isinstance(x, SpikeTrain)
-    calls[backend.name, "convolution"] += 1
-    current, winners = backend.convolution(conv, x, weight, bias, keep, factors)
-    return current.view(*x.shape[:2], conv.out_channels, *conv.out_size), winners
+        current, winners = library.forward(conv, x, weight, bias, keep, norm)
+    else:
+        assert isinstance(x, SpikeTrain)
+        calls[backend.name, "convolution"] += 1
+        current, winners = backend.convolution(conv, x, weight, bias, keep, factors)
+    # no view: autograd lets nobody write into one that was made in here, and ReLU(inplace=True) may come next
+    shape = (*x.shape[:2], conv.out_channels, *conv.out_size)
+    return torch.ops.aten._unsafe_view(current, shape), winners
 
 
 class _Convolve(torch.autograd.Function):
