@@ -18,7 +18,7 @@ from snn_sparse_plugin.core.config import active_config
 
 snn = pytest.importorskip("snntorch")
 
-STEPS = 10  # enough to be recorded: in the middle of a step of upstream's own nobody may call the same neuron
+STEPS = 14  # enough to be recorded: in the middle of a step of upstream's own nobody may call the same neuron
 
 
 class Net:

@@ -78,7 +78,7 @@ def test_a_list_of_layers_and_a_function() -> None:
     kinds = []
     for _ in range(3):
         mem = torch.zeros(B, N)
-        for step in torch.rand(T, B, M):
+        for step in torch.rand(2 * T, B, M):  # enough to be recorded
             current = parts[0](step)
             kinds.append(type(current))
             _, mem = parts[1](current, mem)
