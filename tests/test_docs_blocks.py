@@ -47,6 +47,16 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
+def test_the_report_that_is_read_line_by_line_is_what_its_block_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = ROOT / "docs" / "why.md"
+    _, code, _, _ = next(blocks(page))
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    shown = page.read_text().split("```text\n")[1].split("```")[0]
+    assert capsys.readouterr().out == shown
+
+
 def test_a_skip_has_a_reason_and_no_fence_is_missed() -> None:
     for page in pages():
         text = page.read_text()
