@@ -35,6 +35,8 @@ def next_step(mode: str, reason: str, ran: Mapping[str, int], *, last: bool) -> 
             "if its spike function depends on nothing but x, declare it: "
             'spike_grad=Surrogate("custom", function=f)'
         )
+    if mode == "masked" and ("it overrides" in reason or "in no fused family" in reason):
+        return "its own code runs every step; write its equations (snn_sparse_plugin.Equations) to fuse it"
     if mode == "masked":
         return "time is upstream's here; `snn-sparse supported` lists which options fuse"
     if mode == "fused" and stepped and not fused:
