@@ -33,7 +33,21 @@ class Activity(NamedTuple):
 
 
 class ActivityLog(Mapping[str, list[Activity]]):
-    """The recorded calls of each neuron layer, by the layer's name in the model."""
+    """The recorded calls of each neuron layer, by the layer's name in the model: what :func:`record_activity` yields.
+
+    A mapping of names to lists of :class:`Activity`, in the order of the calls. On a GPU numbers are read when they are
+    first asked for.
+
+    Example:
+        >>> import snntorch, torch
+        >>> from snn_sparse_plugin import sparsify, unroll
+        >>> neuron = snntorch.Leaky(beta=0.9, init_hidden=True)
+        >>> report = sparsify(neuron)
+        >>> with record_activity(neuron) as log:
+        ...     out = unroll(neuron, torch.full((4, 2, 3), 2.0))
+        >>> log[""][0].rate, log.mean()[""][0]
+        (1.0, 1.0)
+    """
 
     def __init__(self, model: nn.Module) -> None:
         adapters = loaded_adapters()

@@ -138,6 +138,14 @@ class SparsityReport:
     ``entries`` is what :func:`sparsify` found. Printed, or as a dict, the report describes the model as it is then: an
     option set since, such as ``state_quant``, shows. After the model has run it also says how often each module ran in
     which way.
+
+    Example:
+        >>> import snntorch
+        >>> report = sparsify(nn.Sequential(snntorch.Leaky(beta=0.9), snntorch.SLSTM(3, 4)))
+        >>> report.names("fused"), report.names("masked")
+        (['0'], ['1'])
+        >>> report.entries[1].reason
+        'an LSTM cell makes its membrane'
     """
 
     entries: tuple[Entry, ...]
@@ -295,12 +303,13 @@ def sparsify(model: nn.Module, *misplaced: Any, **overrides: Any) -> SparsityRep
         model: any module that contains snnTorch or Norse neurons.
         **overrides: options of :class:`~snn_sparse_plugin.SparseConfig`.
 
+    Returns:
+        SparsityReport: a row for each neuron; printed after the model has run, it says what ran how. Not the model.
+
     Raises:
-        InputError: ``model`` is not a module.
+        InputError: ``model`` is not a module. As after any error, nothing has been changed.
         ConfigError: an unknown option, one without its name, or a value outside its range.
         UnsupportedError: no backend has that name.
-
-    After an error nothing has been changed.
 
     Example:
         >>> from torch import nn
@@ -354,9 +363,25 @@ def _describe(adapter: Adapter, name: str, module: nn.Module) -> Entry:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undo :func:`sparsify`: -> the names of the neurons and containers restored, none if it was not applied.
+    """Undo :func:`sparsify`, in place.
 
     Models built from the import-swap faces stay sparse: their classes are.
+
+    Args:
+        model: the module that was given to :func:`sparsify`, or a part of it.
+
+    Returns:
+        list[str]: the names of the neurons and containers restored, none if it was not applied.
+
+    Raises:
+        InputError: ``model`` is not a module.
+
+    Example:
+        >>> import snntorch
+        >>> net = nn.Sequential(nn.Linear(4, 3), snntorch.Leaky(beta=0.9))
+        >>> report = sparsify(net)
+        >>> restore(net), restore(net)
+        (['1'], [])
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"restore takes a torch module, got {type(model).__name__}.")

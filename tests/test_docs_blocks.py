@@ -6,7 +6,10 @@ A page is one namespace, empty at its start. A comment in the line before a bloc
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -45,6 +48,21 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             pytest.importorskip(said, reason=f"{said} is not installed")
         if mark != "skip":  # a traceback names the line of the page
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_the_report_that_is_read_line_by_line_is_what_its_block_prints(tmp_path: Path) -> None:
+    """In a process of its own: where a loop is cut depends on the loops before."""
+    page = ROOT / "docs" / "why.md"
+    script = tmp_path / "why.py"
+    script.write_text(next(blocks(page))[1])
+    found = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SNN_SPARSE_QUIET": "1"},
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == page.read_text().split("```text\n")[1].split("```")[0]
 
 
 def test_a_skip_has_a_reason_and_no_fence_is_missed() -> None:

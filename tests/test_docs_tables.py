@@ -13,20 +13,22 @@ def test_what_to_expect_is_current():
 
 
 def test_the_first_sentence_of_what_to_expect_is_the_tables():
-    """How many times faster, with the default surrogate."""
+    """How many times faster, with the default surrogate; the README says the same."""
     rows = {
         (str(row["shape"]), row["layer_rates"][0], row["provider"]): row["step_ms"]["median"]
         for row in json.loads(EXPECT["ROWS"].read_text())
         if row["surrogate"] == "atan(2)"
     }
-    page = EXPECT["PAGE"].read_text()
+    page, readme = EXPECT["PAGE"].read_text(), (EXPECT["PAGE"].parents[1] / "README.md").read_text()
     for provider in ("sparse-loop", "sparse"):
         ratios = [
             rows[shape, rate, "snntorch"] / time
             for (shape, rate, name), time in rows.items()
             if name == provider
         ]
-        assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in page
+        said = f"{min(ratios):.1f} to {max(ratios):.1f} times"
+        assert said in page
+        assert said in readme
 
 
 def test_every_way_and_surrogate_has_a_figure():

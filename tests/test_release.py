@@ -53,6 +53,7 @@ def test_one_version() -> None:
     assert project is not None
     assert citation is not None
     assert project.group(1) == citation.group(1) == __version__
+    assert f"version = {{{__version__}}}" in (ROOT / "docs" / "index.md").read_text()  # the BibTeX entry
 
 
 def test_the_changelog_has_a_dated_section_of_this_version_below_unreleased() -> None:

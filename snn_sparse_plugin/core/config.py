@@ -26,8 +26,8 @@ class SparseConfig:
         backend: ``"auto"``, or the name of a registered backend (``snn-sparse plugins`` lists them).
         min_active: the guard that keeps a window from silencing what has to learn; 0 turns it off. A fused layer in
             which a smaller fraction of the neuron-steps is active runs with the exact surrogate, and so does the last
-            layer of a network given to ``unroll`` or of a sequential container, where a window would silence single
-            classes. In a step loop a neuron that is active
+            layer, of a network given to ``unroll``, of a sequential container or of a fused loop, where a window would
+            silence single classes. In a loop that is stepped a neuron that is active
             in a smaller fraction of the samples keeps its gradient at that step, so that gradients of a loop and of
             a fused network can differ where the guard acts. The default lies well below the activity of trained layers
             (0.5 to 3 % in the published experiments), which are to run sparse, and above that of layers which a

@@ -85,10 +85,14 @@ PARAM_NAMES = ("mem", "syn", "threshold", "leak", "reset_value")
 
 
 class NeuronParams(NamedTuple):
-    """Decays and thresholds; each a scalar or a tensor that broadcasts to the neurons' shape.
+    """Decays and thresholds; each a number, or a tensor that broadcasts to the neurons' shape (N...), learned or not.
 
     ``mem`` and ``syn`` are decay factors for ``update="decay"``, rates (dt / tau) otherwise. ``threshold``,
-    ``leak`` and ``reset_value`` are in units of the membrane.
+    ``leak`` and ``reset_value`` are in units of the membrane. They are taken in the dtype of the layer's input.
+
+    Example:
+        >>> NeuronParams(mem=0.9, threshold=1.5)
+        NeuronParams(mem=0.9, syn=0.0, threshold=1.5, leak=0.0, reset_value=0.0)
     """
 
     mem: Tensor | float
@@ -99,7 +103,16 @@ class NeuronParams(NamedTuple):
 
 
 class NeuronState(NamedTuple):
-    """State between steps, each (B, N...): membrane, synaptic current, and last spikes of a recurrent layer."""
+    """State between steps, each (B, N...): membrane, synaptic current, and last spikes of a recurrent layer.
+
+    ``None`` is zeros where a run begins, and where it ends a state that the neuron does not have.
+
+    Example:
+        >>> import torch
+        >>> state = NeuronState(v=torch.zeros(4, 20))
+        >>> state.i is None
+        True
+    """
 
     v: Tensor | None = None
     i: Tensor | None = None

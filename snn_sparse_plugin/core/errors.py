@@ -2,7 +2,16 @@
 
 
 class SparsePluginError(RuntimeError):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Example:
+        >>> from snn_sparse_plugin import SparsePluginError, sparse_mode
+        >>> try:
+        ...     sparse_mode(backprop_treshold=0.2).__enter__()
+        ... except SparsePluginError as error:
+        ...     print(type(error).__name__, error)
+        ConfigError sparse mode has no option 'backprop_treshold'. Did you mean 'backprop_threshold'?
+    """
 
 
 class InputError(SparsePluginError, ValueError):

@@ -35,8 +35,10 @@ def next_step(mode: str, reason: str, ran: Mapping[str, int], *, last: bool) -> 
             "if its spike function depends on nothing but x, declare it: "
             'spike_grad=Surrogate("custom", function=f)'
         )
+    if mode == "masked" and ("it overrides" in reason or "in no fused family" in reason):
+        return "its own code runs every step; write its equations (snn_sparse_plugin.Equations) to fuse it"
     if mode == "masked":
-        return "time is upstream's here; docs/supported.md says which options fuse"
+        return "time is upstream's here; `snn-sparse supported` lists which options fuse"
     if mode == "fused" and stepped and not fused:
         return _STEPS.get(reason, f"its steps did not fuse: {reason}")
     if not last and ran.get("guard", 0) > (fused + stepped) / 2:
@@ -45,7 +47,7 @@ def next_step(mode: str, reason: str, ran: Mapping[str, int], *, last: bool) -> 
 
 
 _STEPS = {
-    "called step by step": "collect what each step returns and read it after the loop, or use unroll (docs/fusion.md)",
+    "called step by step": "collect what each step returns and read it after the loop, or use unroll",
     "only unroll runs it fused": "run the network with unroll(net, x)",
     "fuse_time=False": "leave fuse_time at True",
 }

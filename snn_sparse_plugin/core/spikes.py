@@ -71,6 +71,9 @@ class SpikeTrain:
         check: look at every row and index; False trusts the caller, and wrong indices are then out-of-bounds accesses.
         dtype: dtype of the dense form; taken from ``values`` where given.
 
+    Raises:
+        InputError: shapes or dtypes that do not fit, or rows and indices that are no events of this shape.
+
     ``carrier`` and ``active`` tie the train to autograd: the gradient of a train is one number per active
     neuron-step (``active`` given), or dense (``active`` None and ``carrier`` of the full shape).
 

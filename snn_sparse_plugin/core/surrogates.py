@@ -60,8 +60,12 @@ class Surrogate:
     """A spike function: Heaviside forward (strict ``x > 0``), ``grad(x)`` backward. Picklable and hashable.
 
     Args:
-        kind: a name of :data:`KINDS`, or ``"custom"``.
-        params: the parameters of the formula, in the order of the upstream signature.
+        kind: a formula of snnTorch's, ``"fast_sigmoid"`` (slope), ``"atan"`` (alpha), ``"sigmoid"`` (slope),
+            ``"straight_through"``, ``"triangular"`` (threshold), ``"heaviside"``,
+            ``"spike_rate_escape"`` (beta, slope), ``"sparse_fast_sigmoid"`` (slope, B); of Norse's,
+            ``"triangle"``, ``"tanh"``, ``"circ"``, ``"erfc"`` (alpha; its ``super`` is a fast sigmoid);
+            ``"zero"``, no gradient; or ``"custom"``.
+        params: the parameters of the formula, in this order.
         function: for ``"custom"``: any elementwise differentiable spike function of x; its own gradient is used.
         pure: for ``"custom"``: whether ``function`` depends on nothing but x. Such a function may be called at other
             times and with other shapes than upstream calls it: over all steps at once, in the backward, or to look at

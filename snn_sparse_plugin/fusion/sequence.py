@@ -53,7 +53,7 @@ def unroll(
     Args:
         net: an ``nn.Sequential``, Norse's ``SequentialState``, or one neuron module. snnTorch neurons need
             ``init_hidden=True``; the last layer may also return its membrane.
-        x: (T, B, ...), dense, SpikeTrain, torch COO, torch CSR or ``torch_sparse.SparseTensor``.
+        x: (T, B, ...), dense, SpikeTrain, torch COO, torch CSR or ``torch_sparse.SparseTensor``, of a floating dtype.
         state: what an earlier call returned, one entry per layer. Default: where the step loop would start,
             snnTorch's hidden states or Norse's initial ones. snnTorch's hidden states are left as the loop
             leaves them.
@@ -72,6 +72,8 @@ def unroll(
     Raises:
         InputError: shapes, dtypes or lengths that do not fit, or a network that is no sequence of layers. Hidden
             states are then as before the call.
+        ConfigError: an unknown option, or a value outside its range.
+        UnsupportedError: no backend has that name, or the one named cannot run a layer.
 
     Example:
         >>> import snntorch as snn

@@ -292,7 +292,14 @@ class TestRecords:
         todo = shown.split("next steps:\n")[1].splitlines()
         assert [line.split()[0] for line in todo] == ["1", "3", "5"]
         assert "read it after the loop, or use unroll" in todo[0]
-        assert "docs/supported.md" in todo[1]
+        assert "`snn-sparse supported`" in todo[1]
+
+    def test_the_next_step_of_a_class_of_ones_own_is_to_write_its_equations(self):
+        class Doubled(snntorch.Leaky):
+            def forward(self, x, mem=None):
+                return super().forward(2 * x, mem)
+
+        assert "(snn_sparse_plugin.Equations)" in str(sparsify(Doubled(0.9)))
 
     def test_what_runs_fused_has_no_next_step(self):
         net = layers()[:2]

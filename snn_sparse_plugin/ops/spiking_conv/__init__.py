@@ -75,7 +75,7 @@ def spiking_conv(
         InputError: shapes, dtypes or devices that do not fit.
 
     Example:
-        >>> from snn_sparse_plugin.core.dynamics import NeuronParams
+        >>> from snn_sparse_plugin import NeuronParams
         >>> x = (torch.rand(20, 4, 2, 10, 10) < 0.05).float()
         >>> w = torch.randn(8, 2, 3, 3, requires_grad=True)
         >>> out = spiking_conv(x, w, padding=1, pool=torch.nn.MaxPool2d(2), params=NeuronParams(mem=0.9))

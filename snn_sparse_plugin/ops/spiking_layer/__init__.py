@@ -65,6 +65,10 @@ def spiking_layer(
         name: how error messages call this layer.
         **overrides: options of :class:`~snn_sparse_plugin.core.config.SparseConfig` for this call.
 
+    Returns:
+        SpikingLayerOutput: ``spikes`` (T, B, N...), ``mem`` of that shape or None, ``state`` with entries (B, N...),
+        and ``active_fraction``.
+
     Raises:
         InputError: shapes, dtypes or devices that do not fit, or non-finite values where they are seen. On a GPU nobody
             looks at the numbers, unless with ``check=True``: a membrane there turns NaN as upstream's does.
