@@ -34,7 +34,8 @@ def install() -> None:
         if _installed:
             return
         _installed = True
-        Function.apply = classmethod(_on_numbers(Function.__dict__["apply"].__func__))  # type: ignore[assignment, method-assign]
+        apply = Function.__dict__["apply"]  # Python's classmethod, or from torch 2.14 on one of C++
+        Function.apply = classmethod(_on_numbers(getattr(apply, "__func__", apply)))  # type: ignore[assignment, method-assign]
         for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
             script.__call__ = _on_real(script.__call__)  # type: ignore[method-assign]
         Tensor.as_subclass = _on_real(Tensor.as_subclass)  # type: ignore[assignment, method-assign]

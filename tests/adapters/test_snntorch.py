@@ -29,6 +29,10 @@ FACTORIES = {
     "SFS": lambda: surrogate.SFS(slope=5, B=-0.2),
     "LeakyParallel": lambda: snntorch.LeakyParallel(3, 2).spike_grad,
     "Heaviside.apply": lambda: surrogate.Heaviside.apply,
+    # what Heaviside.apply is from torch 2.14 on, until the first sparse block
+    "Heaviside.apply-of-C++": lambda: torch._C._FunctionBase.__dict__["apply"].__get__(
+        None, surrogate.Heaviside
+    ),
     "StraightThroughEstimator.apply": lambda: surrogate.StraightThroughEstimator.apply,
 }
 KINDS = {
