@@ -11,6 +11,7 @@ from torch import Tensor
 from ...backends.product import ProductGrad
 from ...core import tally
 from ...core.backend import Backend, LayerCall, LayerResult, Needs, OutputGrads, Saved
+from ...core.errors import SparsePluginError
 from ...core.precision import without_autocast
 from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once
@@ -19,6 +20,23 @@ from . import again
 _LEAVES = ("current", "dense", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
 _leaves = attrgetter(*_LEAVES)
 _NOTHING: dict[str, Any] = dict.fromkeys(("train", *_LEAVES))
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What was kept for the backward, or upstream's error with what it mostly means in a spiking network."""
+    try:
+        kept: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise SparsePluginError(
+            f"{ctx.call.name}: Trying to backward through the graph a second time. The state of these neurons comes "
+            "from steps whose backward has run, such as those of the batch before: begin with a new one "
+            "(snntorch.utils.reset(net), mem = lif.init_leaky(), state = None), or cut it off "
+            "(lif.detach_hidden(), mem.detach()). If the same loss is meant, pass retain_graph=True to its first "
+            "backward."
+        ) from error
+    return kept
 
 
 def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
@@ -91,7 +109,7 @@ class _SpikingLayer(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *kept, carrier = ctx.saved_tensors
+        *kept, carrier = _saved(ctx)
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = ctx.call.changed(**leaves)
