@@ -39,6 +39,7 @@ def install() -> None:
         for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
             script.__call__ = _on_real(script.__call__)  # type: ignore[method-assign]
         Tensor.as_subclass = _on_real(Tensor.as_subclass)  # type: ignore[assignment, method-assign]
+        torch.asarray = _on_real(torch.asarray)  # type: ignore[assignment]
         for name in ("_to_dlpack", "_to_dlpack_versioned"):
             if hasattr(torch._C, name):
                 _replace(name, _giving_away(getattr(torch._C, name)), torch._C, torch, torch.utils.dlpack)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import compiles_whole
 from oracle import relative, windowed
 from torch import nn
 
@@ -204,6 +205,7 @@ class TestSteps:
         spk.sum().backward()
         assert torch.equal(x.grad != 0, (mem - 1).abs() < 0.2)
 
+    @compiles_whole
     @pytest.mark.parametrize(
         "build", [lambda k: k, lambda k: k | {"reset_mechanism": "zero"}], ids=["subtract", "zero"]
     )
