@@ -76,7 +76,7 @@ def loops(net: nn.Sequential, batches: int) -> None:
 def test_a_state_that_is_not_begun_anew_with_the_batch() -> None:
     with (
         sparse_mode(),
-        pytest.raises(SparsePluginError, match="backward through the graph a second time") as raised,
+        pytest.raises(RuntimeError, match="backward through the graph a second time") as raised,
     ):
         loops(network(), 2)
     for words in ("Linear→Leaky: ", "snntorch.utils.reset(net)", "mem.detach()", "retain_graph=True"):
@@ -89,7 +89,7 @@ def test_the_same_loss_twice() -> None:
     loss = unroll(network(), X).spikes.sum()
     loss.backward(retain_graph=True)
     loss.backward()
-    with pytest.raises(SparsePluginError, match="retain_graph=True"):
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
         loss.backward()
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from ...backends.product import ProductGrad
 from ...core import tally
 from ...core.backend import Backend, LayerCall, LayerResult, Needs, OutputGrads, Saved
-from ...core.errors import SparsePluginError
 from ...core.precision import without_autocast
 from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once
@@ -29,7 +28,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     except RuntimeError as error:
         if "second time" not in str(error):
             raise
-        raise SparsePluginError(
+        raise RuntimeError(  # of torch's own class, as upstream's is
             f"{ctx.call.name}: Trying to backward through the graph a second time. The state of these neurons comes "
             "from steps whose backward has run, such as those of the batch before: begin with a new one "
             "(snntorch.utils.reset(net), mem = lif.init_leaky(), state = None), or cut it off "
