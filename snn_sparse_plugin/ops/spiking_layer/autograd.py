@@ -22,19 +22,18 @@ _NOTHING: dict[str, Any] = dict.fromkeys(("train", *_LEAVES))
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    """What was kept for the backward, or upstream's error with what it mostly means in a spiking network."""
+    """What was kept for the backward, or torch's error, with a note of what it mostly means in a spiking network."""
     try:
         kept: tuple[Any, ...] = ctx.saved_tensors
     except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise RuntimeError(  # of torch's own class, as upstream's is
-            f"{ctx.call.name}: Trying to backward through the graph a second time. The state of these neurons comes "
-            "from steps whose backward has run, such as those of the batch before: begin with a new one "
-            "(snntorch.utils.reset(net), mem = lif.init_leaky(), state = None), or cut it off "
-            "(lif.detach_hidden(), mem.detach()). If the same loss is meant, pass retain_graph=True to its first "
-            "backward."
-        ) from error
+        if "second time" in str(error) and hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(
+                f"{ctx.call.name}: the state of these neurons comes from steps whose backward has run, such as those of "
+                "the batch before: begin with a new one (snntorch.utils.reset(net), mem = lif.init_leaky(), "
+                "state = None), or cut it off (lif.detach_hidden(), mem.detach()). If the same loss is meant, pass "
+                "retain_graph=True to its first backward."
+            )
+        raise
     return kept
 
 
