@@ -28,8 +28,8 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     except RuntimeError as error:
         if "second time" in str(error) and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(
-                f"{ctx.call.name}: the state of these neurons comes from steps whose backward has run, such as those of "
-                "the batch before: begin with a new one (snntorch.utils.reset(net), mem = lif.init_leaky(), "
+                f"{ctx.call.name}: the state of these neurons comes from steps whose backward has run, such as those "
+                "of the batch before: begin with a new one (snntorch.utils.reset(net), mem = lif.init_leaky(), "
                 "state = None), or cut it off (lif.detach_hidden(), mem.detach()). If the same loss is meant, pass "
                 "retain_graph=True to its first backward."
             )
