@@ -25,6 +25,7 @@ from .core import tally
 from .core.config import SparseConfig, current_config, refuse_positional
 from .core.errors import ConfigError, InputError, SparsePluginError, UnsupportedError
 from .core.legend import legend, next_step
+from .core.lines import aligned, beside, terminal_width
 from .fusion.flush import flush
 from .fusion.sources import watched
 
@@ -244,25 +245,21 @@ class SparsityReport:
         words = legend({e.status for e in entries}, {way for calls in ran for way in calls})
         return [("legend", words), *([("next steps", steps)] if steps else [])]
 
-    def __str__(self) -> str:
+    def _text(self, width: int | None) -> str:
         if not self.entries:
             return "no spiking neurons of a supported library found"
-        lines = aligned(self._rows())
+        lines = aligned(self._rows(), width)
         for title, notes in self._notes():
-            width = max(len(word) for word, _ in notes)
-            lines += ["", f"{title}:", *(f"  {word.ljust(width)}  {text}" for word, text in notes)]
+            lines += ["", f"{title}:", *beside(notes, width)]
         return "\n".join(lines)
 
-    def __rich__(self) -> Any:
-        from rich.table import Table
+    def __str__(self) -> str:
+        return self._text(terminal_width())
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
-        head, *rows = self._rows()
-        notes = [f"{word}: {text}" for _, found in self._notes() for word, text in found]
-        table = Table(*head, caption=Text("\n".join(notes)), caption_justify="left")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        return table
+        yield Text(self._text(options.max_width), no_wrap=True, overflow="ignore")
 
     def _repr_html_(self) -> str:
         """The report in a notebook."""
@@ -281,15 +278,6 @@ class SparsityReport:
 
 def _html_row(cells: tuple[str, ...], tag: str) -> str:
     return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """The lines of a table of text; the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def sparsify(model: nn.Module, *misplaced: Any, **overrides: Any) -> SparsityReport:

@@ -1,6 +1,7 @@
 """The command line, as a user or a script calls it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -235,9 +236,9 @@ def test_run_hands_its_options_to_the_mode_and_the_rest_to_the_script(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--exct", "x.py"], "No such option: --exct"),
-        (["--thresold", "0.2", "x.py"], "No such option: --thresold"),
-        (["-q", "-x", "x.py"], "No such option: -x"),
+        (["--exct", "x.py"], "No such option.*--exct"),
+        (["--thresold", "0.2", "x.py"], "No such option.*--thresold"),
+        (["-q", "-x", "x.py"], "No such option.*-x"),
         (["--exact", "--threshold", "0.2", "x.py"], "contradict each other"),
         (["--threshold", "small", "x.py"], "--backprop-threshold takes auto, exact or a number"),
     ],
@@ -250,7 +251,7 @@ def test_an_option_that_run_does_not_have_is_no_script(
     (tmp_path / "x.py").write_text("raise AssertionError('it ran')")
     result = runner.invoke(app, ["run", *arguments])
     assert result.exit_code == 2
-    assert words in " ".join(result.stderr.split())
+    assert re.search(words, " ".join(result.stderr.split()))  # the words are those of the installed click
 
 
 def test_every_option_of_python_is_one_of_run(tmp_path: Path) -> None:

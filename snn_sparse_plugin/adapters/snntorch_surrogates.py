@@ -115,7 +115,7 @@ def _by_code(function: Any) -> Surrogate | None:
 def _by_class(function: SpikeFunction) -> Surrogate | None:
     # `Heaviside.apply`, or LeakyParallel's private ATan.apply with its default parameter
     cls = getattr(function, "__self__", None)
-    if not inspect.ismethod(function) or function.__name__ != "apply" or not isinstance(cls, type):
+    if getattr(function, "__name__", "") != "apply" or not isinstance(cls, type):
         return None
     if not _is_upstreams(cls):
         return None

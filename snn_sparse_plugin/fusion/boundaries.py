@@ -34,10 +34,12 @@ def install() -> None:
         if _installed:
             return
         _installed = True
-        Function.apply = classmethod(_on_numbers(Function.__dict__["apply"].__func__))  # type: ignore[assignment, method-assign]
+        apply = Function.__dict__["apply"]  # Python's classmethod, or from torch 2.14 on one of C++
+        Function.apply = classmethod(_on_numbers(getattr(apply, "__func__", apply)))  # type: ignore[assignment, method-assign]
         for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
             script.__call__ = _on_real(script.__call__)  # type: ignore[method-assign]
         Tensor.as_subclass = _on_real(Tensor.as_subclass)  # type: ignore[assignment, method-assign]
+        torch.asarray = _on_real(torch.asarray)  # type: ignore[assignment]
         for name in ("_to_dlpack", "_to_dlpack_versioned"):
             if hasattr(torch._C, name):
                 _replace(name, _giving_away(getattr(torch._C, name)), torch._C, torch, torch.utils.dlpack)

@@ -125,11 +125,20 @@ def _input(x: Any, batch_size: int | None) -> Flow:
     if is_sparse_input(x):
         return as_spike_train(x, batch_size)
     if not isinstance(x, Tensor):
-        raise InputError(f"x must be a tensor or a SpikeTrain, got {type(x).__name__}.")
+        raise InputError(f"x must be a tensor or a SpikeTrain, got {type(x).__name__}.{_instead_of(x)}")
     check_float(x, "x")
     if x.dim() < 3:
-        raise InputError(f"x must have shape (T, B, ...), got {tuple(x.shape)}.")
+        raise InputError(
+            f"x must have shape (T, B, ...), steps first, then samples, got {tuple(x.shape)}."
+            + (" One sample is x.unsqueeze(1), one step x.unsqueeze(0)." if x.dim() == 2 else "")
+        )
     return x
+
+
+def _instead_of(x: Any) -> str:
+    if isinstance(x, nn.Module):
+        return " The network comes first: unroll(net, x)."
+    return " Write torch.from_numpy(x)." if hasattr(x, "__array_interface__") else ""
 
 
 def _write(layers: list[Layer], states: Sequence[Any]) -> None:
@@ -153,7 +162,14 @@ def _layers(net: nn.Module, adapters: list[Adapter]) -> list[Layer]:
             "the network itself has forward or backward hooks, which a layer-by-layer run would skip: "
             "register them on its layers, or call it step by step."
         )
-    return _flatten(net, "", container, adapters)
+    found = _flatten(net, "", container, adapters)
+    if not any(layer.adapter is not None or layer.stateful for layer in found):
+        libraries = " or ".join(adapter.name for adapter in adapters)
+        raise InputError(
+            f"unroll found no spiking neuron of {libraries} in {type(net).__name__}, so there is nothing to run over "
+            f"time: call the network itself, net(x), or put a neuron into it."
+        )
+    return found
 
 
 def _flatten(net: nn.Module, prefix: str, container: Adapter | None, adapters: list[Adapter]) -> list[Layer]:

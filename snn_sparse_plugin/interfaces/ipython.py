@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from ..core.config import SparseConfig
 from ..core.errors import ConfigError
+from ..core.lines import terminal_width
 from .session import sparse_session, threshold_of
 
 
@@ -37,7 +38,7 @@ def _in_sparse_mode(shell: Any) -> Any:
                 result.raise_error()
         finally:
             if session is not None and not quiet:
-                for text in session.lines():
+                for text in session.lines(terminal_width()):
                     print(text)
 
     return snn_sparse

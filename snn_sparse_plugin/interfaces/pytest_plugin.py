@@ -104,13 +104,15 @@ class SparseRun:
                 self.runs[kind] = more
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        from ..core.lines import terminal_width
+
         terminalreporter.section(f"snn-sparse: {self.mode}")
-        for line in summary(self.runs):
+        for line in summary(self.runs, terminal_width()):
             terminalreporter.line(line)
 
 
-def summary(runs: dict[str, ClassRuns]) -> list[str]:
+def summary(runs: dict[str, ClassRuns], width: int | None = None) -> list[str]:
     """The table at the end of a run."""
     from .session import class_table
 
-    return class_table(runs)
+    return class_table(runs, width)

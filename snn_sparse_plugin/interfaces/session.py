@@ -12,9 +12,10 @@ from typing import Any, Literal
 from ..core import tally
 from ..core.errors import ConfigError
 from ..core.legend import legend
+from ..core.lines import aligned, wrapped
 from ..core.tally import ClassRuns
 from ..fusion import meter, record
-from ..mode import aligned, sparse_mode
+from ..mode import sparse_mode
 
 __all__ = ["Session", "class_table", "run_script", "script_error", "sparse_session", "threshold_of"]
 
@@ -27,9 +28,9 @@ class Session:
         self.classes: dict[str, ClassRuns] = {}
         self.reasons: dict[str, int] = {}
 
-    def lines(self) -> list[str]:
+    def lines(self, width: int | None = None) -> list[str]:
         """The summary: neuron classes, what was fused and saved, and why recorded steps had to run."""
-        found = class_table(self.classes)
+        found: list[str] = []
         total = self.meter
         if total.calls:
             found.append(
@@ -49,7 +50,8 @@ class Session:
         if self.reasons:
             often = sorted(self.reasons.items(), key=lambda item: -item[1])[:5]
             found.append("recorded steps ran for: " + ", ".join(f"{name} ({n})" for name, n in often))
-        return found
+        told = (piece for line in found for piece in wrapped(line, width, rest="  "))
+        return [*class_table(self.classes, width), *told]
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def threshold_of(text: str) -> float | Literal["auto"] | None:
         raise ConfigError(f"--backprop-threshold takes auto, exact or a number, got {text!r}.") from error
 
 
-def class_table(runs: dict[str, ClassRuns]) -> list[str]:
+def class_table(runs: dict[str, ClassRuns], width: int | None = None) -> list[str]:
     """A row a class, ``calls in modules`` for each way of running that occurred, and a last line of totals."""
     if not runs:
         return ["no spiking neuron of a supported library ran"]
@@ -138,7 +140,7 @@ def class_table(runs: dict[str, ClassRuns]) -> list[str]:
     stepped = sum(sum(of_class.reasons.values()) for of_class in runs.values())
     backward = sum(of_class.calls.get("backward", 0) for of_class in runs.values())
     total = f"modules: {fused} ran fused, {stepped} step by step; {backward} sparse backward calls"
-    return [*aligned(rows), total]
+    return [*aligned(rows, width), *wrapped(total, width, rest="  ")]
 
 
 def _cell(runs: ClassRuns, way: str) -> str:

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from helpers import compiles_whole
 from oracle import on_grid, snntorch_loop, spikes
 from torch import nn
 
@@ -172,6 +173,7 @@ class TestSnnTorch:
         sparse_snn.utils.reset(net)
         assert ours.mem.abs().sum() == 0
 
+    @compiles_whole
     def test_compiles_without_a_graph_break(self, name):
         ours, theirs = self.pair(name)
         x = torch.randn(3, 6)

@@ -92,6 +92,46 @@ def test_hooks_come_back_after_a_patch_that_was_there_first(library):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_loop_fuses_where_apply_is_a_method_of_cpp():
+    """As from torch 2.14 on; a function of the user's own on recorded spikes takes their numbers."""
+    code = """
+        import torch, snntorch
+        from torch.autograd import Function
+        Function.apply = torch._C._FunctionBase.__dict__["apply"]
+        assert not hasattr(Function.__dict__["apply"], "__func__")
+        import snn_sparse_plugin as ssp
+
+        class Doubled(Function):
+            @staticmethod
+            def forward(ctx, x):
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx, grad):
+                return 2 * grad
+
+        def loop(x):
+            x, out, mem = x.clone().requires_grad_(), [], torch.zeros(4, 20)
+            for step in x:
+                spikes, mem = neuron(step, mem)
+                out.append(spikes)
+            loss = Doubled.apply(torch.stack(out)).sum()
+            loss.backward()
+            return loss.item(), x.grad
+
+        neuron, x = snntorch.Leaky(beta=0.5), torch.rand(10, 4, 20)
+        loss, grad = loop(x)
+        report = ssp.sparsify(neuron, backprop_threshold=None)
+        with ssp.sparse_mode(backprop_threshold=None):
+            found, found_grad = loop(x)
+        assert report.runs()[""].get("fused") == 1, report
+        assert found == loss > 0
+        torch.testing.assert_close(found_grad, grad)
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("options", [{}, {"reset_delay": False}, {"reset_mechanism": "zero"}], ids=str)
 @pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize("name", ["Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic"])

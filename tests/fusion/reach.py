@@ -88,6 +88,7 @@ _BY_HAND: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tensor": lambda x, y: torch.tensor(x),
     "as_tensor": lambda x, y: torch.as_tensor(x),
     "asarray": lambda x, y: torch.asarray(x),
+    "asarray_without_gradient": lambda x, y: torch.asarray(x, requires_grad=False),
     "Tensor": lambda x, y: torch.Tensor(x),
     "FloatTensor": lambda x, y: torch.FloatTensor(x),
     "as_subclass": lambda x, y: x.as_subclass(Tensor) * 2,

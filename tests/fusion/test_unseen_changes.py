@@ -77,6 +77,8 @@ def dlpack_import(folder: Path) -> Iterator[Tensor]:
 def dlpack_export(folder: Path) -> Iterator[Tensor]:
     x = torch.zeros(B, M)
     frame = np.from_dlpack(x)
+    if not frame.flags.writeable:
+        pytest.skip("this torch and numpy share memory to be read alone")
     for numbers in frames():
         frame[:] = numbers
         yield x

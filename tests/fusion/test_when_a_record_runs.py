@@ -24,6 +24,7 @@ from snn_sparse_plugin.fusion.context import here
 from snn_sparse_plugin.fusion.flush import flush
 from snn_sparse_plugin.fusion.governor import backoff
 from snn_sparse_plugin.fusion.recorded import Recorded
+from snn_sparse_plugin.fusion.reuse import REUSES
 from snn_sparse_plugin.fusion.series import stacked
 
 snn = pytest.importorskip("snntorch")
@@ -262,6 +263,7 @@ def test_a_state_changed_in_place_is_the_next_steps_state(lif: Any, x: Tensor) -
         assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.skipif(not REUSES, reason="what C++ holds does not show in this torch's counts")
 def test_a_loop_that_lets_go_gets_its_tensors_again(x: Tensor) -> None:
     first, second, seen = snn.Leaky(0.875), snn.Leaky(0.5), []
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...core.errors import ConfigError, InputError
+from ...core.lines import terminal_width
 from .common import readable_errors
 
 
@@ -69,7 +70,7 @@ def run(
             run_script(script, context.args, module=module)
     finally:
         if session is not None and not quiet:
-            for line in session.lines():
+            for line in session.lines(terminal_width()):
                 print(line, file=sys.stderr)
 
 

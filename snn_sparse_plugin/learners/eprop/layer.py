@@ -17,6 +17,7 @@ from .record import Record
 from .returned import Returned
 from .rule import RULES, ChunkRule, TextbookRule
 from .scan import Filter, Jacobian, Steps
+from .states import emptied, hidden
 from .structure import Layer
 from .synapses import Synapses
 from .taps import Call, leaf, received, tracked
@@ -65,6 +66,7 @@ class WatchedLayer:
         self.rule: ChunkRule | TextbookRule | None = None
         self.rate: Tensor | None = None
         self.states: list[int] = []
+        self.hidden: tuple[Tensor, ...] = ()  # as the last step left it in the module
         self.spikes: Tensor | float = 0.0
         self.size = 1
         for synapses in self.synapses.values():
@@ -100,8 +102,10 @@ class WatchedLayer:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return neuron.forward(x, *args, **kwargs)
+            anew = emptied(self.hidden, hidden(self.module))
             records, out, fresh = neuron.steps(x, args, kwargs)
-            self.learner.ran(self, records, fresh)
+            self.learner.ran(self, records, fresh or anew)
+            self.hidden = hidden(self.module)
             self.open.extend(records)
             return out
 

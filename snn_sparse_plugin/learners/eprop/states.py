@@ -89,6 +89,19 @@ def _names(kind: type) -> tuple[str, ...] | None:
     return next((names for name, names in STATES.items() if name in known), None)
 
 
+def hidden(module: Any) -> tuple[Tensor, ...]:
+    """What a neuron of snnTorch keeps inside between two steps; nothing where its states are passed."""
+    names = _names(type(module)) if getattr(module, "init_hidden", False) else None  # type: ignore[arg-type]
+    return tuple(getattr(module, name) for name in names or ())
+
+
+def emptied(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Whether somebody has set a state to zero since; numbers are read only where other tensors stand there now."""
+    if all(old is new for old, new in zip(before, now, strict=False)):
+        return False
+    return any(bool(x.any()) for x in before) and not any(bool(x.any()) for x in now)
+
+
 class TupleState:
     """A state passed in and returned: Norse's and ours, and any ``forward(x, *state) -> (spikes, *state)``."""
 

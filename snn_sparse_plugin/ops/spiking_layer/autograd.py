@@ -21,6 +21,22 @@ _leaves = attrgetter(*_LEAVES)
 _NOTHING: dict[str, Any] = dict.fromkeys(("train", *_LEAVES))
 
 
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What was kept for the backward, or torch's error, with a note of what it mostly means in a spiking network."""
+    try:
+        kept: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "second time" in str(error) and hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(
+                f"{ctx.call.name}: the state of these neurons comes from steps whose backward has run, such as those "
+                "of the batch before: begin with a new one (snntorch.utils.reset(net), mem = lif.init_leaky(), "
+                "state = None), or cut it off (lif.detach_hidden(), mem.detach()). If the same loss is meant, pass "
+                "retain_graph=True to its first backward."
+            )
+        raise
+    return kept
+
+
 def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
     carrier = call.train.carrier if call.train is not None else None
@@ -91,7 +107,7 @@ class _SpikingLayer(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *kept, carrier = ctx.saved_tensors
+        *kept, carrier = _saved(ctx)
         n = len(_LEAVES)
         leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
         call = ctx.call.changed(**leaves)

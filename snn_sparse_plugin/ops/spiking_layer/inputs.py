@@ -228,11 +228,32 @@ def _check_synapses(
         if tensor.dtype != dtype and not (
             label.startswith("recurrent") and tensor.dtype == state_dtype(dtype)
         ):
-            raise InputError(f"{name}: {label} is {tensor.dtype}, the input {dtype}; convert one of them.")
+            raise InputError(
+                f"{name}: {label} is {tensor.dtype}, the input {dtype}; {_same_dtype(tensor.dtype, dtype)}."
+            )
         if tensor.device != device:
-            raise InputError(f"{name}: {label} is on {tensor.device}, the input on {device}.")
+            raise InputError(
+                f"{name}: {label} is on {tensor.device}, the input on {device}; {_same_device(tensor.device)}."
+            )
         if shape is not None and tuple(tensor.shape) != shape:
             raise InputError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected {shape}.")
+
+
+def _same_dtype(weight: torch.dtype, given: torch.dtype) -> str:
+    """What to write where a layer's weight and its input have two dtypes."""
+    if {weight, given} & {
+        torch.float16,
+        torch.bfloat16,
+    }:  # snnTorch's spikes are float32 whatever the network is
+        return (
+            "keep the network and its input float32 and compute in half precision under "
+            'torch.autocast("cpu" or "cuda", torch.bfloat16)'
+        )
+    return f"convert the input with x.to({weight}), or the network with net.to({given})"
+
+
+def _same_device(weight: torch.device) -> str:
+    return f"move the input with x.to({str(weight)!r}), or the network with net.to(x.device)"
 
 
 def _by_name(params: Any, spec: Equations, name: str) -> list[Tensor | float]:
@@ -268,7 +289,10 @@ def _pack_params(
             rows.append(torch.full((N,), float(value), dtype=dtype, device=device))
             continue
         if value.dim() and value.device != device:
-            raise InputError(f"{name}: parameter {label!r} is on {value.device}, the input on {device}.")
+            raise InputError(
+                f"{name}: parameter {label!r} is on {value.device}, the input on {device}; "
+                f"{_same_device(value.device)}."
+            )
         try:
             row = value.to(device=device, dtype=dtype).expand(features)
         except RuntimeError as error:
@@ -328,10 +352,14 @@ def _pack_state(
         if value.shape == shape and value.dtype == dtype and value.device == device:
             return value.contiguous() if len(shape) == 2 else value.reshape(flat).contiguous()
         if value.device != device and value.dim():
-            raise InputError(f"{name}: state {label!r} is on {value.device}, the input on {device}.")
+            raise InputError(
+                f"{name}: state {label!r} is on {value.device}, the input on {device}: begin anew after net.to(...), "
+                f"or move it with state.to({str(device)!r})."
+            )
         if torch.promote_types(value.dtype, dtype) != dtype:
             raise InputError(
-                f"{name}: state {label!r} is {value.dtype}, the input {dtype}; convert one of them."
+                f"{name}: state {label!r} is {value.dtype}, the input {dtype}: begin anew after a change of dtype, or "
+                f"convert it with state.to({dtype})."
             )
         if is_device(device) and not torch.compiler.is_compiling() and _is_number(value):
             return torch.full(flat, float(value), dtype=dtype, device=device)
