@@ -162,14 +162,7 @@ def _layers(net: nn.Module, adapters: list[Adapter]) -> list[Layer]:
             "the network itself has forward or backward hooks, which a layer-by-layer run would skip: "
             "register them on its layers, or call it step by step."
         )
-    found = _flatten(net, "", container, adapters)
-    if not any(layer.adapter is not None or layer.stateful for layer in found):
-        libraries = " or ".join(adapter.name for adapter in adapters)
-        raise InputError(
-            f"unroll found no spiking neuron of {libraries} in {type(net).__name__}, so there is nothing to run over "
-            f"time: call the network itself, net(x), or put a neuron into it."
-        )
-    return found
+    return _flatten(net, "", container, adapters)
 
 
 def _flatten(net: nn.Module, prefix: str, container: Adapter | None, adapters: list[Adapter]) -> list[Layer]:
