@@ -59,7 +59,7 @@ def test_the_report_that_is_read_line_by_line_is_what_its_block_prints(tmp_path:
         [sys.executable, script],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SNN_SPARSE_QUIET": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SNN_SPARSE_QUIET": "1", "COLUMNS": "200"},
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout == page.read_text().split("```text\n")[1].split("```")[0]
