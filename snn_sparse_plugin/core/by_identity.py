@@ -14,6 +14,8 @@ class ByIdentity(Generic[V]):
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[V, ref[Any]]] = {}
+        self.look = self._found.get
+        """:meth:`get` by ``id(key)``, without a call of Python: a tuple of which the first is wanted, or None."""
 
     def get(self, key: Any) -> V | None:
         found = self._found.get(id(key))

@@ -53,7 +53,7 @@ class Record:
     def count_soon(self, way: str) -> None:
         """Count one step of :data:`STEPPED`, when somebody asks."""
         self.soon[way] += 1  # no lock: no other thread comes in between
-        _uncounted.add(self)
+        uncounted.add(self)
 
     def count(self, way: str, n: int = 1) -> None:
         if _here.aside:
@@ -136,7 +136,7 @@ def _look(classes: dict[str, ClassRuns], record: Record, calls: dict[str, int], 
 
 _lock = threading.RLock()
 _accounts: list[Account] = []
-_uncounted: set[Record] = set()
+uncounted: set[Record] = set()
 
 
 class _Here(threading.local):
@@ -264,8 +264,8 @@ def account() -> Iterator[Account]:
 def catch_up() -> None:
     """Count what :meth:`Record.count_soon` has left for later."""
     with _lock:
-        while _uncounted:
-            record = _uncounted.pop()
+        while uncounted:
+            record = uncounted.pop()
             for way, n in record.soon.items():
                 if n:
                     record.soon[way] -= n

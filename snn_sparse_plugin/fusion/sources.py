@@ -20,7 +20,7 @@ from ..core.precision import HALF
 from .ahead import ENOUGH, begin
 from .calls import next_linear, record_linear
 from .context import here, mode_to_record
-from .governor import resting, will_rest
+from .governor import backoff, resting, will_rest
 from .nodes import InputNode
 from .record import open_record
 from .recorded import Recorded
@@ -112,8 +112,9 @@ def _feeds_resting(self: Any) -> bool:
     """Whether :func:`_of_plain` would find nothing, as the layer's neuron is not recorded now."""
     if torch.compiler.is_compiling():
         return False
-    fed = _feeding.get(self)
-    if fed is None or not will_rest(fed()):
+    fed = _feeding.look(id(self))
+    rest = None if fed is None else backoff.look(id(fed[0]()))  # will_rest, written out
+    if rest is None or not rest[0].left:
         return False
     return here.record is None or id(self) not in here.record.inputs
 
