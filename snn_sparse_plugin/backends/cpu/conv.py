@@ -23,6 +23,9 @@ from .threads import parallel, split
 CHUNK_BYTES = 2**24
 """What the maps of a chunk of rows take, where torch's product needs them."""
 
+DENSEST = 0.6
+"""The share of spikes above which they take more room as events than as numbers."""
+
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -35,11 +38,13 @@ def prefers_events(conv: Convolution, density: float, masked: bool) -> bool:
     width, channels, products = found.sizes[3], found.sizes[4], found.sizes[1] * len(found.order)
     rows = max(1.0, float(found.runs.length.mean()) / width) if len(found.runs.length) else 1.0
     # Fitted below the densities at which both took the same time (one thread of an AVX2 machine, processor time): 0.4
-    # to 0.5 with 64 to 256 output channels, 0.15 to 0.3 with 8 to 32, 0.04 for depthwise; masked 1.3 to 1.6 times that.
+    # to 0.5 with 64 to 256 output channels, 0.15 to 0.3 with 8 to 32, 0.04 for depthwise; masked 1.3 to 1.6 times that,
+    # and with a pool behind, which finds the map in cache here, 1.1 to 5 times, the more the fewer products a site has.
     # An event adds rows in whole vectors, a run costs as much as 32 more numbers, and what every site costs in any case
-    # is worth 9 products.
-    limit = 0.4 * channels / (width + 32 / rows) * (1 - 9 / max(9, products))
-    return density < (1.4 * limit if masked else limit)
+    # is worth 9 products, a pool of torch's 100.
+    site = 100 - 9 if conv.pool is not None else -9
+    limit = 0.4 * channels / (width + 32 / rows) * max(0.0, 1 + site / products)
+    return density < min(DENSEST, 1.4 * limit if masked else limit)
 
 
 def forward(
