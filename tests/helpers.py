@@ -37,7 +37,7 @@ def _traces_a_comparison_with_none() -> bool:
 
 compiles_whole = pytest.mark.skipif(
     not _traces_a_comparison_with_none(),
-    reason="this torch cannot trace snnTorch's own `mem == None` into one graph",
+    reason="this torch cannot trace snnTorch's `mem == None`, nor a class's own attribute, into one graph",
 )
 
 

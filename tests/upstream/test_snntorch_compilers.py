@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import compiles_whole
 from snntorch_cases import (
     CASES,
     STEPPED,
@@ -49,6 +50,7 @@ def same_outcome(run, case, way, **options):
 
 
 class TestCompile:
+    @compiles_whole
     @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
     @pytest.mark.parametrize("name", some_slow(CASES, {"Leaky", "StateLeaky"}))
     def test_without_a_graph_break(self, name, way):
@@ -82,6 +84,7 @@ class TestCompile:
 
         assert same_outcome(run, case, way, reset_delay=False) != ""
 
+    @compiles_whole
     @pytest.mark.parametrize(
         "name",
         some_slow(
