@@ -328,13 +328,12 @@ def _fused_sequence(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fused_container(upstream: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, input_tensor: Tensor, state: Any = None) -> Any:
-        if type(input_tensor) is Tensor and input_tensor.dim() < 3:  # one step
-            return upstream(self, input_tensor, state)
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None or self.return_hidden:
             return upstream(self, input_tensor, state)
         with nullcontext() if config is active_config() else use_config(config):
-            fused = runner().container(self, input_tensor, state)
+            one_step = type(input_tensor) is Tensor and input_tensor.dim() < 3
+            fused = None if one_step else runner().container(self, input_tensor, state)
             return upstream(self, input_tensor, state) if fused is None else fused
 
     return forward

@@ -21,6 +21,7 @@ norse = pytest.importorskip("norse.torch")
 import snn_sparse_plugin as ssp  # noqa: E402
 import snn_sparse_plugin.norse as sparse_norse  # noqa: E402
 import snn_sparse_plugin.snntorch as sparse_snn  # noqa: E402
+from snn_sparse_plugin.core.config import active_config  # noqa: E402
 
 NEURONS = {
     "Leaky": {"beta": 0.9},
@@ -282,6 +283,22 @@ def test_a_norse_face_network_fuses():
     calls.clear()
     net(torch.rand(6, 2, 5))
     assert sum(n for (_, direction), n in calls.items() if direction == "forward") == 2
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7, 3, 5)], ids=["a step", "a sequence"])
+def test_a_norse_face_container_is_sparse_within(shape):
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            seen.append(active_config())
+            return x
+
+    sparse_norse.SequentialState(Probe(), norse.LIFCell() if len(shape) == 2 else norse.LIF())(
+        torch.rand(shape)
+    )
+    assert seen
+    assert None not in seen
 
 
 class TestNIR:
