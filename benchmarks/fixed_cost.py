@@ -136,7 +136,9 @@ def main() -> None:
     for form in FORMS:
         times: dict[str, list[float]] = {name: [] for name in servers}
         for round in range(args.rounds):
-            for name in list(servers)[:: 1 if round % 2 else -1]:
+            # not to and fro: who ends a round would begin the next one, with warm caches
+            turn = round % len(servers)
+            for name in (*list(servers)[turn:], *list(servers)[:turn]):
                 times[name].append(ask(servers[name], form))
         base = times["snnTorch's loop"]
         for name, found in times.items():
