@@ -72,6 +72,7 @@ def suite(pytester, monkeypatch):
     """Runs a toy suite in a process where our plugin is the only one beside pytest's own."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(snn_sparse_plugin.__file__).parents[1]))
+    monkeypatch.setenv("COLUMNS", "200")  # rows stay lines
 
     def run(code: str, *options: str, **names: object) -> pytest.RunResult:
         for name, value in names.items():

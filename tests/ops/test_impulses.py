@@ -1,11 +1,12 @@
 """CPU: the backward of neurons that share one decay: against the reference, and against the kernel that sweeps."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import relative, spikes
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, SpikeTrain, Surrogate
-from snn_sparse_plugin.backends.cpu import way
+from snn_sparse_plugin.backends.cpu import spiking_layer_backward, way
 from snn_sparse_plugin.core.dynamics import NeuronState
 from snn_sparse_plugin.ops import spiking_layer
 
@@ -101,6 +102,18 @@ def test_every_way_in_and_out(options, counted, forced):
     assert counted["cpu", "backward:impulses"] == 2
     for a, b in zip(found, reference, strict=True):
         assert relative(a, b) < 1e-12
+
+
+def test_what_stood_in_fresh_memory_is_nothing(counted, monkeypatch, forced):
+    wanted = gradients("cpu", 0.9, 60, (40, 30, 20))
+    fresh = spiking_layer_backward.aligned
+    monkeypatch.setattr(
+        spiking_layer_backward, "aligned", lambda *size: np.full_like(fresh(*size), float("nan"))
+    )
+    found = gradients("cpu", 0.9, 60, (40, 30, 20))
+    assert counted["cpu", "backward:impulses"] == 4
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

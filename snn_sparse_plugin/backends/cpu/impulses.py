@@ -47,8 +47,10 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     span = scale.shape[0] - 1
     floor = in_ptr[first * T] if reads else 0
     for b in range(last - 1, first - 1, -1):
-        shrink(m, dtype.type(0))
-        shrink(y, dtype.type(0))
+        for column in range(m.shape[1]):
+            m[0, column] = 0
+        for column in range(y.shape[1]):  # not times zero: what stood there before may be NaN
+            y[0, column] = 0
         for neuron in range(N):
             if flow[b, neuron] != 0:
                 x = flow[b, neuron]
