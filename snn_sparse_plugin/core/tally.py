@@ -50,11 +50,6 @@ class Record:
     copies: dict[str, int] = field(default_factory=dict)  # what the copies did
     soon: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEPPED, 0), repr=False)
 
-    def count_soon(self, way: str) -> None:
-        """Count one step of :data:`STEPPED`, when somebody asks."""
-        self.soon[way] += 1  # no lock: no other thread comes in between
-        uncounted.add(self)
-
     def count(self, way: str, n: int = 1) -> None:
         if _here.aside:
             return
@@ -262,7 +257,7 @@ def account() -> Iterator[Account]:
 
 
 def catch_up() -> None:
-    """Count what :meth:`Record.count_soon` has left for later."""
+    """Count what ``soon`` holds of the records in :data:`uncounted`."""
     with _lock:
         while uncounted:
             record = uncounted.pop()

@@ -87,8 +87,8 @@ def _compile(part: bool, compile: Callable[..., Any], *args: Any) -> Any:
     before, collects = _config.OPT, gc.isenabled()
     if "NUMBA_OPT" not in os.environ:
         _config.OPT = type(before)(PART if part else KERNEL)
-    gc.disable()
     try:
+        gc.disable()
         with kept_as(part):
             return compile(*args)
     finally:
