@@ -87,7 +87,8 @@ def cuts_nothing(config: SparseConfig) -> bool:
 
 def count_whole(record: tally.Record, spikes: Tensor) -> Tensor:
     """Count a step of :func:`run_whole` by the spikes that it made."""
-    record.soon["exact" if spikes.requires_grad else "no_grad"] += 1  # no lock: no other thread comes in between
+    # no lock: no other thread comes in between
+    record.soon["exact" if spikes.requires_grad else "no_grad"] += 1
     tally.uncounted.add(record)
     return spikes
 
