@@ -191,8 +191,16 @@ def test_the_caller_does_the_work_when_no_thread_is_free(monkeypatch):
 def test_ranges_cover_everything_once():
     for n in (0, 1, 2, 7):
         for parts in (1, 2, 5):
-            ranges = threads.split(n, parts)
-            assert [k for first, last in ranges for k in range(first, last)] == list(range(n))
+            for ahead in (0, 1, 100):
+                ranges = threads.split(n, parts, ahead)
+                assert len(ranges) == max(1, min(n, parts))
+                assert [k for first, last in ranges for k in range(first, last)] == list(range(n))
+
+
+def test_the_calling_thread_has_more_as_others_begin_later():
+    assert threads.split(20, 2) == [(0, 10), (10, 20)]
+    assert threads.split(20, 2, ahead=4) == [(0, 12), (12, 20)]
+    assert threads.split(20, 4, ahead=8) == [(0, 11), (11, 14), (14, 17), (17, 20)]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -13,10 +13,12 @@ from ...core.errors import InputError
 from .bits import LANES, append_columns, nonzero16, ones16
 from .jit import kernel
 from .memory import array
-from .threads import parallel, split
+from .threads import WAKING, parallel, split
 
 # Reading so many numbers takes less time than it takes to wake a thread.
 SMALLEST = 1 << 18
+# Seconds to read a number, and to put the events of a row in order.
+NUMBER, ROW = 3.5e-10, 3.5e-8
 
 
 @kernel()
@@ -111,7 +113,7 @@ def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.n
     parts = [] if begun is None else begun.end(rows, counts)
     at = parts[-1].last if parts else 0
     if at < T * B:
-        rest = split(T * B - at, few)
+        rest = split(T * B - at, few, round(WAKING / (NUMBER * rows.shape[1])))
         parts += parallel([lambda r=r: _scan(rows, at + r[0], at + r[1], counts) for r in rest])
     total = sum(part.columns.size for part in parts)
     if total > MAX_EVENTS:
@@ -127,7 +129,7 @@ def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.n
                 before = int(counts[part.first : start].sum())
                 place_rows(start, stop, T, B, part.columns, before, indptr, indices)
 
-    parallel([lambda r=r: place(*r) for r in split(T * B, few)])
+    parallel([lambda r=r: place(*r) for r in split(T * B, few, round(WAKING / ROW))])
     return indptr, indices, all(part.binary for part in parts)
 
 

@@ -18,12 +18,13 @@ from ...core.backend import LayerCall
 from .arguments import Fed
 from .bits import LANES
 from .memory import array
-from .threads import split
+from .threads import WAKING, split
 from .turned import all_finite, turn
 
-# So few neuron-steps take less time than it takes to wake a thread.
-SMALLEST = 1 << 17
-
+# Seconds that a row, the neurons of a sample at one step, takes in the forward: about so much, and as much for each.
+ROW, EACH = 5e-8, 9e-10
+# What takes one thread less is not shared out: to wake another, and what it asks for, takes as long.
+SHORTEST = 2 * WAKING
 
 _SINGLE, DOUBLE, INT32 = np.dtype("float32"), np.dtype("float64"), np.dtype("int32")
 
@@ -74,9 +75,13 @@ def no_bias(n: int, dtype: np.dtype) -> np.ndarray:
     return np.zeros(n, dtype)
 
 
-def ranges_of(call: LayerCall) -> list[tuple[int, int]]:
-    """The samples of a call in ranges, one for each thread; one range where that is faster."""
-    return split(call.B) if call.T * call.B * call.N > SMALLEST else [(0, call.B)]
+def ranges_of(call: LayerCall, cost: float = 1.0) -> list[tuple[int, int]]:
+    """The samples of a call in ranges, one for each thread; one range where that is faster.
+
+    ``cost``: time that the kernel takes, by that of a forward.
+    """
+    sample = cost * call.T * (ROW + EACH * call.N)
+    return split(call.B, ahead=round(WAKING / sample)) if sample * call.B > SHORTEST else [(0, call.B)]
 
 
 def padded(n: int) -> int:

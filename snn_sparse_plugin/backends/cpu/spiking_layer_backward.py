@@ -7,6 +7,7 @@ are added in order. With another number of threads sums are rounded in another o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,9 @@ from .spiking_layer import code_of
 from .surrogate import slopes
 from .threads import parallel
 from .way import Way, empty_list, input_is_listed, only_decays, wants_params, way_of
+
+LISTED, REPLAYED = 1.0, 3.0
+"""Time of a backward over the list, and of one that replays, by that of the forward."""
 
 
 class _Left(NamedTuple):
@@ -102,12 +106,15 @@ def run_backward(
     way = way_of(call, saved, grads, needs)
     left = _allocated(call, way, grads, needs)
     shared = _shared(call, saved, events, grads, needs, way, left)
+    if way.by_list:
+        slopes(*shared.derivative[1:], shared.u, shared.phi)
     calls["cpu", "backward:list" if way.by_list else "backward:replay"] += 1
     if way.impulses:
         calls["cpu", "backward:impulses"] += 1
-    parts = parallel(
-        [lambda r=r: _run_range(call, saved, needs, way, shared, *r) for r in ranges_of(call)]  # type: ignore[misc]
-    )
+    ranges = ranges_of(call, LISTED if way.by_list else REPLAYED)
+    parts = [_zeros(call, needs) for _ in ranges]
+    # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
+    parallel([_prepared(call, saved, way, shared, *each) for each in zip(parts, ranges, strict=True)])
     sums = _Sums(*(added(group) for group in zip(*parts, strict=True)))
     return _collected(call, needs, left, sums)
 
@@ -188,25 +195,20 @@ def _arriving(
 # --- one range of samples ---
 
 
-def _run_range(
-    call: LayerCall, saved: Saved, needs: Needs, way: Way, shared: _Shared, first: int, last: int
-) -> _Sums:
-    sums = _zeros(call, needs)
+def _prepared(
+    call: LayerCall, saved: Saved, way: Way, shared: _Shared, sums: _Sums, samples: tuple[int, int]
+) -> Callable[[], None]:
+    """The task that adds what these samples give to ``sums``."""
     outgoing = Outgoing(
         *(sums.weight, sums.bias, shared.g_active, shared.g_current),
         *(sums.rec_weight, sums.rec_bias, shared.g_rec0),
     )
-    samples = first, last, call.T
-    if way.by_list:
-        low, high = shared.active.indptr[first * call.T], shared.active.indptr[last * call.T]
-        slopes(*shared.derivative[1:], shared.u[low:high], shared.phi[low:high])
+    first, last = samples
     if way.impulses:
-        _run_impulses(call, shared, outgoing, samples)
-    elif way.by_list:
-        _run_list(call, shared, outgoing, samples)
-    else:
-        _run_replay(call, saved, way, shared, outgoing, sums.params, samples)
-    return sums
+        return _impulses(call, shared, outgoing, (first, last, call.T))
+    if way.by_list:
+        return _list(call, shared, outgoing, (first, last, call.T))
+    return _replay(call, saved, way, shared, outgoing, sums.params, (first, last, call.T))
 
 
 def _zeros(call: LayerCall, needs: Needs) -> _Sums:
@@ -224,11 +226,12 @@ def _zeros(call: LayerCall, needs: Needs) -> _Sums:
     )
 
 
-def _run_impulses(
+def _impulses(
     call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tuple[int, int, int]
-) -> None:
+) -> Callable[[], None]:
     dtype, width = shared.incoming.weight.dtype, shared.incoming.weight.shape[1]
-    backward_impulses(
+    return partial(
+        backward_impulses,
         *(*samples, shared.params[MEM, 0], shared.incoming[:6], shared.active, shared.phi),
         *(shared.arriving[:2], shared.states[0]),
         (zero_rows(1, call.currents, dtype), aligned(1, width, dtype)),
@@ -236,16 +239,18 @@ def _run_impulses(
     )
 
 
-def _run_list(call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tuple[int, int, int]) -> None:
+def _list(
+    call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tuple[int, int, int]
+) -> Callable[[], None]:
     code = code_of(call)
-    backward = backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code)
-    backward(
+    return partial(
+        backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code),
         *(*samples, shared.params, array(call.v0), shared.inputs.rec_weight, shared.incoming, shared.active),
         *(shared.u, shared.phi, _block(call), shared.arriving, *shared.states, outgoing),
     )
 
 
-def _run_replay(
+def _replay(
     call: LayerCall,
     saved: Saved,
     way: Way,
@@ -253,7 +258,7 @@ def _run_replay(
     outgoing: Outgoing,
     g_params: np.ndarray,
     samples: tuple[int, int, int],
-) -> None:
+) -> Callable[[], None]:
     dtype, inputs = numpy_type(call.v0.dtype), shared.inputs
     checkpoints = (
         array_or_empty(saved.v_checkpoints, dtype, 3),
@@ -262,16 +267,17 @@ def _run_replay(
     start = (*samples, shared.derivative, shared.params, checkpoints, inputs.current, inputs.bias)
     if way.linear:
         block = zero_rows(BLOCK_ROWS, call.N, dtype)
-        backward_replay_linear_kernel(code_of(call))(
+        return partial(
+            backward_replay_linear_kernel(code_of(call)),
             *(*start, shared.mem, shared.incoming, shared.active, shared.arriving, shared.product),
             *(*shared.states, outgoing, block, block.reshape(-1)),
         )
-    else:
-        recurrence = Recurrence(inputs.rec_weight, inputs.rec_bias, inputs.rec0)
-        _replay_kernel(call, dtype)(
-            *(*start, recurrence, shared.incoming, shared.active, shared.arriving),
-            *(*shared.states, outgoing, g_params, _block(call)),
-        )
+    recurrence = Recurrence(inputs.rec_weight, inputs.rec_bias, inputs.rec0)
+    return partial(
+        _replay_kernel(call, dtype),
+        *(*start, recurrence, shared.incoming, shared.active, shared.arriving),
+        *(*shared.states, outgoing, g_params, _block(call)),
+    )
 
 
 def _replay_kernel(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
