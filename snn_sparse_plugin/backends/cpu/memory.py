@@ -18,6 +18,11 @@ _TYPES: dict[torch.dtype, np.dtype] = {
 }
 
 
+LARGEST = 1 << 19
+"""Numbers up to which numpy makes a copy in order: torch would wake its threads, which takes longer and is in the way
+of ours (see threads.py)."""
+
+
 class _Memory(ctypes.c_char * (1 << 46)):  # as large as an address space: only the array knows its size
     """Memory of a tensor, which it keeps for as long as there is an array."""
 
@@ -33,12 +38,18 @@ def array(x: Tensor) -> np.ndarray:
     ``Tensor.numpy`` would note on the memory, for good, that something outside torch may write to it: torch then
     resizes it no more, and time fusion has to copy it (:mod:`snn_sparse_plugin.fusion.aliases`).
     """
+    kind, strides = _TYPES[x.dtype], None
     if not x.is_contiguous():
-        x = x.detach().contiguous()
+        if x.numel() > LARGEST or x.is_neg():
+            x = x.detach().contiguous()
+        else:
+            strides = [step * kind.itemsize for step in x.stride()]
     # half of the time of numpy's array interface; a call asks for twenty arrays
     memory = _at(x.data_ptr())
     memory.tensor = x
-    return _new(x.shape, _TYPES[x.dtype], memory)
+    if strides is None:
+        return _new(x.shape, kind, memory)
+    return np.ascontiguousarray(_new(x.shape, kind, memory, 0, strides))
 
 
 PINNED = "_snn_sparse_pinned"
