@@ -11,7 +11,31 @@ import numpy as np
 from ...core.backend import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
-from .rows import THRESHOLD, Code, add_rows, advance_kernel, copy_row, load2, load3, shared, store3
+from .rows import (
+    BIAS,
+    DISTANCE,
+    IN,
+    OWN,
+    REC,
+    RESET,
+    ROWS,
+    SYNAPTIC,
+    THRESHOLD,
+    Code,
+    V,
+    add_rows,
+    advance_kernel,
+    copy_columns,
+    copy_row,
+    is_plain,
+    load2,
+    load3,
+    own_rows,
+    plain_step,
+    shared,
+    store2,
+    store3,
+)
 
 
 @cache
@@ -24,7 +48,7 @@ def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
 @cache
 def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
     _, synapse, _, _, _, _, spiking, recurrent = code
-    pick, advance = pick_values(dtype), advance_kernel(code)
+    pick, plain, advance, step = pick_values(dtype), is_plain(code), advance_kernel(code), plain_step(synapse)
 
     @kernel()
     def forward(  # type: ignore[no-untyped-def]
@@ -47,12 +71,14 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         padded = -(-N // LANES) * LANES
         # as long as a padded row of weights: without a remainder, the sum is a fifth faster. In one piece, as each way
         # to make an array is compiled, too
-        rows, in_x, in_rec = np.zeros((4, padded), dtype), np.int64(0), np.int64(1)
-        x, rec, reset, distance = rows[in_x, :N], rows[in_rec, :N], rows[2, :N], rows[3]
-        if subtracts:
-            copy_row(reset, params[THRESHOLD])
-        for j in range(padded):
+        rows, in_x, in_rec = np.zeros((ROWS, padded), dtype), np.int64(IN), np.int64(REC)
+        x, rec, v, i = rows[in_x, :N], rows[in_rec, :N], rows[V, :N], rows[SYNAPTIC, :N]
+        reset, distance = rows[RESET, :N], rows[DISTANCE]
+        own_rows(rows, params, bias, subtracts)
+        for j in range(padded):  # beyond column N nobody spikes
             distance[j] = -np.inf
+        for j in range(N, padded):
+            rows[OWN + THRESHOLD, j] = np.inf
         from_events = weight.shape[0] > 0
         keep_events = out_idx.shape[0] > 0
         keep_active = act_idx.shape[0] > 0
@@ -69,7 +95,9 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
             if keep_events and n + T * N + LANES > out_idx.shape[0]:
                 counts[0], counts[1], counts[2] = n, n_act, seen
                 return b
-            v, i = v_state[b], i_state[b]
+            load2(v, v_state, b)
+            if synapse:
+                load2(i, i_state, b)
             previous = n  # where the spikes of the previous step begin
             for t in range(T):
                 r = b * T + t
@@ -78,7 +106,7 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                     if synapse:
                         store3(i_checkpoints, t // CHUNK, b, i)
                 if from_events:
-                    copy_row(x, bias)
+                    copy_columns(padded, (rows, np.uint64(IN), rows, np.uint64(BIAS)))
                     add_rows(rows, in_x, weight, indices, values, indptr[r], indptr[r + 1])
                 else:
                     load3(x, current, 0 if still else t, b)
@@ -89,7 +117,10 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                         copy_row(rec, rec_bias)
                         add_rows(rows, in_rec, rec_weight, out_idx, empty, previous, n)
                     previous = n
-                advance(params, x, rec, v, i, reset, distance)
+                if plain:
+                    step(padded, (rows, rows, np.uint64(IN), rows, np.uint64(DISTANCE)))
+                else:
+                    advance(params, x, rec, v, i, reset, distance)
                 if keep_mem:
                     store3(mem, t, b, v)
                 if not spiking:
@@ -112,6 +143,9 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                             n_act = append_columns(mask, k, act_idx, n_act)
                     if keep_active:
                         act_ptr[r + 1] = n_act
+            store2(v_state, b, v)
+            if synapse:
+                store2(i_state, b, i)
         counts[0], counts[1], counts[2] = n, n_act, seen
         return last
 

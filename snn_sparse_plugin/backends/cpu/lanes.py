@@ -106,6 +106,16 @@ def add(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def sub(typingctx: Any, a: Any, b: Any) -> Any:
+    """``a - b``"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fsub(*args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
 def mul(typingctx: Any, a: Any, b: Any) -> Any:
     """``a * b``"""
 
@@ -121,6 +131,17 @@ def div(typingctx: Any, a: Any, b: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fdiv(*args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def where_positive(typingctx: Any, a: Any, b: Any) -> Any:
+    """``b`` where ``a > 0``, else 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        nothing = ir.Constant(args[0].type, None)
+        return builder.select(builder.fcmp_ordered(">", args[0], nothing), args[1], nothing)
 
     return a(a, a), codegen
 

@@ -17,29 +17,40 @@ from .backward import decay_back, input_grad
 from .jit import kernel
 from .outgoing import deliver, deliver_recurrent
 from .rows import (
+    BIAS,
     CORRECTED,
     DECAY,
     DELAYED,
+    DISTANCE,
     EULER,
     IMMEDIATE,
+    IN,
     LEAK,
     MEM,
+    REC,
+    RESET,
     RESET_VALUE,
+    ROWS,
     STATE,
     SUBTRACT,
     SUM,
     SYN,
+    SYNAPTIC,
     THRESHOLD,
     VALUE,
     ZERO,
     Code,
+    V,
     add_rows,
     advance_kernel,
+    copy_columns,
     copy_row,
     dot,
     is_plain,
     load2,
     load3,
+    own_rows,
+    plain_step,
     reset_row,
     store2,
 )
@@ -95,7 +106,7 @@ def settle_params(recent, first, out):  # type: ignore[no-untyped-def]
 def backward_replay_kernel(code: Code) -> Callable[..., Any]:
     """The backward that replays, for one member of the neuron family."""
     update, synapse, kind, timing, scope, attached, spiking, recurrent = code
-    advance, plain = advance_kernel(code), is_plain(code)
+    advance, plain, step = advance_kernel(code), is_plain(code), plain_step(synapse)
 
     @kernel()
     def backward_replay(  # type: ignore[no-untyped-def]
@@ -130,19 +141,15 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         # the replayed chunk: states before each step, what was added to the current, u - threshold
         v_rows, i_rows = np.empty((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
         jumps, distances = np.zeros((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
-        padded = block.shape[1]
-        x_row, rec_row = np.zeros((1, padded), dtype), np.zeros((1, padded), dtype)
-        x, rec, row = x_row[0, :N], rec_row[0, :N], np.int64(0)
-        v, i = np.empty(N, dtype), np.zeros(N, dtype)
+        rows, in_x, in_rec = np.zeros((ROWS, block.shape[1]), dtype), np.int64(IN), np.int64(REC)
+        x, rec, v, i = rows[in_x, :N], rows[in_rec, :N], rows[V, :N], rows[SYNAPTIC, :N]
+        # resets of the steps that are replayed; of plain ones what they subtract
+        replayed, distance = rows[RESET, :N], rows[DISTANCE, :N]
+        own_rows(rows, params, bias, plain and kind == SUBTRACT)
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
-        replayed = np.zeros(
-            N, dtype
-        )  # resets of the steps that are replayed; of plain ones what they subtract
-        if plain and kind == SUBTRACT:
-            copy_row(replayed, threshold)
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
         v_before, i_before = np.empty(N, dtype), np.zeros(N, dtype)
-        jump, distance = np.zeros(N, dtype), np.zeros(N, dtype)
+        jump = np.zeros(N, dtype)
         until = last * T
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         from_events = indptr.shape[0] > 0
@@ -159,8 +166,8 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                 for t in range(start, stop):
                     r, k = b * T + t, t - start
                     if from_events:
-                        copy_row(x, bias)
-                        add_rows(x_row, row, weight, indices, values, indptr[r], indptr[r + 1])
+                        copy_columns(rows.shape[1], (rows, np.uint64(IN), rows, np.uint64(BIAS)))
+                        add_rows(rows, in_x, weight, indices, values, indptr[r], indptr[r + 1])
                     else:
                         load3(x, current, 0 if still else t, b)
                     if recurrent:
@@ -169,7 +176,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                         else:
                             copy_row(rec, rec_bias)
                             add_rows(
-                                rec_row, row, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r]
+                                rows, in_rec, rec_weight, out_idx, values[:0], out_ptr[r - 1], out_ptr[r]
                             )
                     store2(v_rows, k, v)
                     if synapse:
@@ -181,7 +188,10 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                             for j in range(N):
                                 jump[j] = i[j] + jump[j]
                         store2(jumps, k, jump)
-                    advance(params, x, rec, v, i, replayed, distance)
+                    if plain:
+                        step(rows.shape[1], (rows, rows, np.uint64(IN), rows, np.uint64(DISTANCE)))
+                    else:
+                        advance(params, x, rec, v, i, replayed, distance)
                     if spiking:
                         store2(distances, k, distance)
 

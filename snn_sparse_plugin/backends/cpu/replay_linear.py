@@ -19,15 +19,26 @@ from .linear import is_linear, sweep
 from .multiply import multiply
 from .outgoing import add_all, block_rows, deliver
 from .rows import (
+    BIAS,
+    DISTANCE,
+    IN,
     MEM,
+    RESET,
+    ROWS,
     SYN,
+    SYNAPTIC,
     THRESHOLD,
     Code,
+    V,
     add_rows,
     advance_kernel,
+    copy_columns,
     copy_row,
+    is_plain,
     load2,
     load3,
+    own_rows,
+    plain_step,
     shared,
     store2,
 )
@@ -43,16 +54,13 @@ def replays_linear(code: Code, columns: int) -> bool:
 
 
 @kernel(part=True)
-def currents(block, start, stop, b, T, current, bias, indptr, indices, values, weight):  # type: ignore[no-untyped-def]
-    """``block[t - start]``: what comes to the neurons of sample b at the steps start..stop."""
-    N, still = bias.shape[0], current.shape[0] == 1
+def currents(block, start, stop, b, T, current, rows, N, indptr, indices, values, weight):  # type: ignore[no-untyped-def]
+    """``block[t - start]``: what comes to the N neurons of sample b at the steps start..stop."""
+    still = current.shape[0] == 1
     for t in range(start, stop):
         k, r = np.uint64(t - start), b * T + t
         if indptr.shape[0] > 0:
-            for j in range(N):
-                block[k, j] = bias[j]
-            for j in range(N, block.shape[1]):
-                block[k, j] = 0
+            copy_columns(block.shape[1], (block, k, rows, np.uint64(BIAS)))
             # as the forward calls it, so that it is compiled once
             add_rows(block, t - start, weight, indices, values, indptr[r], indptr[r + 1])
         else:
@@ -70,7 +78,7 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
 
 @cache
 def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
-    synapse, advance = code[1], advance_kernel(code)
+    synapse, plain, advance, step = code[1], is_plain(code), advance_kernel(code), plain_step(code[1])
 
     @kernel()
     def backward_replay_linear(  # type: ignore[no-untyped-def]
@@ -102,10 +110,10 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         g_above, panels = product
         N, width = lam_state.shape[1], block.shape[1]
         dtype = lam_state.dtype
-        x, none = np.zeros(N, dtype), np.zeros(N, dtype)
-        v, i, reset, distance = np.empty(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
-        if subtracts:
-            copy_row(reset, params[THRESHOLD])
+        rows, none = np.zeros((ROWS, width), dtype), np.zeros(N, dtype)
+        x, v, i = rows[IN, :N], rows[V, :N], rows[SYNAPTIC, :N]
+        reset, distance = rows[RESET, :N], rows[DISTANCE, :N]
+        own_rows(rows, params, bias, subtracts)
         flow, decay = np.zeros((2, width), dtype), np.zeros((2, width), dtype)
         # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
         sums = np.zeros((2, width), dtype)
@@ -136,25 +144,26 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                     load3(v, v_checkpoints, chunk, b)
                     if synapse:
                         load3(i, i_checkpoints, chunk, b)
-                    currents(block, start, stop, b, T, current, bias, indptr, indices, values, weight)
+                    currents(block, start, stop, b, T, current, rows, N, indptr, indices, values, weight)
                     for t in range(start, stop):
-                        load2(x, block, t - start)
-                        advance(params, x, none, v, i, reset, distance)
-                        store2(block, t - start, distance)
+                        if plain:
+                            at = np.uint64(t - start)
+                            step(width, (rows, block, at, block, at))
+                        else:
+                            load2(x, block, t - start)
+                            advance(params, x, none, v, i, reset, distance)
+                            store2(block, t - start, distance)
                 size, at_phi = (stop - start) * width, PHI * width
                 slopes = flat[at_phi : at_phi + size]
                 surrogate_row(surrogate, first_param, second_param, window, flat[:size], slopes)
                 if has_product:
-                    multiply(g_above, panels, start, stop, b, block, adjoint)
+                    multiply(g_above, panels, start, stop, b, block, adjoint, np.int64(PHI))
                 for t in range(start, stop):
                     phi, k, at = np.uint64(PHI + t - start), np.uint64(ADJOINT + t - start), np.uint64(t)
-                    if has_product:
-                        for j in range(width):
-                            block[k, j] = block[phi, j] * block[k, j]
-                    elif has_spikes:
+                    if has_spikes:
                         for j in range(N):
                             block[k, j] = block[phi, j] * g_spikes[at, sample, j]
-                    else:
+                    elif not has_product:
                         for j in range(N):
                             block[k, j] = 0
                     if has_mem:

@@ -14,13 +14,17 @@ import numpy as np
 from ...core.dynamics import RESETS, SCOPES, TIMINGS, UPDATES, NeuronSpec
 from .bits import LANES
 from .jit import kernel
-from .lanes import add, load, mul, splat, store
+from .lanes import add, along, load, mul, splat, store, sub, where_positive
 
 DECAY, EULER, BOX = (UPDATES.index(x) for x in ("decay", "euler", "box"))
 NONE, SUBTRACT, ZERO, VALUE = (RESETS.index(x) for x in ("none", "subtract", "zero", "value"))
 DELAYED, IMMEDIATE, CORRECTED = (TIMINGS.index(x) for x in ("delayed", "immediate", "corrected"))
 STATE, SUM = (SCOPES.index(x) for x in ("state", "sum"))
 MEM, SYN, THRESHOLD, LEAK, RESET_VALUE = range(5)  # rows of params
+# Rows of a kernel's own, in whole vectors: what comes in, bias, the state, what a reset subtracts, u - threshold; then
+# the parameters.
+IN, REC, BIAS, V, SYNAPTIC, RESET, DISTANCE, OWN = range(8)
+ROWS = OWN + 5
 
 
 Code = tuple[int, ...]
@@ -176,41 +180,60 @@ def reset_row(code, params, v, reset):  # type: ignore[no-untyped-def]
 
 
 @kernel(forceinline=True)
-def _subtract_row(mem, threshold, subtracted, x, v, distance):  # type: ignore[no-untyped-def]
-    """The commonest step (delayed reset by subtraction, or none) in one pass: a third of the time of five."""
-    zero = v.dtype.type(0)
-    for j in range(v.shape[0]):
-        reset = subtracted[j] if v[j] - threshold[j] > zero else zero
-        u = (mem[j] * v[j] + x[j]) - reset
-        v[j] = u
-        distance[j] = u - threshold[j]
+def own_rows(rows, params, bias, subtracts):  # type: ignore[no-untyped-def]
+    """Fill the rows of a kernel that stay the same; ``subtracts``: whether a reset by subtraction is one."""
+    N = params.shape[1]
+    for k in range(params.shape[0]):
+        copy_row(rows[OWN + k, :N], params[k])
+    copy_row(rows[BIAS, : bias.shape[0]], bias)
+    if subtracts:
+        copy_row(rows[RESET, :N], params[THRESHOLD])
+
+
+@along
+@kernel(forceinline=True)
+def copy_columns(k, arguments):  # type: ignore[no-untyped-def]
+    """``out[i] = x[j]``"""
+    out, i, x, j = arguments
+    store(out, i, k, load(x, j, k))
+
+
+@cache
+def plain_step(synapse: int) -> Callable[..., None]:
+    """The commonest step (delayed reset by subtraction, or none), in one pass over registers.
+
+    Of ``(rows, xs, at, out, to)``: the current is ``xs[at]``, u - threshold comes to ``out[to]``.
+    """
+
+    @along
+    @kernel(forceinline=True)
+    def step(k, arguments):  # type: ignore[no-untyped-def]
+        rows, xs, at, out, to = arguments
+        x, v = load(xs, at, k), load(rows, np.uint64(V), k)
+        threshold = load(rows, np.uint64(OWN + THRESHOLD), k)
+        if synapse:
+            x = add(mul(load(rows, np.uint64(OWN + SYN), k), load(rows, np.uint64(SYNAPTIC), k)), x)
+            store(rows, np.uint64(SYNAPTIC), k, x)
+        reset = where_positive(sub(v, threshold), load(rows, np.uint64(RESET), k))
+        u = sub(add(mul(load(rows, np.uint64(OWN + MEM), k), v), x), reset)
+        store(rows, np.uint64(V), k, u)
+        store(out, to, k, sub(u, threshold))
+
+    return step  # type: ignore[no-any-return]
 
 
 @cache
 def advance_kernel(code: Code) -> Callable[..., None]:
-    """One step of one member of the neuron family; the branches of others are never compiled."""
+    """One step of one member of the neuron family but the plain ones; the branches of others are never compiled."""
     update, synapse, kind, timing, scope, _, spiking, recurrent = code
-    plain = is_plain(code)
 
     @kernel(forceinline=True)
     def advance(params, x, rec, v, i, reset, distance):  # type: ignore[no-untyped-def]
-        """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold.
-
-        In a plain step ``reset`` is what one subtracts: the threshold, or zero without a reset.
-        """
+        """One step in place: v, i become the new state, ``reset`` holds R, ``distance`` u - threshold."""
         N = v.shape[0]
         one, zero = v.dtype.type(1), v.dtype.type(0)  # a bare 1 is an int64 and would make float64 of float32
         mem, syn, threshold = params[MEM], params[SYN], params[THRESHOLD]
         leak, reset_value = params[LEAK], params[RESET_VALUE]
-        if plain:
-            if synapse:
-                for j in range(N):
-                    i[j] = syn[j] * i[j] + x[j]
-                _subtract_row(mem, threshold, reset, i, v, distance)
-            else:
-                _subtract_row(mem, threshold, reset, x, v, distance)
-            return
-
         carried = reset_row(code, params, v, reset)
 
         if update == DECAY:
