@@ -38,6 +38,22 @@ def train(mode):
             out.append(spikes)
         torch.stack(out).sum().backward()
 
+def use(x):  # what people do with steps besides
+    fc.zero_grad()
+    with snn_sparse_plugin.sparse_mode():
+        mem, out, counts, best = torch.zeros(2, 4), [], torch.zeros(2, 4), torch.zeros(2, 4)
+        kept = torch.zeros(len(x), 2, 4)
+        for t, step in enumerate(x):
+            spikes, mem = lif(torch.relu(fc(step) - 0.1 * mem), mem)
+            out.append(torch.sigmoid(mem) * (spikes > 0).float())
+            counts += spikes
+            best = torch.maximum(best, mem.clamp(min=0.0))
+            kept.index_copy_(0, torch.tensor([t]), mem.unsqueeze(0))
+        loss = torch.stack(out).mean(0).sum() + torch.log_softmax(counts, 1).amax()
+        loss = loss + best.softmax(1).mean() + kept.mean()
+    loss.backward()
+
+use(x)
 train({})
 train({"backprop_threshold": None})
 train({"backprop_threshold": 0.2, "min_active": 0.0})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,6 +60,10 @@ class Call:
     def tensors(self) -> list[tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of the tensors."""
         return [part for part in self.shapes if _of_tensor(part)]
+
+    def of_one_number(self) -> list[Tensor]:
+        """Tensors of these forms that take no memory, with a number to read."""
+        return [torch.zeros((), dtype=dtype).expand(shape) for shape, dtype in self.tensors]
 
     def without_data(self) -> list[Tensor]:
         return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.tensors]
@@ -319,16 +323,29 @@ def _result(
         if func in BATCHED and not casts(mode) and (known := _of_batched(func, form, named, call.tensors)):
             _shapes[key] = known
             return known
-        tensors = call.without_data()
-        if casts(mode):  # autocast looks at the device
-            tensors = [torch.zeros_like(x, device=device) for x in tensors]
-        try:
-            with torch.no_grad():
-                out = func(*filled(form, tensors), **{n: filled(f, tensors) for n, f in named.items()})
-            _shapes[key] = (out.shape, out.dtype) if isinstance(out, Tensor) else None
-        except Exception:  # the call itself will say what is wrong, in the user's line
-            _shapes[key] = None
+        known = None
+        for tensors in _stand_ins(call, func, mode, device):
+            try:
+                with torch.no_grad():
+                    out = func(*filled(form, tensors), **{n: filled(f, tensors) for n, f in named.items()})
+                known = (out.shape, out.dtype) if isinstance(out, Tensor) else None
+                break
+            except Exception:
+                continue
+        _shapes[key] = known
     return _shapes[key]
+
+
+def _stand_ins(call: Call, func: Any, mode: int, device: torch.device) -> Iterator[list[Tensor]]:
+    """Tensors of the form of the arguments, on which the form of the result is seen; the next where some fail."""
+    if casts(mode):  # autocast looks at the device
+        yield [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in call.tensors]
+        return
+    # of tensors without data torch would ask its compiler, which takes a second or two to import; a view depends on how
+    # the numbers lie
+    if func not in VIEWS:
+        yield call.of_one_number()
+    yield call.without_data()
 
 
 def _of_linear(tensors: list[tuple[torch.Size, torch.dtype]]) -> tuple[torch.Size, torch.dtype] | None:

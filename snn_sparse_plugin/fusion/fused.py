@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from numpy import broadcast_shapes
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Neuron, config_of, refuse, running
@@ -269,9 +270,9 @@ def _widens(state: list[Any], shape: tuple[int, ...]) -> bool:
         try:
             if tensor is None or tensor.shape == shape:
                 continue
-            if torch.broadcast_shapes(tensor.shape, shape) != shape:
+            if broadcast_shapes(tensor.shape, shape) != shape:  # torch's imports its compiler
                 return True
-        except RuntimeError:  # fits nothing: the op says so
+        except ValueError:  # fits nothing: the op says so
             continue
     return False
 

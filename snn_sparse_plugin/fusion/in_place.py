@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy import broadcast_shapes
 from torch import Tensor
 
 from .aliases import is_alone
@@ -126,16 +127,40 @@ def _is_view(value: Value) -> bool:
 
 
 def _is_fine(func: Any, x: Tensor, form: Any, call: Call) -> bool:
-    """Whether torch takes the call, as seen on tensors without data; if not, it says why in the user's line."""
-    if func is Tensor.__setitem__ and (at := place_in(form, x.dim())) is not None:
-        shape = (*x.shape[: at[0]], *x.shape[at[0] + 1 :])
-        if not -x.shape[at[0]] <= at[1] < x.shape[at[0]] or len(call.entries) != 1:
-            return False
-        given = call.tensors[0][0]
-        return len(given) <= len(shape) and torch.broadcast_shapes(given, shape) == shape
+    """Whether torch takes the call, as seen on other tensors of these forms; if not, it says why in the user's line."""
+    if func is not Tensor.__setitem__:
+        key = (x.shape, x.dtype, *call.shapes)
+        if key not in _fine:
+            if len(_fine) > 4096:
+                _fine.clear()
+            # torch would ask its compiler of tensors without data, which takes a third of a second to import
+            _fine[key] = (
+                x.numel() <= _COPIED and _takes(func, x, form, call.of_one_number(), "cpu")
+            ) or _takes(func, x, form, call.without_data(), "meta")
+        return _fine[key]
+    at = place_in(form, x.dim())
+    if at is None:
+        return _takes(func, x, form, call.without_data(), "meta")
+    shape = (*x.shape[: at[0]], *x.shape[at[0] + 1 :])
+    if not -x.shape[at[0]] <= at[1] < x.shape[at[0]] or len(call.entries) != 1:
+        return False
+    given = call.tensors[0][0]
+    try:
+        return len(given) <= len(shape) and broadcast_shapes(given, shape) == shape
+    except ValueError:
+        return False
+
+
+_COPIED = 1 << 20
+"""Numbers up to which a tensor is tried with memory."""
+
+_fine: dict[Any, bool] = {}
+
+
+def _takes(func: Any, x: Tensor, form: Any, others: list[Tensor], device: str) -> bool:
     try:
         with torch.no_grad():
-            func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *filled(form, call.without_data()))
+            func(torch.zeros(x.shape, dtype=x.dtype, device=device), *filled(form, others))
     except Exception:
         return False
     return True
