@@ -63,7 +63,7 @@ class Call:
 
     def of_one_number(self) -> list[Tensor]:
         """Tensors of these forms that take no memory, with a number to read."""
-        return [torch.zeros((), dtype=dtype).expand(shape) for shape, dtype in self.tensors]
+        return [torch.zeros((), dtype=dtype, device="cpu").expand(shape) for shape, dtype in self.tensors]
 
     def without_data(self) -> list[Tensor]:
         return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.tensors]
@@ -366,7 +366,9 @@ def _of_batched(
     (shape, dtype), *others = tensors
     if len(shape) != batched_dims(func) - 1:
         return None
-    given = [torch.empty(0, *shape[1:], dtype=dtype), *(torch.empty(s, dtype=d) for s, d in others)]
+    given = [
+        torch.empty(s, dtype=d, device="cpu") for s, d in ((torch.Size((0, *shape[1:])), dtype), *others)
+    ]
     try:
         with torch.no_grad():
             out = func(*filled(form, given), **{n: filled(f, given) for n, f in named.items()})

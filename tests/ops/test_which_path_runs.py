@@ -2,13 +2,14 @@
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import on_grid, relative, spikes
 
 from snn_sparse_plugin import NeuronParams, SpikeTrain, Surrogate
-from snn_sparse_plugin.backends.cpu import threads
+from snn_sparse_plugin.backends.cpu import layout, threads
 from snn_sparse_plugin.core.dynamics import NeuronSpec
 from snn_sparse_plugin.core.errors import InputError
 from snn_sparse_plugin.ops import spiking_layer
@@ -195,6 +196,16 @@ def test_ranges_cover_everything_once():
                 ranges = threads.split(n, parts, ahead)
                 assert len(ranges) == max(1, min(n, parts))
                 assert [k for first, last in ranges for k in range(first, last)] == list(range(n))
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "N", "shared"), [(100, 64, 20, True), (10, 8, 200, False), (500, 1, 200, False)]
+)
+def test_what_takes_longer_than_to_wake_a_thread_is_shared_out(monkeypatch, T, B, N, shared):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ranges = layout.ranges_of(SimpleNamespace(T=T, B=B, N=N))
+    assert len(ranges) == 1 + shared
+    assert [k for first, last in ranges for k in range(first, last)] == list(range(B))
 
 
 def test_the_calling_thread_has_more_as_others_begin_later():
