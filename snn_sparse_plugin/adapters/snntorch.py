@@ -17,6 +17,7 @@ from .active import config_of
 from .base import Adapter, Example, Neuron, runner
 from .hooks import Placed, has_hooks, hook
 from .loading import installed_version
+from .snntorch_above import without_graph
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
 from .snntorch_kinds import Kind, kind_of, spike_function
@@ -42,7 +43,8 @@ class SnnTorchAdapter(Adapter):
         snn, placed = Classes(), self._placed
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, masked_method)
-            placed.note(snn.SpikingNeuron, method)
+        hook(snn.SpikingNeuron, "mem_reset", without_graph)
+        placed.note(snn.SpikingNeuron, "fire", "fire_inhibition", "mem_reset")
         for name in STATES:
             cls = getattr(snn, name)
             hook(cls, "forward", self._recorded_forward)

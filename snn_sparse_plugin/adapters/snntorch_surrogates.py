@@ -85,16 +85,16 @@ _forms: dict[int, tuple[Any, tuple[str, str, tuple[str, ...]]]] = {}
 def depends_on(function: Any) -> tuple[Any, ...]:
     """What a function of snnTorch's factories takes from outside: its closure, and the derivative of its class."""
     cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
-    cls = _class_of(function)
+    cls = class_of(function)
     return (*cells, cls, None if cls is None else vars(cls).get("backward"))
 
 
-def _class_of(function: Any) -> Any:
+def class_of(function: Any) -> Any:
     """The autograd Function that one of snnTorch's spike functions applies."""
     return function.__globals__.get(_form_of(function)[0])
 
 
-def _is_upstreams(cls: Any) -> bool:
+def is_upstreams(cls: Any) -> bool:
     """Whether an autograd Function is snnTorch's own, and nobody has put another derivative in its place."""
     folder = os.path.dirname(str(import_module("snntorch").__file__))
     methods = [getattr(cls, name, None) for name in ("forward", "backward")]
@@ -106,7 +106,7 @@ def _by_code(function: Any) -> Surrogate | None:
     _, kind, names = _form_of(function)
     if kind == "zero":
         return Surrogate(kind)
-    if not _is_upstreams(_class_of(function)):
+    if not is_upstreams(class_of(function)):
         return None
     closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     return _surrogate(kind, *(closure[name] for name in names))
@@ -117,7 +117,7 @@ def _by_class(function: SpikeFunction) -> Surrogate | None:
     cls = getattr(function, "__self__", None)
     if getattr(function, "__name__", "") != "apply" or not isinstance(cls, type):
         return None
-    if not _is_upstreams(cls):
+    if not is_upstreams(cls):
         return None
     known = import_module("snntorch.surrogate")
     if cls is known.Heaviside:

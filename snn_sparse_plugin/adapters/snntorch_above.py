@@ -1,0 +1,82 @@
+"""What resets a neuron of snnTorch, without the graph that upstream makes for it and throws away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.by_identity import ByIdentity
+from .active import config_of, here
+from .snntorch_surrogates import class_of, is_made_by_factory, is_upstreams
+
+_function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+_TENSORS = Tensor, nn.Parameter
+
+
+def without_graph(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The hook on ``mem_reset``: 1 where the membrane is above the threshold, whatever the surrogate, detached."""
+    known = _is_known(upstream)
+
+    def mem_reset(self: Any, mem: Any) -> Tensor:
+        if not torch.compiler.is_compiling() and known and type(mem) is Tensor:
+            whole = here.whole
+            if (whole is not None and whole[0] is self) or config_of(self) is not None:
+                threshold = self.threshold
+                if (
+                    type(threshold) in _TENSORS
+                    and threshold.dtype is mem.dtype
+                    and _fires_above_zero(self)
+                    and not (_function_modes() or _dispatch_modes() or _tracing())
+                ):
+                    # a difference is above zero where its first number is above the second
+                    return torch.gt(mem, threshold).float()
+        return upstream(self, mem)
+
+    return mem_reset
+
+
+def _is_known(function: Any) -> bool:
+    """Whether this is snnTorch's own, as it is in all versions that are tested."""
+    code, folder = (
+        getattr(function, "__code__", None),
+        os.path.dirname(str(import_module("snntorch").__file__)),
+    )
+    names = "threshold", "spike_grad", "clone", "detach"
+    return code is not None and code.co_filename.startswith(folder) and code.co_names == names
+
+
+class _Heaviside(NamedTuple):
+    """A spike function of snnTorch's factories, and the forward behind it."""
+
+    function: Any
+    code: Any
+    applies: Any
+    forward: Any
+
+
+_found: ByIdentity[_Heaviside] = ByIdentity()
+
+
+def _fires_above_zero(module: nn.Module) -> bool:
+    """Whether the neuron's spikes are ``(x > 0).float()``, as those of all of snnTorch's spike functions."""
+    function, known = module.__dict__.get("spike_grad"), _found.look(id(module))
+    if known is None or known[0].function is not function or known[0].code is not function.__code__:
+        return _look(module, function)
+    applies = known[0].applies
+    return class_of(function) is applies and applies.__dict__.get("forward") is known[0].forward
+
+
+def _look(module: nn.Module, function: Any) -> bool:
+    if not is_made_by_factory(function):
+        return False
+    applies = class_of(function)
+    if applies is None or not is_upstreams(applies):
+        return False
+    _found[module] = _Heaviside(function, function.__code__, applies, vars(applies)["forward"])
+    return True
