@@ -44,7 +44,7 @@ class Mark:
 class _Here(threading.local):
     settled = False
     whole: tuple[nn.Module, tally.Record] | None = None  # the neuron of run_whole, and where it is counted
-    cut: Any = None  # what is known of the neuron that fires, in cut.fire
+    cut: Any = None  # what is known of the neuron that fires, a cut.Cut
 
 
 here = _Here()
@@ -106,8 +106,10 @@ class entered:
     __slots__ = ("blocks", "text")
 
     def __init__(self, config: SparseConfig, explicit: dict[str, Any] | None = None) -> None:
-        self.text = f"{_named(config)}{explicit}"
-        self.blocks = _explicit.block(explicit or _explicit.get()), use_config(config)
+        self.text = f"{config.text}{explicit}"
+        explicit = explicit or _explicit.get()
+        config_block = use_config(config)
+        self.blocks = (_explicit.block(explicit), config_block) if explicit else (config_block,)
 
     def __enter__(self) -> None:
         try:
@@ -124,9 +126,6 @@ class entered:
         _announce(self.text, enter=False)
 
 
-_named = functools.lru_cache(maxsize=256)(repr)
-
-
 def _announce(text: str, *, enter: bool) -> None:
     global _in_force
     with _lock:
@@ -134,7 +133,7 @@ def _announce(text: str, *, enter: bool) -> None:
             _entered.append(text)
         elif text in _entered:
             _entered.remove(text)
-        _in_force = "|".join(sorted(set(_entered)))
+        _in_force = "|".join(sorted(set(_entered))) if len(_entered) > 1 else "".join(_entered)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from . import registry
@@ -93,6 +93,11 @@ class SparseConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
 
+    @cached_property
+    def text(self) -> str:
+        """``repr(self)``, made once: asked whenever sparse mode is entered."""
+        return repr(self)
+
     def updated(self, **overrides: Any) -> SparseConfig:
         """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
         if not overrides:
@@ -165,11 +170,16 @@ def active_config() -> SparseConfig | None:
 
 def current_config() -> SparseConfig:
     """The active config, or the defaults outside any sparse context."""
-    return _active.get() or _defaults(os.environ.get("SNN_SPARSE_FUSE"))
+    return active_config() or _defaults(_environment.get(_FUSE))
+
+
+# the mapping behind os.environ, which raises two errors within for a variable that is not set
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_FUSE = "SNN_SPARSE_FUSE" if _environment is os.environ else os.environ.encodekey("SNN_SPARSE_FUSE")
 
 
 @lru_cache(maxsize=4)
-def _defaults(_: str | None) -> SparseConfig:
+def _defaults(_: Any) -> SparseConfig:
     # asked at every step of a neuron, and compared by identity
     return SparseConfig()
 

@@ -126,6 +126,17 @@ class TestSparseMode:
 
         assert asyncio.run(both()) == [True, False, True]
 
+    def test_again_and_within_itself(self, probe):
+        block = sparse_mode(**WINDOW)
+        for _ in range(2):
+            with block as config:
+                assert active_config() is config
+                with block:
+                    assert probe.masked()
+                assert probe.masked()
+            assert not probe.masked()
+            assert active_config() is None
+
     def test_as_a_decorator(self, probe):
         @sparse_mode(**WINDOW)
         def step():

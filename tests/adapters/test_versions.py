@@ -31,6 +31,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which no library has been hooked yet; the hooks themselves are set once."""
     monkeypatch.setattr(loading, "_installed", [])
     monkeypatch.setattr(loading, "_refused", [])
+    monkeypatch.setattr(loading, "_found", None)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, library: str, version: str) -> list[str]:
