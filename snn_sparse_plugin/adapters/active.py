@@ -29,6 +29,9 @@ class Mark:
     record: tally.Record | None = field(default=None, compare=False, repr=False)
     """Of the module that :func:`~snn_sparse_plugin.sparsify` marked: its copies have this mark, and count there too."""
 
+    def __post_init__(self) -> None:
+        _note_mark()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"overrides": self.overrides}  # a record stays in its process
 
@@ -38,6 +41,7 @@ class Mark:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a sparse model unpickled in a fresh process must find the hooks in place
         self.__dict__.update(record=None, **state)
+        _note_mark()
         install_adapters()
 
 
@@ -98,6 +102,17 @@ _lock = threading.RLock()
 _entered: list[str] = []
 # What is in force in any thread, as one string: compiled graphs can guard on it, not on a ContextVar.
 _in_force = ""
+_marked = False
+
+idle = True
+"""Whether nothing is sparse in any thread: no block is open, and nothing has ever been marked. Hooks ask this first, so
+that upstream's code outside takes hardly longer than without them; compiled graphs can guard on it."""
+
+
+def _note_mark() -> None:
+    global _marked, idle
+    with _lock:
+        _marked, idle = True, False
 
 
 class entered:
@@ -106,7 +121,7 @@ class entered:
     __slots__ = ("blocks", "text")
 
     def __init__(self, config: SparseConfig, explicit: dict[str, Any] | None = None) -> None:
-        self.text = f"{config.text}{explicit}"
+        self.text = f"{config.text}{explicit}" if explicit else config.text
         explicit = explicit or _explicit.get()
         config_block = use_config(config)
         self.blocks = (_explicit.block(explicit), config_block) if explicit else (config_block,)
@@ -127,13 +142,14 @@ class entered:
 
 
 def _announce(text: str, *, enter: bool) -> None:
-    global _in_force
+    global _in_force, idle
     with _lock:
         if enter:
             _entered.append(text)
         elif text in _entered:
             _entered.remove(text)
         _in_force = "|".join(sorted(set(_entered))) if len(_entered) > 1 else "".join(_entered)
+        idle = not (_entered or _marked)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,6 +16,7 @@ from ..core.config import active_config, use_config
 from ..core.dynamics import NeuronState
 from ..core.equations import Equations
 from ..core.surrogates import Surrogate, plain_apply
+from . import active
 from .active import config_of, count_whole, here, spike, uncut
 from .base import Adapter, Example, Neuron, runner
 from .counting import running
@@ -139,6 +140,8 @@ class NorseAdapter(Adapter):
         in_own_mode = _in_own_mode(upstream)
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if active.idle:
+                return upstream(module, *args, **kwargs)
             config = None if torch.compiler.is_compiling() else config_of(module)
             if config is None or not config.fuse_time:
                 return in_own_mode(module, *args, **kwargs)

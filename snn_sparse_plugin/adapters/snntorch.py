@@ -13,6 +13,7 @@ from ..core.config import active_config
 from ..core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..core.equations import Equations
 from ..core.host import number, waits
+from . import active
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
 from .hooks import Placed, has_hooks, hook
@@ -158,6 +159,8 @@ class SnnTorchAdapter(Adapter):
 
     def _recorded_forward(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if active.idle:
+                return upstream(module, *args, **kwargs)
             config = None if torch.compiler.is_compiling() else config_of(module)
             if config is None or not config.fuse_time:
                 return upstream(module, *args, **kwargs)

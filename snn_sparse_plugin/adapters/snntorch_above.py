@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.by_identity import ByIdentity
+from . import active
 from .active import config_of, here
-from .snntorch_surrogates import class_of, is_made_by_factory, is_upstreams
+from .snntorch_surrogates import form_of, is_made_by_factory, is_upstreams
 
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
@@ -24,7 +25,7 @@ def without_graph(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     known = _is_known(upstream)
 
     def mem_reset(self: Any, mem: Any) -> Tensor:
-        if not torch.compiler.is_compiling() and known and type(mem) is Tensor:
+        if not (active.idle or torch.compiler.is_compiling()) and known and type(mem) is Tensor:
             whole = here.whole
             if (whole is not None and whole[0] is self) or config_of(self) is not None:
                 threshold = self.threshold
@@ -52,10 +53,12 @@ def _is_known(function: Any) -> bool:
 
 
 class _Heaviside(NamedTuple):
-    """A spike function of snnTorch's factories, and the forward behind it."""
+    """A spike function of snnTorch's factories, what it applies, under which name, and the forward of that."""
 
     function: Any
     code: Any
+    home: dict[str, Any]
+    name: str
     applies: Any
     forward: Any
 
@@ -65,18 +68,22 @@ _found: ByIdentity[_Heaviside] = ByIdentity()
 
 def _fires_above_zero(module: nn.Module) -> bool:
     """Whether the neuron's spikes are ``(x > 0).float()``, as those of all of snnTorch's spike functions."""
-    function, known = module.__dict__.get("spike_grad"), _found.look(id(module))
-    if known is None or known[0].function is not function or known[0].code is not function.__code__:
+    function, found = module.__dict__.get("spike_grad"), _found.look(id(module))
+    if found is None or found[0].function is not function or found[0].code is not function.__code__:
         return _look(module, function)
-    applies = known[0].applies
-    return class_of(function) is applies and applies.__dict__.get("forward") is known[0].forward
+    known = found[0]
+    return (
+        known.home.get(known.name) is known.applies and known.applies.__dict__.get("forward") is known.forward
+    )
 
 
 def _look(module: nn.Module, function: Any) -> bool:
     if not is_made_by_factory(function):
         return False
-    applies = class_of(function)
+    name = form_of(function)[0]
+    applies = function.__globals__.get(name)
     if applies is None or not is_upstreams(applies):
         return False
-    _found[module] = _Heaviside(function, function.__code__, applies, vars(applies)["forward"])
+    looked_at = function, function.__code__, function.__globals__, name
+    _found[module] = _Heaviside(*looked_at, applies, vars(applies)["forward"])
     return True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core import tally
 from ..core.config import SparseConfig
-from . import cut
+from . import active, cut
 from .active import (
     config_of,
     count_whole,
@@ -36,6 +36,8 @@ def _seen(neuron: nn.Module, spike_grad: SpikeFunction) -> nn.Module:
 
 def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if active.idle:
+            return upstream(self, *args, **kwargs)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             whole = here.whole

@@ -63,10 +63,10 @@ def recognise(function: SpikeFunction) -> Surrogate:
 
 def is_made_by_factory(function: Any) -> bool:
     """Whether this is what one of snnTorch's factories returns, or its disabled surrogate."""
-    return inspect.isfunction(function) and _form_of(function) is not None
+    return inspect.isfunction(function) and form_of(function) is not None
 
 
-def _form_of(function: Any) -> Any:
+def form_of(function: Any) -> Any:
     """What :func:`_codes` says of a function; None where it says nothing."""
     code = function.__code__
     found = _forms.get(id(code))
@@ -85,13 +85,13 @@ _forms: dict[int, tuple[Any, tuple[str, str, tuple[str, ...]]]] = {}
 def depends_on(function: Any) -> tuple[Any, ...]:
     """What a function of snnTorch's factories takes from outside: its closure, and the derivative of its class."""
     cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
-    cls = class_of(function)
+    cls = _class_of(function)
     return (*cells, cls, None if cls is None else vars(cls).get("backward"))
 
 
-def class_of(function: Any) -> Any:
+def _class_of(function: Any) -> Any:
     """The autograd Function that one of snnTorch's spike functions applies."""
-    return function.__globals__.get(_form_of(function)[0])
+    return function.__globals__.get(form_of(function)[0])
 
 
 def is_upstreams(cls: Any) -> bool:
@@ -103,10 +103,10 @@ def is_upstreams(cls: Any) -> bool:
 
 def _by_code(function: Any) -> Surrogate | None:
     code: Any = function.__code__
-    _, kind, names = _form_of(function)
+    _, kind, names = form_of(function)
     if kind == "zero":
         return Surrogate(kind)
-    if not is_upstreams(class_of(function)):
+    if not is_upstreams(_class_of(function)):
         return None
     closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     return _surrogate(kind, *(closure[name] for name in names))

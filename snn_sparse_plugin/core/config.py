@@ -98,6 +98,11 @@ class SparseConfig:
         """``repr(self)``, made once: asked whenever sparse mode is entered."""
         return repr(self)
 
+    @cached_property
+    def steps_whole(self) -> bool:
+        """Whether loops are recorded, and steps of those for which that does not pay have upstream's gradient."""
+        return self.fuse_time and self.backprop_threshold in (None, "auto")
+
     def updated(self, **overrides: Any) -> SparseConfig:
         """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
         if not overrides:
@@ -160,11 +165,12 @@ def _updated(config: SparseConfig, overrides: tuple[tuple[str, type, Any], ...])
 
 
 _active: Scoped[SparseConfig | None] = Scoped("snn_sparse_plugin.core.config")
+active_blocks = _active.blocks
 
 
 def active_config() -> SparseConfig | None:
     """The config of the innermost enclosing sparse context of this thread or task, or None outside."""
-    blocks = _active.blocks.get()  # written out: it is asked several times a step
+    blocks = active_blocks.get()  # written out: it is asked several times a step
     return blocks[-1][0] if blocks else None
 
 

@@ -13,7 +13,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..adapters import cut, loaded_adapters
+from ..adapters import active, cut, loaded_adapters
 from ..adapters.active import here as firing
 from ..core.surrogates import plain_apply
 from . import functions as _functions  # noqa: F401, answers calls on recorded steps
@@ -22,7 +22,7 @@ from .context import here
 from .flush import flush, realize
 from .native import apart
 from .places import check_place, checked
-from .recorded import Filled
+from .recorded import Filled, Recorded
 
 _installed = False
 _lock = threading.RLock()
@@ -64,7 +64,7 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
     # not there yet could not become part of the graph
     @wraps(upstream)
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if (active.idle and Recorded not in map(type, args)) or torch.compiler.is_compiling():
             return upstream(cls, *args, **kwargs)
         if here.record is not None:
             realize((args, kwargs), cls.__name__)

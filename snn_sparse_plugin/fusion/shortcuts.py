@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import config_of, cuts_nothing, is_hook, run_whole
-from ..core.config import active_config
+from ..adapters import active, config_of, has_hooks, is_hook, run_whole
+from ..core import tally
+from ..core.config import active_blocks, active_config
 from .context import here, mode_to_record
 from .flush import flush
 from .governor import ShortWay, backoff
 from .nodes import NeuronNode, Node
 from .record import Record
 from .recorded import Recorded
-from .sources import MODULE_CALL, is_listened_to
+from .sources import CALL_IMPL, MODULE_CALL, is_listened_to
 
 _lock = threading.RLock()
 
@@ -117,7 +118,7 @@ def hooked_forward(module: nn.Module) -> Any:
 
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and not kwargs:
+        if args and not (kwargs or active.idle):
             # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
             if type(args[-1]) is Recorded:
                 record = here.record
@@ -146,16 +147,23 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _goes_short(module: nn.Module, way: ShortWay, args: tuple[Any, ...]) -> bool:
     """Whether the runner's ``step`` would run upstream's forward as it is, on these very arguments."""
-    config = active_config() if way.unmarked else config_of(module)
+    blocks = active_blocks.get()  # active_config, written out, as are is_listened_to and cuts_nothing below
+    config = (blocks[-1][0] if blocks else None) if way.unmarked else config_of(module)
     record = here.record
     return (
         config is not None
-        and config.fuse_time
+        and config.steps_whole
         and way.hooked is type(module).forward
         and "forward" not in module.__dict__
         and not here.paused
         and (record is None or id(module) not in record.neurons)
         and are_numbers(args, module)
-        and not is_listened_to(module)
-        and cuts_nothing(config)
+        and _Module.__call__ is MODULE_CALL
+        and _Module._call_impl is CALL_IMPL
+        and not has_hooks(module)
+        and not tally.watchers.blocks.get()
+        and not _transformed()
     )
+
+
+_Module, _transformed = nn.Module, torch._C._are_functorch_transforms_active

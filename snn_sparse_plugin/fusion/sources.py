@@ -25,7 +25,7 @@ from .nodes import InputNode
 from .record import open_record
 from .recorded import Recorded
 
-MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+MODULE_CALL, CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _Module, _Linear = nn.Module, nn.Linear
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _feeding: ByIdentity[ref[nn.Module]] = ByIdentity()  # layers, and the neuron that each feeds
@@ -202,7 +202,7 @@ def _own_parameters(self: nn.Linear) -> tuple[Any, Any] | None:
 
 def is_listened_to(module: nn.Module) -> bool:
     """Whether a call of the module does more than its forward: hooks, or a tracer of graphs in Module.__call__."""
-    return _Module.__call__ is not MODULE_CALL or _Module._call_impl is not _CALL_IMPL or has_hooks(module)
+    return _Module.__call__ is not MODULE_CALL or _Module._call_impl is not CALL_IMPL or has_hooks(module)
 
 
 def _entering(
