@@ -114,12 +114,14 @@ _CALLS = {cls: _call_of(cls) for cls in _LAYERS}
 
 def _stays_plain(self: Any) -> bool:
     """Whether :func:`_of_plain` would find nothing, as the layer feeds no neuron, or one that is not recorded now."""
+    if torch.compiler.is_compiling():
+        return False
     fed = _feeding.look(id(self))
     if fed is None:
         looked_at = _looked_at.look(id(self))
-        return looked_at is not None and looked_at[0] >= ENOUGH_OF_ONE and not torch.compiler.is_compiling()
+        return looked_at is not None and looked_at[0] >= ENOUGH_OF_ONE
     rest = backoff.look(id(fed[0]()))  # will_rest, written out
-    if rest is None or not rest[0].left or torch.compiler.is_compiling():
+    if rest is None or not rest[0].left:
         return False
     return here.record is None or id(self) not in here.record.inputs
 
