@@ -78,26 +78,31 @@ class SparseBlock(ContextDecorator):
 
     def __init__(self, overrides: dict[str, Any]) -> None:
         self._overrides = overrides
-        self._open: list[tuple[entered, watched]] = []
+        self._open: tuple[entered, watched] | None = None
 
     def _recreate_cm(self) -> SparseBlock:
         return SparseBlock(self._overrides)
 
     def __enter__(self) -> SparseConfig:
+        if self._open is not None:
+            raise UnsupportedError(
+                "this block of sparse_mode() is open: call sparse_mode() again for another."
+            )
         config = current_config().updated(**self._overrides)
         install_adapters()
         blocks = entered(config), watched()
         blocks[0].__enter__()
         try:
             blocks[1].__enter__()
-            self._open.append(blocks)
+            self._open = blocks
         except BaseException:  # an interrupt
             blocks[0].__exit__()
             raise
         return config
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        within, watching = self._open.pop()
+        assert self._open is not None
+        (within, watching), self._open = self._open, None
         try:
             if kind is None:
                 flush(reason=_END)

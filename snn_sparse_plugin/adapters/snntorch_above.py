@@ -25,7 +25,8 @@ def without_graph(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     known = _is_known(upstream)
 
     def mem_reset(self: Any, mem: Any) -> Tensor:
-        if not (active.idle or torch.compiler.is_compiling()) and known and type(mem) is Tensor:
+        # what compiles without Dynamo gives tensors of another type
+        if not active.idle and known and type(mem) is Tensor and not torch.compiler.is_dynamo_compiling():
             whole = here.whole
             if (whole is not None and whole[0] is self) or config_of(self) is not None:
                 threshold = self.threshold
@@ -44,10 +45,8 @@ def without_graph(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _is_known(function: Any) -> bool:
     """Whether this is snnTorch's own, as it is in all versions that are tested."""
-    code, folder = (
-        getattr(function, "__code__", None),
-        os.path.dirname(str(import_module("snntorch").__file__)),
-    )
+    code = getattr(function, "__code__", None)
+    folder = os.path.dirname(str(import_module("snntorch").__file__))
     names = "threshold", "spike_grad", "clone", "detach"
     return code is not None and code.co_filename.startswith(folder) and code.co_names == names
 

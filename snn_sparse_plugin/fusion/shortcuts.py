@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import active, config_of, has_hooks, is_hook, run_whole
+from ..adapters import active, config_of, has_hooks, is_hook
+from ..adapters.active import here as firing
 from ..core import tally
 from ..core.config import active_blocks, active_config
 from .context import here, mode_to_record
@@ -94,9 +95,12 @@ def are_numbers(args: tuple[Any, ...], module: nn.Module | None = None) -> bool:
     """Whether the arguments of a step, and the states inside the module, are plain tensors: written out, as it is
     asked at every step."""
     for x in args:
-        kind = type(x)
-        if kind is not Tensor and x is not None and not (isinstance(x, tuple) and are_numbers(x)):
-            return False
+        if type(x) is not Tensor and x is not None:
+            if not isinstance(x, tuple):
+                return False
+            for part in x:
+                if type(part) is not Tensor and not are_numbers((part,)):
+                    return False
     if module is not None:
         for x in module._buffers.values():
             if type(x) is Recorded:
@@ -133,13 +137,17 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
                     found = advance(record, node, args)
                     if found is not None:
                         return found
-            elif not torch.compiler.is_compiling():
+            elif not torch.compiler.is_dynamo_compiling():
                 known = backoff.look(id(self))
                 rest = None if known is None else known[0]
                 way = rest.way if rest is not None and rest.left and rest.fed else None
                 if rest is not None and way is not None and _goes_short(self, way, args):
                     rest.left -= 1
-                    return run_whole(way.bare, self, args, way.record)
+                    before, firing.whole = firing.whole, (self, way.record)  # run_whole, written out
+                    try:
+                        return way.bare(self, *args)
+                    finally:
+                        firing.whole = before
         return super(cls, self).__call__(*args, **kwargs)
 
     return __call__

@@ -53,8 +53,8 @@ _recent = _Recent()
 class watched:
     """Inside the block, layers with weights that feed neurons take part in the record although their input is plain.
 
-    Which ones feed neurons is seen the first time that a neuron gets their output. The classes keep the hook until one
-    of their layers is called outside: to change a class costs its next call more than most steps.
+    Which ones feed neurons is seen the first time that a neuron gets their output. A class keeps the hook until one of
+    its layers is called outside: to change a class costs its next call more than most steps.
     """
 
     __slots__ = ()
@@ -74,9 +74,9 @@ class watched:
 
 
 @atexit.register  # before the interpreter clears what the hooks use
-def _unhook() -> None:
+def _unhook(*classes: type[nn.Module]) -> None:
     with _lock:
-        for cls in () if _inside else _LAYERS:
+        for cls in () if _inside else classes or _LAYERS:
             if cls.__dict__.get("__call__") is _CALLS[cls]:
                 with suppress(AttributeError):  # a finalizer that comes in between has done it
                     del cls.__call__  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _inside:
             if not torch.compiler.is_compiling():
-                _unhook()
+                _unhook(cls)
         elif len(args) == 1 and not kwargs:
             if type(args[0]) is not Recorded:
                 found = None if _stays_plain(self) else _of_plain(cls, self, args[0])
@@ -109,7 +109,7 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     return __call__
 
 
-_CALLS = {cls: _call_of(cls) for cls in _LAYERS}
+_CALLS: dict[type[nn.Module], Any] = {cls: _call_of(cls) for cls in _LAYERS}
 
 
 def _stays_plain(self: Any) -> bool:
@@ -237,6 +237,8 @@ def note_feeding(x: Tensor, neuron: nn.Module) -> None:
     """A neuron got this plain tensor: remember the layer that made it, if one did."""
     if active_config() is None:
         watch()
+    if not (_recent.calls or _looked_at):
+        return
     grad_fns: list[Any] = [x.grad_fn]
     seen: list[Any] = []
     while grad_fns and len(seen) < 16:
