@@ -13,8 +13,9 @@ from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..adapters import active, cut, loaded_adapters
+from ..adapters import active, cut
 from ..adapters.active import here as firing
+from ..core import registry
 from ..core.surrogates import plain_apply
 from . import functions as _functions  # noqa: F401, answers calls on recorded steps
 from .aliases import note_alias
@@ -88,7 +89,8 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
 @lru_cache(maxsize=256)
 def _of_a_threshold(cls: type[Function]) -> Callable[..., Any] | None:
     """The short way into a function that every step of a neuron calls, in which no neuron can run; None for others."""
-    known = any(cls.__module__ in adapter.functions for adapter in loaded_adapters())
+    # of all adapters, hooked or not: it is asked once
+    known = any(cls.__module__ in adapter.functions for adapter in registry.load_all("adapters").values())
     return plain_apply(cls) if known else None
 
 
