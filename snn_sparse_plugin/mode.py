@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import _GeneratorContextManager, contextmanager, suppress
+from contextlib import ContextDecorator, suppress
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any, NoReturn
@@ -32,7 +32,7 @@ from .fusion.sources import watched
 __all__ = ["Entry", "SparsityReport", "restore", "sparse_mode", "sparsify"]
 
 
-def sparse_mode(*misplaced: Any, **overrides: Any) -> _GeneratorContextManager[SparseConfig]:
+def sparse_mode(*misplaced: Any, **overrides: Any) -> SparseBlock:
     """Inside the block, unmodified snnTorch and Norse neurons are sparse; outside, exactly as before.
 
     Holds for the thread (or asyncio task) that entered, nests (the inner block starts from the options of the
@@ -67,24 +67,54 @@ def sparse_mode(*misplaced: Any, **overrides: Any) -> _GeneratorContextManager[S
         )
     if misplaced and callable(misplaced[0]):
         raise ConfigError("sparse_mode is called where it decorates: write @sparse_mode().")
-    refuse_positional("sparse_mode()", misplaced)
-    return _sparse_mode(overrides)
+    if misplaced:
+        refuse_positional("sparse_mode()", misplaced)
+    return SparseBlock(overrides)
 
 
-@contextmanager
-def _sparse_mode(overrides: dict[str, Any]) -> Iterator[SparseConfig]:
-    config = current_config().updated(**overrides)
-    install_adapters()
-    with entered(config), watched():
+class SparseBlock(ContextDecorator):
+    """What :func:`sparse_mode` returns. A class, as entering a generator takes twice as long: a training loop enters at
+    every batch."""
+
+    def __init__(self, overrides: dict[str, Any]) -> None:
+        self._overrides = overrides
+        self._open: tuple[entered, watched] | None = None
+
+    def _recreate_cm(self) -> SparseBlock:
+        return SparseBlock(self._overrides)
+
+    def __enter__(self) -> SparseConfig:
+        if self._open is not None:
+            raise UnsupportedError(
+                "this block of sparse_mode() is open: call sparse_mode() again for another."
+            )
+        config = current_config().updated(**self._overrides)
+        install_adapters()
+        blocks = entered(config), watched()
+        blocks[0].__enter__()
         try:
-            yield config
-        except BaseException:
-            with suppress(SparsePluginError):  # the first error is the one to see
-                flush(reason="end of sparse_mode()")
+            blocks[1].__enter__()
+            self._open = blocks
+        except BaseException:  # an interrupt
+            blocks[0].__exit__()
             raise
+        return config
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._open is not None
+        (within, watching), self._open = self._open, None
+        try:
+            if kind is None:
+                flush(reason=_END)
+            else:
+                with suppress(SparsePluginError):  # the first error is the one to see
+                    flush(reason=_END)
         finally:
-            tally.catch_up()
-        flush(reason="end of sparse_mode()")
+            watching.__exit__()
+            within.__exit__()
+
+
+_END = "end of sparse_mode()"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ class Mark:
     record: tally.Record | None = field(default=None, compare=False, repr=False)
     """Of the module that :func:`~snn_sparse_plugin.sparsify` marked: its copies have this mark, and count there too."""
 
+    def __post_init__(self) -> None:
+        _note_mark()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"overrides": self.overrides}  # a record stays in its process
 
@@ -38,13 +41,14 @@ class Mark:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a sparse model unpickled in a fresh process must find the hooks in place
         self.__dict__.update(record=None, **state)
+        _note_mark()
         install_adapters()
 
 
 class _Here(threading.local):
     settled = False
     whole: tuple[nn.Module, tally.Record] | None = None  # the neuron of run_whole, and where it is counted
-    cut: Any = None  # what is known of the neuron that fires, in cut.fire
+    cut: Any = None  # what is known of the neuron that fires, a cut.Cut
 
 
 here = _Here()
@@ -98,6 +102,17 @@ _lock = threading.RLock()
 _entered: list[str] = []
 # What is in force in any thread, as one string: compiled graphs can guard on it, not on a ContextVar.
 _in_force = ""
+_marked = False
+
+idle = True
+"""Whether nothing is sparse in any thread: no block is open, and nothing has ever been marked. Hooks ask this first, so
+that upstream's code outside takes hardly longer than without them; compiled graphs can guard on it."""
+
+
+def _note_mark() -> None:
+    global _marked, idle
+    with _lock:
+        _marked, idle = True, False
 
 
 class entered:
@@ -106,8 +121,10 @@ class entered:
     __slots__ = ("blocks", "text")
 
     def __init__(self, config: SparseConfig, explicit: dict[str, Any] | None = None) -> None:
-        self.text = f"{_named(config)}{explicit}"
-        self.blocks = _explicit.block(explicit or _explicit.get()), use_config(config)
+        self.text = f"{config.text}{explicit}" if explicit else config.text
+        explicit = explicit or _explicit.get()
+        config_block = use_config(config)
+        self.blocks = (_explicit.block(explicit), config_block) if explicit else (config_block,)
 
     def __enter__(self) -> None:
         try:
@@ -124,17 +141,15 @@ class entered:
         _announce(self.text, enter=False)
 
 
-_named = functools.lru_cache(maxsize=256)(repr)
-
-
 def _announce(text: str, *, enter: bool) -> None:
-    global _in_force
+    global _in_force, idle
     with _lock:
         if enter:
             _entered.append(text)
         elif text in _entered:
             _entered.remove(text)
-        _in_force = "|".join(sorted(set(_entered)))
+        _in_force = "|".join(sorted(set(_entered))) if len(_entered) > 1 else "".join(_entered)
+        idle = not (_entered or _marked)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,7 +14,6 @@ from ..core import tally
 from ..core.by_identity import ByIdentity
 from ..core.config import SparseConfig
 from ..core.surrogates import Surrogate, apply_masked
-from .active import here
 from .counting import record_of
 from .snntorch_surrogates import depends_on, is_made_by_factory
 
@@ -45,7 +44,7 @@ class Cut:
 
 
 _kept: ByIdentity[Cut] = ByIdentity()
-kept = _kept.get
+look = _kept.look
 
 
 def keep(
@@ -61,17 +60,8 @@ def keep(
         _kept[module] = Cut(*looked_at, surrogate, threshold, record_of(module))
 
 
-def fire(cut: Cut, upstream: Callable[..., Tensor], module: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    """Upstream's ``fire``, in which the neuron's spike function is masked."""
-    before, here.cut = here.cut, cut
-    try:
-        return upstream(module, *args, **kwargs)
-    finally:
-        here.cut = before
-
-
 def spike(cut: Cut, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What ``function``, upstream's, makes of a membrane in :func:`fire`."""
+    """What ``function``, upstream's, makes of a membrane in ``fire``, while ``here.cut`` says what is known."""
     if not x.requires_grad:
         cut.record.count("no_grad")
         return function(x)

@@ -6,7 +6,8 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from operator import is_
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -37,22 +38,25 @@ def hook(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[...
             setattr(cls, name, as_hook(functools.wraps(upstream)(wrap(upstream))))
 
 
+_get: Any = MappingProxyType.get
+
+
 class Placed:
     """Attributes of upstream's classes as an adapter has left them."""
 
     def __init__(self) -> None:
-        self._as_left: dict[tuple[type, str], tuple[Mapping[str, Any], Any]] = {}
+        self._as_left: dict[tuple[type, str], Any] = {}
+        self._where: tuple[list[Mapping[str, Any]], list[str]] = [], []
 
     def note(self, cls: type, *names: str) -> None:
         for name in names:
-            self._as_left[cls, name] = vars(cls), vars(cls).get(name)
+            self._as_left[cls, name] = vars(cls).get(name)
+        self._where = [vars(cls) for cls, _ in self._as_left], [name for _, name in self._as_left]
 
     def hold(self) -> bool:
-        """Whether nobody has changed one since: asked whenever sparse mode is entered."""
-        for (_, name), (attributes, left) in self._as_left.items():
-            if attributes.get(name) is not left:
-                return False
-        return bool(self._as_left)
+        """Whether nobody has changed one since: asked whenever sparse mode is entered, so that C++ goes through."""
+        now = map(_get, *self._where)
+        return bool(self._as_left) and all(map(is_, now, self._as_left.values()))
 
 
 def patched(cls: type, method: str, package: ModuleType) -> str | None:

@@ -11,7 +11,7 @@ from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -113,15 +113,41 @@ class _LateImports(MetaPathFinder):
 _late_imports = _LateImports()
 
 
+class _Found(NamedTuple):
+    """What :func:`install_adapters` came to, for as long as it would come to the same."""
+
+    search: int  # that of the registry
+    hooked: list[Adapter]
+    others: list[str]  # packages that are not imported
+
+    def holds(self) -> bool:
+        if self.search != registry.generation():
+            return False
+        for package in self.others:
+            if package in sys.modules:
+                return False
+        return not self.others or _late_imports in sys.meta_path
+
+
+_found: _Found | None = None
+
+
 def install_adapters() -> None:
     """Hook every supported library, those that are not imported yet as soon as they are."""
-    hooked = loaded_adapters()
+    global _found
+    if _found is not None and _found.holds():
+        hooked = _found.hooked
+    else:
+        hooked = loaded_adapters()
+        adapters = registry.load_all("adapters").values()
+        _late_imports.packages = frozenset(adapter.package for adapter in adapters)
+        if len(hooked) < len(adapters) and _late_imports not in sys.meta_path:
+            sys.meta_path.insert(0, _late_imports)
+        if len(adapters) == len(registry.plugins("adapters")):
+            others = [adapter.package for adapter in adapters if adapter.package not in sys.modules]
+            _found = _Found(registry.generation(), hooked, others)
     for adapter in hooked:
         adapter.repair()
-    adapters = registry.load_all("adapters").values()
-    _late_imports.packages = frozenset(adapter.package for adapter in adapters)
-    if len(hooked) < len(adapters) and _late_imports not in sys.meta_path:
-        sys.meta_path.insert(0, _late_imports)
 
 
 def adapter_of(module: nn.Module, adapters: list[Adapter] | None = None) -> Adapter | None:

@@ -15,7 +15,8 @@ from ..core import tally
 from ..core.config import active_config, use_config
 from ..core.dynamics import NeuronState
 from ..core.equations import Equations
-from ..core.surrogates import Surrogate
+from ..core.surrogates import Surrogate, plain_apply
+from . import active
 from .active import config_of, count_whole, here, spike, uncut
 from .base import Adapter, Example, Neuron, runner
 from .counting import running
@@ -47,7 +48,7 @@ class NorseAdapter(Adapter):
             for function, method in functions.items():
                 if not is_hook(function.apply):
                     upstream_apply[function] = function.apply
-                    function.apply = staticmethod(as_hook(_masked_apply(function.apply, method)))
+                    function.apply = staticmethod(as_hook(_masked_apply(function, function.apply, method)))
                 placed.note(function, "apply")
         sequences = dict.fromkeys((snn.SNN, snn.SNNRecurrent), _fused_sequence)
         steps = dict.fromkeys(_with_steps(), self._recorded_forward)
@@ -139,6 +140,8 @@ class NorseAdapter(Adapter):
         in_own_mode = _in_own_mode(upstream)
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if active.idle:
+                return upstream(module, *args, **kwargs)
             config = None if torch.compiler.is_compiling() else config_of(module)
             if config is None or not config.fuse_time:
                 return in_own_mode(module, *args, **kwargs)
@@ -275,15 +278,21 @@ def _fallback_state(module: Any, template: Tensor) -> Any:
 
 # --- hooks ---
 
+_NUMBERS = Tensor, nn.Parameter, float, int
 
-def _masked_apply(upstream: Callable[..., Tensor], method: str) -> Callable[..., Tensor]:
+
+def _masked_apply(function: Any, upstream: Callable[..., Tensor], method: str) -> Callable[..., Tensor]:
+    torchs = getattr(upstream, "__func__", None) is torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+    direct = plain_apply(function) if torchs else upstream
+
     # every threshold of every Norse neuron ends here; torch.compile reads the Function itself and stays exact
     def apply(x: Tensor, alpha: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return upstream(x, alpha)
         whole = here.whole
         if whole is not None:
-            return count_whole(whole[1], upstream(x, alpha))
+            plain = type(x) is Tensor and type(alpha) in _NUMBERS
+            return count_whole(whole[1], direct(x, alpha) if plain else upstream(x, alpha))
         config = active_config()
         if config is None:
             return upstream(x, alpha)

@@ -13,10 +13,12 @@ from ..core.config import active_config
 from ..core.dynamics import NeuronParams, NeuronSpec, NeuronState
 from ..core.equations import Equations
 from ..core.host import number, waits
+from . import active
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
 from .hooks import Placed, has_hooks, hook
 from .loading import installed_version
+from .snntorch_above import without_graph
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
 from .snntorch_kinds import Kind, kind_of, spike_function
@@ -42,7 +44,8 @@ class SnnTorchAdapter(Adapter):
         snn, placed = Classes(), self._placed
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, masked_method)
-            placed.note(snn.SpikingNeuron, method)
+        hook(snn.SpikingNeuron, "mem_reset", without_graph)
+        placed.note(snn.SpikingNeuron, "fire", "fire_inhibition", "mem_reset")
         for name in STATES:
             cls = getattr(snn, name)
             hook(cls, "forward", self._recorded_forward)
@@ -156,6 +159,8 @@ class SnnTorchAdapter(Adapter):
 
     def _recorded_forward(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if active.idle:
+                return upstream(module, *args, **kwargs)
             config = None if torch.compiler.is_compiling() else config_of(module)
             if config is None or not config.fuse_time:
                 return upstream(module, *args, **kwargs)

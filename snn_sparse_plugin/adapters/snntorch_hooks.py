@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import tally
 from ..core.config import SparseConfig
-from . import cut
+from . import active, cut
 from .active import (
     config_of,
     count_whole,
@@ -35,6 +36,8 @@ def _seen(neuron: nn.Module, spike_grad: SpikeFunction) -> nn.Module:
 
 def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def masked(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if active.idle:
+            return upstream(self, *args, **kwargs)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             whole = here.whole
@@ -50,9 +53,13 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if config is None:
             return upstream(self, *args, **kwargs)
         mem = args[-1] if args else kwargs.get("mem")
-        known = cut.kept(self)
-        if known is not None and known.config is config and _may_cut(mem) and known.holds(self):
-            return cut.fire(known, upstream, self, args, kwargs)
+        found = cut.look(id(self))
+        if found is not None and found[0].config is config and _may_cut(mem) and found[0].holds(self):
+            before, here.cut = here.cut, found[0]
+            try:
+                return upstream(self, *args, **kwargs)
+            finally:
+                here.cut = before
         way = uncut(config, mem)
         if way == "no_grad" and torch.is_grad_enabled():
             way = uncut(config, self.threshold)
@@ -82,8 +89,15 @@ def masked_method(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _may_cut(mem: Any) -> bool:
     """Whether a step on this membrane has a gradient, which nobody wants to know more of than that it is masked."""
-    gradient = type(mem) is Tensor and mem.requires_grad and torch.is_grad_enabled()
-    return gradient and here.whole is None and not here.settled and not is_watched()
+    return (
+        type(mem) is Tensor
+        and mem.requires_grad
+        and torch.is_grad_enabled()
+        and here.whole is None
+        and not here.settled
+        and not tally.watchers.blocks.get()  # is_watched, written out
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 class _Masked:

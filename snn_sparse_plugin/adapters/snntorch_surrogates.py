@@ -63,10 +63,10 @@ def recognise(function: SpikeFunction) -> Surrogate:
 
 def is_made_by_factory(function: Any) -> bool:
     """Whether this is what one of snnTorch's factories returns, or its disabled surrogate."""
-    return inspect.isfunction(function) and _form_of(function) is not None
+    return inspect.isfunction(function) and form_of(function) is not None
 
 
-def _form_of(function: Any) -> Any:
+def form_of(function: Any) -> Any:
     """What :func:`_codes` says of a function; None where it says nothing."""
     code = function.__code__
     found = _forms.get(id(code))
@@ -91,10 +91,10 @@ def depends_on(function: Any) -> tuple[Any, ...]:
 
 def _class_of(function: Any) -> Any:
     """The autograd Function that one of snnTorch's spike functions applies."""
-    return function.__globals__.get(_form_of(function)[0])
+    return function.__globals__.get(form_of(function)[0])
 
 
-def _is_upstreams(cls: Any) -> bool:
+def is_upstreams(cls: Any) -> bool:
     """Whether an autograd Function is snnTorch's own, and nobody has put another derivative in its place."""
     folder = os.path.dirname(str(import_module("snntorch").__file__))
     methods = [getattr(cls, name, None) for name in ("forward", "backward")]
@@ -103,10 +103,10 @@ def _is_upstreams(cls: Any) -> bool:
 
 def _by_code(function: Any) -> Surrogate | None:
     code: Any = function.__code__
-    _, kind, names = _form_of(function)
+    _, kind, names = form_of(function)
     if kind == "zero":
         return Surrogate(kind)
-    if not _is_upstreams(_class_of(function)):
+    if not is_upstreams(_class_of(function)):
         return None
     closure = dict(zip(code.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
     return _surrogate(kind, *(closure[name] for name in names))
@@ -117,7 +117,7 @@ def _by_class(function: SpikeFunction) -> Surrogate | None:
     cls = getattr(function, "__self__", None)
     if getattr(function, "__name__", "") != "apply" or not isinstance(cls, type):
         return None
-    if not _is_upstreams(cls):
+    if not is_upstreams(cls):
         return None
     known = import_module("snntorch.surrogate")
     if cls is known.Heaviside:

@@ -38,6 +38,10 @@ class ByIdentity(Generic[V]):
         """Forget what is known, if anything is."""
         self._found.pop(id(key), None)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._found.clear()
+
 
 def _forget(found: dict[int, Any], key: int, _: Any) -> None:
     found.pop(key, None)

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from . import registry
@@ -93,6 +93,16 @@ class SparseConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
 
+    @cached_property
+    def text(self) -> str:
+        """``repr(self)``, made once: asked whenever sparse mode is entered."""
+        return repr(self)
+
+    @cached_property
+    def steps_whole(self) -> bool:
+        """Whether loops are recorded, and steps of those for which that does not pay have upstream's gradient."""
+        return self.fuse_time and self.backprop_threshold in (None, "auto")
+
     def updated(self, **overrides: Any) -> SparseConfig:
         """A copy with some options changed; an unknown option raises :class:`ConfigError`."""
         if not overrides:
@@ -155,21 +165,27 @@ def _updated(config: SparseConfig, overrides: tuple[tuple[str, type, Any], ...])
 
 
 _active: Scoped[SparseConfig | None] = Scoped("snn_sparse_plugin.core.config")
+active_blocks = _active.blocks
 
 
 def active_config() -> SparseConfig | None:
     """The config of the innermost enclosing sparse context of this thread or task, or None outside."""
-    blocks = _active.blocks.get()  # written out: it is asked several times a step
+    blocks = active_blocks.get()  # written out: it is asked several times a step
     return blocks[-1][0] if blocks else None
 
 
 def current_config() -> SparseConfig:
     """The active config, or the defaults outside any sparse context."""
-    return _active.get() or _defaults(os.environ.get("SNN_SPARSE_FUSE"))
+    return active_config() or _defaults(_environment.get(_FUSE))
+
+
+# the mapping behind os.environ, which raises two errors within for a variable that is not set
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_FUSE = "SNN_SPARSE_FUSE" if _environment is os.environ else os.environ.encodekey("SNN_SPARSE_FUSE")
 
 
 @lru_cache(maxsize=4)
-def _defaults(_: str | None) -> SparseConfig:
+def _defaults(_: Any) -> SparseConfig:
     # asked at every step of a neuron, and compared by identity
     return SparseConfig()
 

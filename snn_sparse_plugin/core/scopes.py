@@ -46,4 +46,8 @@ class Block(Generic[V]):
         return self.mine[0]
 
     def __exit__(self, *_: object) -> None:
-        self.blocks.set(tuple(block for block in self.blocks.get() if block is not self.mine))
+        blocks = self.blocks.get()
+        if blocks and blocks[-1] is self.mine:
+            self.blocks.set(blocks[:-1])
+        else:
+            self.blocks.set(tuple(block for block in blocks if block is not self.mine))

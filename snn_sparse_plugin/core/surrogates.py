@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import registry, tally
+from . import host, registry, tally
 from .errors import ConfigError, FusionError
 from .host import waits
 
@@ -112,6 +112,11 @@ class Surrogate:
         """The parameters, padded to the two slots of the compiled backends."""
         first, second, *_ = (*self.params, 0.0, 0.0)
         return first, second
+
+    @cached_property
+    def numbers(self) -> tuple[int, float, float]:
+        """:attr:`code` and :attr:`packed`."""
+        return self.code, *self.packed
 
     def grad(self, x: Tensor) -> Tensor:
         """sigma'(x), same shape and dtype as ``x``."""
@@ -253,9 +258,9 @@ class _MaskedSpike(torch.autograd.Function):
             elif min_active > 0:
                 guard = partial(ctx.ran.count, "guard")
                 ctx.ran.count_later(keep.all() & ~close.all(), "masked", guard)
-        ctx.ran.count("exact" if ctx.exact else "masked")
+        ran.count_soon("exact" if ctx.exact else "masked")
         if ctx.exact:
-            ctx.ran.count("guard")
+            ran.count_soon("guard")
         if tally.watchers.blocks.get():
             tally.show(spikes, _mask(ctx, keep, x), _steps(x, sequence))
         ctx.save_for_backward(x, None if ctx.exact else keep)
@@ -268,7 +273,7 @@ class _MaskedSpike(torch.autograd.Function):
         if ctx.exact:
             out = (grad * ctx.surrogate.grad(x)).to(x.dtype)
             return out, None, None, None, None, None, None
-        ctx.ran.count("backward")
+        ctx.ran.count_soon("backward")
         if ctx.kernels is not None and not again and grad.dtype == x.dtype:
             out = ctx.kernels.passed(grad, x, ctx.passing, ctx.surrogate)
         else:
@@ -284,16 +289,21 @@ def _mask(ctx: Any, keep: Tensor | None, x: Tensor) -> Tensor:
     return torch.from_numpy(ctx.passing).view(x.shape) if keep is None else keep
 
 
-# Function.apply without what it does for torch.func, whose transforms do not come here
-apply_masked: Callable[..., Tensor] = torch._C._FunctionBase.__dict__["apply"].__get__(None, _MaskedSpike)
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """``function.apply`` without what that does for ``torch.func``, where none of its transforms is active."""
+    return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)  # type: ignore[no-any-return]
+
+
+apply_masked = plain_apply(_MaskedSpike)
 
 
 def _kernels_for(x: Tensor) -> Any:
     """The compiled kernels for a step; None where torch's operators make it."""
     if torch._C._is_tracing():  # sizes are tensors then
         return None
-    fits = x.dim() > 1 and x.dtype in _COMPILED and x.is_contiguous() and x.numel()
-    return registry.conversions(x.device.type) if fits and not waits(x) else None
+    device = x.device.type  # waits, written out
+    fits = device in host.HOSTS and x.dtype in _COMPILED and x.dim() > 1 and x.is_contiguous() and x.numel()
+    return registry.conversions(device) if fits else None
 
 
 _COMPILED = torch.float32, torch.float64

@@ -43,22 +43,34 @@ class Record:
 
     kind: str
     reason: str = ""
-    calls: dict[str, int] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
     module: bool = True  # False: stands for calls outside any module
     refused: str = ""  # what the last call had that kept it from running fused
     origin: Record | None = None  # that of the module of which this one is a copy
     copies: dict[str, int] = field(default_factory=dict)  # what the copies did
-    soon: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEPPED, 0), repr=False)
+    soon: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WAYS, 0), repr=False)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often it ran in each way, up to now."""
+        catch_up()
+        return self.counted
 
     def count(self, way: str, n: int = 1) -> None:
         if _here.aside:
             return
         with _lock:
-            _count(_classes, self, self.calls, way, n)
+            _count(_classes, self, self.counted, way, n)
             if self.origin is not None:
                 self.origin.copies[way] = self.origin.copies.get(way, 0) + n
             for account in _accounts:
                 _count(account.classes, self, account.calls.setdefault(self, {}), way, n)
+
+    def count_soon(self, way: str) -> None:
+        """:meth:`count` for what hardly takes longer itself: made up by :func:`catch_up`."""
+        if not _here.aside:
+            self.soon[way] += 1  # no lock: no other thread comes in between
+            uncounted.add(self)
 
     def count_later(self, happened: Tensor, name: str, tell: Callable[[int], None]) -> None:
         """Count on its device whether a 0-dim tensor is true; ``tell`` gets the number when counts are read.
@@ -77,7 +89,7 @@ class Record:
         """The reason as it is now: options of a module may have been set since it first ran."""
         with _lock:
             if reason != self.reason:
-                _look(_classes, self, self.calls, reason)
+                _look(_classes, self, self.counted, reason)
                 for account in _accounts:
                     _look(account.classes, self, account.calls.get(self, {}), reason)
             self.reason = reason
@@ -154,6 +166,7 @@ def of(module: Any, describe: Callable[[Any], str], origin: Record | None = None
     """
     found = _records.get(id(module))
     if found is None:
+        catch_up()  # so that no more records wait than there were modules, which may be gone
         record = Record(type(module).__name__, describe(module))
         # the callback takes no lock: it may run while this thread holds it
         entry = record, ref(module, partial(_forget, id(module))), describe
@@ -258,6 +271,8 @@ def account() -> Iterator[Account]:
 
 def catch_up() -> None:
     """Count what ``soon`` holds of the records in :data:`uncounted`."""
+    if not uncounted or _here.aside:
+        return
     with _lock:
         while uncounted:
             record = uncounted.pop()
@@ -286,7 +301,7 @@ def _settle() -> None:
     fold()
     for record, reference, describe in list(_records.values()):
         module = reference()
-        if module is not None and STEPPED & record.calls.keys():
+        if module is not None and STEPPED & record.counted.keys():
             record.look(describe(module))
 
 
@@ -298,6 +313,6 @@ def clear() -> None:
     with _lock:
         _classes.clear()
         for record in [_outside, *(entry[0] for entry in list(_records.values()))]:
-            record.calls.clear()
+            record.counted.clear()
             record.refused = ""
             record.copies.clear()

@@ -13,15 +13,17 @@ from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..adapters import cut, loaded_adapters
+from ..adapters import active, cut
 from ..adapters.active import here as firing
+from ..core import registry
+from ..core.surrogates import plain_apply
 from . import functions as _functions  # noqa: F401, answers calls on recorded steps
 from .aliases import note_alias
 from .context import here
 from .flush import flush, realize
 from .native import apart
 from .places import check_place, checked
-from .recorded import Filled
+from .recorded import Filled, Recorded
 
 _installed = False
 _lock = threading.RLock()
@@ -63,11 +65,14 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
     # not there yet could not become part of the graph
     @wraps(upstream)
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if (active.idle and Recorded not in map(type, args)) or torch.compiler.is_compiling():
             return upstream(cls, *args, **kwargs)
         if here.record is not None:
             realize((args, kwargs), cls.__name__)
-        if _takes_tensors_alone(cls):
+        direct = _of_a_threshold(cls)
+        if direct is not None:
+            if firing.whole is not None and not kwargs:
+                return direct(*args)
             known = firing.cut
             if known is None or known.applies is not cls:
                 return upstream(cls, *args, **kwargs)
@@ -82,9 +87,11 @@ def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=256)
-def _takes_tensors_alone(cls: type[Function]) -> bool:
-    """Whether no neuron can run in this function: those that every step of a neuron calls."""
-    return any(cls.__module__ in adapter.functions for adapter in loaded_adapters())
+def _of_a_threshold(cls: type[Function]) -> Callable[..., Any] | None:
+    """The short way into a function that every step of a neuron calls, in which no neuron can run; None for others."""
+    # of all adapters, hooked or not: it is asked once
+    known = any(cls.__module__ in adapter.functions for adapter in registry.load_all("adapters").values())
+    return plain_apply(cls) if known else None
 
 
 def _on_real(upstream: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import config_of, cuts_nothing, is_hook, run_whole
-from ..core.config import active_config
+from ..adapters import active, config_of, has_hooks, is_hook
+from ..adapters.active import here as firing
+from ..core import tally
+from ..core.config import active_blocks, active_config
 from .context import here, mode_to_record
 from .flush import flush
 from .governor import ShortWay, backoff
 from .nodes import NeuronNode, Node
 from .record import Record
 from .recorded import Recorded
-from .sources import MODULE_CALL, is_listened_to
+from .sources import CALL_IMPL, MODULE_CALL, is_listened_to
 
 _lock = threading.RLock()
 
@@ -93,9 +95,12 @@ def are_numbers(args: tuple[Any, ...], module: nn.Module | None = None) -> bool:
     """Whether the arguments of a step, and the states inside the module, are plain tensors: written out, as it is
     asked at every step."""
     for x in args:
-        kind = type(x)
-        if kind is not Tensor and x is not None and not (isinstance(x, tuple) and are_numbers(x)):
-            return False
+        if type(x) is not Tensor and x is not None:
+            if not isinstance(x, tuple):
+                return False
+            for part in x:
+                if type(part) is not Tensor and not are_numbers((part,)):
+                    return False
     if module is not None:
         for x in module._buffers.values():
             if type(x) is Recorded:
@@ -117,7 +122,7 @@ def hooked_forward(module: nn.Module) -> Any:
 
 def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and not kwargs:
+        if args and not (kwargs or active.idle):
             # the last argument is the state, or the input where the module keeps its state: never recorded in a graph
             if type(args[-1]) is Recorded:
                 record = here.record
@@ -132,13 +137,17 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
                     found = advance(record, node, args)
                     if found is not None:
                         return found
-            elif not torch.compiler.is_compiling():
+            elif not torch.compiler.is_dynamo_compiling():
                 known = backoff.look(id(self))
                 rest = None if known is None else known[0]
                 way = rest.way if rest is not None and rest.left and rest.fed else None
                 if rest is not None and way is not None and _goes_short(self, way, args):
                     rest.left -= 1
-                    return run_whole(way.bare, self, args, way.record)
+                    before, firing.whole = firing.whole, (self, way.record)  # run_whole, written out
+                    try:
+                        return way.bare(self, *args)
+                    finally:
+                        firing.whole = before
         return super(cls, self).__call__(*args, **kwargs)
 
     return __call__
@@ -146,16 +155,23 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _goes_short(module: nn.Module, way: ShortWay, args: tuple[Any, ...]) -> bool:
     """Whether the runner's ``step`` would run upstream's forward as it is, on these very arguments."""
-    config = active_config() if way.unmarked else config_of(module)
+    blocks = active_blocks.get()  # active_config, written out, as are is_listened_to and cuts_nothing below
+    config = (blocks[-1][0] if blocks else None) if way.unmarked else config_of(module)
     record = here.record
     return (
         config is not None
-        and config.fuse_time
+        and config.steps_whole
         and way.hooked is type(module).forward
         and "forward" not in module.__dict__
         and not here.paused
         and (record is None or id(module) not in record.neurons)
         and are_numbers(args, module)
-        and not is_listened_to(module)
-        and cuts_nothing(config)
+        and _Module.__call__ is MODULE_CALL
+        and _Module._call_impl is CALL_IMPL
+        and not has_hooks(module)
+        and not tally.watchers.blocks.get()
+        and not _transformed()
     )
+
+
+_Module, _transformed = nn.Module, torch._C._are_functorch_transforms_active

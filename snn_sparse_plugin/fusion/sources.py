@@ -25,16 +25,20 @@ from .nodes import InputNode
 from .record import open_record
 from .recorded import Recorded
 
-MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+MODULE_CALL, CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _Module, _Linear = nn.Module, nn.Linear
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _feeding: ByIdentity[ref[nn.Module]] = ByIdentity()  # layers, and the neuron that each feeds
+_looked_at: ByIdentity[int] = ByIdentity()  # others, and how many of their calls within blocks were looked at
 _lock = threading.RLock()
 _inside = 0
 _for_good: Any = None  # the block that never ends
 
 SEARCH = 256
 """Calls of layers, outside a block, among which the one is looked for that feeds a neuron."""
+ENOUGH_OF_ONE = 64
+"""Calls of a layer, within blocks, that no neuron has read, after which it is not looked at: it is the last, or stands
+in a neuron."""
 
 
 class _Recent(threading.local):
@@ -49,8 +53,8 @@ _recent = _Recent()
 class watched:
     """Inside the block, layers with weights that feed neurons take part in the record although their input is plain.
 
-    Which ones feed neurons is seen the first time that a neuron gets their output. The classes keep the hook until one
-    of their layers is called outside: to change a class costs its next call more than most steps.
+    Which ones feed neurons is seen the first time that a neuron gets their output. A class keeps the hook until one of
+    its layers is called outside: to change a class costs its next call more than most steps.
     """
 
     __slots__ = ()
@@ -70,9 +74,9 @@ class watched:
 
 
 @atexit.register  # before the interpreter clears what the hooks use
-def _unhook() -> None:
+def _unhook(*classes: type[nn.Module]) -> None:
     with _lock:
-        for cls in () if _inside else _LAYERS:
+        for cls in () if _inside else classes or _LAYERS:
             if cls.__dict__.get("__call__") is _CALLS[cls]:
                 with suppress(AttributeError):  # a finalizer that comes in between has done it
                     del cls.__call__  # type: ignore[attr-defined]
@@ -92,10 +96,10 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _inside:
             if not torch.compiler.is_compiling():
-                _unhook()
+                _unhook(cls)
         elif len(args) == 1 and not kwargs:
             if type(args[0]) is not Recorded:
-                found = None if _feeds_resting(self) else _of_plain(cls, self, args[0])
+                found = None if _stays_plain(self) else _of_plain(cls, self, args[0])
             else:
                 found = _linear(self, args[0]) if type(self) is _Linear else None
             if found is not None:
@@ -105,15 +109,18 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
     return __call__
 
 
-_CALLS = {cls: _call_of(cls) for cls in _LAYERS}
+_CALLS: dict[type[nn.Module], Any] = {cls: _call_of(cls) for cls in _LAYERS}
 
 
-def _feeds_resting(self: Any) -> bool:
-    """Whether :func:`_of_plain` would find nothing, as the layer's neuron is not recorded now."""
+def _stays_plain(self: Any) -> bool:
+    """Whether :func:`_of_plain` would find nothing, as the layer feeds no neuron, or one that is not recorded now."""
     if torch.compiler.is_compiling():
         return False
     fed = _feeding.look(id(self))
-    rest = None if fed is None else backoff.look(id(fed[0]()))  # will_rest, written out
+    if fed is None:
+        looked_at = _looked_at.look(id(self))
+        return looked_at is not None and looked_at[0] >= ENOUGH_OF_ONE
+    rest = backoff.look(id(fed[0]()))  # will_rest, written out
     if rest is None or not rest[0].left:
         return False
     return here.record is None or id(self) not in here.record.inputs
@@ -135,7 +142,10 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     record = here.record
     node = None if record is None else record.inputs.get(id(self))
     if config is None or (node is None and fed is None):
-        _recent.left = max(0, _recent.left - 1)
+        if config is None:
+            _recent.left -= 1
+        elif not _looks_at(self):
+            return None
         out = super(cls, self).__call__(x)
         if type(out) is Tensor:
             _recent.calls.append((self, ref(out), out.grad_fn))
@@ -164,6 +174,16 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
     return found
 
 
+def _looks_at(module: nn.Module) -> bool:
+    """Whether another call of a layer is looked at that feeds no neuron up to now. What was found is let go of with the
+    last: it holds graphs."""
+    looked_at = (_looked_at.get(module) or 0) + 1
+    _looked_at[module] = looked_at
+    if looked_at >= ENOUGH_OF_ONE:
+        _recent.calls.clear()
+    return looked_at < ENOUGH_OF_ONE
+
+
 def _linear(self: nn.Linear, x: Recorded) -> Any:
     """What the layer's own ``__call__`` comes to, without its detours; None where it is more than its forward."""
     own = _own_parameters(self)
@@ -184,7 +204,7 @@ def _own_parameters(self: nn.Linear) -> tuple[Any, Any] | None:
 
 def is_listened_to(module: nn.Module) -> bool:
     """Whether a call of the module does more than its forward: hooks, or a tracer of graphs in Module.__call__."""
-    return _Module.__call__ is not MODULE_CALL or _Module._call_impl is not _CALL_IMPL or has_hooks(module)
+    return _Module.__call__ is not MODULE_CALL or _Module._call_impl is not CALL_IMPL or has_hooks(module)
 
 
 def _entering(
@@ -217,7 +237,7 @@ def note_feeding(x: Tensor, neuron: nn.Module) -> None:
     """A neuron got this plain tensor: remember the layer that made it, if one did."""
     if active_config() is None:
         watch()
-    if not _recent.calls:
+    if not (_recent.calls or _looked_at):
         return
     grad_fns: list[Any] = [x.grad_fn]
     seen: list[Any] = []
@@ -226,7 +246,14 @@ def note_feeding(x: Tensor, neuron: nn.Module) -> None:
         if grad_fn is not None and not any(grad_fn is other for other in seen):
             seen.append(grad_fn)
             grad_fns += [n for n, _ in grad_fn.next_functions]
-    for module, out, grad_fn in _recent.calls:
-        if out() is x or (grad_fn is not None and any(grad_fn is other for other in seen)):
-            _feeding[module] = ref(neuron)
+    made = [
+        module
+        for module, out, grad_fn in _recent.calls
+        if out() is x or (grad_fn is not None and any(grad_fn is other for other in seen))
+    ]
+    for module in made:
+        _feeding[module] = ref(neuron)
+        _looked_at.pop(module)
+    if seen and not made:
+        _looked_at.clear()  # one of the layers that fed none
     _recent.calls.clear()

@@ -18,7 +18,14 @@ norse = pytest.importorskip("norse.torch")
 from snntorch import surrogate  # noqa: E402
 
 import snn_sparse_plugin as ssp  # noqa: E402
-from snn_sparse_plugin import ConfigError, InputError, restore, sparse_mode, sparsify  # noqa: E402
+from snn_sparse_plugin import (  # noqa: E402
+    ConfigError,
+    InputError,
+    UnsupportedError,
+    restore,
+    sparse_mode,
+    sparsify,
+)
 from snn_sparse_plugin.core.config import active_config  # noqa: E402
 
 WINDOW = {"backprop_threshold": 0.1, "min_active": 0}
@@ -125,6 +132,17 @@ class TestSparseMode:
             return await asyncio.gather(sparse(), plain(), sparse())
 
         assert asyncio.run(both()) == [True, False, True]
+
+    def test_one_block_after_the_other(self, probe):
+        block = sparse_mode(**WINDOW)
+        for _ in range(2):
+            with block as config:
+                assert active_config() is config
+                assert probe.masked()
+                with pytest.raises(UnsupportedError, match="call sparse_mode\\(\\) again"):
+                    block.__enter__()
+            assert not probe.masked()
+            assert active_config() is None
 
     def test_as_a_decorator(self, probe):
         @sparse_mode(**WINDOW)

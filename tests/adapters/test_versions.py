@@ -21,6 +21,7 @@ from norse.torch.module.snn import SNNCell  # noqa: E402
 from snn_sparse_plugin import sparse_mode, sparsify, unroll  # noqa: E402
 from snn_sparse_plugin.adapters import loading  # noqa: E402
 from snn_sparse_plugin.core import registry  # noqa: E402
+from snn_sparse_plugin.fusion import boundaries  # noqa: E402
 from snn_sparse_plugin.interfaces.cli import app  # noqa: E402
 
 RANGES = {"snntorch": "0.9.4 to 1.0", "norse": "1.1"}
@@ -31,6 +32,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which no library has been hooked yet; the hooks themselves are set once."""
     monkeypatch.setattr(loading, "_installed", [])
     monkeypatch.setattr(loading, "_refused", [])
+    monkeypatch.setattr(loading, "_found", None)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, library: str, version: str) -> list[str]:
@@ -99,6 +101,18 @@ class TestVersions:
         monkeypatch.setattr(type(registry.load("adapters", "snntorch")), "install", broken)
         with pytest.raises(AttributeError, match="no such class"):
             install(monkeypatch, "snntorch", "1.0.0")
+
+    def test_it_is_masked_once_it_is_hooked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        neuron = snntorch.Leaky(0.9, init_hidden=True)
+        x = torch.randn(2, 30, requires_grad=True)
+        with sparse_mode(fuse_time=False, backprop_threshold=0.1, min_active=0):
+            boundaries._of_a_threshold.cache_clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(loading, "_refused", [registry.load("adapters", "snntorch")])
+                snntorch.surrogate.atan()(x)
+            for _ in range(2):  # as it is decided, and as it was
+                (grad,) = torch.autograd.grad(neuron(x).sum(), x)
+        assert (grad == 0).any()
 
     def test_doctor_shows_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["optional"]

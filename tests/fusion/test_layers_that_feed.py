@@ -119,6 +119,34 @@ def test_the_search_for_the_layer_ends() -> None:
     assert not sources._recent.calls, before
 
 
+def test_what_a_layer_makes_that_feeds_no_neuron_is_not_kept() -> None:
+    last = nn.Linear(M, N)
+    with ssp.sparse_mode():
+        for _ in range(sources.ENOUGH_OF_ONE - 1):
+            last(torch.rand(B, M))
+        assert sources._recent.calls  # of 32 calls the graphs
+        for _ in range(2):
+            last(torch.rand(B, M))
+            assert not sources._recent.calls
+
+
+def test_a_layer_that_feeds_a_neuron_later_is_found() -> None:
+    fc, lif, x = nn.Linear(M, N), snn.Leaky(beta=0.5), torch.rand(B, M)
+    kinds = []
+    with ssp.sparse_mode():
+        for _ in range(2 * sources.ENOUGH_OF_ONE):
+            fc(x)
+        for _ in range(3):
+            mem, total = torch.zeros(B, N), 0
+            for _ in range(20):
+                current = fc(x)
+                spikes, mem = lif(current, mem)
+                total = total + spikes
+            kinds.append(type(current))
+            total.sum().item()
+    assert kinds == [Tensor, Recorded, Recorded]
+
+
 def test_fuse_time_off_is_heard() -> None:
     net = Net(snn)
     ssp.sparsify(net)
@@ -140,11 +168,11 @@ def test_layers_are_torchs_own_again_from_the_first_call_outside(monkeypatch: py
     assert hooked is not nn.Module.__call__
     expected = nn.functional.linear(x, fc.weight, fc.bias)
     assert torch.equal(fc(x), expected)
-    assert all(cls.__call__ is nn.Module.__call__ for cls in sources._LAYERS)
+    assert nn.Linear.__call__ is nn.Module.__call__
     with ssp.sparse_mode():
         assert nn.Linear.__call__ is hooked
     sources._unhook()
-    assert nn.Linear.__call__ is nn.Module.__call__
+    assert all(cls.__call__ is nn.Module.__call__ for cls in sources._LAYERS)
 
 
 def test_a_call_put_in_place_of_torchs_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,20 @@ def test_resting_steps_are_counted_and_watched() -> None:
     assert tally.by_class()["Leaky"].calls["exact"] == 8
 
 
+def test_resting_steps_are_counted_while_the_block_is_open() -> None:
+    net, x = resting_network()
+    tally.clear()
+    with ssp.sparse_mode():
+        for n in (1, 2):
+            loop(net, x)
+            assert record_of(net.lif).calls["exact"] == 4 * n
+    with tally.account() as account, ssp.sparse_mode():
+        loop(net, x)
+        with tally.aside():
+            assert record_of(snn.Leaky(0.5)).calls == {}  # a new record
+    assert account.classes["Leaky"].calls == {"exact": 4}
+
+
 def test_a_resting_step_takes_recorded_numbers() -> None:
     net, x = resting_network()
     other = snn.Leaky(0.875)

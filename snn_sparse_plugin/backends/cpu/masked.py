@@ -41,28 +41,29 @@ BLOCK = 1024
 
 @kernel()
 def _pass(grad, x, keep, kind, first, second, out):  # type: ignore[no-untyped-def]
+    S, N = keep.shape
     slope = np.empty(BLOCK, x.dtype)
     zero = x.dtype.type(0)
-    for start in range(0, len(x), BLOCK):
-        here = x[start : start + BLOCK]
-        surrogate_row(kind, first, second, -1.0, here, slope)
-        for n in range(len(here)):
-            out[start + n] = grad[start + n] * slope[n] if keep[start + n] else zero
+    for s in range(S):
+        for start in range(0, N, BLOCK):
+            here = x[s, start : start + BLOCK]
+            surrogate_row(kind, first, second, -1.0, here, slope[: len(here)])
+            for n in range(len(here)):
+                out[s, start + n] = grad[s, start + n] * slope[n] if keep[s, start + n] else zero
 
 
 def fire(x: Tensor, S: int, window: float, min_active: float) -> tuple[Tensor, np.ndarray, int, int]:
     """Spikes of ``x``, membrane minus threshold, and which of its elements pass a gradient: -> (spikes, bool (S, N),
     how many are near, how many pass). ``S``: a neuron has this many samples, the rows of ``x``. One that is near in a
     smaller fraction of them than ``min_active`` passes all."""
-    spikes, rows = torch.empty_like(x), array(x).reshape(S, -1)
-    keep = np.empty(rows.shape, np.bool_)
-    near, kept = _fire(rows, window, min_active * S, array(spikes).reshape(S, -1), keep)
+    shape, spikes = (S, x.numel() // S), torch.empty_like(x)
+    keep = np.empty(shape, np.bool_)
+    near, kept = _fire(array(x, shape), window, min_active * S, array(spikes, shape), keep)
     return spikes, keep, near, kept
 
 
 def passed(grad: Tensor, x: Tensor, keep: np.ndarray, surrogate: Surrogate) -> Tensor:
     """``grad`` times the surrogate's derivative at ``x`` where ``keep``, else 0."""
-    out = torch.empty_like(x)
-    numbers = array(grad).reshape(-1), array(x).reshape(-1), keep.reshape(-1)
-    _pass(*numbers, surrogate.code, *surrogate.packed, array(out).reshape(-1))
+    shape, out = keep.shape, torch.empty_like(x)
+    _pass(array(grad, shape), array(x, shape), keep, *surrogate.numbers, array(out, shape))
     return out

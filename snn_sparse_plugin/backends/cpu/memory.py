@@ -32,8 +32,8 @@ class _Memory(ctypes.c_char * (1 << 46)):  # as large as an address space: only 
 _at, _new = _Memory.from_address, np.ndarray
 
 
-def array(x: Tensor) -> np.ndarray:
-    """The numbers of a CPU tensor, without a copy where it is contiguous.
+def array(x: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The numbers of a CPU tensor, without a copy where it is contiguous, in another shape if one is given.
 
     ``Tensor.numpy`` would note on the memory, for good, that something outside torch may write to it: torch then
     resizes it no more, and time fusion has to copy it (:mod:`snn_sparse_plugin.fusion.aliases`).
@@ -47,9 +47,10 @@ def array(x: Tensor) -> np.ndarray:
     # half of the time of numpy's array interface; a call asks for twenty arrays
     memory = _at(x.data_ptr())
     memory.tensor = x
-    if strides is None:
-        return _new(x.shape, kind, memory)
-    return np.ascontiguousarray(_new(x.shape, kind, memory, 0, strides))
+    if strides is not None:
+        kept = np.ascontiguousarray(_new(x.shape, kind, memory, 0, strides))
+        return kept if shape is None else kept.reshape(shape)
+    return _new(x.shape if shape is None else shape, kind, memory)
 
 
 PINNED = "_snn_sparse_pinned"
