@@ -176,16 +176,11 @@ def active_config() -> SparseConfig | None:
 
 def current_config() -> SparseConfig:
     """The active config, or the defaults outside any sparse context."""
-    return active_config() or _defaults(_environment.get(_FUSE))
-
-
-# the mapping behind os.environ, which raises two errors within for a variable that is not set
-_environment: Any = getattr(os.environ, "_data", os.environ)
-_FUSE = "SNN_SPARSE_FUSE" if _environment is os.environ else os.environ.encodekey("SNN_SPARSE_FUSE")
+    return active_config() or _defaults(os.environ.get("SNN_SPARSE_FUSE"))
 
 
 @lru_cache(maxsize=4)
-def _defaults(_: Any) -> SparseConfig:
+def _defaults(_: str | None) -> SparseConfig:
     # asked at every step of a neuron, and compared by identity
     return SparseConfig()
 
