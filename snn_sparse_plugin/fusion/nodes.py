@@ -185,9 +185,11 @@ class InputNode(FunctionNode):
     def follow(self, x: Tensor) -> bool:
         """Note an input that is the one before again, or the next slice of the tensor of all: whether it is one."""
         record, argument = self.record, self.arguments[0]
-        if not record.enter():
+        if record.entered():
             return False
-        try:
+        with record.lock:  # record.enter(), written out
+            if record.closed:
+                return False
             if type(argument) is Slices:
                 if not argument.take(x):
                     return False
@@ -201,8 +203,6 @@ class InputNode(FunctionNode):
             self.order.append(record.calls)
             record.calls += 1
             return True
-        finally:
-            record.leave()
 
     def take(self, x: Tensor) -> None:
         """Note the next input, whatever it is."""

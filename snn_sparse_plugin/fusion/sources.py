@@ -98,10 +98,13 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
             if not torch.compiler.is_compiling():
                 _unhook(cls)
         elif len(args) == 1 and not kwargs:
-            if type(args[0]) is not Recorded:
-                found = None if _stays_plain(self) else _of_plain(cls, self, args[0])
+            x = args[0]
+            if type(x) is Recorded:
+                found = _linear(self, x) if type(self) is _Linear else None
             else:
-                found = _linear(self, args[0]) if type(self) is _Linear else None
+                found = _next_of_plain(cls, self, x)
+                if found is None and not _stays_plain(self):
+                    found = _of_plain(cls, self, x)
             if found is not None:
                 return found
         return super(cls, self).__call__(*args, **kwargs)
@@ -110,6 +113,20 @@ def _call_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 _CALLS: dict[type[nn.Module], Any] = {cls: _call_of(cls) for cls in _LAYERS}
+
+
+def _next_of_plain(cls: Any, self: Any, x: Any) -> Any:
+    """What :func:`_of_plain` comes to at most steps: the next slice of a tensor, for a Linear that is recorded."""
+    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or type(self) is not _Linear:
+        return None
+    record, config = here.record, active_config()
+    node = None if record is None else record.inputs.get(id(self))
+    if node is None or config is None or not config.fuse_time:
+        return None
+    mode, own = mode_to_record(), _own_parameters(self)
+    if mode is None or own is None or node.mode != mode or not node.follow(x):
+        return None
+    return _entered(cls, self, node, own, mode)
 
 
 def _stays_plain(self: Any) -> bool:
@@ -161,7 +178,11 @@ def _of_plain(cls: Any, self: Any, x: Any) -> Any:
         node = _entering(node, self, x, mode, config)
         if node is None:
             return None
-    own = _own_parameters(self) if type(self) is _Linear else None
+    return _entered(cls, self, node, _own_parameters(self) if type(self) is _Linear else None, mode)
+
+
+def _entered(cls: Any, self: Any, node: InputNode, own: tuple[Any, Any] | None, mode: int) -> Any:
+    """The layer's result on the newest input of its node."""
     found = None if own is None else next_linear((node, len(node.order) - 1, 0), *own, mode)
     if found is None:
         if not node.record.enter():
@@ -197,7 +218,14 @@ def _own_parameters(self: nn.Linear) -> tuple[Any, Any] | None:
     """Weight and bias, where a call multiplies with them and does nothing else."""
     held = self.__dict__
     own = held["_parameters"]
-    if "weight" in own and "bias" in own and "forward" not in held and not is_listened_to(self):
+    if (
+        "weight" in own
+        and "bias" in own
+        and "forward" not in held
+        and _Module.__call__ is MODULE_CALL  # is_listened_to, written out
+        and _Module._call_impl is CALL_IMPL
+        and not has_hooks(self)
+    ):
         return own["weight"], own["bias"]
     return None
 
