@@ -40,8 +40,8 @@ def test_exp_of_the_ends_and_of_nan(dtype):
 
 
 @numba.njit
-def product_of(nu, panels, start, stop, b, block, row):
-    multiply(nu, panels, start, stop, b, block, row)
+def product_of(nu, panels, start, stop, b, block, row, factor):
+    multiply(nu, panels, start, stop, b, block, row, factor)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 6, 8, 13, 32])
@@ -49,11 +49,12 @@ def product_of(nu, panels, start, stop, b, block, row):
 def test_the_product_of_a_chunk(steps, K, M):
     g = torch.Generator().manual_seed(steps)
     nu, weight = torch.randn(40, 2, K, generator=g), torch.randn(K, M, generator=g)
-    block = zero_rows(40, M, np.dtype("f4"))
-    product_of(nu.numpy(), panels_of(weight, np.dtype("f4")), 3, 3 + steps, 1, block, 2)
-    expected = nu[3 : 3 + steps, 1] @ weight
+    block, factors = zero_rows(80, M, np.dtype("f4")), torch.randn(steps, M, generator=g)
+    block[45 : 45 + steps, :M] = factors
+    product_of(nu.numpy(), panels_of(weight, np.dtype("f4")), 3, 3 + steps, 1, block, 2, 45)
+    expected = factors * (nu[3 : 3 + steps, 1] @ weight)
     torch.testing.assert_close(torch.from_numpy(block)[2 : 2 + steps, :M], expected, rtol=1e-4, atol=1e-4)
-    assert not block[2 + steps :].any()
+    assert not block[2 + steps : 45].any()
     assert not block[:2].any()
 
 
