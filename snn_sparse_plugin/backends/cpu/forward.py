@@ -12,21 +12,16 @@ from ...core.backend import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
 from .rows import (
-    BIAS,
     DISTANCE,
     IN,
     OWN,
     REC,
-    RESET,
-    ROWS,
-    SYNAPTIC,
     THRESHOLD,
     Code,
-    V,
     add_rows,
     advance_kernel,
-    copy_columns,
     copy_row,
+    from_bias,
     is_plain,
     load2,
     load3,
@@ -69,12 +64,8 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         N = v_state.shape[1]
         dtype = v_state.dtype
         padded = -(-N // LANES) * LANES
-        # as long as a padded row of weights: without a remainder, the sum is a fifth faster. In one piece, as each way
-        # to make an array is compiled, too
-        rows, in_x, in_rec = np.zeros((ROWS, padded), dtype), np.int64(IN), np.int64(REC)
-        x, rec, v, i = rows[in_x, :N], rows[in_rec, :N], rows[V, :N], rows[SYNAPTIC, :N]
-        reset, distance = rows[RESET, :N], rows[DISTANCE]
-        own_rows(rows, params, bias, subtracts)
+        rows, x, rec, v, i, reset, _ = own_rows(params, bias, subtracts, padded)
+        in_x, in_rec, distance = np.int64(IN), np.int64(REC), rows[DISTANCE]
         for j in range(padded):  # beyond column N nobody spikes
             distance[j] = -np.inf
         for j in range(N, padded):
@@ -106,7 +97,7 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
                     if synapse:
                         store3(i_checkpoints, t // CHUNK, b, i)
                 if from_events:
-                    copy_columns(padded, (rows, np.uint64(IN), rows, np.uint64(BIAS)))
+                    from_bias(padded, (rows, np.uint64(IN), rows))
                     add_rows(rows, in_x, weight, indices, values, indptr[r], indptr[r + 1])
                 else:
                     load3(x, current, 0 if still else t, b)

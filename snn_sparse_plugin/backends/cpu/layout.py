@@ -21,7 +21,7 @@ from .memory import array
 from .threads import WAKING, split
 from .turned import all_finite, turn
 
-# Seconds that a row, the neurons of a sample at one step, takes in the forward: about so much, and as much for each.
+# Seconds that the forward takes for a row, the neurons of a sample at one step, and besides for each neuron; about.
 ROW, EACH = 5e-8, 9e-10
 # What takes one thread less is not shared out: to wake another, and what it asks for, takes as long.
 SHORTEST = 2 * WAKING

@@ -17,7 +17,6 @@ from .backward import decay_back, input_grad
 from .jit import kernel
 from .outgoing import deliver, deliver_recurrent
 from .rows import (
-    BIAS,
     CORRECTED,
     DECAY,
     DELAYED,
@@ -28,24 +27,20 @@ from .rows import (
     LEAK,
     MEM,
     REC,
-    RESET,
     RESET_VALUE,
-    ROWS,
     STATE,
     SUBTRACT,
     SUM,
     SYN,
-    SYNAPTIC,
     THRESHOLD,
     VALUE,
     ZERO,
     Code,
-    V,
     add_rows,
     advance_kernel,
-    copy_columns,
     copy_row,
     dot,
+    from_bias,
     is_plain,
     load2,
     load3,
@@ -141,11 +136,11 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         # the replayed chunk: states before each step, what was added to the current, u - threshold
         v_rows, i_rows = np.empty((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
         jumps, distances = np.zeros((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
-        rows, in_x, in_rec = np.zeros((ROWS, block.shape[1]), dtype), np.int64(IN), np.int64(REC)
-        x, rec, v, i = rows[in_x, :N], rows[in_rec, :N], rows[V, :N], rows[SYNAPTIC, :N]
-        # resets of the steps that are replayed; of plain ones what they subtract
-        replayed, distance = rows[RESET, :N], rows[DISTANCE, :N]
-        own_rows(rows, params, bias, plain and kind == SUBTRACT)
+        in_x, in_rec = np.int64(IN), np.int64(REC)
+        # ``replayed``: resets of the steps that are replayed; of plain ones what they subtract
+        rows, x, rec, v, i, replayed, distance = own_rows(
+            params, bias, plain and kind == SUBTRACT, block.shape[1]
+        )
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
         v_before, i_before = np.empty(N, dtype), np.zeros(N, dtype)
@@ -166,7 +161,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
                 for t in range(start, stop):
                     r, k = b * T + t, t - start
                     if from_events:
-                        copy_columns(rows.shape[1], (rows, np.uint64(IN), rows, np.uint64(BIAS)))
+                        from_bias(rows.shape[1], (rows, np.uint64(IN), rows))
                         add_rows(rows, in_x, weight, indices, values, indptr[r], indptr[r + 1])
                     else:
                         load3(x, current, 0 if still else t, b)

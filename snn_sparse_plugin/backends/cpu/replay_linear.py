@@ -19,21 +19,14 @@ from .linear import is_linear, sweep
 from .multiply import multiply
 from .outgoing import add_all, block_rows, deliver
 from .rows import (
-    BIAS,
-    DISTANCE,
-    IN,
     MEM,
-    RESET,
-    ROWS,
     SYN,
-    SYNAPTIC,
     THRESHOLD,
     Code,
-    V,
     add_rows,
     advance_kernel,
-    copy_columns,
     copy_row,
+    from_bias,
     is_plain,
     load2,
     load3,
@@ -60,7 +53,7 @@ def currents(block, start, stop, b, T, current, rows, N, indptr, indices, values
     for t in range(start, stop):
         k, r = np.uint64(t - start), b * T + t
         if indptr.shape[0] > 0:
-            copy_columns(block.shape[1], (block, k, rows, np.uint64(BIAS)))
+            from_bias(block.shape[1], (block, k, rows))
             # as the forward calls it, so that it is compiled once
             add_rows(block, t - start, weight, indices, values, indptr[r], indptr[r + 1])
         else:
@@ -110,10 +103,7 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         g_above, panels = product
         N, width = lam_state.shape[1], block.shape[1]
         dtype = lam_state.dtype
-        rows, none = np.zeros((ROWS, width), dtype), np.zeros(N, dtype)
-        x, v, i = rows[IN, :N], rows[V, :N], rows[SYNAPTIC, :N]
-        reset, distance = rows[RESET, :N], rows[DISTANCE, :N]
-        own_rows(rows, params, bias, subtracts)
+        rows, x, none, v, i, reset, distance = own_rows(params, bias, subtracts, width)
         flow, decay = np.zeros((2, width), dtype), np.zeros((2, width), dtype)
         # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
         sums = np.zeros((2, width), dtype)

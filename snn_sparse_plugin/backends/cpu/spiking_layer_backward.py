@@ -106,7 +106,7 @@ def run_backward(
     way = way_of(call, saved, grads, needs)
     left = _allocated(call, way, grads, needs)
     shared = _shared(call, saved, events, grads, needs, way, left)
-    if way.by_list:
+    if shared.u.size:
         slopes(*shared.derivative[1:], shared.u, shared.phi)
     calls["cpu", "backward:list" if way.by_list else "backward:replay"] += 1
     if way.impulses:
