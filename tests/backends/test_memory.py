@@ -56,3 +56,14 @@ def test_aligned_rows_begin_at_a_cache_line(dtype: str) -> None:
         assert found.ctypes.data % 64 == 0
         assert found.flags.c_contiguous
         assert not found.any()
+
+
+@pytest.mark.parametrize("N", [5, 1 << 18], ids=["numpy's copy", "torch's"])
+def test_arrays_of_tensors_in_another_order(N):
+    x = torch.randn(4, N)
+    assert array(x).ctypes.data == x.data_ptr()
+    for other in (x.t(), x[:, ::2], x[1:2].expand(3, N), torch.complex(x, x).conj().imag):
+        found = array(other)
+        assert found.flags.c_contiguous
+        np.testing.assert_array_equal(found, other.tolist() if N == 5 else other.contiguous().numpy())
+    assert array(x.t(), (2, 2 * N)).shape == (2, 2 * N)
