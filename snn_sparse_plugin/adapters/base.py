@@ -92,6 +92,9 @@ class Adapter:
     tested: tuple[str, str] | None = None
     """Oldest and newest version of the library the adapter is tested with; an end ``"1.0"`` includes every 1.0.x."""
 
+    noted = False
+    """Whether all its hooks are noted in ``hooks.placed``: :meth:`repair` is asked only where one has changed."""
+
     functions: tuple[str, ...] = ()
     """Modules of the library whose autograd functions, such as spikes, take tensors alone: no neuron runs in them."""
 
@@ -105,7 +108,8 @@ class Adapter:
     def repair(self) -> None:
         """Put back the hooks that are gone, because a patch that was there before them has ended since.
 
-        Asked before every use; :meth:`install`, where that does nothing to what is hooked, will do.
+        Asked before every use, unless :attr:`noted`; :meth:`install`, where that does nothing to what is hooked,
+        will do.
         """
 
     def examples(self) -> dict[str, Example]:

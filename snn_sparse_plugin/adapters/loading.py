@@ -18,6 +18,7 @@ from torch import nn
 from ..core import registry
 from ..core.contracts import named
 from .base import Adapter, runner
+from .hooks import placed
 
 
 def loaded_adapters() -> list[Adapter]:
@@ -118,6 +119,7 @@ class _Found(NamedTuple):
 
     search: int  # that of the registry
     hooked: list[Adapter]
+    asked: list[Adapter]  # those that have to be asked whether their hooks are there
     others: list[str]  # packages that are not imported
 
     def holds(self) -> bool:
@@ -136,7 +138,7 @@ def install_adapters() -> None:
     """Hook every supported library, those that are not imported yet as soon as they are."""
     global _found
     if _found is not None and _found.holds():
-        hooked = _found.hooked
+        hooked = _found.asked if placed.hold() else _found.hooked
     else:
         hooked = loaded_adapters()
         adapters = registry.load_all("adapters").values()
@@ -145,7 +147,8 @@ def install_adapters() -> None:
             sys.meta_path.insert(0, _late_imports)
         if len(adapters) == len(registry.plugins("adapters")):
             others = [adapter.package for adapter in adapters if adapter.package not in sys.modules]
-            _found = _Found(registry.generation(), hooked, others)
+            asked = [adapter for adapter in hooked if not adapter.noted]
+            _found = _Found(registry.generation(), hooked, asked, others)
     for adapter in hooked:
         adapter.repair()
 

@@ -20,10 +20,11 @@ from . import active
 from .active import config_of, count_whole, here, spike, uncut
 from .base import Adapter, Example, Neuron, runner
 from .counting import running
-from .hooks import Placed, as_hook, hook, is_hook, lock, patched
+from .hooks import as_hook, hook, is_hook, lock, patched, placed
 from .loading import installed_version
 from .norse_examples import examples
 from .norse_neurons import WHY_NOT, builders
+from .norse_products import with_products
 from .norse_surrogates import replaced, surrogate_of, threshold_functions, upstream_apply
 
 
@@ -34,16 +35,14 @@ class NorseAdapter(Adapter):
     package = "norse.torch"
     tested = ("1.1", "1.1")
     functions = ("norse.torch.functional.threshold",)
+    noted = True
 
     def available(self) -> tuple[bool, str]:
         return installed_version("norse")
 
-    def __init__(self) -> None:
-        self._placed = Placed()
-
     def install(self) -> None:
         norse, snn = import_module("norse.torch"), import_module("norse.torch.module.snn")
-        placed, functions = self._placed, threshold_functions()
+        functions = threshold_functions()
         with lock:
             for function, method in functions.items():
                 if not is_hook(function.apply):
@@ -57,8 +56,7 @@ class NorseAdapter(Adapter):
             placed.note(cls, "forward")
 
     def repair(self) -> None:
-        if not self._placed.hold():
-            self.install()
+        self.install()
 
     def examples(self) -> dict[str, Example]:
         return examples()
@@ -309,16 +307,18 @@ def _masked_apply(function: Any, upstream: Callable[..., Tensor], method: str) -
 
 
 def _in_own_mode(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(upstream)
+    step = with_products(upstream)
+
+    @wraps(step)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = None if torch.compiler.is_compiling() else config_of(self)
         if config is None:
             return upstream(self, *args, **kwargs)
         with running(self):
             if config is active_config():
-                return upstream(self, *args, **kwargs)
+                return step(self, *args, **kwargs)
             with use_config(config):
-                return upstream(self, *args, **kwargs)
+                return step(self, *args, **kwargs)
 
     return forward
 

@@ -16,7 +16,7 @@ from ..core.host import number, waits
 from . import active
 from .active import config_of
 from .base import Adapter, Example, Neuron, runner
-from .hooks import Placed, has_hooks, hook
+from .hooks import has_hooks, hook, placed
 from .loading import installed_version
 from .snntorch_above import without_graph
 from .snntorch_examples import examples
@@ -33,15 +33,13 @@ class SnnTorchAdapter(Adapter):
     name = package = "snntorch"
     tested = ("0.9.4", "1.0")
     functions = ("snntorch.surrogate",)
+    noted = True
 
     def available(self) -> tuple[bool, str]:
         return installed_version("snntorch")
 
-    def __init__(self) -> None:
-        self._placed = Placed()
-
     def install(self) -> None:
-        snn, placed = Classes(), self._placed
+        snn = Classes()
         for method in ("fire", "fire_inhibition"):
             hook(snn.SpikingNeuron, method, masked_method)
         hook(snn.SpikingNeuron, "mem_reset", without_graph)
@@ -58,8 +56,7 @@ class SnnTorchAdapter(Adapter):
             placed.note(cls, "spike_grad")
 
     def repair(self) -> None:
-        if not self._placed.hold():
-            self.install()
+        self.install()
 
     def examples(self) -> dict[str, Example]:
         return examples()

@@ -176,18 +176,24 @@ def active_config() -> SparseConfig | None:
 
 def current_config() -> SparseConfig:
     """The active config, or the defaults outside any sparse context."""
-    return active_config() or _defaults(os.environ.get("SNN_SPARSE_FUSE"))
+    return active_config() or _defaults(_environment.get(_FUSE))
+
+
+# os.environ raises and catches two errors to find that a variable is not set, which takes as long as the rest of
+# entering sparse mode; what it wraps is a dict
+_environment = getattr(os.environ, "_data", os.environ)
+_FUSE = os.environ.encodekey("SNN_SPARSE_FUSE") if _environment is not os.environ else "SNN_SPARSE_FUSE"
 
 
 @lru_cache(maxsize=4)
-def _defaults(_: str | None) -> SparseConfig:
+def _defaults(_: Any) -> SparseConfig:
     # asked at every step of a neuron, and compared by identity
     return SparseConfig()
 
 
 def use_config(config: SparseConfig | None) -> Block[SparseConfig | None]:
     """Make ``config`` the active one inside the block; the previous one comes back on any exit."""
-    return _active.block(config)
+    return Block(active_blocks, config)
 
 
 def check_device(name: str) -> None:

@@ -13,7 +13,8 @@ import snntorch
 import torch
 from torch import nn
 
-from snn_sparse_plugin import sparse_mode, sparsify
+from snn_sparse_plugin import registry, sparse_mode, sparsify
+from snn_sparse_plugin.adapters import adapter_of
 
 
 def loop(lif: nn.Module, steps: int = 10) -> None:
@@ -183,3 +184,21 @@ def test_the_reset_of_a_fused_loop_keeps_no_events_alive():
         assert neuron.reset.shape == (3, 8)
         assert not vars(neuron.reset)
         assert neuron.reset.untyped_storage().nbytes() == 3 * 8 * 4
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_an_adapter_that_notes_no_hooks_is_asked_at_every_block(noted, monkeypatch):
+    adapter = type(adapter_of(snntorch.Leaky(0.5)))
+    asked = []
+    monkeypatch.setattr(adapter, "noted", noted)
+    monkeypatch.setattr(adapter, "repair", lambda self: asked.append(self))
+    registry.refresh()
+    try:
+        with sparse_mode():
+            asked.clear()
+        for _ in range(2):
+            with sparse_mode():
+                pass
+        assert len(asked) == (0 if noted else 2)
+    finally:
+        registry.refresh()
