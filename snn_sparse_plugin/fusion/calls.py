@@ -194,7 +194,7 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             key = (key, node.repeats)
             node = record.functions.get(key)
         if node is None:
-            made = _result(call, func, form, named, mode, device)
+            made = None if record.is_over() else _result(call, func, form, named, mode, device)
             if made is None:
                 return None
             node = FunctionNode(record, func, form, named, len(call.entries), func in VIEWS)
@@ -283,6 +283,7 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
             source.device,
         )
         record.count(node)
+        record.stacked = record.calls
         return node.make(0)
     finally:
         record.leave()

@@ -25,6 +25,12 @@ SHORTEST = 8
 """Steps of a neuron below which it does not, however large they are."""
 
 
+LOOPED, AFTERWARDS = 4, 6
+"""Steps of a neuron that make a loop; and calls, since the last of them or since the last stack of steps, after which it
+is over. A call that comes once takes ten times as long recorded, and a loss may be written out in fifty of them; that
+many are recorded as other steps of the same loop may still be stacked."""
+
+
 class Record:
     """What one thread has recorded and not run yet.
 
@@ -40,6 +46,7 @@ class Record:
         self.inputs: dict[int, InputNode] = {}  # the node of a layer's plain inputs, by the layer's id
         self.neurons: dict[int, NeuronNode] = {}  # the newest node of a module, by the module's id
         self.calls = 0
+        self.stacked = 0  # the number of calls when steps were last stacked
         self.look = 64  # the number of calls from which on to ask whether it is full
         self.viewed: set[Value] = set()
         self.plain = Plain()
@@ -79,6 +86,11 @@ class Record:
         # half as many more as there seems to be room for
         self.look = self.calls + max(32, min(LONGEST, self.calls * room // (2 * max(1, size))))
         return False
+
+    def is_over(self) -> bool:
+        """Whether its loop has ended a while ago; asked where a call is no step of one that was there."""
+        last = [node.order[-1] for node in self.neurons.values() if len(node.order) >= LOOPED]
+        return bool(last) and self.calls - max(self.stacked, *last) > AFTERWARDS
 
     def awaited(self) -> bool:
         """Whether anything waits for this record."""

@@ -1,5 +1,7 @@
 """What the CPU's kernels are made of: exp as arithmetic, a product in a kernel, columns of set bits."""
 
+from functools import cache
+
 import numba
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from snn_sparse_plugin import NeuronParams, Surrogate
 from snn_sparse_plugin.backends.cpu.bits import append_columns, pick_values
 from snn_sparse_plugin.backends.cpu.exponential import exp_negative
 from snn_sparse_plugin.backends.cpu.layout import zero_rows
-from snn_sparse_plugin.backends.cpu.multiply import multiply, panels_of
+from snn_sparse_plugin.backends.cpu.multiply import multiply_kernel, panels_of
 from snn_sparse_plugin.backends.product import ProductGrad
 from snn_sparse_plugin.ops import spiking_layer
 
@@ -39,19 +41,27 @@ def test_exp_of_the_ends_and_of_nan(dtype):
     assert np.isnan(out[4])
 
 
-@numba.njit
-def product_of(nu, panels, start, stop, b, block, row, factor):
-    multiply(nu, panels, start, stop, b, block, row, factor)
+@cache
+def product_of(by_two):
+    multiply = multiply_kernel(by_two)
+
+    @numba.njit
+    def product(nu, panels, start, stop, b, block, row, factor):
+        multiply(nu, panels, start, stop, b, block, row, factor)
+
+    return product
 
 
+@pytest.mark.parametrize("by_two", [False, True])
 @pytest.mark.parametrize("steps", [1, 4, 5, 6, 8, 13, 32])
 @pytest.mark.parametrize(("K", "M"), [(1, 1), (20, 63), (127, 130)])
-def test_the_product_of_a_chunk(steps, K, M):
+def test_the_product_of_a_chunk(steps, K, M, by_two):
     g = torch.Generator().manual_seed(steps)
     nu, weight = torch.randn(40, 2, K, generator=g), torch.randn(K, M, generator=g)
     block, factors = zero_rows(80, M, np.dtype("f4")), torch.randn(steps, M, generator=g)
     block[45 : 45 + steps, :M] = factors
-    product_of(nu.numpy(), panels_of(weight, np.dtype("f4")), 3, 3 + steps, 1, block, 2, 45)
+    product = product_of(by_two)
+    product(nu.numpy(), panels_of(weight, np.dtype("f4")), 3, 3 + steps, 1, block, 2, 45)
     expected = factors * (nu[3 : 3 + steps, 1] @ weight)
     torch.testing.assert_close(torch.from_numpy(block)[2 : 2 + steps, :M], expected, rtol=1e-4, atol=1e-4)
     assert not block[2 + steps : 45].any()

@@ -94,8 +94,9 @@ def count_bits(typingctx: Any, mask: Any) -> Any:
     return types.intp(types.uint32), codegen
 
 
-# AVX-512 packs the chosen lanes in one instruction; a loop over set bits mispredicts at every spike.
-_HAS_COMPRESS = bool(llvm.get_host_cpu_features().get("avx512f", False))
+# It packs the chosen lanes in one instruction, where a loop over set bits mispredicts at every spike; and it has 32
+# registers of sixteen lanes.
+HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f", False))
 
 
 def _compress(builder: Any, lanes: Any, vector: Any, mask: Any, name: str) -> Any:
@@ -221,7 +222,7 @@ def _pick_looped(mask, row, column, out, n):  # type: ignore[no-untyped-def]
 
 _inline = kernel(forceinline=True)
 
-append_columns = _inline(_append_packed if _HAS_COMPRESS else _append_spread)
+append_columns = _inline(_append_packed if HAS_AVX512 else _append_spread)
 """``append_columns(mask, column, out, n)``: append ``column + k`` for every set bit k; returns the new ``n``.
 
 May write up to 16 entries past the new end: ``out`` needs that much slack.
@@ -230,10 +231,10 @@ May write up to 16 entries past the new end: ``out`` needs that much slack.
 
 def pick_values(dtype: np.dtype) -> Any:
     """The function ``(mask, row, column, out, n)`` that writes ``row[column + k]`` for every set bit k at ``n``."""
-    if dtype != np.float32 or not (_HAS_COMPRESS or _HAS_PERMUTE):
+    if dtype != np.float32 or not (HAS_AVX512 or _HAS_PERMUTE):
         return _pick_by_bit
     return _pick_by_vector
 
 
 _pick_by_bit = _inline(_pick_looped)
-_pick_by_vector = _inline(_pick_packed if _HAS_COMPRESS else _pick_permuted)
+_pick_by_vector = _inline(_pick_packed if HAS_AVX512 else _pick_permuted)

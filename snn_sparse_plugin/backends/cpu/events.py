@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.csr import MAX_EVENTS
 from ...core.errors import InputError
-from .bits import LANES, append_columns, nonzero16, ones16
+from .bits import HAS_AVX512, LANES, append_columns, nonzero16, ones16
 from .jit import kernel
 from .memory import array
 from .threads import WAKING, parallel, split
@@ -29,24 +29,25 @@ def scan_rows(x, first, last, counts, out, n):  # type: ignore[no-untyped-def]
     """
     M = x.shape[1]
     whole = M - M % LANES
-    binary = True
+    other = np.uint32(0)
     for r in range(first, last):
         if n + M + LANES > out.shape[0]:
-            return r, n, binary
+            return r, n, other == 0
         row = x[r]
         start = n
         for k in range(0, whole, LANES):
             mask = nonzero16(row, k)
-            if mask != 0:
-                binary &= mask == ones16(row, k)
+            # to guess which vectors have none takes longer than to pack none
+            if HAS_AVX512 or mask != 0:
+                other |= mask ^ ones16(row, k)
                 n = append_columns(mask, k, out, n)
         for column in range(whole, M):
             if row[column] != 0:
-                binary &= row[column] == 1
+                other |= np.uint32(row[column] != 1)
                 out[n] = column
                 n += 1
         counts[r] = n - start
-    return last, n, binary
+    return last, n, other == 0
 
 
 @kernel()

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from ...core.backend import CHUNK
+from .bits import HAS_AVX512
 from .jit import kernel
 from .linear import is_linear, sweep
-from .multiply import multiply
+from .multiply import multiply_kernel
 from .outgoing import add_all, block_rows, deliver
 from .rows import (
     MEM,
@@ -72,6 +73,7 @@ def backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
 @cache
 def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
     synapse, plain, advance, step = code[1], is_plain(code), advance_kernel(code), plain_step(code[1])
+    multiply = multiply_kernel(HAS_AVX512)
 
     @kernel()
     def backward_replay_linear(  # type: ignore[no-untyped-def]
