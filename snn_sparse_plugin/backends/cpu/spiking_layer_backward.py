@@ -112,7 +112,7 @@ def run_backward(
     if way.impulses:
         calls["cpu", "backward:impulses"] += 1
     ranges = ranges_of(call, LISTED if way.by_list else REPLAYED)
-    parts = [_zeros(call, needs) for _ in ranges]
+    parts = [_room(call, needs) for _ in ranges]
     # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
     parallel([_prepared(call, saved, way, shared, *each) for each in zip(parts, ranges, strict=True)])
     sums = _Sums(*(added(group) for group in zip(*parts, strict=True)))
@@ -198,31 +198,39 @@ def _arriving(
 def _prepared(
     call: LayerCall, saved: Saved, way: Way, shared: _Shared, sums: _Sums, samples: tuple[int, int]
 ) -> Callable[[], None]:
-    """The task that adds what these samples give to ``sums``."""
+    """The task that adds what these samples give up in ``sums``, which begin with any numbers."""
     outgoing = Outgoing(
         *(sums.weight, sums.bias, shared.g_active, shared.g_current),
         *(sums.rec_weight, sums.rec_bias, shared.g_rec0),
     )
-    first, last = samples
+    within = (*samples, call.T)
     if way.impulses:
-        return _impulses(call, shared, outgoing, (first, last, call.T))
-    if way.by_list:
-        return _list(call, shared, outgoing, (first, last, call.T))
-    return _replay(call, saved, way, shared, outgoing, sums.params, (first, last, call.T))
+        task = _impulses(call, shared, outgoing, within)
+    elif way.by_list:
+        task = _list(call, shared, outgoing, within)
+    else:
+        task = _replay(call, saved, way, shared, outgoing, sums.params, within)
+    return partial(_from_zero, sums, task)
 
 
-def _zeros(call: LayerCall, needs: Needs) -> _Sums:
+def _from_zero(sums: _Sums, task: Callable[[], None]) -> None:
+    for rows in sums:  # on the thread that adds to them, in whose cache they are then
+        rows.fill(0)
+    task()
+
+
+def _room(call: LayerCall, needs: Needs) -> _Sums:
     dtype = numpy_type(call.v0.dtype)
 
     def rows(wanted: bool, count: int) -> np.ndarray:
-        return zero_rows(count, call.currents, dtype) if wanted else no_rows(call.currents, dtype)
+        return aligned(count, padded(call.currents), dtype) if wanted else no_rows(call.currents, dtype)
 
     return _Sums(
         rows(needs.weight and call.train is not None, 0 if call.weight is None else call.weight.shape[1]),
         rows(needs.bias and call.bias is not None, 1),
         rows(needs.rec_weight and call.rec_weight is not None, call.N),
         rows(needs.rec_bias and call.rec_bias is not None, 1),
-        np.zeros((len(call.params), call.N)) if wants_params(call, needs) else empty(DOUBLE, 2),
+        np.empty((len(call.params), call.N)) if wants_params(call, needs) else empty(DOUBLE, 2),
     )
 
 
