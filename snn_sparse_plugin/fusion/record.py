@@ -26,9 +26,9 @@ SHORTEST = 8
 
 
 LOOPED, AFTERWARDS = 4, 6
-"""Steps of a neuron that make a loop; and calls, since the last of them or since the last stack of steps, after which it
-is over. A call that comes once takes ten times as long recorded, and a loss may be written out in fifty of them; that
-many are recorded as other steps of the same loop may still be stacked."""
+"""Steps of a neuron that make a loop; and calls, since the last of them or since the last stack of steps, after which
+the loop is over. A call that comes once takes ten times as long recorded, and a loss may be written out in fifty of
+them; a few are recorded, as other steps of the loop may still be stacked."""
 
 
 class Record:

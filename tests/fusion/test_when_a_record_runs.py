@@ -23,6 +23,7 @@ from snn_sparse_plugin.fusion.arguments import ArgumentSeries
 from snn_sparse_plugin.fusion.context import here
 from snn_sparse_plugin.fusion.flush import flush
 from snn_sparse_plugin.fusion.governor import backoff
+from snn_sparse_plugin.fusion.record import AFTERWARDS, Record
 from snn_sparse_plugin.fusion.recorded import Recorded
 from snn_sparse_plugin.fusion.reuse import REUSES
 from snn_sparse_plugin.fusion.series import stacked
@@ -86,6 +87,49 @@ def test_switches(lif: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ssp.SparseConfig().fuse_time
     monkeypatch.setenv("SNN_SPARSE_FUSE", "1")
     assert ssp.SparseConfig().fuse_time
+
+
+def by_class(every: Tensor, classes: int) -> Tensor:
+    """A loss written out over the neurons of each class, as snnTorch's population code is."""
+    counts = torch.zeros(every.shape[1], classes)
+    for k in range(classes):
+        counts[:, k] = every[:, :, k : k + 1].sum(-1).sum(0)
+    return (counts.square().sum(0) * torch.arange(1.0, classes + 1)).sum()
+
+
+def test_a_loss_in_many_calls_is_not_recorded(lif: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest, run = [], Record.close
+    monkeypatch.setattr(Record, "close", lambda self: (longest.append(len(self.nodes)), run(self)))
+    found = []
+    for options in (None, {"backprop_threshold": None}):
+        current = x.clone().requires_grad_()
+        with ssp.sparse_mode(**options) if options else torch.enable_grad():
+            loss = by_class(torch.stack(loop(lif, 2 * current)[0]), 4)
+            loss.backward()
+        found.append((loss.detach(), current.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+    assert fused() == 1
+    # the input, the neuron, the stack and the first calls behind it, of thirteen
+    assert max(longest) <= 3 + AFTERWARDS + 2
+
+
+def test_calls_within_a_loop_and_between_stacks_are_recorded(lif: Any, x: Tensor) -> None:
+    with ssp.sparse_mode():
+        mem, out, mems = torch.zeros_like(x[0]), [], []
+        for step in x:
+            current = step
+            spk, mem = lif(current, mem)
+            for k in range(AFTERWARDS + 4):
+                spk = spk * (k + 1)
+            out.append(spk)
+            mems.append(mem)
+        total = torch.stack(out).square().mean(0) + torch.stack(mems).square().mean(0)
+        assert type(total) is Recorded
+        for _ in range(3):
+            total = total * 2
+        assert type(total) is Recorded
+    assert fused() == 1
 
 
 def test_max_steps(lif: Any, x: Tensor) -> None:
