@@ -1,7 +1,7 @@
 """Norse's step without the products that it makes anew each time: ``dt * p.tau_mem_inv`` and the like.
 
 Each is an operator of torch on one number, and takes as long as one on a layer of small size. Upstream's own forward
-runs, on a stand-in for its module whose rates remember what they came to.
+runs, on a twin of its module whose rates remember what they came to.
 """
 
 from __future__ import annotations
@@ -56,18 +56,6 @@ class _Known(NamedTuple):
     with_rates: Any
 
 
-class _StandIn:
-    """A module with other parameters ``p``."""
-
-    __slots__ = ("_module", "p")
-
-    def __init__(self, module: nn.Module, p: Any) -> None:
-        self._module, self.p = module, p
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 _known: ByIdentity[_Known] = ByIdentity()
 
 
@@ -86,9 +74,21 @@ def with_products(upstream: Callable[..., Any]) -> Callable[..., Any]:
         if known.p is not held.get("p") or known.activation is not held.get("activation"):
             known = _note(module, held)
         p = known.with_rates
-        return upstream(module if p is None else _StandIn(module, p), *args, **kwargs)
+        return upstream(module if p is None else _twin(module, held, p), *args, **kwargs)
 
     return forward
+
+
+def _twin(module: nn.Module, held: dict[str, Any], p: Any) -> Any:
+    """The module with other parameters ``p``, for one call: a module that knew it would keep it alive."""
+    twin = _new(type(module))
+    own = twin.__dict__
+    own.update(held)
+    own["p"] = p
+    return twin
+
+
+_new: Callable[[type], Any] = object.__new__
 
 
 def _note(module: nn.Module, held: dict[str, Any]) -> _Known:
