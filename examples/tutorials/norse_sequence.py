@@ -49,11 +49,11 @@ with sparse(args.mode):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        clock.tick()
+        clock.tick(loss)
         if epoch % 20 == 19:
             print(f"step {epoch + 1}: loss {loss.item():.3f}")
-    seconds = clock.seconds
+    clock.stop()
     with torch.no_grad():
         x, y = cues(1000)
         accuracy = 100 * (net(x).argmax(1) == y).float().mean().item()
-report(loss, accuracy, seconds)
+report(loss, accuracy, clock)

@@ -1,7 +1,9 @@
 """Run every tutorial with upstream alone and inside sparse_mode, each in a process of its own, and compare.
 
-With exact gradients loss and accuracy have to be upstream's; with the default window, which trains along another
-gradient, they are shown.
+With exact gradients the loss of the second step has to be upstream's, and the score in the end, give or take what
+rounding grows to in training: a library sums a product in an order that depends on its size, and upstream with another
+number of threads ends with a loss that is a tenth higher or lower. With the default window, which trains along another
+gradient, both are shown.
 
 python examples/tutorials/run_all.py --root FOLDER    # with the recordings that one of them needs
 """
@@ -64,8 +66,7 @@ for count, script in enumerate(scripts, start=1):
         rows.append((script.stem if n is first else "", mode, *cells))
         say(f"  {mode}: loss {cells[0]}, score {cells[1]}, {cells[2]} s, ratio {cells[3]}")
         if mode == "exact":
-            failed |= abs(first["score"] - n["score"]) > 1 or abs(first["loss"] - n["loss"]) > 0.02 * abs(
-                first["loss"]
-            )
+            apart = abs(first["early"] - n["early"]) > 1e-5 * abs(first["early"])
+            failed |= apart or abs(first["score"] - n["score"]) > 3
 show_table(console, ("tutorial", "mode", "loss", "score", "s", "ratio"), rows, keys=2)
 sys.exit(int(failed))

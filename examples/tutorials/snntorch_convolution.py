@@ -45,10 +45,10 @@ with sparse(args.mode):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            clock.tick()
+            clock.tick(loss)
         print(f"epoch {epoch + 1}: loss {loss.item() / num_steps:.3f}")
-    seconds = clock.seconds
+    clock.stop()
     with torch.no_grad():
         spk_rec, _ = forward_pass(net, test_x)
         accuracy = 100 * (spk_rec.sum(0).argmax(1) == test_y).float().mean().item()
-report(loss / num_steps, accuracy, seconds)
+report(loss / num_steps, accuracy, clock)

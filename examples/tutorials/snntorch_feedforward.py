@@ -44,11 +44,11 @@ with sparse(args.mode):
             optimizer.zero_grad()
             loss_val.backward()
             optimizer.step()
-            clock.tick()
+            clock.tick(loss_val)
         print(f"epoch {epoch + 1}: loss {loss_val.item() / num_steps:.3f}")
-    seconds = clock.seconds
+    clock.stop()
     with torch.no_grad():
         test_spk, _ = net(test_x.view(test_x.size(0), -1))
         _, predicted = test_spk.sum(dim=0).max(1)
         accuracy = 100 * (predicted == test_y).float().mean().item()
-report(loss_val / num_steps, accuracy, seconds)
+report(loss_val / num_steps, accuracy, clock)

@@ -28,6 +28,6 @@ with sparse(args.mode):
         mem_a, spk_a = simulate(lapicque, current)
         mem_b, spk_b = simulate(leaky, current)
         spikes = int(spk_a.sum()) + int(spk_b.sum())
-        clock.tick()
+        clock.tick(mem_a.mean() + mem_b.mean())
 print(f"Lapicque fired {int(spk_a.sum())} times, Leaky {int(spk_b.sum())} times in {STEPS} steps")
-report(mem_a.mean() + mem_b.mean(), spikes, clock.seconds, unit="spikes")
+report(mem_a.mean() + mem_b.mean(), spikes, clock, unit="spikes")

@@ -76,10 +76,10 @@ with sparse(args.mode):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            clock.tick()
+            clock.tick(loss)
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
-    seconds = clock.seconds
+    clock.stop()
     with torch.no_grad():
         spk_rec = forward_pass(net, test_x.transpose(0, 1))
         accuracy = 100 * (spk_rec.sum(0).argmax(1) == test_y).float().mean().item()
-report(loss, accuracy, seconds)
+report(loss, accuracy, clock)

@@ -35,10 +35,10 @@ with sparse(args.mode):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            clock.tick()
+            clock.tick(loss)
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
-    seconds = clock.seconds
+    clock.stop()
     with torch.no_grad():
         spk = forward_pass(net, test_x)
         accuracy = 100 * SF.accuracy_rate(spk, test_y, population_code=True, num_classes=10).item()
-report(loss, accuracy, seconds)
+report(loss, accuracy, clock)

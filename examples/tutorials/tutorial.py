@@ -58,25 +58,29 @@ def batches(count: int, size: int) -> list[Tensor]:
 
 
 class Clock:
-    """Seconds of training, without the first two steps: kernels are loaded, sparse mode finds out what pays."""
+    """Seconds of training, without the first two steps: kernels are loaded, sparse mode finds out what pays.
+
+    ``early``: the loss of the second step, before rounding has grown to other spikes.
+    """
 
     def __init__(self) -> None:
-        self.steps, self.start = 0, 0.0
+        self.steps, self.start, self.early = 0, 0.0, float("nan")
+        self.seconds: float | None = None
 
-    def tick(self) -> None:
+    def tick(self, loss: Any) -> None:
+        """A step has been made."""
         self.steps += 1
         if self.steps == 2:
-            self.start = time.perf_counter()
+            self.early, self.start = float(torch.as_tensor(loss).detach()), time.perf_counter()
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start if self.start else 0.0
+    def stop(self) -> None:
+        """Training has ended."""
+        self.seconds = time.perf_counter() - self.start if self.start else 0.0
 
 
-def report(loss: Any, score: float, seconds: float, *, unit: str = "accuracy in %") -> None:
-    """The last line: loss, score and seconds."""
-    print(
-        json.dumps(
-            {"loss": float(torch.as_tensor(loss).detach()), "score": score, "unit": unit, "seconds": seconds}
-        )
-    )
+def report(loss: Any, score: float, clock: Clock, *, unit: str = "accuracy in %") -> None:
+    """The last line: losses, score and seconds."""
+    if clock.seconds is None:
+        clock.stop()
+    numbers = {"early": clock.early, "loss": float(torch.as_tensor(loss).detach()), "score": score}
+    print(json.dumps({**numbers, "unit": unit, "seconds": clock.seconds}))
