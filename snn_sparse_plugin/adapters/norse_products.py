@@ -93,8 +93,9 @@ _new: Callable[[type], Any] = object.__new__
 
 def _note(module: nn.Module, held: dict[str, Any]) -> _Known:
     p, activation = held.get("p"), held.get("activation")
-    upstreams = (type(module) if activation is None else activation) in builders()
-    _known[module] = known = _Known(p, activation, _with_rates(p) if upstreams else None)
+    if (type(module) if activation is None else activation) not in builders():
+        return _Known(p, activation, None)  # not kept: it may refer to the module
+    _known[module] = known = _Known(p, activation, _with_rates(p))
     return known
 
 

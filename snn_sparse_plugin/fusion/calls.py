@@ -194,10 +194,13 @@ def record_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             key = (key, node.repeats)
             node = record.functions.get(key)
         if node is None:
-            made = None if record.is_over() else _result(call, func, form, named, mode, device)
+            whole = bool(now) and all(entry[0].whole for entry in now)
+            if whole and record.is_over():
+                return None
+            made = _result(call, func, form, named, mode, device)
             if made is None:
                 return None
-            node = FunctionNode(record, func, form, named, len(call.entries), func in VIEWS)
+            node = FunctionNode(record, func, form, named, len(call.entries), func in VIEWS, whole)
             node.shape, node.dtypes, node.device = made[0], made[1:], device
             record.functions[key] = node
         node.complete()

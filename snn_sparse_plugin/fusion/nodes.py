@@ -50,6 +50,9 @@ class Node:
     readable = True
     """Whether the value of a call may be an argument of another."""
 
+    whole = False
+    """Whether it is made of stacked steps alone, so that it will hardly be called again."""
+
     def __init__(self, record: Record, arguments: int, slots: int) -> None:
         self.record, self.mode = record, call_mode()
         self.arguments = [ArgumentSeries() for _ in range(arguments)]
@@ -146,13 +149,20 @@ class FunctionNode(Node):
     ``repeats``: how often the newest call was made again since, each time in a node of its own.
     """
 
-    __slots__ = ("args", "func", "kwargs", "repeats", "view")
+    __slots__ = ("args", "func", "kwargs", "repeats", "view", "whole")
 
     def __init__(
-        self, record: Record, func: Callable[..., Any], args: Any, kwargs: Any, arguments: int, view: bool
+        self,
+        record: Record,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        arguments: int,
+        view: bool,
+        whole: bool = False,
     ) -> None:
         super().__init__(record, arguments, 1)
-        self.func, self.args, self.kwargs, self.view = func, args, kwargs, view
+        self.func, self.args, self.kwargs, self.view, self.whole = func, args, kwargs, view, whole
         self.repeats = 0
 
 
@@ -162,7 +172,7 @@ class StackNode(FunctionNode):
     __slots__ = ("steps",)
 
     def __init__(self, record: Record, steps: ArgumentSeries) -> None:
-        super().__init__(record, torch.stack, (), {}, 0, view=False)
+        super().__init__(record, torch.stack, (), {}, 0, view=False, whole=True)
         self.steps = steps
 
     def let_go(self) -> None:

@@ -88,7 +88,7 @@ class Record:
         return False
 
     def is_over(self) -> bool:
-        """Whether its loop has ended a while ago; asked where a call is no step of one that was there."""
+        """Whether its loop has ended a while ago; asked of a call that reads stacked steps alone."""
         last = [node.order[-1] for node in self.neurons.values() if len(node.order) >= LOOPED]
         return bool(last) and self.calls - max(self.stacked, *last) > AFTERWARDS
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -203,3 +206,15 @@ def test_a_patched_forward_gets_the_module(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [cell]
     assert type(cell.p) is norse.LIFParameters
     assert type(cell.p.tau_mem_inv) is Tensor
+
+
+def test_no_module_is_kept_alive() -> None:
+    known, own = norse.LIFCell(), norse.LIFCell()
+    own.activation = MethodType(lambda module, x, state, p, dt: (x, state), own)  # refers to the module
+    with sparse_mode(**STEPPED):
+        known(torch.rand(3, 6))
+        own(torch.rand(3, 6))
+    modules = [ref(known), ref(own)]
+    del known, own
+    gc.collect()
+    assert [module() for module in modules] == [None, None]

@@ -114,6 +114,19 @@ def test_a_loss_in_many_calls_is_not_recorded(lif: Any, x: Tensor, monkeypatch: 
     assert max(longest) <= 3 + AFTERWARDS + 2
 
 
+def test_a_loss_of_each_step_is_recorded(lif: Any, x: Tensor) -> None:
+    with ssp.sparse_mode():
+        out, _ = loop(lif, x)
+        loss = torch.zeros(())
+        for spk in out:
+            share = spk
+            for k in range(AFTERWARDS + 2):
+                share = share * (k + 1) + 0.5
+            loss = loss + share.square().mean()
+        assert type(loss) is Recorded
+    assert fused() == 1
+
+
 def test_calls_within_a_loop_and_between_stacks_are_recorded(lif: Any, x: Tensor) -> None:
     with ssp.sparse_mode():
         mem, out, mems = torch.zeros_like(x[0]), [], []

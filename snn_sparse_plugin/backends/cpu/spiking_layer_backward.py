@@ -198,7 +198,7 @@ def _arriving(
 def _prepared(
     call: LayerCall, saved: Saved, way: Way, shared: _Shared, sums: _Sums, samples: tuple[int, int]
 ) -> Callable[[], None]:
-    """The task that adds what these samples give up in ``sums``, which begin with any numbers."""
+    """The task that leaves in ``sums``, whose memory is new, what these samples give."""
     outgoing = Outgoing(
         *(sums.weight, sums.bias, shared.g_active, shared.g_current),
         *(sums.rec_weight, sums.rec_bias, shared.g_rec0),
