@@ -94,6 +94,22 @@ def count_bits(typingctx: Any, mask: Any) -> Any:
     return types.intp(types.uint32), codegen
 
 
+@intrinsic
+def fetch(typingctx: Any, row: Any, offset: Any) -> Any:
+    """Have ``row[offset]`` on its way into the cache; beyond the end nothing happens."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.bitcast(builder.gep(data, [args[1]]), pointer)
+        builder.call(function, [place, i32(0), i32(3), i32(1)])  # to read, and again, data
+        return context.get_dummy_value()
+
+    return types.none(row, types.intp), codegen
+
+
 # It packs the chosen lanes in one instruction, where a loop over set bits mispredicts at every spike; and it has 32
 # registers of sixteen lanes.
 HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f", False))

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ...core.csr import MAX_EVENTS
 from ...core.errors import InputError
-from .bits import HAS_AVX512, LANES, append_columns, nonzero16, ones16
+from .bits import HAS_AVX512, LANES, append_columns, fetch, nonzero16, ones16
 from .jit import kernel
 from .memory import array
 from .threads import WAKING, parallel, split
 
 # Reading so many numbers takes less time than it takes to wake a thread.
 SMALLEST = 1 << 18
+# Numbers to read ahead of those that are looked at: the processor itself does not look beyond a page.
+FAR = 1 << 10
 # Seconds to read a number, and to put the events of a row in order.
 NUMBER, ROW = 3.5e-10, 3.5e-8
 
@@ -36,6 +38,7 @@ def scan_rows(x, first, last, counts, out, n):  # type: ignore[no-untyped-def]
         row = x[r]
         start = n
         for k in range(0, whole, LANES):
+            fetch(row, k + FAR)
             mask = nonzero16(row, k)
             # to guess which vectors have none takes longer than to pack none
             if HAS_AVX512 or mask != 0:
