@@ -93,7 +93,7 @@ def backward_impulses(  # type: ignore[no-untyped-def]
             flow[b, neuron] = m[0, neuron] * scale[n]
 
 
-@kernel(forceinline=True)
+@kernel(forceinline=True, allocates=True)
 def powers(decay, T, dtype):  # type: ignore[no-untyped-def]
     """d^n and d^-n for as long as both are exact, at most T; the sums of d^0 to d^t for each step t."""
     span, power = 1, float(decay)

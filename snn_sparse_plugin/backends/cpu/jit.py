@@ -33,6 +33,8 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     slower).
     """
     part = options.pop("part", options.get("forceinline", False))
+    if options.get("forceinline") and not options.pop("allocates", False):
+        options["_nrt"] = False
     options = {
         "nogil": True,
         "error_model": "numpy",

@@ -83,7 +83,7 @@ def deliver_recurrent(block, first, low, high, T, incoming, outgoing):  # type: 
         r = until
 
 
-@_inlined
+@kernel(forceinline=True, allocates=True)
 def rows_of_entries(ptr, low, high, first):  # type: ignore[no-untyped-def]
     """(1, entries): the row of the block that each entry of the rows low..high belongs to.
 

@@ -134,7 +134,7 @@ def load_rec(regs, x, t, b, rec_weight, rec_bias, rec0, indices, none, first, la
         add_rows(regs, x + 1, rec_weight, indices, none, first, last)
 
 
-@kernel(forceinline=True)
+@kernel(forceinline=True, allocates=True)
 def current_rows(regs, K, inputs, N):  # type: ignore[no-untyped-def]
     """Where x and rec are loaded, and the row of x: the registers themselves, or for several inputs two long rows."""
     if inputs == 1:

@@ -197,7 +197,7 @@ def reset_row(code, params, v, reset):  # type: ignore[no-untyped-def]
     return True
 
 
-@kernel(forceinline=True)
+@kernel(forceinline=True, allocates=True)
 def own_rows(params, bias, subtracts, width):  # type: ignore[no-untyped-def]
     """The rows of a kernel, in one piece as each way to make an array is compiled, too; and of N columns what comes in,
     the recurrent part of it, the state v and i, what a reset subtracts, u - threshold.
