@@ -27,13 +27,14 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: ``numba.njit`` without the GIL, cached on disk unless no folder can be written.
 
     With ``part`` or ``forceinline`` it is compiled into kernels alone: what would let Python call it takes a third of
-    the time. Parts are on disk too, for other kernels.
+    the time. Parts are on disk too, for other kernels. A part counts no references to its arrays, which at each row
+    takes as long as adding two of them; one that makes an array, or calls one that does, says that it ``allocates``.
 
     A division by zero gives infinity or NaN, as torch's does: a loop that has to raise is not vectorised (ten times
     slower).
     """
     part = options.pop("part", options.get("forceinline", False))
-    if options.get("forceinline") and not options.pop("allocates", False):
+    if part and not options.pop("allocates", False):
         options["_nrt"] = False
     options = {
         "nogil": True,

@@ -22,7 +22,7 @@ def block_rows(n: int) -> int:
     return max(16, min(512, BLOCK_ITEMS // max(n, 1)))
 
 
-@kernel(part=True)
+@kernel(part=True, allocates=True)
 def deliver(  # type: ignore[no-untyped-def]
     block,  # (rows, N padded): from row ``first`` on nu of r = b * T + t
     first,
@@ -61,7 +61,7 @@ def deliver(  # type: ignore[no-untyped-def]
                     g_current[t, b, j] = block[k, j]
 
 
-@kernel(part=True)
+@kernel(part=True, allocates=True)
 def deliver_recurrent(block, first, low, high, T, incoming, outgoing):  # type: ignore[no-untyped-def]
     """The rest of :func:`deliver`: spikes of step t - 1 drove the recurrent input of step t, rec0 that of the first."""
     _, _, values, _, _, _, out_ptr, out_idx = incoming
