@@ -1,4 +1,4 @@
-"""Kernels give back what they allocate: parts of them count no references, and those that allocate are marked by hand."""
+"""Kernels give back what they allocate: their parts count no references, and those that allocate are marked by hand."""
 
 from __future__ import annotations
 
