@@ -299,9 +299,8 @@ def test_surrogates_stand_side_by_side() -> None:
     rows = run_surrogates(replace(OPTIONS, peak=False), console, (12,), TINY)
     assert [r["surrogate"] for r in rows[::3]] == ["atan(2)", "fast_sigmoid(25)", "fast_sigmoid(100)"]
     assert {r["provider"] for r in rows} == {"sparse", "sparse-loop", "snntorch"}
-    assert {r["provider"] for r in rows if r["saved_bytes"] is None} == {
-        "sparse-loop"
-    }  # not upstream's bytes
+    # not upstream's bytes
+    assert {r["provider"] for r in rows if r["saved_bytes"] is None} == {"sparse-loop"}
     text = console.export_text()
     assert all(name in text for name in ("atan(2)", "fast_sigmoid(25)", "sparse-loop", "1.0×"))
 

@@ -67,6 +67,6 @@ for count, script in enumerate(scripts, start=1):
         say(f"  {mode}: loss {cells[0]}, score {cells[1]}, {cells[2]} s, ratio {cells[3]}")
         if mode == "exact":
             apart = abs(first["early"] - n["early"]) > 1e-5 * abs(first["early"])
-            failed |= apart or abs(first["score"] - n["score"]) > 3
+            failed |= apart or abs(first["score"] - n["score"]) > 1
 show_table(console, ("tutorial", "mode", "loss", "score", "s", "ratio"), rows, keys=2)
 sys.exit(int(failed))

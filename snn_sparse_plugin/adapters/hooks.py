@@ -65,15 +65,21 @@ placed = Placed()
 
 def patched(cls: type, method: str, package: ModuleType) -> str | None:
     """Why a method of an upstream class is not upstream's own: someone else has replaced it. None if it is."""
-    return _patched(getattr(cls, method, None), method, os.path.dirname(str(package.__file__)))
+    return _patched(getattr(cls, method, None), method, package)
+
+
+def is_from(function: Any, package: ModuleType) -> bool:
+    """Whether a function of Python is written in this package."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(os.path.dirname(str(package.__file__)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _patched(function: Any, name: str, folder: str) -> str | None:
+def _patched(function: Any, name: str, package: ModuleType) -> str | None:
     while is_hook(function):
         function = function.__wrapped__
     code = getattr(function, "__code__", None)
-    if code is None or code.co_filename.startswith(folder):
+    if code is None or is_from(function, package):
         return None
     return f"its {name}() was patched by {function.__globals__.get('__name__', code.co_filename)}"
 

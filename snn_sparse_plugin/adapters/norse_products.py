@@ -6,7 +6,6 @@ runs, on a twin of its module whose rates remember what they came to.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.by_identity import ByIdentity
+from .hooks import is_from
 from .norse_neurons import builders
 
 MOST = 8
@@ -61,9 +61,7 @@ _known: ByIdentity[_Known] = ByIdentity()
 
 def with_products(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """What ``forward`` of one of Norse's cells comes to, bit by bit; ``upstream`` itself where it is not Norse's."""
-    code = getattr(upstream, "__code__", None)
-    folder = os.path.dirname(str(import_module("norse").__file__))
-    if code is None or not code.co_filename.startswith(folder):
+    if not is_from(upstream, import_module("norse")):
         return upstream
 
     @wraps(upstream)
@@ -103,13 +101,14 @@ def _with_rates(p: Any) -> Any:
     """These parameters with a :class:`Rate` for each rate without a gradient; None if it has none."""
     if not hasattr(p, "_replace"):
         return None
+    fields = p._asdict().items()
     rates = {
         name: Rate(value)
-        for name, value in p._asdict().items()
+        for name, value in fields
         if name.startswith("tau_")
         and type(value) is Tensor
         and not (value.requires_grad or value.is_inference())
     }
-    inner = {name: _with_rates(value) for name, value in p._asdict().items() if name.startswith("lif")}
+    inner = {name: _with_rates(value) for name, value in fields if name.startswith("lif")}
     rates |= {name: value for name, value in inner.items() if value is not None}
     return p._replace(**rates) if rates else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ..core.by_identity import ByIdentity
 from . import active
 from .active import config_of, here
+from .hooks import is_from
 from .snntorch_surrogates import form_of, is_made_by_factory, is_upstreams
 
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
@@ -45,10 +45,8 @@ def without_graph(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _is_known(function: Any) -> bool:
     """Whether this is snnTorch's own, as it is in all versions that are tested."""
-    code = getattr(function, "__code__", None)
-    folder = os.path.dirname(str(import_module("snntorch").__file__))
     names = "threshold", "spike_grad", "clone", "detach"
-    return code is not None and code.co_filename.startswith(folder) and code.co_names == names
+    return is_from(function, import_module("snntorch")) and function.__code__.co_names == names
 
 
 class _Heaviside(NamedTuple):

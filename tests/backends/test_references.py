@@ -12,7 +12,7 @@ import snn_sparse_plugin as ssp
 from snn_sparse_plugin.backends.cpu.jit import kernel
 
 snn = pytest.importorskip("snntorch")
-from snntorch import surrogate  # noqa: E402
+from snntorch import surrogate, utils  # noqa: E402
 
 
 def dense(neuron: nn.Module) -> nn.Module:
@@ -57,18 +57,12 @@ def test_a_training_step_keeps_nothing(name: str, threshold: str | None) -> None
     x = (torch.rand(12, 4, *((2, 8, 8) if "pool" in name else (40,))) < 0.2).float()
     found = []
     for _ in range(4):
-        snn_reset(net)
+        utils.reset(net)
         spikes, mem, _ = ssp.unroll(net, x, backprop_threshold=threshold)
         (spikes.sum() + mem.square().mean()).backward()
         del spikes, mem
         found.append(kept())
     assert found[1] == found[2] == found[3]
-
-
-def snn_reset(net: nn.Module) -> None:
-    from snntorch import utils
-
-    utils.reset(net)
 
 
 @kernel(forceinline=True)

@@ -86,15 +86,15 @@ def run(problem, spec, backend, surrogate, threshold, *, as_events=False, min_ac
 
 
 def compare(problem, spec, surrogate, threshold, tolerance=1e-5, precise=None, **options):
-    """``precise``: gradients without rounding, where the reference's own may be rounded by more than the tolerance."""
+    """``precise``: gradients of the reference in double precision, where its own sums may be rounded by more."""
     expected, expected_grads, _ = run(problem, spec, "reference", surrogate, threshold)
     found, grads, out = run(problem, spec, "cpu", surrogate, threshold, **options)
     for key, value in found.items():
         if value is not None:
             assert torch.equal(value, expected[key]), key
     for key, grad in grads.items():
-        rounded = 0.0 if precise is None else relative(expected_grads[key].double(), precise[key])
-        assert relative(grad, expected_grads[key]) < tolerance + 2 * rounded, key
+        references = [expected_grads[key], *([] if precise is None else [precise[key].to(grad.dtype)])]
+        assert min(relative(grad, other) for other in references) < tolerance, key
     return out
 
 

@@ -44,10 +44,8 @@ def _four(nu, panels, panel, t, last, b, block, to, by, column):  # type: ignore
         of = load(panels, panel + k, np.uint64(0))
         c, d = fma(splat(nu[p, b, k]), of, c), fma(splat(nu[q, b, k]), of, d)
         e, f = fma(splat(nu[r, b, k]), of, e), fma(splat(nu[s, b, k]), of, f)
-    _put(block, p, to, by, column, c)
-    _put(block, q, to, by, column, d)
-    _put(block, r, to, by, column, e)
-    _put(block, s, to, by, column, f)
+    for row, x in ((p, c), (q, d), (r, e), (s, f)):
+        _put(block, row, to, by, column, x)
 
 
 @kernel(forceinline=True)
@@ -69,12 +67,8 @@ def _six(nu, panels, panel, t, b, block, to, by, column):  # type: ignore[no-unt
         c, d = fma(splat(nu[p, b, k]), of, c), fma(splat(nu[q, b, k]), of, d)
         e, f = fma(splat(nu[r, b, k]), of, e), fma(splat(nu[s, b, k]), of, f)
         g, h = fma(splat(nu[u, b, k]), of, g), fma(splat(nu[v, b, k]), of, h)
-    _put(block, p, to, by, column, c)
-    _put(block, q, to, by, column, d)
-    _put(block, r, to, by, column, e)
-    _put(block, s, to, by, column, f)
-    _put(block, u, to, by, column, g)
-    _put(block, v, to, by, column, h)
+    for row, x in ((p, c), (q, d), (r, e), (s, f), (u, g), (v, h)):
+        _put(block, row, to, by, column, x)
 
 
 @kernel(forceinline=True)

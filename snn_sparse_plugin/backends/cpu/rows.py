@@ -110,13 +110,25 @@ def store3(x, t, b, row):  # type: ignore[no-untyped-def]
 
 @kernel(forceinline=True)
 def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyped-def]
-    """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out, and those
-    that are left at once, as their number cannot be guessed.
+    """``out[k] += value * x[index]`` for the entries first..last; four at a time to save passes over out.
 
     Rows are whole vectors. ``k`` is no literal: each would be compiled for itself.
     """
     row, width, zero, lanes = np.uint64(k), np.uint64(out.shape[1]), np.uint64(0), np.uint64(LANES)
     e = first
+    # few neurons: their row stays in a register; the order of the sum is that of longer rows
+    if width == lanes and values.shape[0] == 0:
+        total = load(out, row, zero)
+        while e + 4 <= last:
+            p, q = load(x, np.uint64(indices[e]), zero), load(x, np.uint64(indices[e + 1]), zero)
+            r, s = load(x, np.uint64(indices[e + 2]), zero), load(x, np.uint64(indices[e + 3]), zero)
+            total = add(total, add(add(p, q), add(r, s)))
+            e += 4
+        while e < last:
+            total = add(total, load(x, np.uint64(indices[e]), zero))
+            e += 1
+        store(out, row, zero, total)
+        return
     if values.shape[0] > 0:
         while e < last:
             a, value, j = np.uint64(indices[e]), splat(values[e]), zero
@@ -124,22 +136,6 @@ def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untype
                 store(out, row, j, add(load(out, row, j), mul(value, load(x, a, j))))
                 j += lanes
             e += 1
-        return
-    # few neurons: their row stays in a register; the order of the sum is that of longer rows
-    if width == lanes:
-        total = load(out, row, zero)
-        while e + 4 <= last:
-            p, q = load(x, np.uint64(indices[e]), zero), load(x, np.uint64(indices[e + 1]), zero)
-            r, s = load(x, np.uint64(indices[e + 2]), zero), load(x, np.uint64(indices[e + 3]), zero)
-            total = add(total, add(add(p, q), add(r, s)))
-            e += 4
-        if e < last:
-            left = load(x, np.uint64(indices[e]), zero)
-            while e + 1 < last:
-                e += 1
-                left = add(left, load(x, np.uint64(indices[e]), zero))
-            total = add(total, left)
-        store(out, row, zero, total)
         return
     while e + 4 <= last:
         a, b = np.uint64(indices[e]), np.uint64(indices[e + 1])
@@ -149,26 +145,12 @@ def add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untype
             store(out, row, j, add(load(out, row, j), four))
             j += lanes
         e += 4
-    left_over = last - e
-    if left_over == 0:
-        return
-    a, j = np.uint64(indices[e]), zero
-    if left_over == 1:
+    while e < last:
+        a, j = np.uint64(indices[e]), zero
         while j < width:
             store(out, row, j, add(load(out, row, j), load(x, a, j)))
             j += lanes
-        return
-    b = np.uint64(indices[e + 1])
-    if left_over == 2:
-        while j < width:
-            store(out, row, j, add(load(out, row, j), add(load(x, a, j), load(x, b, j))))
-            j += lanes
-        return
-    c = np.uint64(indices[e + 2])
-    while j < width:
-        three = add(add(load(x, a, j), load(x, b, j)), load(x, c, j))
-        store(out, row, j, add(load(out, row, j), three))
-        j += lanes
+        e += 1
 
 
 # the sums below are the only ones that may be reordered, to vectorise
