@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -110,9 +111,17 @@ def fetch(typingctx: Any, row: Any, offset: Any) -> Any:
     return types.none(row, types.intp), codegen
 
 
+def _compiles_for(feature: str) -> bool:
+    """Whether numba compiles for processors with this feature: those like this one, or what NUMBA_CPU_FEATURES says."""
+    chosen: str | None = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if chosen is not None:
+        return f"+{feature}" in chosen.split(",")
+    return bool(llvm.get_host_cpu_features().get(feature, False))
+
+
 # It packs the chosen lanes in one instruction, where a loop over set bits mispredicts at every spike; and it has 32
 # registers of sixteen lanes.
-HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f", False))
+HAS_AVX512 = _compiles_for("avx512f")
 
 
 def _compress(builder: Any, lanes: Any, vector: Any, mask: Any, name: str) -> Any:
@@ -157,7 +166,7 @@ def _compress_floats(typingctx: Any, mask: Any, row: Any, column: Any, out: Any,
 
 
 # Without it the places of the set bits of eight lanes come from a table.
-_HAS_PERMUTE = bool(llvm.get_host_cpu_features().get("avx2", False))
+_HAS_PERMUTE = _compiles_for("avx2")
 _HALF = LANES // 2
 _PLACES = [([k for k in range(_HALF) if byte >> k & 1] + [0] * _HALF)[:_HALF] for byte in range(1 << _HALF)]
 
