@@ -95,6 +95,10 @@ class Adapter:
     noted = False
     """Whether all its hooks are noted in ``hooks.placed``: :meth:`repair` is asked only where one has changed."""
 
+    methods: tuple[str, ...] = ()
+    """Attributes of a neuron's class on which :meth:`neuron` depends, besides all that the module itself holds. With
+    none a neuron is described again at every call."""
+
     functions: tuple[str, ...] = ()
     """Modules of the library whose autograd functions, such as spikes, take tensors alone: no neuron runs in them."""
 
@@ -241,6 +245,9 @@ class Adapter:
         return upstream
 
     # What upstream's forward leaves in the module besides its state, where it leaves something.
+
+    left: tuple[str, ...] = ()
+    """The attributes that it leaves."""
 
     def begin(self, module: nn.Module) -> None:
         """Steps of the module are recorded from now on: what the last forward left is out of date."""

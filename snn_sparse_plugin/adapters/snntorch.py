@@ -21,9 +21,9 @@ from .loading import installed_version
 from .snntorch_above import without_graph
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
-from .snntorch_kinds import Kind, kind_of, spike_function
+from .snntorch_kinds import DECIDING, Kind, kind_of, spike_function
 from .snntorch_neurons import STATES, Classes, Parts, takes_sequence
-from .snntorch_reset import LastReset, resets
+from .snntorch_reset import LEFT, LastReset, resets
 from .snntorch_surrogates import recognise
 
 
@@ -32,6 +32,7 @@ class SnnTorchAdapter(Adapter):
 
     name = package = "snntorch"
     tested = ("0.9.4", "1.0")
+    methods = DECIDING
     functions = ("snntorch.surrogate",)
     noted = True
 
@@ -226,12 +227,14 @@ class SnnTorchAdapter(Adapter):
         finally:
             buffers.update(kept)
             # no part of the neuron's description
-            reset = attributes.pop("reset", None)
+            reset = attributes.pop(LEFT, None)
             if active_config() is not None:  # else the step is only measured
                 resets.note(module, reset)
 
+    left = (LEFT,)
+
     def begin(self, module: Any) -> None:
-        vars(module).pop("reset", None)
+        vars(module).pop(LEFT, None)
 
     def wants_membrane(self, neuron: Neuron) -> bool:
         return isinstance(neuron.spec, NeuronSpec) and neuron.spec.timing == "corrected"

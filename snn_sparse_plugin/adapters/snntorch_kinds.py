@@ -76,7 +76,8 @@ def _looked_at(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 METHODS = ("forward", "fire", "mem_reset", "_base_state_function")
-_read = attrgetter(*METHODS, "_base_sub", "_base_zero", "_base_int")
+DECIDING = (*METHODS, "_base_sub", "_base_zero", "_base_int")
+_read = attrgetter(*DECIDING)
 
 
 def _decided(module: Any) -> Kind | str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .base import runner
 
-UPSTREAM = "reset"
+LEFT = "reset"
 
 
 class _Resets:
@@ -39,7 +39,7 @@ class _Resets:
     def leave(self, module: nn.Module) -> None:
         found = self._waiting.pop(module, None)
         if found is not None:
-            vars(module)[UPSTREAM] = found
+            vars(module)[LEFT] = found
 
 
 resets = _Resets()
@@ -52,6 +52,6 @@ class LastReset:
         if module is None:
             return self
         runner().settle(module)
-        if UPSTREAM not in vars(module):
-            raise AttributeError(f"{type(module).__name__!r} object has no attribute {UPSTREAM!r}")
-        return vars(module)[UPSTREAM]
+        if LEFT not in vars(module):
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute {LEFT!r}")
+        return vars(module)[LEFT]

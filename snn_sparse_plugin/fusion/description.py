@@ -21,13 +21,13 @@ def version(x: Tensor) -> int:
 class Description:
     """A module as it is now: attributes, parameters and buffers by identity, tensors by version, too.
 
-    The buffers that hold a neuron's state are left out.
+    The buffers that hold a neuron's state, and what else a forward leaves in it, are left out.
     """
 
     __slots__ = ("holds", "tensors")
 
     def __init__(self, adapter: Adapter, module: nn.Module) -> None:
-        hidden = adapter.hidden_names(module)
+        hidden, left = adapter.hidden_names(module), _INNER.union(adapter.left)
         self.tensors: list[tuple[str, Tensor, int]] = []
         all_held: list[dict[str, Any]] = []
         kept: list[Any] = []
@@ -36,7 +36,7 @@ class Description:
             attributes = vars(owner)
             dicts: list[dict[str, Any]] = [attributes, owner._parameters, owner._buffers, owner._modules]
             for held in dicts:
-                without = _INNER if held is attributes else hidden if owner is module else ()
+                without = left if held is attributes else hidden if owner is module else ()
                 now = dict(held)  # a finalizer may run the module between two lines of this
                 names = tuple(name for name in now if name not in without)
                 form.append((len(now), names))

@@ -43,15 +43,19 @@ def run(
     per_step: bool,
     events: bool = False,
     want_mem: bool = True,
+    fused: list[FusedCall] | None = None,
 ) -> tuple[Flow, Tensor | None, list[Any]]:
-    """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer)."""
+    """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer).
+
+    ``fused`` takes the calls of the op, as far as they are all that a network does.
+    """
     alone = per_step and _is_step(x)
     if alone or (per_step and (not current_config().fuse_time or _shares_state(layers))):
         with paused() if alone else nullcontext():
             spikes, mem, states = loop(layers, dense(x), states)
         return (spikes_as_events(spikes, layers) if events else spikes), mem, states
     if per_step or not current_config().fuse_time:
-        return _run(layers, x, states, per_step, events, want_mem)
+        return _run(layers, x, states, per_step, events, want_mem, fused)
     parts = [opened(layer) for layer in layers]
     # a layer of several parts keeps no state
     inner = [state for state, own in zip(states, parts, strict=True) for _ in own]
@@ -60,7 +64,13 @@ def run(
 
 
 def _run(
-    layers: list[Layer], x: Flow, states: list[Any], per_step: bool, events: bool, want_mem: bool
+    layers: list[Layer],
+    x: Flow,
+    states: list[Any],
+    per_step: bool,
+    events: bool,
+    want_mem: bool,
+    fused: list[FusedCall] | None = None,
 ) -> tuple[Flow, Tensor | None, list[Any]]:
     neurons = [_fusable(layer, per_step) for layer in layers]
     passed, index = Passed(x), 0
@@ -93,6 +103,8 @@ def _run(
             as_events = events if last else sparse
             found = call.run(passed.flow, as_events, want_mem and last)
             call.adapter.leave(layer.module)
+            if fused is not None:
+                fused.append(call)
         if found is None:
             flow = passed.flow
             if linear is not None:

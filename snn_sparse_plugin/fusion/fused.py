@@ -89,6 +89,7 @@ class FusedCall:
     half: Dtypes | None = (
         None  # what upstream gives where half precision comes in; None: look where it matters
     )
+    ready: Prepared | None = None  # once it has run
 
     @property
     def adapter(self) -> Adapter:
@@ -148,11 +149,12 @@ class FusedCall:
         ready = self._ready(asked, flow, synapses, start, template, features)
         if isinstance(ready, str):
             return self._refused(ready)
+        self.ready = ready
         with running(module), without_autocast():
             out = ready.run(flow, synapses, neuron.params, start)
         spikes, mem, ended = out.spikes, out.mem, out.state
         if self.per_step and neuron.spec.spiking and T:
-            _note_last(adapter, module, out, start, T, wants_before)
+            note_last(adapter, module, out, start, T, wants_before)
         if neuron.spec.spiking and neuron.surrogate.kind == "zero":
             # upstream's spikes have no gradient then: parameters behind them get None, not zeros
             spikes = spikes.detach()
@@ -223,7 +225,8 @@ def _no_recurrence(features: tuple[int, ...]) -> str:
     return f"a recurrence over features of shape {features}"
 
 
-def _note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int, membrane: bool) -> None:
+def note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int, membrane: bool) -> None:
+    """Tell the adapter what the last of T steps, from the state ``start``, began with."""
     if T == 1:
         before, after = (x.v if isinstance(x, NeuronState) else x.get("mem") for x in (start, out.state))
         if before is None and after is not None:  # no state yet, not even a shape

@@ -16,9 +16,11 @@ from ..core.lengths import read_lengths
 from ..core.spikes import SpikeTrain, as_spike_train, check_float, is_sparse_input
 from .boundaries import install
 from .executor import run, run_neuron
+from .fused import FusedCall
 from .neurons import settle, step
 from .ragged import run_ragged
 from .stepping import Flow, Layer
+from .straight import form_of, keep, recall
 from .wrapped import warn_of_gradients_that_stay_apart, what_to_write
 
 __all__ = ["Unrolled", "unroll"]
@@ -90,11 +92,40 @@ def unroll(
     config = current_config().updated(**overrides)
     flow = _input(x, batch_size)
     steps = None if lengths is None else read_lengths(lengths, *flow.shape[:2])
-    adapters = loaded_adapters()
-    layers = _layers(net, adapters)
+    form = form_of(flow, config, overrides, events) if steps is None else None
+    known = recall(net, form)
+    layers = _layers(net, loaded_adapters()) if known is None else known.layers
     warn_of_gradients_that_stay_apart(net)
     if state is not None and len(state) != len(layers):
         raise InputError(f"state has {len(state)} entries, the network has {len(layers)} layers.")
+    states = [None] * len(layers) if state is None else list(state)
+    before = [layer.adapter.read_state(layer.module) if layer.adapter else None for layer in layers]
+    try:
+        found = None if known is None else known.run(flow, states, events)
+        if found is None:
+            per_step, fused = _checked(layers), list[FusedCall]()
+            with entered(config, {name: getattr(config, name) for name in overrides}):
+                if steps is None:
+                    found = run(layers, flow, states, per_step=per_step, events=events, fused=fused)
+                else:
+                    found = run_ragged(layers, flow, states, steps, per_step=per_step, events=events)
+            if known is None:
+                keep(net, form, layers, fused)
+    except BaseException:
+        _write(layers, before)  # layers may have moved on
+        raise
+    result = Unrolled(*found)
+    _write(layers, result.state)
+    return result
+
+
+def _checked(layers: list[Layer]) -> bool:
+    """Whether the layers of this sequence are called step by step, not with all steps.
+
+    Raises:
+        InputError: one that cannot stand at its place.
+    """
+    adapters = loaded_adapters()
     for index, layer in enumerate(layers):
         if layer.adapter is not None:
             problem = layer.adapter.check_in_sequence(layer.module, index == len(layers) - 1)
@@ -105,20 +136,7 @@ def unroll(
                 f"{layer.label} hands its state on beside its output. Write Norse's LIF in the place of a lifted "
                 f"LIFCell, and so for other cells, or run the network in sparse_mode()."
             )
-    per_step = not _takes_sequence(layers, adapters)
-    states = [None] * len(layers) if state is None else list(state)
-    before = [layer.adapter.read_state(layer.module) if layer.adapter else None for layer in layers]
-    try:
-        with entered(config, {name: getattr(config, name) for name in overrides}):
-            if steps is None:
-                result = Unrolled(*run(layers, flow, states, per_step=per_step, events=events))
-            else:
-                result = Unrolled(*run_ragged(layers, flow, states, steps, per_step=per_step, events=events))
-    except BaseException:
-        _write(layers, before)  # stepped layers may have moved on
-        raise
-    _write(layers, result.state)
-    return result
+    return not _takes_sequence(layers, adapters)
 
 
 def _input(x: Any, batch_size: int | None) -> Flow:

@@ -1,24 +1,174 @@
-"""Autograd of an eager call: keeps what is smallest, so the shapes of what it saves depend on the data."""
+"""Autograd of eager calls: keeps what is smallest, so the shapes of what it saves depend on the data.
+
+Layers that follow each other without anything between them are one node of the graph: what passes between two of them,
+the events and the gradient of these, nobody else sees, and a node takes longer than a small layer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...backends.product import ProductGrad
 from ...core import tally
 from ...core.backend import Backend, LayerCall, LayerResult, Needs, OutputGrads, Saved
 from ...core.precision import without_autocast
 from ...core.spikes import Active, SpikeTrain
-from ...core.surrogates import once
+from ...core.surrogates import once, plain_apply
 from . import again
+from .products import events_of
 
 _LEAVES = ("current", "dense", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
 _leaves = attrgetter(*_LEAVES)
 _NOTHING: dict[str, Any] = dict.fromkeys(("train", *_LEAVES))
+_N = len(_LEAVES)
+
+
+class Link(NamedTuple):
+    """A layer of a chain; ``call`` has no input where that is what the link before emits."""
+
+    call: LayerCall
+    backend: Backend
+    ran: tally.Record
+
+
+def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
+    """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
+    (result,), carrier = apply_chain([Link(call, backend, tally.current())])
+    return result, carrier
+
+
+def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], Tensor | None]:
+    """Run layers one after the other: -> (their results, the carrier of the last one's events).
+
+    The states of all of them, and spikes and membranes of the last one, carry the graph.
+    """
+    first = links[0].call
+    carrier = first.train.carrier if first.train is not None else None
+    leaves = [x for link in links for x in _leaves(link.call)]
+    if first.current is not None and first.current.shape[0] != first.T:
+        first.current, first.once = _of_all_steps(first.current, first.T), True
+    results: list[LayerResult] = []
+    if not links[-1].call.needs_grad:
+        for link in links:
+            _enter(link.call, results)
+            results.append(link.backend.spiking_layer(link.call))
+        return results, None
+    ordinary = _ORDINARY.issuperset(map(type, leaves)) and not _transforms()
+    run = _apply if ordinary else _SpikingLayers.apply
+    carrier_out, spikes, mem, *states = run(links, results, carrier, *leaves)
+    results = [r._replace(v=v, i=i) for r, v, i in zip(results, states[::2], states[1::2], strict=True)]
+    results[-1] = results[-1]._replace(spikes=spikes, mem=mem)
+    return results, carrier_out
+
+
+def _enter(call: LayerCall, before: list[LayerResult]) -> None:
+    """What the link before emits enters the next one."""
+    if before:
+        result = before[-1]
+        active = None if result.saved is None else result.saved.active
+        shape, dtype = (call.T, call.B, call.weight.shape[1]), call.v0.dtype  # type: ignore[union-attr]
+        call.train = events_of(result, shape, dtype, None, active)
+
+
+def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
+    """A current of one step (1, B, N) that comes at every step, as (T, B, N)."""
+    return current if current is None or current.shape[0] == T else current.expand(T, -1, -1)
+
+
+class _Kept(NamedTuple):
+    """What a node keeps of a layer besides tensors."""
+
+    call: LayerCall  # without its tensors
+    backend: Backend
+    ran: tally.Record
+    threshold: float | None
+    adds_rows: bool | None
+    learns: bool
+    train: tuple[torch.Size, torch.dtype] | None  # of the events that enter
+
+
+class _SpikingLayers(torch.autograd.Function):
+    """Inputs: links, room for their results, the carrier of the events that enter, and the leaves of each link.
+
+    Outputs: the carrier of the last one's events, its spikes and membranes, and the states (v, i) of each link.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, links: Sequence[Link], results: list[LayerResult], carrier: Tensor | None, *leaves: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        first = links[0]
+        kept: list[Tensor | None] = [carrier, *_of_train(first.call.train, first.backend)]
+        ctx.links, states = [], []
+        for k, (call, backend, ran) in enumerate(links):
+            _enter(call, results)
+            result = backend.spiking_layer(call)
+            results.append(result)
+            states += result.v, result.i
+            saved, train = result.saved or _NONE, call.train
+            of_train = None if train is None else (train.shape, train.dtype)
+            bare = call.changed(**_NOTHING)
+            ctx.links.append(
+                _Kept(bare, backend, ran, saved.threshold, saved.adds_rows, call.needs_grad, of_train)
+            )
+            own = leaves[k * _N : (k + 1) * _N]
+            kept += own if saved.needs_current else (None, *own[1:])
+            kept += saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem, saved.near, result.words
+            kept += saved.rows, *(saved.active or _PAIR), *(result.events or _PAIR)
+        ctx.save_for_backward(*kept)
+        carrier_out = None
+        if call.want_events:
+            shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
+            carrier_out = result.v.new_zeros(()).expand(shape)
+        return carrier_out, result.spikes, result.mem, *states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with without_autocast():
+            return _SpikingLayers._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept, links, wanted = _saved(ctx), ctx.links, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # create_graph=True
+            return (None, None, *_differentiable(ctx, kept, wanted, grads))
+        out: list[Tensor | None] = [None] * len(wanted)
+        arriving, spikes, mem = grads[:3]  # of the events of a link, and of the last one's spikes and membranes
+        for k in range(len(links) - 1, -1, -1):
+            here = arriving, spikes, mem, *grads[3 + 2 * k : 5 + 2 * k]
+            arriving = spikes = mem = None
+            if links[k].learns and any(x is not None for x in here):
+                links[k].ran.count("backward")
+                call, saved, events = _restored(links, kept, k)
+                given = _arriving(links[k].backend, saved, *here)
+                of_current, of_dense, *others = wanted[1 + k * _N : 1 + (k + 1) * _N]
+                below = links[k - 1].learns if k else wanted[0]
+                needs = Needs(below or of_current or of_dense, *others)
+                found = links[k].backend.spiking_layer_backward(call, saved, events, given, needs)
+                arriving = found.input
+                out[3 + k * _N : 1 + (k + 1) * _N] = found[1:]
+        if arriving is not None and call.once and len(arriving) > 1:
+            arriving = arriving.sum(0, keepdim=True)
+        out[0 if call.train is not None else 1 if call.dense is None else 2] = arriving
+        return (None, None, *out)
+
+
+_apply: Any = plain_apply(_SpikingLayers)
+_ORDINARY = {Tensor, nn.Parameter, type(None)}
+"""Types of what nobody asks for a function of its own."""
+_transforms = torch._C._are_functorch_transforms_active
+
+# --- what is kept for the backward ---
+
+_PAIR = (None, None)
+_NONE = Saved(None)
+_FIRST, _EACH = 6, _N + 11  # the carrier and the events that enter; of each link its leaves and what its forward left
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -28,145 +178,120 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     except RuntimeError as error:
         if "second time" in str(error) and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(
-                f"{ctx.call.name}: the state of these neurons comes from steps whose backward has run, such as those "
-                "of the batch before: begin with a new one (snntorch.utils.reset(net), mem = lif.init_leaky(), "
-                "state = None), or cut it off (lif.detach_hidden(), mem.detach()). If the same loss is meant, pass "
-                "retain_graph=True to its first backward."
+                f"{ctx.links[-1].call.name}: the state of these neurons comes from steps whose backward has run, such "
+                "as those of the batch before: begin with a new one (snntorch.utils.reset(net), "
+                "mem = lif.init_leaky(), state = None), or cut it off (lif.detach_hidden(), mem.detach()). If the same "
+                "loss is meant, pass retain_graph=True to its first backward."
             )
         raise
     return kept
 
 
-def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
-    """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
-    carrier = call.train.carrier if call.train is not None else None
-    leaves = _leaves(call)
-    if call.current is not None and call.current.shape[0] != call.T:
-        call = call.changed(current=_of_all_steps(call.current, call.T), once=True)
-    if not call.needs_grad:
-        return backend.spiking_layer(call), None
-    box: list[LayerResult] = []
-    carrier_out, spikes, mem, v, i = _SpikingLayer.apply(call, backend, box, carrier, *leaves)
-    _, events, _, _, _, saved, fraction, words = box[0]
-    return LayerResult(spikes, events, mem, v, i, saved, fraction, words), carrier_out
+def _of_train(train: SpikeTrain | None, backend: Backend) -> tuple[Tensor | None, ...]:
+    if train is None:
+        return (None,) * 5
+    as_bits = backend.takes_dense and train.values is None
+    forms = (train.words, None) if as_bits else (train.indptr, train.indices)
+    return (*forms, train.values, *(train.active or _PAIR))
 
 
-def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
-    """A current of one step (1, B, N) that comes at every step, as (T, B, N)."""
-    return current if current is None or current.shape[0] == T else current.expand(T, -1, -1)
-
-
-class _SpikingLayer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, call: LayerCall, backend: Backend, box: list[LayerResult], *inputs: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
-        result = backend.spiking_layer(call)
-        saved, events = result.saved, result.events
-        assert saved is not None
-        box.append(result)
-        train = call.train
-        ctx.backend, ctx.threshold, ctx.train_like = backend, saved.threshold, None
-        ctx.adds_rows = saved.adds_rows
-        ctx.ran = tally.current()
-        if train is not None:
-            ctx.train_like = (train.shape, train.dtype)
-        kept = list(inputs[1:])
-        if not saved.needs_current:
-            kept[0] = None
-        kept += [
-            saved.u,
-            saved.v_checkpoints,
-            saved.i_checkpoints,
-            saved.mem,
-            saved.near,
-            result.words,
-            saved.rows,
-        ]
-        kept += list(saved.active or (None, None)) + list(events or (None, None))
-        if train is not None:
-            as_bits = backend.takes_dense and train.values is None
-            kept += [train.words, None] if as_bits else [train.indptr, train.indices]
-            kept += [train.values, *(train.active or (None, None))]
+def _restored(
+    links: list[_Kept], kept: tuple[Any, ...], k: int
+) -> tuple[LayerCall, Saved, tuple[Tensor, Tensor] | None]:
+    """The call of a link with its tensors, what its forward saved, and the events that it emitted."""
+    of, at = links[k], _FIRST + k * _EACH
+    call = of.call.changed(**dict(zip(_LEAVES, kept[at : at + _N], strict=True)))
+    call.current = _of_all_steps(call.current, call.T)
+    u, v, i, mem, near, words, call.rows, *lists = kept[at + _N : at + _EACH]
+    if of.train is not None:
+        if k == 0:
+            call.train = _train(of.train, *kept[1:_FIRST])
         else:
-            kept += [None] * 5
-        ctx.save_for_backward(*kept, inputs[0])
-        ctx.call = call.changed(**_NOTHING)
-        carrier = None
-        if call.want_events:
-            shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
-            carrier = result.v.new_zeros(()).expand(shape)
-        return carrier, result.spikes, result.mem, result.v, result.i
+            *_, below, _, in_ptr, in_idx, ev_ptr, ev_idx = kept[at - _EACH : at]
+            form = (ev_ptr, ev_idx) if below is None else (below, None)
+            call.train = _train(of.train, *form, None, in_ptr, in_idx)
+    act_ptr, act_idx, ev_ptr, ev_idx = lists
+    active = None if act_ptr is None else Active(act_ptr, act_idx)
+    own = {"mem": mem, "near": near, "words": words, "adds_rows": of.adds_rows}
+    return call, Saved(of.threshold, active, u, v, i, **own), None if ev_ptr is None else (ev_ptr, ev_idx)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.ran.count("backward")
-        with without_autocast():
-            return _SpikingLayer._backward(ctx, *grads)
 
-    @staticmethod
-    def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *kept, carrier = _saved(ctx)
-        n = len(_LEAVES)
-        leaves: dict[str, Any] = dict(zip(_LEAVES, kept[:n], strict=True))
-        call = ctx.call.changed(**leaves)
-        call.current = _of_all_steps(call.current, call.T)
-        u, v_checkpoints, i_checkpoints, mem, near, words, call.rows = kept[n : n + 7]
-        act_ptr, act_idx, ev_ptr, ev_idx = kept[n + 7 : n + 11]
-        if ctx.train_like is not None:
-            first, indices, values, in_ptr, in_idx = kept[n + 11 :]
-            shape, dtype = ctx.train_like
-            active = None if in_ptr is None else Active(in_ptr, in_idx)
-            if indices is None:
-                call.train = SpikeTrain.from_words(first, shape, dtype=dtype, active=active)
-            else:
-                call.train = SpikeTrain(
-                    first, indices, shape, values, dtype=dtype, active=active, check=False
-                )
-        active = None if act_ptr is None else Active(act_ptr, act_idx)
-        saved = Saved(
-            *(ctx.threshold, active, u, v_checkpoints, i_checkpoints),
-            mem=mem,
-            near=near,
-            words=words,
-            adds_rows=ctx.adds_rows,
-        )
-        if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable(ctx, call, saved, {"carrier": carrier, **leaves}, grads)
-        carrier_grad, g_spikes, g_mem, g_v, g_i = grads
-        g_active = None
-        if carrier_grad is not None:
-            if active is not None:
-                g_active = carrier_grad.contiguous()
-            else:
-                g_spikes = carrier_grad if g_spikes is None else g_spikes + carrier_grad
-        if isinstance(g_spikes, ProductGrad) and not ctx.backend.takes_products:
-            g_spikes = g_spikes.dense()
-        of_events, of_current, of_dense, *others = ctx.needs_input_grad[3:]
-        needs = Needs(of_events or of_current or of_dense, *others)
-        events = None if ev_ptr is None else (ev_ptr, ev_idx)
-        found = ctx.backend.spiking_layer_backward(
-            call, saved, events, OutputGrads(g_active, g_spikes, g_mem, g_v, g_i), needs
-        )
-        grad_input, *rest = found
-        if grad_input is not None and call.once and len(grad_input) > 1:
-            grad_input = grad_input.sum(0, keepdim=True)
-        place = 0 if ctx.train_like is not None else 1 if call.dense is None else 2
-        of_inputs = [grad_input if k == place else None for k in range(3)]
-        return (None, None, None, *of_inputs, *rest)
+def _train(
+    like: tuple[torch.Size, torch.dtype],
+    first: Tensor,
+    indices: Tensor | None,
+    values: Tensor | None,
+    in_ptr: Tensor | None,
+    in_idx: Tensor | None,
+) -> SpikeTrain:
+    shape, dtype = like
+    active = None if in_ptr is None or in_idx is None else Active(in_ptr, in_idx)
+    if indices is None:
+        return SpikeTrain.from_words(first, shape, dtype=dtype, active=active)
+    return SpikeTrain(first, indices, shape, values, dtype=dtype, active=active, check=False)
+
+
+# --- gradients on their way ---
+
+
+def _arriving(
+    backend: Backend,
+    saved: Saved,
+    of_events: Tensor | None,
+    spikes: Tensor | None,
+    mem: Tensor | None,
+    v: Tensor | None,
+    i: Tensor | None,
+) -> OutputGrads:
+    active = None
+    if of_events is not None:
+        if saved.active is not None:
+            active = of_events.contiguous()
+        else:
+            spikes = of_events if spikes is None else spikes + of_events
+    if isinstance(spikes, ProductGrad) and not backend.takes_products:
+        spikes = spikes.dense()
+    return OutputGrads(active, spikes, mem, v, i)
 
 
 def _differentiable(
-    ctx: Any, call: LayerCall, saved: Saved, leaves: dict[str, Any], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """What backward returns, as a function of the op's inputs and of ``grads``."""
-    inputs = call.train, leaves["current"], leaves["dense"]
-    if all(x is None for x in inputs):  # it was not kept, as a window needs it nowhere
+    ctx: Any, kept: tuple[Any, ...], wanted: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """What backward returns, but for what is no tensor, as a function of the op's inputs and of ``grads``."""
+    links, first = ctx.links, ctx.links[0]
+    leaves = [x for k in range(len(links)) for x in kept[_FIRST + k * _EACH :][:_N]]
+    current, dense = leaves[:2]
+    if first.train is None and current is None and dense is None:  # not kept, as a window needs it nowhere
         with torch.no_grad():
-            once_only = _SpikingLayer.backward(ctx, *grads)
-        return tuple(None if g is None else once(g, f"the gradient of {call.name}") for g in once_only)
-    dense = tuple(g.dense() if isinstance(g, ProductGrad) else g for g in grads)
-    found = again.gradients(call, call.surrogate, saved, call.train, leaves, dense)
-    wanted = zip(leaves, ctx.needs_input_grad[3:], strict=True)
-    return (None, None, None, *(found.get(name) if need else None for name, need in wanted))
+            numbers = _SpikingLayers.backward(ctx, *grads)[2:]
+        return [None if g is None else once(g, f"the gradient of {first.call.name}") for g in numbers]
+    grads = tuple(g.dense() if isinstance(g, ProductGrad) else g for g in grads)
+    if len(links) > 1:
+        return _one_by_one(links, kept, leaves, grads)
+    first.ran.count("backward")
+    call, saved, _ = _restored(links, kept, 0)
+    named = dict(zip(("carrier", *_LEAVES), (kept[0], *leaves), strict=True))
+    found = again.gradients(call, call.surrogate, saved, call.train, named, grads)
+    return [found.get(name) if need else None for name, need in zip(named, wanted, strict=True)]
+
+
+def _one_by_one(
+    links: list[_Kept], kept: tuple[Any, ...], leaves: list[Tensor | None], grads: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The gradients of a chain, made again link by link: each a node that can be differentiated."""
+    with torch.enable_grad():
+        # views, as one leaf may be made of another
+        inner = [x.view_as(x) if x is not None and x.requires_grad else x for x in (kept[0], *leaves)]
+        carrier, states = inner[0], []
+        for k, link in enumerate(links):
+            call, _, _ = _restored(links, kept, k)
+            own = dict(zip(_LEAVES, inner[1 + k * _N :][:_N], strict=True))
+            train = None if call.train is None else call.train._replace(carrier=carrier)
+            call = call.changed(**own, train=train, rows=None)
+            (result,), carrier = apply_chain([Link(call, link.backend, link.ran)])
+            states += result.v, result.i
+        made = zip((carrier, result.spikes, result.mem, *states), grads, strict=True)
+        outs, arriving = zip(*[(x, g) for x, g in made if g is not None], strict=True)
+        asked = [x for x in inner if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(outs, asked, arriving, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inner]

@@ -120,20 +120,23 @@ def layout_of(
     return Layout(name, spec, surrogate, T, B, features, N, dtype, device, recurrent)
 
 
-def given(layout: Layout, x: Tensor | SpikeTrain, synapses: Synapses, params: Any, state: Any) -> Given:
-    """A call of this layout with its numbers.
+def given(
+    layout: Layout, x: Tensor | SpikeTrain | None, synapses: Synapses, params: Any, state: Any
+) -> Given:
+    """A call of this layout with its numbers; ``params`` may be what :func:`pack_params` gave, and ``x`` is None where
+    it is what another call will have made.
 
     Raises:
         InputError: parameters or a state that do not fit.
     """
     name, spec, surrogate, T, B, features, _, dtype, device, recurrent = layout
     train, dense = (x, None) if isinstance(x, SpikeTrain) else (None, x)
-    if x.shape[0] != T:  # one step that comes T times
+    if x is not None and x.shape[0] != T:  # one step that comes T times
         train, dense = None, dense if train is None else train.to_dense()
     elif dense is not None and is_still(dense):
         dense = dense[:1]
     precise = state_dtype(dtype)
-    packed = _pack_params(params, spec, features, precise, device, name)
+    packed = params if isinstance(params, Tensor) else pack_params(params, layout)
     v0, i0, s0 = _pack_state(state, spec, recurrent, (B, *features), precise, device, name)
     rec0 = None
     if recurrent:
@@ -265,15 +268,10 @@ def _by_name(params: Any, spec: Equations, name: str) -> list[Tensor | float]:
     return [params[label] for label in known]
 
 
-def _pack_params(
-    params: Any,
-    spec: NeuronSpec | Equations,
-    features: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    name: str,
-) -> Tensor:
+def pack_params(params: Any, layout: Layout) -> Tensor:
     """(P, N): one row a parameter. 0-dim tensors may stay on the CPU, as Norse's do."""
+    name, spec, _, _, _, features, _, dtype, device, _ = layout
+    dtype = state_dtype(dtype)
     names: Sequence[str] = PARAM_NAMES
     values = list(params) if isinstance(params, NeuronParams) else []
     if isinstance(spec, Equations):

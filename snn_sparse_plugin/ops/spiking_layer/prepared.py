@@ -8,6 +8,7 @@ a module that was moved, is another form, and numbers, gradients and states are 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from ...core.precision import HALF, cast, state_dtype
 from ...core.spikes import SpikeTrain
 from ...core.surrogates import Surrogate
 from . import autograd
+from .autograd import Link
 from .inputs import Given, Layout, Synapses, check_finite, given, inputs_of, layout_of, widened
 from .products import are_few, events_of, how_to_multiply
 
@@ -88,25 +90,34 @@ class Prepared:
 
     def run(self, x: Tensor | SpikeTrain, synapses: Synapses, params: Any, state: Any) -> SpikingLayerOutput:
         """The call with these numbers, which have the form that it was prepared for."""
-        call = given(self.layout, x, synapses, params, state)
+        return self.of(given(self.layout, x, synapses, params, state))
+
+    def of(self, call: Given) -> SpikingLayerOutput:
+        """The call as :func:`~.inputs.given` makes it of its numbers."""
+        call = self.checked(call)
+        link = Link(self.described(call), self.backend, tally.current())
+        (result,), carrier = autograd.apply_chain([link])
+        return self.output(call, link, result, carrier)
+
+    def checked(self, call: Given) -> Given:
+        """The call in the precision that the backend computes in."""
         if self.asked.config.check:
             check_finite(call)
-        if self.wide:
-            call = widened(call)
-        described = self._described(call)
-        result, carrier = autograd.apply(described, self.backend)
-        _count(described, result)
-        return rounded(_wrap(call, described, result, carrier, self.asked.return_mem), self.wanted)
+        return widened(call) if self.wide else call
 
-    def _described(self, call: Given) -> LayerCall:
-        """The call as a backend gets it: events or a dense input with their weights, or currents."""
+    def described(self, call: Given, behind: LayerCall | None = None) -> LayerCall:
+        """The call as a backend gets it: events or a dense input with their weights, or currents; without an input
+        if that is what a call ``behind`` which it stands emits."""
         synapses, v0, i0, packed = call.synapses, call.v0, call.i0, call.params
-        train, dense, current = _input(call, self.backend.takes_dense)
+        train = dense = current = None
+        if behind is None:
+            train, dense, current = _input(call, self.backend.takes_dense)
         weight, bias = (synapses.weight, synapses.bias) if current is None else (None, None)
         leaves = (synapses.recurrent, synapses.recurrent_bias, call.rec0, v0, i0, packed, current, dense)
         carrier = None if train is None else train.carrier
-        learns = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (weight, bias, carrier, *leaves)
+        learns = torch.is_grad_enabled() and (
+            (behind is not None and behind.needs_grad)
+            or any(x is not None and x.requires_grad for x in (weight, bias, carrier, *leaves))
         )
         return self.pattern.changed(
             train=train,
@@ -123,6 +134,38 @@ class Prepared:
             needs_grad=learns,
             params_grad=packed.requires_grad,
         )
+
+    def output(
+        self, call: Given, link: Link, result: LayerResult, carrier: Tensor | None
+    ) -> SpikingLayerOutput:
+        """What the user gets."""
+        _count(link, result)
+        return rounded(_wrap(call, link.call, result, carrier, self.asked.return_mem), self.wanted)
+
+
+class Step(NamedTuple):
+    """A layer of a chain: its call and the numbers of it, but for the input."""
+
+    ready: Prepared
+    synapses: Synapses
+    params: Any
+    state: Any
+    ran: tally.Record
+
+
+def run_chain(x: Tensor | SpikeTrain, steps: Sequence[Step]) -> list[SpikingLayerOutput]:
+    """Layers of which each takes the events of the one before, prepared to emit them, as one node of the graph."""
+    calls: list[Given] = []
+    links: list[Link] = []
+    for ready, synapses, params, state, ran in steps:
+        entering, behind = (None, links[-1].call) if links else (x, None)
+        call = ready.checked(given(ready.layout, entering, synapses, params, state))
+        calls.append(call)
+        links.append(Link(ready.described(call, behind), ready.backend, ran))
+    results, carrier = autograd.apply_chain(links)
+    carriers = [*[None] * (len(links) - 1), carrier]
+    made = zip(steps, calls, links, results, carriers, strict=True)
+    return [step.ready.output(*each) for step, *each in made]
 
 
 _kept: dict[Form, Prepared] = {}
@@ -219,8 +262,8 @@ def _input(call: Given, takes_dense: bool) -> tuple[SpikeTrain | None, Tensor | 
     return None if train is None else train.flatten(), None, current
 
 
-def _count(call: LayerCall, result: LayerResult) -> None:
-    ran = tally.current()
+def _count(link: Link, result: LayerResult) -> None:
+    call, ran = link.call, link.ran
     ran.count("fused")
     saved = result.saved
     if saved is None or call.threshold is None:

@@ -1,0 +1,198 @@
+"""Networks of a Linear and a neuron in turn: decided once, and then run without asking until something has changed.
+
+What is kept is for calls of one form and modules that are what they were: the same ones with the same attributes, whose
+numbers are the same. Any other call takes the way that asks everything (executor.py), which for small layers takes
+longer than their steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter, is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import has_hooks
+from ..adapters.counting import record_of
+from ..core import registry, tally
+from ..core.config import SparseConfig
+from ..core.dynamics import NeuronSpec
+from ..core.precision import any_autocast
+from ..core.spikes import SpikeTrain
+from ..ops.spiking_layer.inputs import Synapses, pack_params
+from ..ops.spiking_layer.prepared import SpikingLayerOutput, Step, like, run_chain
+from .description import Description
+from .fused import FusedCall, dense, note_last
+from .modules import is_plain_linear, is_unchanged
+from .stepping import Flow, Layer
+
+Form = tuple[Any, ...]
+
+
+def form_of(x: Flow, config: SparseConfig, explicit: dict[str, Any], events: bool) -> Form | None:
+    """What the decisions about a call depend on besides the network; None where they depend on more."""
+    dtype = x.dtype
+    if (
+        type(x) not in (Tensor, SpikeTrain)
+        or x.device.type != "cpu"  # waits, written out: numbers are looked at
+        or len(x.shape) != 3
+        or x.shape[0] < 2
+        or dtype not in (torch.float32, torch.float64)
+        or not config.fuse_time
+        or config.check
+        or any_autocast()
+        or tally.watchers.get() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    generation, learns = registry.generation(), torch.is_grad_enabled()
+    return (type(x), x.shape, dtype, config, *explicit, events, generation, learns)
+
+
+_kept: WeakKeyDictionary[nn.Module, dict[Form, Straight]] = WeakKeyDictionary()
+_MOST = 16  # forms that are kept of a network
+
+
+def recall(net: nn.Module, form: Form | None) -> Straight | None:
+    """What is kept of a network for calls of this form, if it still is what it was."""
+    known = _kept.get(net)
+    found = None if known is None or form is None else known.get(form)
+    return found if found is not None and found.holds() else None
+
+
+def keep(net: nn.Module, form: Form | None, layers: list[Layer], calls: list[FusedCall]) -> None:
+    """Keep what a call of this form has found, where it is no more than a neuron behind each Linear."""
+    turns = list(zip(layers[::2], layers[1::2], strict=False))
+    if form is None or 2 * len(calls) != len(layers):
+        return
+    for (first, second), call in zip(turns, calls, strict=True):
+        if first.module is not call.linear or second is not call.layer or not _is_decided(call):
+            return
+    if len({id(layer.module) for layer in layers}) != len(layers):  # they take turns at every step
+        return
+    known = _kept.setdefault(net, {})
+    if len(known) >= _MOST:
+        known.clear()
+    known[form] = Straight(layers, _containers(net), [_Pair(call) for call in calls])
+
+
+def _containers(net: nn.Module) -> list[nn.Module]:
+    inner = [each for each in net._modules.values() if is_unchanged(each, (nn.Sequential,))]
+    return [net, *(found for each in inner if each is not None for found in _containers(each))]
+
+
+def _is_decided(call: FusedCall) -> bool:
+    """Whether nothing but the numbers of its input and its state is new in another call like this."""
+    neuron, adapter, module = call.neuron, call.adapter, call.layer.module
+    return (
+        call.per_step
+        and call.ready is not None
+        and call.half is None
+        and bool(adapter.methods)
+        and not module._modules
+        and isinstance(neuron.spec, NeuronSpec)
+        and neuron.surrogate.kind != "zero"
+        and neuron.output is None
+        and neuron.input_weight is None
+        and not neuron.recurrent
+        and not adapter.wants_membrane(neuron)
+        and adapter.keeps(module) == (None, None)
+        and (call.last or call.ready.pattern.want_events)
+        and all(_is_number(x) for _, x, _ in Description(adapter, module).tensors)
+    )
+
+
+def _is_number(x: Tensor) -> bool:
+    return x.numel() == 1 and not x.requires_grad and x.device.type == "cpu"
+
+
+class Straight:
+    """A network as a call has found it."""
+
+    def __init__(self, layers: list[Layer], containers: list[nn.Module], pairs: list[_Pair]) -> None:
+        self.layers, self._pairs = layers, pairs
+        self._containers = [(each, each._modules, list(each._modules.values())) for each in containers]
+
+    def holds(self) -> bool:
+        """Whether the network is what it was."""
+        for container, held, modules in self._containers:
+            same = len(held) == len(modules) and all(map(is_, held.values(), modules))
+            if not same or has_hooks(container) or not is_unchanged(container, (nn.Sequential,)):
+                return False
+        return all(pair.holds() for pair in self._pairs)
+
+    def run(
+        self, x: Flow, states: Sequence[Any], events: bool
+    ) -> tuple[Flow, Tensor | None, list[Any]] | None:
+        """What ``executor.run`` gives; None where a state is not of the form that the neurons compute in."""
+        begun = [pair.begin(state) for pair, state in zip(self._pairs, states[1::2], strict=True)]
+        if None in begun:
+            return None
+        starts, initial = zip(*begun, strict=True)  # type: ignore[arg-type]
+        outs = run_chain(x, [pair.step(start) for pair, start in zip(self._pairs, starts, strict=True)])
+        after = list(states)
+        for k, pair in enumerate(self._pairs):
+            after[2 * k + 1] = pair.end(outs[k], starts[k], initial[k])
+        return (outs[-1].spikes if events else dense(outs[-1].spikes)), outs[-1].mem, after
+
+
+class _Pair:
+    """A Linear and the neuron behind it: one call of the op."""
+
+    def __init__(self, call: FusedCall) -> None:
+        assert call.ready is not None
+        layout = call.ready.layout
+        self._module, self._adapter, self._linear = call.layer.module, call.adapter, call.linear
+        self._neuron, self._ready, self._T = call.neuron, call.ready, layout.T
+        self._record = record_of(self._module)
+        shape = layout.B, *layout.features
+        self._template = torch.empty((), dtype=layout.dtype).expand(shape)
+        self._form = like(self._template)
+        self._params = pack_params(self._neuron.params, layout)
+        self._matrices = tuple(map(like, self._weights()))
+        description = Description(self._adapter, self._module)
+        self._has_same, self._tensors = description.holds, [x for _, x, _ in description.tensors]
+        self._methods = attrgetter(*self._adapter.methods)
+        self._read = self._reading()
+
+    def _weights(self) -> tuple[Tensor | None, Tensor | None]:
+        held = self._linear._parameters  # type: ignore[union-attr]
+        return held.get("weight"), held.get("bias")
+
+    def _reading(self) -> tuple[Any, ...]:
+        return [float(x) for x in self._tensors if not x.requires_grad], self._methods(type(self._module))
+
+    def holds(self) -> bool:
+        """Whether the modules are what they were, and the neuron's parameters the same numbers."""
+        return (
+            not has_hooks(self._module)
+            and is_plain_linear(self._linear)  # type: ignore[arg-type]
+            and self._has_same()
+            and self._reading() == self._read
+            and tuple(map(like, self._weights())) == self._matrices
+        )
+
+    def begin(self, state: Any) -> tuple[Any, Any] | None:
+        """The state before the first step: -> (the op's form, the library's)."""
+        start, initial = self._adapter.initial_state(self._module, self._neuron, self._template, state)
+        fits = all(x is None or like(x) == self._form for x in (start.v, start.i))
+        return (start, initial) if fits else None
+
+    def step(self, start: Any) -> Step:
+        """Its part of the chain."""
+        return Step(self._ready, Synapses(*self._weights(), None, None), self._params, start, self._record)
+
+    def end(self, out: SpikingLayerOutput, start: Any, initial: Any) -> Any:
+        """The library's final state; what else upstream's forward leaves is left."""
+        adapter, module = self._adapter, self._module
+        if self._neuron.spec.spiking:
+            note_last(adapter, module, out, start, self._T, membrane=False)
+        state = adapter.final_state(module, out.state, initial)
+        adapter.leave(module)
+        return state
