@@ -151,6 +151,20 @@ class SpikeTrain:
         return cls._of(_Forms(N, None, words), shape, None, dtype, carrier, active)
 
     @classmethod
+    def of_events(
+        cls,
+        events: tuple[Tensor, Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        carrier: Tensor | None = None,
+        active: Active | None = None,
+        values: Tensor | None = None,
+    ) -> SpikeTrain:
+        """From ``indptr`` and ``indices`` that are known to be events of this shape: nothing is looked at."""
+        forms = _Forms(math.prod(shape[2:]), events, None)
+        return cls._of(forms, shape, values, dtype, carrier, active)
+
+    @classmethod
     def _of(
         cls,
         forms: _Forms,
@@ -362,9 +376,7 @@ class SpikeTrain:
                 raise NonFiniteError("input has NaN or infinite values; spikes must be finite.")
             if binary:
                 raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
-        train = cls(indptr, indices, x.shape, values, dtype=x.dtype, check=False)
-        train.carrier = carrier
-        return train
+        return cls.of_events((indptr, indices), x.shape, x.dtype, carrier, values=values)
 
     def to_sparse_csr(self) -> Tensor:
         """A torch CSR matrix (B * T, N), row ``b * T + t``."""

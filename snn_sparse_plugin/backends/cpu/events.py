@@ -99,7 +99,7 @@ def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Te
     ``begun``: what has been found in its first rows already.
     """
     T, B = x.shape[:2]
-    rows = array(x.detach().reshape(T * B, -1))
+    rows = array(x, (T * B, x.numel() // (T * B)))
     ordered = None if begun is None else begun.ordered(rows, T)
     indptr, indices, binary = _search(rows, T, B, begun) if ordered is None else ordered
     graded = None
@@ -135,6 +135,13 @@ def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.n
 
     parallel([lambda r=r: place(*r) for r in split(T * B, few, round(WAKING / ROW))])
     return indptr, indices, all(part.binary for part in parts)
+
+
+def share_of_nonzeros(x: Tensor, every: int) -> float:
+    """The share of numbers other than 0 in each ``every``-th row of a contiguous CPU tensor (T, B, N)."""
+    T, B, N = x.shape
+    sample = array(x, (T * B, N))[::every] != 0
+    return np.count_nonzero(sample) / sample.size
 
 
 class Begun(Protocol):

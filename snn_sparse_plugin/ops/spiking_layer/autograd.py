@@ -59,7 +59,7 @@ def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], Tensor | None
             results.append(link.backend.spiking_layer(link.call))
         return results, None
     ordinary = _ORDINARY.issuperset(map(type, leaves)) and not _transforms()
-    run = _apply if ordinary else _SpikingLayers.apply
+    run = _apply if ordinary else _SpikingLayer.apply
     carrier_out, spikes, mem, *states = run(links, results, carrier, *leaves)
     results = [r._replace(v=v, i=i) for r, v, i in zip(results, states[::2], states[1::2], strict=True)]
     results[-1] = results[-1]._replace(spikes=spikes, mem=mem)
@@ -92,7 +92,7 @@ class _Kept(NamedTuple):
     train: tuple[torch.Size, torch.dtype] | None  # of the events that enter
 
 
-class _SpikingLayers(torch.autograd.Function):
+class _SpikingLayer(torch.autograd.Function):
     """Inputs: links, room for their results, the carrier of the events that enter, and the leaves of each link.
 
     Outputs: the carrier of the last one's events, its spikes and membranes, and the states (v, i) of each link.
@@ -131,7 +131,7 @@ class _SpikingLayers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         with without_autocast():
-            return _SpikingLayers._backward(ctx, *grads)
+            return _SpikingLayer._backward(ctx, *grads)
 
     @staticmethod
     def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,7 +144,7 @@ class _SpikingLayers(torch.autograd.Function):
             here = arriving, spikes, mem, *grads[3 + 2 * k : 5 + 2 * k]
             arriving = spikes = mem = None
             if links[k].learns and any(x is not None for x in here):
-                links[k].ran.count("backward")
+                links[k].ran.count_soon("backward")
                 call, saved, events = _restored(links, kept, k)
                 given = _arriving(links[k].backend, saved, *here)
                 of_current, of_dense, *others = wanted[1 + k * _N : 1 + (k + 1) * _N]
@@ -159,7 +159,7 @@ class _SpikingLayers(torch.autograd.Function):
         return (None, None, *out)
 
 
-_apply: Any = plain_apply(_SpikingLayers)
+_apply: Any = plain_apply(_SpikingLayer)
 _ORDINARY = {Tensor, nn.Parameter, type(None)}
 """Types of what nobody asks for a function of its own."""
 _transforms = torch._C._are_functorch_transforms_active
@@ -228,7 +228,7 @@ def _train(
     active = None if in_ptr is None or in_idx is None else Active(in_ptr, in_idx)
     if indices is None:
         return SpikeTrain.from_words(first, shape, dtype=dtype, active=active)
-    return SpikeTrain(first, indices, shape, values, dtype=dtype, active=active, check=False)
+    return SpikeTrain.of_events((first, indices), shape, dtype, active=active, values=values)
 
 
 # --- gradients on their way ---
@@ -263,12 +263,12 @@ def _differentiable(
     current, dense = leaves[:2]
     if first.train is None and current is None and dense is None:  # not kept, as a window needs it nowhere
         with torch.no_grad():
-            numbers = _SpikingLayers.backward(ctx, *grads)[2:]
+            numbers = _SpikingLayer.backward(ctx, *grads)[2:]
         return [None if g is None else once(g, f"the gradient of {first.call.name}") for g in numbers]
     grads = tuple(g.dense() if isinstance(g, ProductGrad) else g for g in grads)
     if len(links) > 1:
         return _one_by_one(links, kept, leaves, grads)
-    first.ran.count("backward")
+    first.ran.count_soon("backward")
     call, saved, _ = _restored(links, kept, 0)
     named = dict(zip(("carrier", *_LEAVES), (kept[0], *leaves), strict=True))
     found = again.gradients(call, call.surrogate, saved, call.train, named, grads)

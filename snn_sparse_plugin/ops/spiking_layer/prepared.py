@@ -264,7 +264,7 @@ def _input(call: Given, takes_dense: bool) -> tuple[SpikeTrain | None, Tensor | 
 
 def _count(link: Link, result: LayerResult) -> None:
     call, ran = link.call, link.ran
-    ran.count("fused")
+    ran.count_soon("fused")
     saved = result.saved
     if saved is None or call.threshold is None:
         return

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core import registry
 from ...core.backend import LayerResult
 from ...core.host import waits
 from ...core.spikes import Active, SpikeTrain
@@ -13,6 +14,8 @@ from ...core.spikes import Active, SpikeTrain
 DENSE_ABOVE = (
     0.4  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
 )
+
+SAMPLE = 16384  # numbers that are looked at: so few that torch counts them on this thread
 
 FEW_ROWS = 16  # up to so many rows of an input one dense product takes less time than to turn the weight over
 
@@ -55,10 +58,15 @@ def is_still(x: Tensor) -> bool:
 
 def _looks_dense(x: Tensor) -> bool:
     """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
-    rows = x.flatten(0, 1)
-    # few enough values for torch to count them on this thread
-    sample = rows[:: max(1, rows.shape[0] // max(1, min(64, 16384 // x.shape[-1])))]
-    return float(sample.count_nonzero()) > DENSE_ABOVE * sample.numel()
+    (T, B, M), few = x.shape, SAMPLE // x.shape[2]
+    every = max(1, T * B // max(1, min(64, few)))
+    kernels = registry.conversions(x.device.type)
+    if kernels is not None and x.is_contiguous():
+        share: float = kernels.share_of_nonzeros(x, every)
+    else:
+        sample = x.flatten(0, 1)[::every]
+        share = float(sample.count_nonzero()) / sample.numel()
+    return share > DENSE_ABOVE
 
 
 def events_of(
@@ -72,4 +80,4 @@ def events_of(
     if result.words is not None:
         return SpikeTrain.from_words(result.words, shape, dtype=dtype, carrier=carrier)
     assert result.events is not None
-    return SpikeTrain(*result.events, shape, dtype=dtype, carrier=carrier, active=active, check=False)
+    return SpikeTrain.of_events(result.events, shape, dtype, carrier, active)
