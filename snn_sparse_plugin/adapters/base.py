@@ -95,10 +95,6 @@ class Adapter:
     noted = False
     """Whether all its hooks are noted in ``hooks.placed``: :meth:`repair` is asked only where one has changed."""
 
-    methods: tuple[str, ...] = ()
-    """Attributes of a neuron's class on which :meth:`neuron` depends, besides all that the module itself holds. With
-    none a neuron is described again at every call."""
-
     functions: tuple[str, ...] = ()
     """Modules of the library whose autograd functions, such as spikes, take tensors alone: no neuron runs in them."""
 
@@ -159,6 +155,11 @@ class Adapter:
     def neuron(self, module: nn.Module) -> Neuron | str:
         """The neuron as a member of the fusable family, or why it is none."""
         return "its adapter does not describe it"
+
+    def kind(self, module: nn.Module) -> Any:
+        """What its class and its functions make of a neuron: the very same object as long as they and the module's
+        attributes are the same. None: nobody knows but :meth:`neuron`, which is asked at every call."""
+        return None
 
     def initial_state(
         self, module: nn.Module, neuron: Neuron, template: Tensor, state: Any

@@ -21,7 +21,7 @@ from .loading import installed_version
 from .snntorch_above import without_graph
 from .snntorch_examples import examples
 from .snntorch_hooks import MaskedAttribute, masked_method
-from .snntorch_kinds import DECIDING, Kind, kind_of, spike_function
+from .snntorch_kinds import Kind, kind_of, spike_function
 from .snntorch_neurons import STATES, Classes, Parts, takes_sequence
 from .snntorch_reset import LEFT, LastReset, resets
 from .snntorch_surrogates import recognise
@@ -32,7 +32,6 @@ class SnnTorchAdapter(Adapter):
 
     name = package = "snntorch"
     tested = ("0.9.4", "1.0")
-    methods = DECIDING
     functions = ("snntorch.surrogate",)
     noted = True
 
@@ -95,6 +94,9 @@ class SnnTorchAdapter(Adapter):
             scale = factor * factor if isinstance(module, Classes().StateLeaky) else factor
             parts = {**parts, "output": _scaled(scale, parts.get("output"))}
         return Neuron(surrogate=kind.surrogate, **parts)  # type: ignore[union-attr]
+
+    def kind(self, module: Any) -> Any:
+        return kind_of(module)
 
     # Hidden states are non-persistent buffers in every class: a state is a dict of them by name.
 

@@ -76,8 +76,7 @@ def _looked_at(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 METHODS = ("forward", "fire", "mem_reset", "_base_state_function")
-DECIDING = (*METHODS, "_base_sub", "_base_zero", "_base_int")
-_read = attrgetter(*DECIDING)
+_read = attrgetter(*METHODS, "_base_sub", "_base_zero", "_base_int")
 
 
 def _decided(module: Any) -> Kind | str:

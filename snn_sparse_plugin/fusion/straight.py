@@ -8,8 +8,8 @@ longer than their steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, is_
-from typing import Any
+from operator import is_
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,7 +63,7 @@ def recall(net: nn.Module, form: Form | None) -> Straight | None:
     """What is kept of a network for calls of this form, if it still is what it was."""
     known = _kept.get(net)
     found = None if known is None or form is None else known.get(form)
-    return found if found is not None and found.holds() else None
+    return found if found is not None and found.holds(net) else None
 
 
 def keep(net: nn.Module, form: Form | None, layers: list[Layer], calls: list[FusedCall]) -> None:
@@ -79,12 +79,7 @@ def keep(net: nn.Module, form: Form | None, layers: list[Layer], calls: list[Fus
     known = _kept.setdefault(net, {})
     if len(known) >= _MOST:
         known.clear()
-    known[form] = Straight(layers, _containers(net), [_Pair(call) for call in calls])
-
-
-def _containers(net: nn.Module) -> list[nn.Module]:
-    inner = [each for each in net._modules.values() if is_unchanged(each, (nn.Sequential,))]
-    return [net, *(found for each in inner if each is not None for found in _containers(each))]
+    known[form] = Straight(net, layers, [_Pair(call) for call in calls])
 
 
 def _is_decided(call: FusedCall) -> bool:
@@ -94,9 +89,9 @@ def _is_decided(call: FusedCall) -> bool:
         call.per_step
         and call.ready is not None
         and call.half is None
-        and bool(adapter.methods)
-        and not module._modules
         and isinstance(neuron.spec, NeuronSpec)
+        and adapter.kind(module) is not None
+        and not module._modules
         and neuron.surrogate.kind != "zero"
         and neuron.output is None
         and neuron.input_weight is None
@@ -113,19 +108,23 @@ def _is_number(x: Tensor) -> bool:
 
 
 class Straight:
-    """A network as a call has found it."""
+    """A network as a call has found it: all that is in it, but not the network, which may be forgotten."""
 
-    def __init__(self, layers: list[Layer], containers: list[nn.Module], pairs: list[_Pair]) -> None:
+    def __init__(self, net: nn.Module, layers: list[Layer], pairs: list[_Pair]) -> None:
         self.layers, self._pairs = layers, pairs
-        self._containers = [(each, each._modules, list(each._modules.values())) for each in containers]
+        self._modules = list(net._modules.values())
+        self._inner = [(each, Straight(each, [], [])) for each in self._modules if _is_sequence(each)]
 
-    def holds(self) -> bool:
+    def holds(self, net: nn.Module) -> bool:
         """Whether the network is what it was."""
-        for container, held, modules in self._containers:
-            same = len(held) == len(modules) and all(map(is_, held.values(), modules))
-            if not same or has_hooks(container) or not is_unchanged(container, (nn.Sequential,)):
-                return False
-        return all(pair.holds() for pair in self._pairs)
+        held = net._modules
+        return (
+            len(held) == len(self._modules)
+            and all(map(is_, held.values(), self._modules))
+            and _is_sequence(net)
+            and all(as_found.holds(each) for each, as_found in self._inner)
+            and all(pair.holds() for pair in self._pairs)
+        )
 
     def run(
         self, x: Flow, states: Sequence[Any], events: bool
@@ -140,6 +139,10 @@ class Straight:
         for k, pair in enumerate(self._pairs):
             after[2 * k + 1] = pair.end(outs[k], starts[k], initial[k])
         return (outs[-1].spikes if events else dense(outs[-1].spikes)), outs[-1].mem, after
+
+
+def _is_sequence(module: nn.Module | None) -> TypeGuard[nn.Module]:
+    return is_unchanged(module, (nn.Sequential,)) and not has_hooks(module)  # type: ignore[arg-type]
 
 
 class _Pair:
@@ -158,15 +161,14 @@ class _Pair:
         self._matrices = tuple(map(like, self._weights()))
         description = Description(self._adapter, self._module)
         self._has_same, self._tensors = description.holds, [x for _, x, _ in description.tensors]
-        self._methods = attrgetter(*self._adapter.methods)
-        self._read = self._reading()
+        self._kind, self._read = self._adapter.kind(self._module), self._numbers()
 
     def _weights(self) -> tuple[Tensor | None, Tensor | None]:
         held = self._linear._parameters  # type: ignore[union-attr]
         return held.get("weight"), held.get("bias")
 
-    def _reading(self) -> tuple[Any, ...]:
-        return [float(x) for x in self._tensors if not x.requires_grad], self._methods(type(self._module))
+    def _numbers(self) -> list[float]:
+        return [float(x) for x in self._tensors if not x.requires_grad]
 
     def holds(self) -> bool:
         """Whether the modules are what they were, and the neuron's parameters the same numbers."""
@@ -174,7 +176,8 @@ class _Pair:
             not has_hooks(self._module)
             and is_plain_linear(self._linear)  # type: ignore[arg-type]
             and self._has_same()
-            and self._reading() == self._read
+            and self._adapter.kind(self._module) is self._kind
+            and self._numbers() == self._read
             and tuple(map(like, self._weights())) == self._matrices
         )
 
