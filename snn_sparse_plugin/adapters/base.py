@@ -253,9 +253,11 @@ class Adapter:
     def begin(self, module: nn.Module) -> None:
         """Steps of the module are recorded from now on: what the last forward left is out of date."""
 
-    def note_last(self, module: nn.Module, fired: Tensor | None, membrane: Tensor | None) -> None:
-        """A fused call has run: what its last step began with, the spikes of the step before, or where there is none,
-        or :meth:`wants_membrane`, the membrane; None for zeros."""
+    def note_last(
+        self, module: nn.Module, fired: Callable[[], Tensor] | None, membrane: Tensor | None
+    ) -> None:
+        """A fused call has run: what its last step began with, the spikes of the step before, made when somebody asks
+        for them, or where there is none, or :meth:`wants_membrane`, the membrane; None for zeros."""
 
     def wants_membrane(self, neuron: Neuron) -> bool:
         """Whether :meth:`note_last` needs membranes."""

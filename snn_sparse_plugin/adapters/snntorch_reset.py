@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,46 +14,75 @@ from .base import runner
 
 LEFT = "reset"
 
+_Notes = WeakKeyDictionary[nn.Module, Tensor | Callable[[], Tensor]]
+
 
 class _Resets:
-    """Notes that wait until all recorded steps have run: until then the attributes of a module say what it is."""
+    """Notes that wait until all recorded steps have run, as until then the attributes of a module say what it is; and
+    then until somebody asks, where they would have to be made."""
 
     def __init__(self) -> None:
-        self._waiting: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+        self._waiting: _Notes = WeakKeyDictionary()
+        self._unmade: _Notes = WeakKeyDictionary()
 
-    def note(self, module: nn.Module, reset: Tensor | None) -> None:
+    def note(self, module: nn.Module, reset: Tensor | Callable[[], Tensor] | None) -> None:
         if reset is not None:
             self._waiting[module] = reset
 
-    def note_last(self, module: Any, fired: Tensor | None, membrane: Tensor | None) -> None:
+    def note_last(
+        self, module: Any, fired: Callable[[], Tensor] | None, membrane: Tensor | None
+    ) -> None:
         """The reset of a step that began with these spikes, or with this membrane."""
         shape = module._buffers["mem"].shape
-        reset = fired
-        if reset is None:
-            with torch.no_grad():
-                before = torch.zeros(shape, device=module.threshold.device) if membrane is None else membrane
-                reset = (before - module.threshold > 0).float()
-        if reset.shape != shape:
-            # a tensor of its own: a step of events would keep them all
-            reset = reset.view(shape) if shape.numel() == reset.numel() else reset.clone()
-        self.note(module, reset)
+        if fired is not None:
+            self.note(module, partial(_shaped, fired, shape))
+            return
+        with torch.no_grad():
+            before = torch.zeros(shape, device=module.threshold.device) if membrane is None else membrane
+            reset = (before - module.threshold > 0).float()
+        self.note(module, _shaped(lambda: reset, shape))
 
     def leave(self, module: nn.Module) -> None:
         found = self._waiting.pop(module, None)
         if found is not None:
-            vars(module)[LEFT] = found
+            self.forget(module)
+            if isinstance(found, Tensor):
+                vars(module)[LEFT] = found
+            else:
+                self._unmade[module] = found
+
+    def forget(self, module: nn.Module) -> None:
+        vars(module).pop(LEFT, None)
+        self._unmade.pop(module, None)
+
+    def made(self, module: nn.Module) -> Tensor | None:
+        """What was left, if it had to be made."""
+        found = self._unmade.pop(module, None)
+        return found if found is None or isinstance(found, Tensor) else found()
+
+
+def _shaped(made: Callable[[], Tensor], shape: torch.Size) -> Tensor:
+    reset = made()
+    if reset.shape == shape:
+        return reset
+    # a tensor of its own: a step of events would keep them all
+    return reset.view(shape) if shape.numel() == reset.numel() else reset.clone()
 
 
 resets = _Resets()
 
 
 class LastReset:
-    """The attribute of a class by which ``reset`` is found while steps that would set it are recorded."""
+    """The attribute of a class by which ``reset`` is found while the module itself has none: while steps that would set
+    it are recorded, and until it is made."""
 
     def __get__(self, module: Any | None, owner: type | None = None) -> Any:
         if module is None:
             return self
         runner().settle(module)
+        reset = resets.made(module)
+        if reset is not None:
+            vars(module)[LEFT] = reset
         if LEFT not in vars(module):
             raise AttributeError(f"{type(module).__name__!r} object has no attribute {LEFT!r}")
         return vars(module)[LEFT]

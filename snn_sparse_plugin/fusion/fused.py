@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -235,12 +235,12 @@ def note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int,
     elif membrane:
         adapter.note_last(module, None, out.mem[-2].detach())
     else:
-        spikes = out.spikes
+        spikes = out.spikes.detach()
         if isinstance(spikes, SpikeTrain):
-            before = spikes.values_at(T - 2)
+            adapter.note_last(module, partial(spikes.values_at, T - 2), None)
         else:
-            before = (spikes.detach() if spikes.requires_grad else spikes)[-2].clone()
-        adapter.note_last(module, before, None)
+            before = spikes[-2].clone()  # which keeps no other steps
+            adapter.note_last(module, lambda: before, None)
 
 
 def _recurrent_weight(neuron: Neuron, features: tuple[int, ...]) -> Tensor | None:
