@@ -55,7 +55,7 @@ def form_of(x: Flow, config: SparseConfig, explicit: dict[str, Any], events: boo
     return (type(x), x.shape, dtype, config, *explicit, events, generation, learns)
 
 
-_kept: WeakKeyDictionary[nn.Module, dict[Form, Straight]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[Form, Straight | None]] = WeakKeyDictionary()
 _MOST = 16  # forms that are kept of a network
 
 
@@ -67,19 +67,33 @@ def recall(net: nn.Module, form: Form | None) -> Straight | None:
 
 
 def keep(net: nn.Module, form: Form | None, layers: list[Layer], calls: list[FusedCall]) -> None:
-    """Keep what a call of this form has found, where it is no more than a neuron behind each Linear."""
-    turns = list(zip(layers[::2], layers[1::2], strict=False))
-    if form is None or 2 * len(calls) != len(layers):
-        return
-    for (first, second), call in zip(turns, calls, strict=True):
-        if first.module is not call.linear or second is not call.layer or not _is_decided(call):
-            return
-    if len({id(layer.module) for layer in layers}) != len(layers):  # they take turns at every step
+    """Keep what a call of this form has found, where it is no more than a neuron behind each Linear.
+
+    A network that is another at every call is left alone, as is one that is more: to keep it takes its time, too.
+    """
+    if form is None:
         return
     known = _kept.setdefault(net, {})
+    before = known.get(form)
+    if form in known and (before is None or not before.used):
+        known[form] = None
+        return
     if len(known) >= _MOST:
         known.clear()
-    known[form] = Straight(net, layers, [_Pair(call) for call in calls])
+    straight = _is_straight(layers, calls)
+    known[form] = Straight(net, layers, [_Pair(call) for call in calls]) if straight else None
+
+
+def _is_straight(layers: list[Layer], calls: list[FusedCall]) -> bool:
+    """Whether these calls are all that the layers do, and none of these stands at two places, where they take turns."""
+    modules = [layer.module for layer in layers]
+    called = [module for call in calls for module in (call.linear, call.layer.module)]
+    return (
+        len(called) == len(modules)
+        and all(map(is_, called, modules))
+        and len(set(map(id, modules))) == len(modules)
+        and all(map(_is_decided, calls))
+    )
 
 
 def _is_decided(call: FusedCall) -> bool:
@@ -98,7 +112,6 @@ def _is_decided(call: FusedCall) -> bool:
         and not neuron.recurrent
         and not adapter.wants_membrane(neuron)
         and adapter.keeps(module) == (None, None)
-        and (call.last or call.ready.pattern.want_events)
         and all(_is_number(x) for _, x, _ in Description(adapter, module).tensors)
     )
 
@@ -111,7 +124,8 @@ class Straight:
     """A network as a call has found it: all that is in it, but not the network, which may be forgotten."""
 
     def __init__(self, net: nn.Module, layers: list[Layer], pairs: list[_Pair]) -> None:
-        self.layers, self._pairs = layers, pairs
+        self.layers, self._pairs, self.used = layers, pairs, False
+        self._chained = all(pair.emits_events for pair in pairs[:-1])
         self._modules = list(net._modules.values())
         self._inner = [(each, Straight(each, [], [])) for each in self._modules if _is_sequence(each)]
 
@@ -133,8 +147,10 @@ class Straight:
         begun = [pair.begin(state) for pair, state in zip(self._pairs, states[1::2], strict=True)]
         if None in begun:
             return None
+        self.used = True
         starts, initial = zip(*begun, strict=True)  # type: ignore[arg-type]
-        outs = run_chain(x, [pair.step(start) for pair, start in zip(self._pairs, starts, strict=True)])
+        steps = [pair.step(start) for pair, start in zip(self._pairs, starts, strict=True)]
+        outs = run_chain(x, steps) if self._chained else _run_each(x, steps)
         after = list(states)
         for k, pair in enumerate(self._pairs):
             after[2 * k + 1] = pair.end(outs[k], starts[k], initial[k])
@@ -143,6 +159,15 @@ class Straight:
 
 def _is_sequence(module: nn.Module | None) -> TypeGuard[nn.Module]:
     return is_unchanged(module, (nn.Sequential,)) and not has_hooks(module)  # type: ignore[arg-type]
+
+
+def _run_each(x: Flow, steps: list[Step]) -> list[SpikingLayerOutput]:
+    outs = []
+    for step in steps:
+        with tally.running(step.ran):
+            outs.append(step.ready.run(x, step.synapses, step.params, step.state))
+        x = outs[-1].spikes
+    return outs
 
 
 class _Pair:
@@ -154,6 +179,7 @@ class _Pair:
         self._module, self._adapter, self._linear = call.layer.module, call.adapter, call.linear
         self._neuron, self._ready, self._T = call.neuron, call.ready, layout.T
         self._record = record_of(self._module)
+        self.emits_events = call.ready.pattern.want_events
         shape = layout.B, *layout.features
         self._template = torch.empty((), dtype=layout.dtype).expand(shape)
         self._form = like(self._template)
