@@ -107,12 +107,6 @@ def zero_rows(rows: int, n: int, dtype: np.dtype) -> np.ndarray:
     return aligned(rows, padded(n), dtype, np.zeros)
 
 
-@lru_cache(maxsize=256)
-def no_rows(n: int, dtype: np.dtype) -> np.ndarray:
-    """:func:`zero_rows` of which there are none."""
-    return np.empty((0, padded(n)), dtype)
-
-
 def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     """Rows of W^T in whole vectors."""
     if weight is None:

@@ -32,8 +32,8 @@ from .threads import parallel
 # gradient slower, than checkpoints, a replay and one dense product.
 LIST_BELOW = 0.125
 
-# Rows of a transposed weight up to so many bytes are kept for a backward that replays: to make them again takes longer
-# than the steps of a small batch.
+# Rows of a transposed weight up to so many bytes are kept for a backward that reads them: to make them again takes
+# longer than the steps of a small batch.
 KEEP_ROWS_BELOW = 1 << 20
 
 # With so many input events for each neuron-step the membrane (4 bytes each) is kept: it takes little memory next to
@@ -210,6 +210,7 @@ def _saved(
         # what the caller gets may be written to
         mem = torch.from_numpy(array(made.mem).copy()) if call.want_mem else made.mem
     replays = mem is None and (u is None or call.params_grad or needs_states(call.spec))
+    reads_rows = replays or (call.train is not None and call.train.active is not None)
     return Saved(
         threshold,
         active,
@@ -218,7 +219,7 @@ def _saved(
         torch.from_numpy(made.i_checkpoints) if replays and _has_synapse(call) else None,
         needs_current=replays,
         mem=mem,
-        rows=torch.from_numpy(rows) if replays and 0 < rows.nbytes <= KEEP_ROWS_BELOW else None,
+        rows=torch.from_numpy(rows) if reads_rows and 0 < rows.nbytes <= KEEP_ROWS_BELOW else None,
     )
 
 

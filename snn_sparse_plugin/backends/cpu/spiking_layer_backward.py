@@ -23,14 +23,12 @@ from .impulses import backward_impulses
 from .layout import (
     DOUBLE,
     INT32,
-    added,
     aligned,
     array_or_empty,
     copied,
     empty,
     flip,
     inputs_of,
-    no_rows,
     numpy_type,
     padded,
     ranges_of,
@@ -66,8 +64,10 @@ class _Left(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Gradients that all samples add to, of one range of them; of weights the rows of W^T."""
+    """Gradients that all samples add to, of one range of them; of weights the rows of W^T. ``all_rows`` are those of
+    the next four, one after the other."""
 
+    all_rows: np.ndarray
     weight: np.ndarray
     bias: np.ndarray
     rec_weight: np.ndarray
@@ -115,8 +115,10 @@ def run_backward(
     parts = [_room(call, needs) for _ in ranges]
     # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
     parallel([_prepared(call, saved, way, shared, *each) for each in zip(parts, ranges, strict=True)])
-    sums = _Sums(*(added(group) for group in zip(*parts, strict=True)))
-    return _collected(call, needs, left, sums)
+    for part in parts[1:]:  # in order, and in place of the first
+        np.add(parts[0].all_rows, part.all_rows, out=parts[0].all_rows)
+        np.add(parts[0].params, part.params, out=parts[0].params)
+    return _collected(call, needs, left, parts[0])
 
 
 # --- what kernels are given ---
@@ -214,24 +216,21 @@ def _prepared(
 
 
 def _from_zero(sums: _Sums, task: Callable[[], None]) -> None:
-    for rows in sums:  # on the thread that adds to them, in whose cache they are then
-        rows.fill(0)
+    sums.all_rows.fill(0)  # on the thread that adds to them, in whose cache they are then
+    sums.params.fill(0)
     task()
 
 
 def _room(call: LayerCall, needs: Needs) -> _Sums:
-    dtype = numpy_type(call.v0.dtype)
-
-    def rows(wanted: bool, count: int) -> np.ndarray:
-        return aligned(count, padded(call.currents), dtype) if wanted else no_rows(call.currents, dtype)
-
-    return _Sums(
-        rows(needs.weight and call.train is not None, 0 if call.weight is None else call.weight.shape[1]),
-        rows(needs.bias and call.bias is not None, 1),
-        rows(needs.rec_weight and call.rec_weight is not None, call.N),
-        rows(needs.rec_bias and call.rec_bias is not None, 1),
-        np.empty((len(call.params), call.N)) if wants_params(call, needs) else empty(DOUBLE, 2),
-    )
+    weight = 0
+    if needs.weight and call.weight is not None and call.train is not None:
+        weight = call.weight.shape[1]
+    bias = weight + (needs.bias and call.bias is not None)
+    recurrent = bias + (call.N if needs.rec_weight and call.rec_weight is not None else 0)
+    end = recurrent + (needs.rec_bias and call.rec_bias is not None)
+    rows = aligned(end, padded(call.currents), numpy_type(call.v0.dtype))
+    params = np.empty((len(call.params), call.N)) if wants_params(call, needs) else empty(DOUBLE, 2)
+    return _Sums(rows, rows[:weight], rows[weight:bias], rows[bias:recurrent], rows[recurrent:], params)
 
 
 def _impulses(
@@ -326,7 +325,7 @@ def _weight(rows: np.ndarray, currents: int) -> Tensor | None:
 
 
 def _bias(row: np.ndarray, currents: int) -> Tensor | None:
-    return torch.from_numpy(row[0, :currents]) if row.size else None
+    return torch.from_numpy(row[0, :currents].copy()) if row.size else None
 
 
 def _through(nu: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,14 @@ def only_decays(
 
 def empty_list(call: LayerCall) -> Saved:
     """What a forward would have kept in which no neuron was ever active."""
-    indptr = torch.zeros(call.B * call.T + 1, dtype=torch.int32)
-    indices, u = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=call.v0.dtype)
+    return _empty_list(call.B * call.T, call.v0.dtype)
+
+
+@lru_cache(maxsize=16)
+def _empty_list(rows: int, dtype: torch.dtype) -> Saved:
+    with torch.inference_mode(False):
+        indptr = torch.zeros(rows + 1, dtype=torch.int32)
+        indices, u = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=dtype)
     return Saved(None, Active(indptr, indices), u)
 
 

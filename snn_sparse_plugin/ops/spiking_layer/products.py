@@ -68,8 +68,8 @@ def _turns_longer(x: Tensor, weight: Tensor) -> bool:
 
 def _looks_dense(x: Tensor) -> bool:
     """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
-    (T, B, M), few = x.shape, SAMPLE // x.shape[2]
-    every = max(1, T * B // max(1, min(64, few)))
+    T, B, M = x.shape
+    every = max(1, T * B // max(1, min(64, SAMPLE // M)))
     kernels = registry.conversions(x.device.type)
     if kernels is not None and x.is_contiguous():
         share: float = kernels.share_of_nonzeros(x, every)
