@@ -241,9 +241,7 @@ class SnnTorchAdapter(Adapter):
     def wants_membrane(self, neuron: Neuron) -> bool:
         return isinstance(neuron.spec, NeuronSpec) and neuron.spec.timing == "corrected"
 
-    def note_last(
-        self, module: Any, fired: Callable[[], Tensor] | None, membrane: Tensor | None
-    ) -> None:
+    def note_last(self, module: Any, fired: Callable[[], Tensor] | None, membrane: Tensor | None) -> None:
         # DeltaLeaky is a Leaky whose own forward has no reset
         if isinstance(module, _with_reset()) and not isinstance(module, _delta()):
             resets.note_last(module, fired, membrane)

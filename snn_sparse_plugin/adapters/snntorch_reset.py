@@ -29,9 +29,7 @@ class _Resets:
         if reset is not None:
             self._waiting[module] = reset
 
-    def note_last(
-        self, module: Any, fired: Callable[[], Tensor] | None, membrane: Tensor | None
-    ) -> None:
+    def note_last(self, module: Any, fired: Callable[[], Tensor] | None, membrane: Tensor | None) -> None:
         """The reset of a step that began with these spikes, or with this membrane."""
         shape = module._buffers["mem"].shape
         if fired is not None:

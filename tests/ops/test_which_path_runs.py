@@ -98,6 +98,17 @@ def test_dense_inputs_take_the_product_and_sparse_ones_events():
         assert (current is None) == sparse
 
 
+def test_few_rows_of_a_large_weight_take_the_product():
+    large = torch.zeros(512, 1024)
+    for x, weight, sparse in [
+        (spikes(10, 8, 1024, p=0.02), large, False),
+        (spikes(20, 8, 1024, p=0.02), large, True),
+        (spikes(20, 8, 1024, p=0.02), torch.zeros(1024, 1024), False),
+        (spikes(10, 8, 1024, p=0.02), large[:200], True),
+    ]:
+        assert (events_or_product(x, weight, None)[0] is not None) == sparse
+
+
 def test_a_constant_input_is_multiplied_once():
     weight = on_grid(5, 40).requires_grad_()
     image = torch.rand(1, 8, 40)

@@ -100,12 +100,17 @@ class _SpikingLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, links: Sequence[Link], results: list[LayerResult], carrier: Tensor | None, *leaves: Tensor | None
+        ctx: Any,
+        links: Sequence[Link],
+        results: list[LayerResult],
+        carrier: Tensor | None,
+        *leaves: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         first = links[0]
         kept: list[Tensor | None] = [carrier, *_of_train(first.call.train, first.backend)]
-        ctx.links, states = [], []
+        ctx.links = []
+        states: list[Tensor | None] = []
         for k, (call, backend, ran) in enumerate(links):
             _enter(call, results)
             result = backend.spiking_layer(call)
@@ -139,7 +144,9 @@ class _SpikingLayer(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (None, None, *_differentiable(ctx, kept, wanted, grads))
         out: list[Tensor | None] = [None] * len(wanted)
-        arriving, spikes, mem = grads[:3]  # of the events of a link, and of the last one's spikes and membranes
+        arriving, spikes, mem = grads[
+            :3
+        ]  # of the events of a link, and of the last one's spikes and membranes
         for k in range(len(links) - 1, -1, -1):
             here = arriving, spikes, mem, *grads[3 + 2 * k : 5 + 2 * k]
             arriving = spikes = mem = None
@@ -168,7 +175,10 @@ _transforms = torch._C._are_functorch_transforms_active
 
 _PAIR = (None, None)
 _NONE = Saved(None)
-_FIRST, _EACH = 6, _N + 11  # the carrier and the events that enter; of each link its leaves and what its forward left
+_FIRST, _EACH = (
+    6,
+    _N + 11,
+)  # the carrier and the events that enter; of each link its leaves and what its forward left
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -208,8 +218,8 @@ def _restored(
             call.train = _train(of.train, *kept[1:_FIRST])
         else:
             *_, below, _, in_ptr, in_idx, ev_ptr, ev_idx = kept[at - _EACH : at]
-            form = (ev_ptr, ev_idx) if below is None else (below, None)
-            call.train = _train(of.train, *form, None, in_ptr, in_idx)
+            first, indices = (ev_ptr, ev_idx) if below is None else (below, None)
+            call.train = _train(of.train, first, indices, None, in_ptr, in_idx)
     act_ptr, act_idx, ev_ptr, ev_idx = lists
     active = None if act_ptr is None else Active(act_ptr, act_idx)
     own = {"mem": mem, "near": near, "words": words, "adds_rows": of.adds_rows}
@@ -282,7 +292,8 @@ def _one_by_one(
     with torch.enable_grad():
         # views, as one leaf may be made of another
         inner = [x.view_as(x) if x is not None and x.requires_grad else x for x in (kept[0], *leaves)]
-        carrier, states = inner[0], []
+        carrier = inner[0]
+        states: list[Tensor | None] = []
         for k, link in enumerate(links):
             call, _, _ = _restored(links, kept, k)
             own = dict(zip(_LEAVES, inner[1 + k * _N :][:_N], strict=True))

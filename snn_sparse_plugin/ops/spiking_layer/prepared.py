@@ -165,7 +165,7 @@ def run_chain(x: Tensor | SpikeTrain, steps: Sequence[Step]) -> list[SpikingLaye
     results, carrier = autograd.apply_chain(links)
     carriers = [*[None] * (len(links) - 1), carrier]
     made = zip(steps, calls, links, results, carriers, strict=True)
-    return [step.ready.output(*each) for step, *each in made]
+    return [step.ready.output(call, link, result, c) for step, call, link, result, c in made]
 
 
 _kept: dict[Form, Prepared] = {}
