@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from operator import is_
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def recognise(function: SpikeFunction) -> Surrogate:
 
 def is_made_by_factory(function: Any) -> bool:
     """Whether this is what one of snnTorch's factories returns, or its disabled surrogate."""
-    return inspect.isfunction(function) and form_of(function) is not None
+    return type(function) is FunctionType and form_of(function) is not None
 
 
 def form_of(function: Any) -> Any:

@@ -24,6 +24,9 @@ from .stepping import Flow, Layer, Passed, check_features
 # a one-to-one recurrence runs as a diagonal matrix: beyond this many neurons it is stepped instead
 MAX_DIAGONAL = 1024
 
+# events of a layer, or words of them, that may be kept until somebody asks for a step of them
+KEPT_EVENTS = 1 << 16
+
 # why a neuron is not fused
 _PER_NEURON = "a parameter that is not one number for each neuron"
 _HIGHER = "a state or parameter of a higher precision than the input"
@@ -236,10 +239,10 @@ def note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int,
         adapter.note_last(module, None, out.mem[-2].detach())
     else:
         spikes = out.spikes.detach()
-        if isinstance(spikes, SpikeTrain):
+        if isinstance(spikes, SpikeTrain) and sum(x.numel() for x in spikes.tensors()) <= KEPT_EVENTS:
             adapter.note_last(module, partial(spikes.values_at, T - 2), None)
-        else:
-            before = spikes[-2].clone()  # which keeps no other steps
+        else:  # made now, as a step that keeps no others
+            before = spikes.values_at(T - 2) if isinstance(spikes, SpikeTrain) else spikes[-2].clone()
             adapter.note_last(module, lambda: before, None)
 
 

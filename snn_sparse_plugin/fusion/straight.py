@@ -40,6 +40,7 @@ def form_of(x: Flow, config: SparseConfig, explicit: dict[str, Any], events: boo
         or x.device.type != "cpu"  # waits, written out: numbers are looked at
         or len(x.shape) != 3
         or x.shape[0] < 2
+        or 0 in x.shape
         or dtype not in (torch.float32, torch.float64)
         or not config.fuse_time
         or config.check
@@ -102,6 +103,7 @@ def _is_decided(call: FusedCall) -> bool:
     return (
         call.per_step
         and call.ready is not None
+        and call.ready.layout.N > 0
         and call.half is None
         and isinstance(neuron.spec, NeuronSpec)
         and adapter.kind(module) is not None

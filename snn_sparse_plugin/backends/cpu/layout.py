@@ -7,7 +7,7 @@ our threads need (measured: up to twice the time of a step on two cores).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import numpy as np
@@ -133,7 +133,10 @@ def flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 def finite(*arrays: np.ndarray) -> bool:
     """Whether no number of contiguous arrays is NaN or infinite."""
-    return all(not x.size or all_finite(x.reshape(-1)) for x in arrays)
+    for x in arrays:  # noqa: SIM110, which takes a third longer
+        if x.size and not all_finite(x.reshape(-1)):
+            return False
+    return True
 
 
 def copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -141,10 +144,9 @@ def copied(x: Tensor | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndar
     return np.zeros(shape, dtype) if x is None else array(x).copy()
 
 
-def joined(parts: Iterable[np.ndarray]) -> Tensor:
+def joined(parts: list[np.ndarray]) -> np.ndarray:
     """What ranges of samples left, one after the other, in memory of its own."""
-    parts = list(parts)
-    return torch.from_numpy(parts[0].copy() if len(parts) == 1 else np.concatenate(parts))
+    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
 
 
 def added(parts: tuple[np.ndarray, ...]) -> np.ndarray:

@@ -32,12 +32,26 @@ class _Memory(ctypes.c_char * (1 << 46)):  # as large as an address space: only 
 _at, _new = _Memory.from_address, np.ndarray
 
 
+_ARRAY = "_snn_array"
+
+
+def tensor(x: np.ndarray) -> Tensor:
+    """``torch.from_numpy(x)``, of which :func:`array` knows where its numbers are: for what a backward alone will read, as
+    who saves a tensor saves what is known of it."""
+    made = torch.from_numpy(x)
+    made._snn_array = made.data_ptr(), x  # type: ignore[attr-defined]
+    return made
+
+
 def array(x: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """The numbers of a CPU tensor, without a copy where it is contiguous, in another shape if one is given.
 
     ``Tensor.numpy`` would note on the memory, for good, that something outside torch may write to it: torch then
     resizes it no more, and time fusion has to copy it (:mod:`snn_sparse_plugin.fusion.aliases`).
     """
+    known = getattr(x, _ARRAY, None)
+    if known is not None and shape is None and known[0] == x.data_ptr():
+        return known[1]  # type: ignore[no-any-return]
     kind, strides = _TYPES[x.dtype], None
     if not x.is_contiguous():
         if x.numel() > LARGEST or x.is_neg():

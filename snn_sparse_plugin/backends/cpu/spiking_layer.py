@@ -22,7 +22,7 @@ from .arguments import Fed, States, Written
 from .bits import LANES
 from .forward import forward_kernel
 from .layout import array_or_empty, empty, finite, inputs_of, joined, numpy_type, padded, ranges_of
-from .memory import array
+from .memory import array, tensor
 from .program import forward_of
 from .replay_linear import replays_linear
 from .rows import Code, encode
@@ -94,19 +94,21 @@ def run_forward(call: LayerCall) -> LayerResult:
         check_finite(call, torch.from_numpy(made.v))
 
     windowed = shared.window >= 0
-    seen = sum(part.seen for part in parts)
+    seen = listed = 0
+    for part in parts:
+        seen, listed = seen + part.seen, listed + part.active.size
     fraction = seen / steps if windowed and steps else 1.0
     threshold, active, u = call.threshold, None, None
     if windowed and steps and fraction < call.min_active:
         threshold = None  # too few would learn: this call is exact
-    elif wanted.active and seen == sum(part.active.size for part in parts):
-        indptr = _joined_ptr(shared.act_ptr, ranges, [part.active.size for part in parts], T)
-        active = Active(indptr, joined(part.active for part in parts))
-        u = joined(part.distance for part in parts)
+    elif wanted.active and seen == listed:
+        ptr = _joined_ptr(shared.act_ptr, ranges, [part.active.size for part in parts], T)
+        active = Active(tensor(ptr), tensor(joined([part.active for part in parts])))
+        u = tensor(joined([part.distance for part in parts]))
     events = None
     if wanted.events:
-        indptr = _joined_ptr(shared.out_ptr, ranges, [part.events.size for part in parts], T)
-        events = indptr, joined(part.events for part in parts)
+        ptr = _joined_ptr(shared.out_ptr, ranges, [part.events.size for part in parts], T)
+        events = torch.from_numpy(ptr), torch.from_numpy(joined([part.events for part in parts]))
     return LayerResult(
         made.spikes,
         events,
@@ -215,15 +217,15 @@ def _saved(
         threshold,
         active,
         None if isinstance(call.spec, Equations) else u,
-        torch.from_numpy(made.v_checkpoints) if replays else None,
-        torch.from_numpy(made.i_checkpoints) if replays and _has_synapse(call) else None,
+        tensor(made.v_checkpoints) if replays else None,
+        tensor(made.i_checkpoints) if replays and _has_synapse(call) else None,
         needs_current=replays,
         mem=mem,
-        rows=torch.from_numpy(rows) if reads_rows and 0 < rows.nbytes <= KEEP_ROWS_BELOW else None,
+        rows=tensor(rows) if reads_rows and 0 < rows.nbytes <= KEEP_ROWS_BELOW else None,
     )
 
 
-def _joined_ptr(ptr: np.ndarray, ranges: list[tuple[int, int]], sizes: list[int], T: int) -> Tensor:
+def _joined_ptr(ptr: np.ndarray, ranges: list[tuple[int, int]], sizes: list[int], T: int) -> np.ndarray:
     """Turn counts that start anew in every range of samples, of that many entries, into one indptr."""
     base = 0
     for (first, last), size in zip(ranges, sizes, strict=True):
@@ -232,7 +234,7 @@ def _joined_ptr(ptr: np.ndarray, ranges: list[tuple[int, int]], sizes: list[int]
         base += size
         if base > MAX_EVENTS:
             raise InputError(f"more than {MAX_EVENTS} events in one layer; split the batch.")
-    return torch.from_numpy(ptr)
+    return ptr
 
 
 def _has_synapse(call: LayerCall) -> bool:

@@ -142,6 +142,13 @@ class Prepared:
         _count(link, result)
         return rounded(_wrap(call, link.call, result, carrier, self.asked.return_mem), self.wanted)
 
+    def between(
+        self, call: Given, link: Link, result: LayerResult, emitted: SpikeTrain | None
+    ) -> SpikingLayerOutput:
+        """What is known of a layer whose events another one took."""
+        _count(link, result)
+        return output(call, emitted, None, result.v, result.i, result.active_fraction)
+
 
 class Step(NamedTuple):
     """A layer of a chain: its call and the numbers of it, but for the input."""
@@ -154,7 +161,8 @@ class Step(NamedTuple):
 
 
 def run_chain(x: Tensor | SpikeTrain, steps: Sequence[Step]) -> list[SpikingLayerOutput]:
-    """Layers of which each takes the events of the one before, prepared to emit them, as one node of the graph."""
+    """Layers of which each takes the events of the one before, prepared to emit them, as one node of the graph. Only
+    the last one's spikes have a gradient."""
     calls: list[Given] = []
     links: list[Link] = []
     for ready, synapses, params, state, ran in steps:
@@ -163,9 +171,11 @@ def run_chain(x: Tensor | SpikeTrain, steps: Sequence[Step]) -> list[SpikingLaye
         calls.append(call)
         links.append(Link(ready.described(call, behind), ready.backend, ran))
     results, carrier = autograd.apply_chain(links)
-    carriers = [*[None] * (len(links) - 1), carrier]
-    made = zip(steps, calls, links, results, carriers, strict=True)
-    return [step.ready.output(call, link, result, c) for step, call, link, result, c in made]
+    outs = [
+        steps[k].ready.between(calls[k], links[k], results[k], links[k + 1].call.train)
+        for k in range(len(links) - 1)
+    ]
+    return [*outs, steps[-1].ready.output(calls[-1], links[-1], results[-1], carrier)]
 
 
 _kept: dict[Form, Prepared] = {}
