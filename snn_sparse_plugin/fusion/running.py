@@ -128,8 +128,8 @@ def _stack_of_steps(node: StackNode, plan: Plan) -> Tensor:
     if series.pieces is not None or series.constant is not None:
         return torch.stack([series.step(call) for call in range(start, start + n)])
     dense: Tensor = series.stacked(start, n)
-    # another owner of this memory would see what is done to it in place
-    alone = plan.readers[made, slot] == {node} and (made, slot) not in plan.waiting
+    # another reader of this memory would see what is done to it in place; steps in the user's hands have their own
+    alone = plan.readers[made, slot] == {node}
     return dense if alone and start == 0 and n == series.n else dense.clone()
 
 
