@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ class Series:
             return [self._owned(call) for call in calls]
         self.given += 1
         with in_mode_of(self.dense):  # all at once: to copy each by itself takes three times as long
-            copies = torch.unbind_copy(self.dense, 0)
+            copies: Any = torch.unbind_copy(self.dense, 0)  # type: ignore[func-returns-value]
         return [self._owned(call) if self._alone(call) else copies[call] for call in calls]
 
     def _owned(self, call: int) -> Tensor:
