@@ -17,7 +17,16 @@ from ..core.dynamics import NeuronState
 from ..core.precision import any_autocast, cast, state_dtype, without_autocast
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.inputs import Synapses as AllSynapses
-from ..ops.spiking_layer.prepared import Asked, Prepared, form_of, keep, like, prepare, recall
+from ..ops.spiking_layer.prepared import (
+    Asked,
+    Prepared,
+    SpikingLayerOutput,
+    form_of,
+    keep,
+    like,
+    prepare,
+    recall,
+)
 from .precision import Dtypes, factor, matters, of_layer
 from .stepping import Flow, Layer, Passed, check_features
 
@@ -76,6 +85,20 @@ def takes_step(neuron: Neuron, x: Tensor, state: list[Tensor]) -> torch.Size | s
 _kept: dict[Any, Prepared] = {}
 
 
+class Begun(NamedTuple):
+    """A call that has been prepared, and what it is given."""
+
+    ready: Prepared
+    flow: Flow
+    synapses: AllSynapses
+    start: Any  # the state before the first step, in the op's form
+    initial: Any  # and in the library's
+    half: Dtypes | None
+    T: int
+    want_mem: bool
+    wants_before: bool
+
+
 @dataclass
 class FusedCall:
     """A neuron, what it stands behind, and how its call is asked for."""
@@ -101,6 +124,15 @@ class FusedCall:
 
     def run(self, flow: Flow, events: bool, want_mem: bool) -> Passed | None:
         """One call of the op; None where only upstream's own step does what upstream does."""
+        begun = self.begin(flow, events, want_mem)
+        if begun is None:
+            return None
+        with running(self.layer.module), without_autocast():
+            out = begun.ready.run(begun.flow, begun.synapses, self.neuron.params, begun.start)
+        return self.end(begun, out)
+
+    def begin(self, flow: Flow, events: bool, want_mem: bool) -> Begun | None:
+        """What :meth:`run` gives to the op; of a flow that is no tensor no number is looked at."""
         neuron, module, adapter, given = self.neuron, self.layer.module, self.adapter, flow.shape
         if len(given) < 3 or not adapter.takes_shape(module, given):
             return self._refused(f"an input of shape {tuple(given)}")
@@ -135,7 +167,7 @@ class FusedCall:
             config = config.updated(min_active=1.0)
         wants_before = self.per_step and adapter.wants_membrane(neuron)
         as_events = events and neuron.spec.spiking and neuron.output is None and not any_autocast()
-        kept_output, kept_mem = adapter.keeps(module)
+        _, kept_mem = adapter.keeps(module)
         asked = Asked(
             spec=neuron.spec,
             surrogate=neuron.surrogate,
@@ -153,8 +185,13 @@ class FusedCall:
         if isinstance(ready, str):
             return self._refused(ready)
         self.ready = ready
-        with running(module), without_autocast():
-            out = ready.run(flow, synapses, neuron.params, start)
+        return Begun(ready, flow, synapses, start, initial, half, T, want_mem, wants_before)
+
+    def end(self, begun: Begun, out: SpikingLayerOutput) -> Passed:
+        """What :meth:`run` makes of what the op gave."""
+        neuron, module, adapter = self.neuron, self.layer.module, self.adapter
+        _, flow, _, start, initial, half, T, want_mem, wants_before = begun
+        kept_output, kept_mem = adapter.keeps(module)
         spikes, mem, ended = out.spikes, out.mem, out.state
         if self.per_step and neuron.spec.spiking and T:
             note_last(adapter, module, out, start, T, wants_before)

@@ -10,27 +10,23 @@ from torch import Tensor
 
 from ..adapters import running
 from ..core.config import use_config
-from ..core.errors import FusionError, NonFiniteError
-from ..core.spikes import SpikeTrain
-from . import meter
-from .arguments import ArgumentSeries
+from ..core.errors import FusionError
 from .context import in_mode
 from .convolutions import pooled_events
-from .fused import FusedCall, Synapses
+from .layers import flow_of, initial_of, run_neuron
 from .nodes import FunctionNode, InputNode, NeuronNode, Node, StackNode, WriteNode
 from .planner import Plan
 from .recordable import BATCHED, LINEAR, batched_dims, filled
 from .series import Series, constant_of, piece, stacked, train_of
-from .stepping import Flow, Layer
 
 
 def run_node(node: Node, plan: Plan) -> None:
     """Compute the results of a node whose arguments are all there."""
-    if node in plan.inside:
+    if node in plan.inside or node in plan.done:
         return
     if isinstance(node, NeuronNode):
         # a single step is upstream's own, unless the module has changed since
-        if (len(node) == 1 and node.description.holds()) or not _run_neuron(node, plan):
+        if (len(node) == 1 and node.description.holds()) or not run_neuron(node, plan):
             run_steps([node], plan)
     elif isinstance(node, FunctionNode):
         node.results[0] = _run_function(node, plan)
@@ -74,7 +70,7 @@ def _convolved(node: FunctionNode, plan: Plan) -> Tensor | None:
     found = plan.convolved.get(of)
     if found is None:
         return None
-    flow, once = _flow(of.arguments[0])
+    flow, once = flow_of(of.arguments[0])
     with use_config(plan.config):
         out = found.run(flow, norm, pool, "Conv")
     return out.expand(len(node), *out.shape[1:]) if once else out
@@ -133,107 +129,6 @@ def _stack_of_steps(node: StackNode, plan: Plan) -> Tensor:
     return dense if alone and start == 0 and n == series.n else dense.clone()
 
 
-def _run_neuron(node: NeuronNode, plan: Plan) -> bool:
-    """One call of the fused op for all steps; False where only single steps do what upstream does."""
-    membrane = node.slots.get(node.adapter.membrane_leaf(), -1)
-    if plan.wants_currents(node):
-        return False
-    argument, synapses, name = node.arguments[0], None, type(node.module).__name__
-    source = argument.range()
-    if source is not None and source[0] in plan.inside:
-        linear, start = source[0], source[1]
-        argument = linear.arguments[0][start : start + len(node)]
-        rest = [c[0][0] for c in linear.arguments[1:]]
-        synapses = Synapses(rest[0], rest[1] if len(rest) > 1 else None)
-        name = f"Linear→{name}"
-    (flow, once), n = _flow(argument), len(node)
-    single = len(node.input_shape) == 1
-    if single:
-        flow = (flow.to_dense() if isinstance(flow, SpikeTrain) else flow).unsqueeze(1)
-    leaves = _initial(node)
-    if single:
-        leaves = {k: v if v is None or not v.dim() else v.unsqueeze(0) for k, v in leaves.items()}
-    call = FusedCall(
-        Layer(name, node.module, node.adapter),
-        node.neuron,
-        synapses,
-        name,
-        node.adapter.state_of(leaves, node.like),
-        per_step=True,
-        last=plan.is_last(node),
-        config=node.config,
-        steps=n if once else None,
-        half=node.half,
-    )
-    events = plan.wants_events(node) and not single
-    want_mem = membrane > 0 and (node, membrane) in plan.early
-    try:
-        passed = _fused(node, call, flow, synapses, argument, events, want_mem)
-    except NonFiniteError:  # which upstream's own steps carry on
-        return False
-    if passed is None:
-        return False
-    spikes, mem = passed.flow, passed.mem
-    if single:
-        assert isinstance(spikes, Tensor)
-        spikes, mem = spikes.squeeze(1), None if mem is None else mem.squeeze(1)
-    node.results[0] = Series(n, train=spikes) if isinstance(spikes, SpikeTrain) else Series(n, dense=spikes)
-    for leaf, x in node.adapter.leaves(passed.state).items():
-        slot = node.slots[leaf]
-        if slot:
-            last = x.squeeze(0) if single else x
-            node.results[slot] = Series(n, dense=mem if slot == membrane else None, last=last)
-    return True
-
-
-def _fused(
-    node: NeuronNode,
-    call: FusedCall,
-    flow: Flow,
-    synapses: Synapses | None,
-    argument: ArgumentSeries,
-    events: bool,
-    want_mem: bool,
-) -> Any:
-    with use_config(node.config):
-        if meter.current is None:
-            return call.run(flow, events, want_mem)
-        x, state = piece(node.arguments[0][0]) if synapses is None else piece(argument[0]), _initial(node)
-        return meter.current.add(
-            node.module,
-            len(node),
-            lambda: call.run(flow, events, want_mem),
-            lambda: _one_step(node, synapses, x, state),
-            (node.input_shape, synapses is None, node.mode),
-        )
-
-
-def _one_step(node: NeuronNode, synapses: Synapses | None, x: Tensor, state: Any) -> None:
-    """A single step as upstream runs it, for the meter."""
-    if synapses is not None:
-        x = F.linear(x, *synapses)
-    with use_config(None):
-        node.adapter.upstream_step(node.upstream, node.module, x, state, node.like)
-
-
-def _flow(argument: ArgumentSeries) -> tuple[Flow, bool]:
-    """All steps of an argument, or the one that it holds at every step and True."""
-    source = argument.range()
-    node, start = source[:2] if source is not None else (None, 0)
-    if isinstance(node, InputNode) and len(argument) < len(node):
-        # one of several loops in the record: what it read may be events or slices, the inputs of all loops are not
-        argument = node.arguments[0][start : start + len(argument)]
-    constant = constant_of(argument)
-    if constant is not None:
-        return constant.unsqueeze(0), True
-    train = train_of(argument)
-    return (stacked(argument) if train is None else train), False
-
-
-def _initial(node: NeuronNode) -> dict[str, Tensor | None]:
-    return {name: None if entry is None else piece(entry) for name, entry in node.initial.items()}
-
-
 # --- one call after the other ---
 
 
@@ -274,7 +169,7 @@ def _run_step(
             f"{type(node.module).__name__} was changed after its step was recorded at {node.where}, before the "
             f"result was used. Use the result first, or switch time fusion off (fuse_time=False)."
         )
-    before = states[node] if node in states else _initial(node)
+    before = states[node] if node in states else initial_of(node)
     with use_config(node.config), running(node.module):
         out, after = node.adapter.upstream_step(node.upstream, node.module, tensors[0], before, node.like)
     states[node] = dict(after)

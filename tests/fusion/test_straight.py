@@ -206,7 +206,9 @@ def test_a_change_is_seen(net: nn.Sequential, x: Tensor, taken: list[bool], chan
     assert taken[-1] == ("weight" in change)  # these are read at every call
     expected = gradients(net, x, loss, **options)
     assert torch.equal(found[0], expected[0])
-    for got, want in zip(found, expected, strict=True):  # of layers that are stepped the library makes the products
+    for got, want in zip(
+        found, expected, strict=True
+    ):  # of layers that are stepped the library makes the products
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 

@@ -36,8 +36,8 @@ _ARRAY = "_snn_array"
 
 
 def tensor(x: np.ndarray) -> Tensor:
-    """``torch.from_numpy(x)``, of which :func:`array` knows where its numbers are: for what a backward alone will read, as
-    who saves a tensor saves what is known of it."""
+    """``torch.from_numpy(x)``, of which :func:`array` knows where its numbers are: for what a backward alone will read,
+    as who saves a tensor saves what is known of it."""
     made = torch.from_numpy(x)
     made._snn_array = made.data_ptr(), x  # type: ignore[attr-defined]
     return made

@@ -29,21 +29,23 @@ _N = len(_LEAVES)
 
 
 class Link(NamedTuple):
-    """A layer of a chain; ``call`` has no input where that is what the link before emits."""
+    """A layer of a chain; ``call`` has no input where that is what the link before emits. ``shown``: others than the
+    next link may read its events."""
 
     call: LayerCall
     backend: Backend
     ran: tally.Record
+    shown: bool = True
 
 
 def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
     """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
-    (result,), carrier = apply_chain([Link(call, backend, tally.current())])
+    (result,), (carrier,) = apply_chain([Link(call, backend, tally.current())])
     return result, carrier
 
 
-def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], Tensor | None]:
-    """Run layers one after the other: -> (their results, the carrier of the last one's events).
+def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], list[Tensor | None]]:
+    """Run layers one after the other: -> (their results, the carriers of the events of those that are shown).
 
     The states of all of them, and spikes and membranes of the last one, carry the graph.
     """
@@ -57,13 +59,14 @@ def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], Tensor | None
         for link in links:
             _enter(link.call, results)
             results.append(link.backend.spiking_layer(link.call))
-        return results, None
+        return results, [None] * len(links)
     ordinary = _ORDINARY.issuperset(map(type, leaves)) and not _transforms()
     run = _apply if ordinary else _SpikingLayer.apply
-    carrier_out, spikes, mem, *states = run(links, results, carrier, *leaves)
-    results = [r._replace(v=v, i=i) for r, v, i in zip(results, states[::2], states[1::2], strict=True)]
+    spikes, mem, *others = run(links, results, carrier, *leaves)
+    carriers, v, i = others[::3], others[1::3], others[2::3]
+    results = [r._replace(v=v[k], i=i[k]) for k, r in enumerate(results)]
     results[-1] = results[-1]._replace(spikes=spikes, mem=mem)
-    return results, carrier_out
+    return results, carriers
 
 
 def _enter(call: LayerCall, before: list[LayerResult]) -> None:
@@ -95,7 +98,7 @@ class _Kept(NamedTuple):
 class _SpikingLayer(torch.autograd.Function):
     """Inputs: links, room for their results, the carrier of the events that enter, and the leaves of each link.
 
-    Outputs: the carrier of the last one's events, its spikes and membranes, and the states (v, i) of each link.
+    Outputs: spikes and membranes of the last link, and of each the carrier of its events and its states (v, i).
     """
 
     @staticmethod
@@ -110,13 +113,19 @@ class _SpikingLayer(torch.autograd.Function):
         first = links[0]
         kept: list[Tensor | None] = [carrier, *_of_train(first.call.train, first.backend)]
         ctx.links = []
-        states: list[Tensor | None] = []
-        for k, (call, backend, ran) in enumerate(links):
+        others: list[Tensor | None] = []
+        still: list[Tensor | None] = []
+        for k, (call, backend, ran, shown) in enumerate(links):
             _enter(call, results)
             result = backend.spiking_layer(call)
             results.append(result)
-            states += result.v, result.i
             saved, train = result.saved or _NONE, call.train
+            carrier_out = None
+            if call.needs_grad and call.want_events and shown:
+                shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
+                carrier_out = result.v.new_zeros(()).expand(shape)
+            others += carrier_out, result.v, result.i
+            still += () if call.needs_grad else (result.v, result.i)
             of_train = None if train is None else (train.shape, train.dtype)
             bare = call.changed(**_NOTHING)
             ctx.links.append(
@@ -127,11 +136,9 @@ class _SpikingLayer(torch.autograd.Function):
             kept += saved.u, saved.v_checkpoints, saved.i_checkpoints, saved.mem, saved.near, result.words
             kept += saved.rows, *(saved.active or _PAIR), *(result.events or _PAIR)
         ctx.save_for_backward(*kept)
-        carrier_out = None
-        if call.want_events:
-            shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
-            carrier_out = result.v.new_zeros(()).expand(shape)
-        return carrier_out, result.spikes, result.mem, *states
+        if still:
+            ctx.mark_non_differentiable(*(x for x in still if x is not None))
+        return result.spikes, result.mem, *others
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,11 +151,13 @@ class _SpikingLayer(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (None, None, *_differentiable(ctx, kept, wanted, grads))
         out: list[Tensor | None] = [None] * len(wanted)
-        arriving, spikes, mem = grads[
-            :3
-        ]  # of the events of a link, and of the last one's spikes and membranes
+        arriving, (spikes, mem) = (
+            None,
+            grads[:2],
+        )  # of a link's events, and of the last one's spikes and membranes
         for k in range(len(links) - 1, -1, -1):
-            here = arriving, spikes, mem, *grads[3 + 2 * k : 5 + 2 * k]
+            of_events, v, i = grads[2 + 3 * k : 5 + 3 * k]
+            here = _sum(arriving, of_events), spikes, mem, v, i
             arriving = spikes = mem = None
             if links[k].learns and any(x is not None for x in here):
                 links[k].ran.count_soon("backward")
@@ -160,9 +169,10 @@ class _SpikingLayer(torch.autograd.Function):
                 found = links[k].backend.spiking_layer_backward(call, saved, events, given, needs)
                 arriving = found.input
                 out[3 + k * _N : 1 + (k + 1) * _N] = found[1:]
-        if arriving is not None and call.once and len(arriving) > 1:
-            arriving = arriving.sum(0, keepdim=True)
-        out[0 if call.train is not None else 1 if call.dense is None else 2] = arriving
+        if arriving is not None:
+            if call.once and len(arriving) > 1:
+                arriving = arriving.sum(0, keepdim=True)
+            out[0 if call.train is not None else 1 if call.dense is None else 2] = arriving
         return (None, None, *out)
 
 
@@ -244,6 +254,12 @@ def _train(
 # --- gradients on their way ---
 
 
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    if x is None or y is None:
+        return y if x is None else x
+    return (x.dense() if isinstance(x, ProductGrad) else x) + y
+
+
 def _arriving(
     backend: Backend,
     saved: Saved,
@@ -258,7 +274,7 @@ def _arriving(
         if saved.active is not None:
             active = of_events.contiguous()
         else:
-            spikes = of_events if spikes is None else spikes + of_events
+            spikes = _sum(spikes, of_events)
     if isinstance(spikes, ProductGrad) and not backend.takes_products:
         spikes = spikes.dense()
     return OutputGrads(active, spikes, mem, v, i)
@@ -281,7 +297,8 @@ def _differentiable(
     first.ran.count_soon("backward")
     call, saved, _ = _restored(links, kept, 0)
     named = dict(zip(("carrier", *_LEAVES), (kept[0], *leaves), strict=True))
-    found = again.gradients(call, call.surrogate, saved, call.train, named, grads)
+    spikes, mem, of_events, *states = grads
+    found = again.gradients(call, call.surrogate, saved, call.train, named, (of_events, spikes, mem, *states))
     return [found.get(name) if need else None for name, need in zip(named, wanted, strict=True)]
 
 
@@ -293,15 +310,15 @@ def _one_by_one(
         # views, as one leaf may be made of another
         inner = [x.view_as(x) if x is not None and x.requires_grad else x for x in (kept[0], *leaves)]
         carrier = inner[0]
-        states: list[Tensor | None] = []
+        others: list[Tensor | None] = []
         for k, link in enumerate(links):
             call, _, _ = _restored(links, kept, k)
             own = dict(zip(_LEAVES, inner[1 + k * _N :][:_N], strict=True))
             train = None if call.train is None else call.train._replace(carrier=carrier)
             call = call.changed(**own, train=train, rows=None)
-            (result,), carrier = apply_chain([Link(call, link.backend, link.ran)])
-            states += result.v, result.i
-        made = zip((carrier, result.spikes, result.mem, *states), grads, strict=True)
+            (result,), (carrier,) = apply_chain([Link(call, link.backend, link.ran)])
+            others += carrier, result.v, result.i
+        made = zip((result.spikes, result.mem, *others), grads, strict=True)
         outs, arriving = zip(*[(x, g) for x, g in made if g is not None], strict=True)
         asked = [x for x in inner if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(outs, asked, arriving, create_graph=True, allow_unused=True))

@@ -96,7 +96,7 @@ class Prepared:
         """The call as :func:`~.inputs.given` makes it of its numbers."""
         call = self.checked(call)
         link = Link(self.described(call), self.backend, tally.current())
-        (result,), carrier = autograd.apply_chain([link])
+        (result,), (carrier,) = autograd.apply_chain([link])
         return self.output(call, link, result, carrier)
 
     def checked(self, call: Given) -> Given:
@@ -160,22 +160,25 @@ class Step(NamedTuple):
     ran: tally.Record
 
 
-def run_chain(x: Tensor | SpikeTrain, steps: Sequence[Step]) -> list[SpikingLayerOutput]:
-    """Layers of which each takes the events of the one before, prepared to emit them, as one node of the graph. Only
-    the last one's spikes have a gradient."""
+def run_chain(x: Tensor | SpikeTrain, steps: Sequence[Step], shown: bool = False) -> list[SpikingLayerOutput]:
+    """Layers of which each takes the events of the one before, prepared to emit them, as one node of the graph.
+    ``shown``: the spikes of all have a gradient, not of the last alone."""
     calls: list[Given] = []
     links: list[Link] = []
     for ready, synapses, params, state, ran in steps:
         entering, behind = (None, links[-1].call) if links else (x, None)
         call = ready.checked(given(ready.layout, entering, synapses, params, state))
         calls.append(call)
-        links.append(Link(ready.described(call, behind), ready.backend, ran))
-    results, carrier = autograd.apply_chain(links)
-    outs = [
-        steps[k].ready.between(calls[k], links[k], results[k], links[k + 1].call.train)
-        for k in range(len(links) - 1)
-    ]
-    return [*outs, steps[-1].ready.output(calls[-1], links[-1], results[-1], carrier)]
+        last = len(calls) == len(steps)
+        links.append(Link(ready.described(call, behind), ready.backend, ran, shown or last))
+    results, carriers = autograd.apply_chain(links)
+    outs = []
+    for k in range(len(links) - 1):
+        emitted = links[k + 1].call.train
+        if carriers[k] is not None and emitted is not None:
+            emitted = emitted._replace(carrier=carriers[k])
+        outs.append(steps[k].ready.between(calls[k], links[k], results[k], emitted))
+    return [*outs, steps[-1].ready.output(calls[-1], links[-1], results[-1], carriers[-1])]
 
 
 _kept: dict[Form, Prepared] = {}
