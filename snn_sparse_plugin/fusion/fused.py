@@ -241,7 +241,7 @@ class FusedCall:
             return _WIDER
         return keep(_kept, form, prepare(asked, flow, synapses))
 
-    def _refused(self, why: str) -> Passed | None:
+    def _refused(self, why: str) -> Begun | None:
         refuse(self.layer.module, why)
         return None
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from snn_sparse_plugin import sparse_mode, sparsify, unroll
 from snn_sparse_plugin.core import tally
 from snn_sparse_plugin.core.backend import calls
-from snn_sparse_plugin.fusion import straight
+from snn_sparse_plugin.fusion import layers, straight
 
 T, B = 12, 3
 
@@ -313,3 +314,99 @@ def test_nothing_is_kept_alive(x: Tensor) -> None:
     del net
     gc.collect()
     assert [reference() for reference in alive] == [None] * 3
+
+
+# --- the same of a recorded loop ---
+
+
+class Two(nn.Module):
+    """Two layers whose spikes and states are in the loop's hands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 17), nn.Linear(17, 5)
+        self.lif, self.out = snn.Leaky(beta=0.5), snn.Leaky(beta=0.5)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.copy_(grid(*weight.shape))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        mem, out, mems, spikes = self.lif.init_leaky(), self.out.init_leaky(), [], []
+        for step in x:
+            spk, mem = self.lif(self.first(step), mem)
+            last, out = self.out(self.second(spk), out)
+            mems.append(out)
+            spikes.append(last)
+        return torch.stack(mems), torch.stack(spikes), spk, mem
+
+
+READ: dict[str, Callable[..., Tensor]] = {
+    "membranes": lambda mems, *_: mems.square().sum(),
+    "spikes": lambda mems, spikes, *_: spikes.sum() + mems[-1].sum(),
+    "hidden spikes of the last step": lambda mems, spikes, spk, mem: mems.square().sum() + 3 * spk.sum(),
+    "hidden state": lambda mems, spikes, spk, mem: mems.sum() + mem.square().sum(),
+    "hidden alone": lambda mems, spikes, spk, mem: spk.sum() + mem.square().sum(),
+}
+
+
+@pytest.mark.parametrize("frozen", ["", "first", "second"])
+@pytest.mark.parametrize("read", READ)
+def test_a_loop_runs_as_one_node(x: Tensor, monkeypatch: pytest.MonkeyPatch, read: str, frozen: str) -> None:
+    chains = []
+    run_chain = layers.run_chain
+
+    def counted(x: Any, steps: Any, **options: Any) -> Any:
+        chains.append(len(steps))
+        return run_chain(x, steps, **options)
+
+    monkeypatch.setattr(layers, "run_chain", counted)
+    torch.manual_seed(0)
+    net = Two()
+    if frozen:
+        getattr(net, frozen).requires_grad_(False)
+    found = []
+    for context in (nullcontext(), sparse_mode(backprop_threshold=None)):
+        net.zero_grad()
+        with context:
+            outs = net(x)
+        loss = READ[read](*outs)
+        if loss.requires_grad:
+            loss.backward()
+        found.append([*(out.detach() for out in outs), *(p.grad for p in net.parameters())])
+        found[-1] = [None if each is None else each.clone() for each in found[-1]]
+    assert chains == [2]
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hidden_layer_that_is_read_at_every_step_runs_by_itself(x: Tensor) -> None:
+    torch.manual_seed(0)
+    net, found = Two(), []
+    for context in (nullcontext(), sparse_mode(backprop_threshold=None)):
+        net.zero_grad()
+        with context:
+            mem, out, hidden, outs = net.lif.init_leaky(), net.out.init_leaky(), [], []
+            for step in x:
+                spk, mem = net.lif(net.first(step), mem)
+                last, out = net.out(net.second(spk), out)
+                hidden.append(mem)
+                outs.append(out)
+            loss = torch.stack(hidden).square().mean() + torch.stack(outs).square().mean()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_that_are_not_finite_go_upstreams_way(x: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Two()
+    with torch.no_grad():
+        net.second.weight[0, 0] = float("inf")
+    expected = [out.detach() for out in net(x)]
+    with sparse_mode():
+        found = [out.detach() for out in net(x)]
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
