@@ -390,7 +390,7 @@ def test_a_hidden_layer_that_is_read_at_every_step_runs_by_itself(x: Tensor) -> 
             mem, out, hidden, outs = net.lif.init_leaky(), net.out.init_leaky(), [], []
             for step in x:
                 spk, mem = net.lif(net.first(step), mem)
-                last, out = net.out(net.second(spk), out)
+                _, out = net.out(net.second(spk), out)
                 hidden.append(mem)
                 outs.append(out)
             loss = torch.stack(hidden).square().mean() + torch.stack(outs).square().mean()
