@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adapters import running
 from ..adapters.counting import record_of
+from ..core import tally
 from ..core.config import use_config
 from ..core.errors import InputError, NonFiniteError
 from ..core.spikes import SpikeTrain
@@ -182,7 +183,7 @@ def _only_reader(node: Any, plan: Plan) -> Any:
 
 def _run_chain(nodes: list[NeuronNode], plan: Plan) -> bool:
     """Several neurons as one node of the graph; False where each has to be run by itself."""
-    if meter.current is not None:
+    if meter.current is not None or tally.watchers.get() is not None:
         return False
     asked = [_asked(node, plan) for node in nodes]
     flow, once = flow_of(asked[0].argument)
@@ -195,7 +196,8 @@ def _run_chain(nodes: list[NeuronNode], plan: Plan) -> bool:
         last = node is nodes[-1]
         if begin is None or begin.half is not None or node.neuron.output is not None:
             return False
-        if not last and (begin.ready.asked.return_mem or not begin.ready.pattern.want_events):
+        passes = begin.ready.pattern.want_events and node.neuron.surrogate.kind != "zero"
+        if not last and (begin.ready.asked.return_mem or not passes):
             return False
         begun.append(begin)
         entering = _stand_in(begin)

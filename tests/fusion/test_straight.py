@@ -410,3 +410,27 @@ def test_numbers_that_are_not_finite_go_upstreams_way(x: Tensor) -> None:
         found = [out.detach() for out in net(x)]
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_spikes_without_a_gradient_leave_none_below(x: Tensor) -> None:
+    torch.manual_seed(0)
+    net, found = Two(), []
+    net.lif = snn.Leaky(beta=0.5, surrogate_disable=True)
+    for context in (nullcontext(), sparse_mode(backprop_threshold=None)):
+        net.zero_grad()
+        with context:
+            net(x)[0].square().sum().backward()
+        found.append([None if p.grad is None else p.grad.clone() for p in net.parameters()])
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert found[1][0] is None
+
+
+def test_what_watches_a_loop_is_told(x: Tensor) -> None:
+    torch.manual_seed(0)
+    net, seen = Two(), []
+    with tally.watchers.block(lambda record, *rest: seen.append(record.kind)), sparse_mode():
+        net(x)
+    assert seen == ["Leaky"] * 2

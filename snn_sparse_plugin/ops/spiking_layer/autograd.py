@@ -151,10 +151,8 @@ class _SpikingLayer(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (None, None, *_differentiable(ctx, kept, wanted, grads))
         out: list[Tensor | None] = [None] * len(wanted)
-        arriving, (spikes, mem) = (
-            None,
-            grads[:2],
-        )  # of a link's events, and of the last one's spikes and membranes
+        spikes, mem = grads[:2]  # of the last link
+        arriving: Tensor | None = None  # of a link's events, from the one behind
         for k in range(len(links) - 1, -1, -1):
             of_events, v, i = grads[2 + 3 * k : 5 + 3 * k]
             here = _sum(arriving, of_events), spikes, mem, v, i
@@ -185,10 +183,8 @@ _transforms = torch._C._are_functorch_transforms_active
 
 _PAIR = (None, None)
 _NONE = Saved(None)
-_FIRST, _EACH = (
-    6,
-    _N + 11,
-)  # the carrier and the events that enter; of each link its leaves and what its forward left
+_FIRST = 6  # the carrier and the events that enter
+_EACH = _N + 11  # of each link: its leaves and what its forward left
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
