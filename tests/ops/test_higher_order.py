@@ -78,7 +78,8 @@ def test_gradient_penalty_of_a_recorded_loop(name, counted):
 
     want = penalised(net(neuron), nullcontext())
     compare(penalised(net(neuron), sparse_mode(backprop_threshold=None)), want)
-    assert counted["cpu", "forward"] == 2, "it ran fused"
+    # fused, as one node; each layer is made again for the gradient of the gradient
+    assert counted["cpu", "forward"] == 2 + 2
 
 
 @pytest.mark.parametrize(
