@@ -105,18 +105,18 @@ class Prepared:
             check_finite(call)
         return widened(call) if self.wide else call
 
-    def described(self, call: Given, behind: LayerCall | None = None) -> LayerCall:
+    def described(self, call: Given, before: LayerCall | None = None) -> LayerCall:
         """The call as a backend gets it: events or a dense input with their weights, or currents; without an input
-        if that is what a call ``behind`` which it stands emits."""
+        where that is what the call ``before`` will have emitted."""
         synapses, v0, i0, packed = call.synapses, call.v0, call.i0, call.params
         train = dense = current = None
-        if behind is None:
+        if before is None:
             train, dense, current = _input(call, self.backend.takes_dense)
         weight, bias = (synapses.weight, synapses.bias) if current is None else (None, None)
         leaves = (synapses.recurrent, synapses.recurrent_bias, call.rec0, v0, i0, packed, current, dense)
         carrier = None if train is None else train.carrier
         learns = torch.is_grad_enabled() and (
-            (behind is not None and behind.needs_grad)
+            (before is not None and before.needs_grad)
             or any(x is not None and x.requires_grad for x in (weight, bias, carrier, *leaves))
         )
         return self.pattern.changed(
@@ -166,11 +166,11 @@ def run_chain(x: Tensor | SpikeTrain, steps: Sequence[Step], shown: bool = False
     calls: list[Given] = []
     links: list[Link] = []
     for ready, synapses, params, state, ran in steps:
-        entering, behind = (None, links[-1].call) if links else (x, None)
+        entering, before = (None, links[-1].call) if links else (x, None)
         call = ready.checked(given(ready.layout, entering, synapses, params, state))
         calls.append(call)
         last = len(calls) == len(steps)
-        links.append(Link(ready.described(call, behind), ready.backend, ran, shown or last))
+        links.append(Link(ready.described(call, before), ready.backend, ran, shown or last))
     results, carriers = autograd.apply_chain(links)
     outs = []
     for k in range(len(links) - 1):

@@ -70,7 +70,7 @@ def _looks_dense(x: Tensor) -> bool:
     """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
     T, B, M = x.shape
     every = max(1, T * B // max(1, min(64, SAMPLE // M)))
-    kernels = registry.conversions(x.device.type)
+    kernels = registry.conversions(x.device.type) if x.dtype in (torch.float32, torch.float64) else None
     if kernels is not None and x.is_contiguous():
         share: float = kernels.share_of_nonzeros(x, every)
     else:
