@@ -151,7 +151,7 @@ class SpikeTrain:
         return cls._of(_Forms(N, None, words), shape, None, dtype, carrier, active)
 
     @classmethod
-    def of_events(
+    def _of_events(
         cls,
         events: tuple[Tensor, Tensor],
         shape: Sequence[int],
@@ -376,7 +376,7 @@ class SpikeTrain:
                 raise NonFiniteError("input has NaN or infinite values; spikes must be finite.")
             if binary:
                 raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
-        return cls.of_events((indptr, indices), x.shape, x.dtype, carrier, values=values)
+        return cls._of_events((indptr, indices), x.shape, x.dtype, carrier, values=values)
 
     def to_sparse_csr(self) -> Tensor:
         """A torch CSR matrix (B * T, N), row ``b * T + t``."""

@@ -47,7 +47,7 @@ def run(
 ) -> tuple[Flow, Tensor | None, list[Any]]:
     """All layers over all steps: -> (spikes, membrane of the last layer, one state per layer).
 
-    ``fused`` takes the calls of the op, as far as they are all that a network does.
+    ``fused`` takes the calls of the op, of a network whose layers are called step by step.
     """
     alone = per_step and _is_step(x)
     if alone or (per_step and (not current_config().fuse_time or _shares_state(layers))):

@@ -94,7 +94,6 @@ class Begun(NamedTuple):
     start: Any  # the state before the first step, in the op's form
     initial: Any  # and in the library's
     half: Dtypes | None
-    T: int
     want_mem: bool
     wants_before: bool
 
@@ -132,7 +131,7 @@ class FusedCall:
         return self.end(begun, out)
 
     def begin(self, flow: Flow, events: bool, want_mem: bool) -> Begun | None:
-        """What :meth:`run` gives to the op; of a flow that is no tensor no number is looked at."""
+        """What :meth:`run` gives to the op. No number of the flow is looked at, but where half precision comes in."""
         neuron, module, adapter, given = self.neuron, self.layer.module, self.adapter, flow.shape
         if len(given) < 3 or not adapter.takes_shape(module, given):
             return self._refused(f"an input of shape {tuple(given)}")
@@ -185,12 +184,13 @@ class FusedCall:
         if isinstance(ready, str):
             return self._refused(ready)
         self.ready = ready
-        return Begun(ready, flow, synapses, start, initial, half, T, want_mem, wants_before)
+        return Begun(ready, flow, synapses, start, initial, half, want_mem, wants_before)
 
     def end(self, begun: Begun, out: SpikingLayerOutput) -> Passed:
         """What :meth:`run` makes of what the op gave."""
         neuron, module, adapter = self.neuron, self.layer.module, self.adapter
-        _, flow, _, start, initial, half, T, want_mem, wants_before = begun
+        ready, flow, _, start, initial, half, want_mem, wants_before = begun
+        T = ready.layout.T
         kept_output, kept_mem = adapter.keeps(module)
         spikes, mem, ended = out.spikes, out.mem, out.state
         if self.per_step and neuron.spec.spiking and T:

@@ -209,11 +209,10 @@ def _run_chain(nodes: list[NeuronNode], plan: Plan) -> bool:
     for node, each, begin, out in zip(nodes, asked, begun, outs, strict=True):
         with running(node.module):
             _note(node, each, each.call.end(begin, out))
-    plan.done.update(nodes)
     return True
 
 
 def _stand_in(begun: Begun) -> SpikeTrain:
     """Events of the form that a call will emit."""
     layout, none = begun.ready.layout, torch.empty(0, dtype=torch.int32, device=begun.ready.layout.device)
-    return SpikeTrain.of_events((none, none), (layout.T, layout.B, *layout.features), begun.ready.wanted)
+    return SpikeTrain._of_events((none, none), (layout.T, layout.B, *layout.features), begun.ready.wanted)

@@ -66,7 +66,6 @@ class Plan:
             found = self.sources[node] = {source for source, _ in read}
             todo += found
         self.stepped = stepped
-        self.done: set[Node] = set()  # neurons that have run with one before
         self.groups = [list(self.sources)] if stepped else list(_components(self.sources))
         self.alone = {group[0] for group in self.groups if len(group) == 1 and not stepped}
         functions = [node for node in self.sources if isinstance(node, FunctionNode)]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from helpers import on_grid, spikes
 from torch import Tensor, nn
 
 from snn_sparse_plugin import sparse_mode, sparsify, unroll
@@ -22,9 +23,12 @@ from snn_sparse_plugin.fusion import layers, straight
 T, B = 12, 3
 
 
-def grid(*shape: int) -> Tensor:
-    """Weights whose sums are exact in any order."""
-    return torch.randint(-32, 33, shape) / 64
+def on_a_grid(net: nn.Module) -> Any:
+    """The network, with weights whose sums are exact in any order."""
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(on_grid(*weight.shape, scale=0.5))
+    return net
 
 
 def leaky(**options: Any) -> snn.Leaky:
@@ -35,17 +39,14 @@ def leaky(**options: Any) -> snn.Leaky:
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(20, 17), leaky())
-    net = nn.Sequential(inner, nn.Linear(17, 9), leaky(), nn.Linear(9, 5), leaky(output=True))
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.copy_(grid(*weight.shape))
-    return net
+    layers = inner, nn.Linear(17, 9), leaky(), nn.Linear(9, 5), leaky(output=True)
+    return on_a_grid(nn.Sequential(*layers))
 
 
 @pytest.fixture
 def x() -> Tensor:
     torch.manual_seed(1)
-    return (torch.rand(T, B, 20) < 0.3).float()
+    return spikes(T, B, 20, p=0.3)
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
     "another neuron inside": lambda net: net[0].__setitem__(1, snn.Leaky(beta=0.25, init_hidden=True)),
     "a layer less": lambda net: (net.pop(4), net.pop(3)),
     "a layer more": lambda net: net.insert(3, nn.Identity()),
-    "another weight": lambda net: net[1]._parameters.__setitem__("weight", nn.Parameter(grid(9, 17))),
+    "another weight": lambda net: net[1]._parameters.__setitem__("weight", nn.Parameter(on_grid(9, 17))),
     "a weight behind .data": lambda net: net[1].weight.data.neg_(),
     "a decay behind .data": lambda net: net[2].beta.data.fill_(0.25),
     "a decay above one": lambda net: net[2].beta.data.fill_(1.5),
@@ -326,9 +327,7 @@ class Two(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(20, 17), nn.Linear(17, 5)
         self.lif, self.out = snn.Leaky(beta=0.5), snn.Leaky(beta=0.5)
-        with torch.no_grad():
-            for weight in self.parameters():
-                weight.copy_(grid(*weight.shape))
+        on_a_grid(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         mem, out, mems, spikes = self.lif.init_leaky(), self.out.init_leaky(), [], []

@@ -1,7 +1,7 @@
 """Autograd of eager calls: keeps what is smallest, so the shapes of what it saves depend on the data.
 
-Layers that follow each other without anything between them are one node of the graph: what passes between two of them,
-the events and the gradient of these, nobody else sees, and a node takes longer than a small layer.
+Layers that follow each other without anything between them are one node of the graph, as a node takes longer than a
+small layer. Events that others may read as well, and the states of all layers, have places of their own in the graph.
 """
 
 from __future__ import annotations
@@ -36,12 +36,6 @@ class Link(NamedTuple):
     backend: Backend
     ran: tally.Record
     shown: bool = True
-
-
-def apply(call: LayerCall, backend: Backend) -> tuple[LayerResult, Tensor | None]:
-    """Run the op differentiably: -> (result with graph-carrying tensors, carrier of the output events)."""
-    (result,), (carrier,) = apply_chain([Link(call, backend, tally.current())])
-    return result, carrier
 
 
 def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], list[Tensor | None]]:
@@ -244,7 +238,7 @@ def _train(
     active = None if in_ptr is None or in_idx is None else Active(in_ptr, in_idx)
     if indices is None:
         return SpikeTrain.from_words(first, shape, dtype=dtype, active=active)
-    return SpikeTrain.of_events((first, indices), shape, dtype, active=active, values=values)
+    return SpikeTrain._of_events((first, indices), shape, dtype, active=active, values=values)
 
 
 # --- gradients on their way ---

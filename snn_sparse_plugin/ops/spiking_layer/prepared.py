@@ -90,14 +90,7 @@ class Prepared:
 
     def run(self, x: Tensor | SpikeTrain, synapses: Synapses, params: Any, state: Any) -> SpikingLayerOutput:
         """The call with these numbers, which have the form that it was prepared for."""
-        return self.of(given(self.layout, x, synapses, params, state))
-
-    def of(self, call: Given) -> SpikingLayerOutput:
-        """The call as :func:`~.inputs.given` makes it of its numbers."""
-        call = self.checked(call)
-        link = Link(self.described(call), self.backend, tally.current())
-        (result,), (carrier,) = autograd.apply_chain([link])
-        return self.output(call, link, result, carrier)
+        return run_chain(x, [Step(self, synapses, params, state, tally.current())])[0]
 
     def checked(self, call: Given) -> Given:
         """The call in the precision that the backend computes in."""

@@ -90,4 +90,4 @@ def events_of(
     if result.words is not None:
         return SpikeTrain.from_words(result.words, shape, dtype=dtype, carrier=carrier)
     assert result.events is not None
-    return SpikeTrain.of_events(result.events, shape, dtype, carrier, active)
+    return SpikeTrain._of_events(result.events, shape, dtype, carrier, active)
