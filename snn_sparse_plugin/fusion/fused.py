@@ -69,7 +69,7 @@ def takes_step(neuron: Neuron, x: Tensor, state: list[Tensor]) -> torch.Size | s
         return "weights of another dtype than the input, or on another device"
     if neuron.recurrent and _recurrent_weight(neuron, features) is None:
         return _no_recurrence(features)
-    template = _template((*batch, *features), state_dtype(dtype), device)
+    template = template_of((*batch, *features), state_dtype(dtype), device)
     tensors = [t for t in (*state, *neuron.values) if isinstance(t, Tensor)]
     if any(t.dim() and t.device != device for t in tensors):
         return f"a state or parameter on another device than the input, which is on {device}"
@@ -158,7 +158,7 @@ class FusedCall:
         if neuron.recurrent and recurrent is None:
             return self._refused(_no_recurrence(features))
         shape = (B, *features) if self.per_step else (T, B, *features)
-        template = _template(shape, state_dtype(flow.dtype), flow.device)
+        template = template_of(shape, state_dtype(flow.dtype), flow.device)
         start, initial = adapter.initial_state(module, neuron, template, self.state)
         config = self.config or config_of(module) or current_config()
         if self.last and config.min_active > 0:
@@ -246,7 +246,7 @@ class FusedCall:
         return None
 
 
-def _template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def template_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Stands for an output of this form; nobody looks at its numbers."""
     if torch._C._len_torch_dispatch_stack():  # its tensors are that mode's own
         return _new_template.__wrapped__(shape, dtype, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -200,7 +201,9 @@ def _run_chain(nodes: list[NeuronNode], plan: Plan) -> bool:
         if not last and (begin.ready.asked.return_mem or not passes):
             return False
         begun.append(begin)
-        entering = _stand_in(begin)
+        layout = begin.ready.layout
+        shape = (layout.T, layout.B, *layout.features)
+        entering = _stand_in(shape, begin.ready.wanted, layout.device)
     steps = [
         Step(b.ready, b.synapses, node.neuron.params, b.start, record_of(node.module))
         for node, b in zip(nodes, begun, strict=True)
@@ -212,7 +215,8 @@ def _run_chain(nodes: list[NeuronNode], plan: Plan) -> bool:
     return True
 
 
-def _stand_in(begun: Begun) -> SpikeTrain:
+@lru_cache(maxsize=64)
+def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SpikeTrain:
     """Events of the form that a call will emit."""
-    layout, none = begun.ready.layout, torch.empty(0, dtype=torch.int32, device=begun.ready.layout.device)
-    return SpikeTrain._of_events((none, none), (layout.T, layout.B, *layout.features), begun.ready.wanted)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    return SpikeTrain._of_events((none, none), shape, dtype)

@@ -23,7 +23,7 @@ from ..core.config import SparseConfig
 from ..core.precision import HALF
 from .context import here, mode_to_record
 from .flush import flush, realize
-from .fused import takes_step
+from .fused import takes_step, template_of
 from .governor import Rest, backoff, forward_of, resting
 from .nodes import NeuronNode
 from .precision import matters, of_step
@@ -130,7 +130,7 @@ def _record(
         ):
             if type(x) is Tensor:
                 note_feeding(x, module)
-            template = torch.empty((), dtype=dtype, device=device).expand(shape)
+            template = template_of(shape, dtype, device)
             node = _open(record, adapter, module, upstream, config, leaves, like, template)
             if node is None:
                 return None

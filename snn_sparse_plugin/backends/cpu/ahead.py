@@ -20,6 +20,7 @@ from torch import Tensor
 from .bits import LANES
 from .events import Found, place_rows, scan_rows
 from .jit import kernel
+from .memory import array as numbers
 from .memory import pinned
 from .threads import aside
 
@@ -160,6 +161,9 @@ class Ahead:
             last = found[-1].last
             counts[:last] = self._counts[:last]
         return found
+
+    def has_found_all(self, x: Tensor) -> bool:
+        return self.ordered(numbers(x, (x.shape[0] * x.shape[1], x[0, 0].numel())), len(x)) is not None
 
     def ordered(self, rows: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, bool] | None:
         found = self._found(rows)

@@ -153,6 +153,10 @@ class Begun(Protocol):
         """
         ...
 
+    def has_found_all(self, x: Tensor) -> bool:
+        """Whether it has put the events of this tensor (T, B, N...) in order, which are few."""
+        ...
+
     def ordered(self, rows: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, bool] | None:
         """indptr, indices and whether all values are 1, if it has put the events of all these rows in order."""
         ...

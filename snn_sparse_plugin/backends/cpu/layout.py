@@ -80,8 +80,13 @@ def ranges_of(call: LayerCall, cost: float = 1.0) -> list[tuple[int, int]]:
 
     ``cost``: time that the kernel takes, by that of a forward.
     """
-    sample = cost * call.T * (ROW + EACH * call.N)
-    return split(call.B, ahead=round(WAKING / sample)) if sample * call.B > SHORTEST else [(0, call.B)]
+    return _ranges(call.T, call.B, call.N, cost, torch.get_num_threads())
+
+
+@lru_cache(maxsize=256)
+def _ranges(T: int, B: int, N: int, cost: float, threads: int) -> list[tuple[int, int]]:
+    sample = cost * T * (ROW + EACH * N)
+    return split(B, threads, round(WAKING / sample)) if sample * B > SHORTEST else [(0, B)]
 
 
 def padded(n: int) -> int:

@@ -7,6 +7,7 @@ small layer. Events that others may read as well, and the states of all layers, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ class _SpikingLayer(torch.autograd.Function):
             carrier_out = None
             if call.needs_grad and call.want_events and shown:
                 shape = (call.T, call.B, call.N) if saved.active is None else saved.active.indices.shape
-                carrier_out = result.v.new_zeros(()).expand(shape)
+                carrier_out = _zero_of(result.v).expand(shape)
             others += carrier_out, result.v, result.i
             still += () if call.needs_grad else (result.v, result.i)
             of_train = None if train is None else (train.shape, train.dtype)
@@ -166,6 +167,17 @@ class _SpikingLayer(torch.autograd.Function):
                 arriving = arriving.sum(0, keepdim=True)
             out[0 if call.train is not None else 1 if call.dense is None else 2] = arriving
         return (None, None, *out)
+
+
+def _zero_of(x: Tensor) -> Tensor:
+    """A zero of its dtype and device."""
+    return _zero(x.dtype) if x.device.type == "cpu" else x.new_zeros(())
+
+
+@cache
+def _zero(dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype)
 
 
 _apply: Any = plain_apply(_SpikingLayer)

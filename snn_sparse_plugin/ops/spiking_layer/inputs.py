@@ -307,7 +307,10 @@ _MOST = 256  # constants that are kept
 
 
 def _constant(numbers: tuple[float, ...], N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A row of N for each number, made once. A CUDA graph makes its own, as it outlives what is kept here."""
+    """A row of N for each number, made once, as a backend sees at ``_snn_numbers``.
+
+    A CUDA graph makes its own, as it outlives what is kept here.
+    """
     key = (numbers, N, dtype, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _rows(*key)
@@ -315,7 +318,8 @@ def _constant(numbers: tuple[float, ...], N: int, dtype: torch.dtype, device: to
         if len(_constants) >= _MOST:
             _constants.clear()
         with torch.inference_mode(False):
-            _constants[key] = _rows(*key)
+            made = _constants[key] = _rows(*key)
+            made._snn_numbers = numbers  # type: ignore[attr-defined]
     return _constants[key]
 
 
