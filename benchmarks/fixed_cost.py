@@ -1,6 +1,6 @@
 """The fixed cost of a call: small training steps and streams through ``unroll``, against snnTorch's loop.
 
-python benchmarks/fixed_cost.py                    # one thread, 30 alternating rounds of processor time
+python benchmarks/fixed_cost.py                    # one thread, 15 alternating rounds of processor time
 python benchmarks/fixed_cost.py --against DIR      # beside the package of another checkout, in a process of its own
 """
 
@@ -25,13 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--rounds", type=int, default=30)
+parser.add_argument("--rounds", type=int, default=15)
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--against", type=Path, help="root of another checkout")
 parser.add_argument("--serve", choices=("loop", "unroll"), help=argparse.SUPPRESS)
 args = parser.parse_args()
 
-REPEATS = 3  # of a form in a round
+REPEATS = 20  # of a form in a round: after another process has run, the first few find nothing in the caches
 Run = Callable[[nn.Sequential, Tensor], Any]
 
 
