@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -174,6 +174,27 @@ class LayerResult(NamedTuple):
     words: Tensor | None = None  # (T, B, ceil(N / 32)) int32
 
 
+def events_of(
+    result: LayerResult,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    carrier: Tensor | None,
+    active: Active | None,
+) -> SpikeTrain:
+    """The spikes of a backend that was asked for events."""
+    if result.words is not None:
+        return SpikeTrain.from_words(result.words, shape, dtype=dtype, carrier=carrier)
+    assert result.events is not None
+    return SpikeTrain._of_events(result.events, shape, dtype, carrier, active)
+
+
+def enter(call: LayerCall, before: LayerResult) -> None:
+    """What a layer emitted enters the next one."""
+    active = None if before.saved is None else before.saved.active
+    shape = call.T, call.B, call.weight.shape[1]  # type: ignore[union-attr]
+    call.train = events_of(before, shape, call.v0.dtype, None, active)
+
+
 class OutputGrads(NamedTuple):
     """Gradients that arrive: at the active entries (in list order), or dense; None where nothing arrives."""
 
@@ -212,6 +233,22 @@ class Needs(NamedTuple):
     v0: bool
     i0: bool
     params: bool
+
+
+class LayerBackward(NamedTuple):
+    """What the backward of a layer is given but for the gradients that arrive."""
+
+    call: LayerCall
+    saved: Saved
+    events: tuple[Tensor, Tensor] | None
+    needs: Needs
+
+
+def passed_on(saved: Saved, grad: Tensor) -> OutputGrads:
+    """What arrives at a layer of whose events alone there is a gradient, that of another layer's input."""
+    if saved.active is not None:
+        return OutputGrads(grad.contiguous(), None, None, None, None)
+    return OutputGrads(None, grad, None, None, None)
 
 
 class TtfsBackward(NamedTuple):
@@ -274,6 +311,15 @@ class Backend:
         """Forward of the op."""
         raise NotImplementedError
 
+    def spiking_layers(self, calls: Sequence[LayerCall]) -> list[LayerResult]:
+        """Forward of layers of which each takes the events that the one before emits, which are put into its call."""
+        results: list[LayerResult] = []
+        for call in calls:
+            if results:
+                enter(call, results[-1])
+            results.append(self.spiking_layer(call))
+        return results
+
     def spiking_layer_backward(
         self,
         call: LayerCall,
@@ -284,6 +330,21 @@ class Backend:
     ) -> InputGrads:
         """Backward of the op."""
         raise NotImplementedError
+
+    def spiking_layers_backward(
+        self, layers: Sequence[LayerBackward], grads: OutputGrads
+    ) -> list[InputGrads]:
+        """Backward of layers of which each took the events of the one before, which nobody else has a gradient of;
+        ``grads`` arrive at the last."""
+        found = [InputGrads()] * len(layers)
+        for k in range(len(layers) - 1, -1, -1):
+            call, saved, events, needs = layers[k]
+            found[k] = self.spiking_layer_backward(call, saved, events, grads, needs)
+            passed = found[k].input
+            if k == 0 or passed is None:
+                break
+            grads = passed_on(layers[k - 1].saved, passed)
+        return found
 
 
 class Shares(NamedTuple):

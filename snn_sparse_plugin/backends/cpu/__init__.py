@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ...core.backend import (
     Backend,
     InputGrads,
+    LayerBackward,
     LayerCall,
     LayerResult,
     Needs,
@@ -60,10 +62,13 @@ class CPUBackend(Backend):
         return True, ""
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:
+        return self.spiking_layers([call])[0]
+
+    def spiking_layers(self, layers: Sequence[LayerCall]) -> list[LayerResult]:
         from .spiking_layer import run_forward
 
-        calls[self.name, "forward"] += 1
-        return run_forward(call)
+        calls[self.name, "forward"] += len(layers)
+        return run_forward(layers)
 
     def spiking_layer_backward(
         self,
@@ -73,10 +78,15 @@ class CPUBackend(Backend):
         grads: OutputGrads,
         needs: Needs,
     ) -> InputGrads:
+        return self.spiking_layers_backward([LayerBackward(call, saved, events, needs)], grads)[0]
+
+    def spiking_layers_backward(
+        self, layers: Sequence[LayerBackward], grads: OutputGrads
+    ) -> list[InputGrads]:
         from .spiking_layer_backward import run_backward
 
-        calls[self.name, "backward"] += 1
-        return run_backward(call, saved, events, grads, needs)
+        calls[self.name, "backward"] += len(layers)
+        return run_backward(layers, grads)
 
     def prefers_events(self, conv: Convolution, density: float, masked: bool) -> bool:
         from .conv import prefers_events

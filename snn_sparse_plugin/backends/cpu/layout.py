@@ -7,7 +7,7 @@ our threads need (measured: up to twice the time of a step on two cores).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 
 import numpy as np
@@ -75,17 +75,20 @@ def no_bias(n: int, dtype: np.dtype) -> np.ndarray:
     return np.zeros(n, dtype)
 
 
-def ranges_of(call: LayerCall, cost: float = 1.0) -> list[tuple[int, int]]:
-    """The samples of a call in ranges, one for each thread; one range where that is faster.
+def ranges_of(calls: Sequence[LayerCall], costs: Sequence[float] | None = None) -> list[tuple[int, int]]:
+    """The samples of calls that follow each other in ranges, one for each thread; one range where that is faster.
 
-    ``cost``: time that the kernel takes, by that of a forward.
+    ``costs``: times that their kernels take, by those of forwards.
     """
-    return _ranges(call.T, call.B, call.N, cost, torch.get_num_threads())
+    neurons = sum(
+        cost * (ROW + EACH * call.N) for call, cost in zip(calls, costs or [1.0] * len(calls), strict=True)
+    )
+    return _ranges(calls[0].B, calls[0].T * neurons, torch.get_num_threads())
 
 
 @lru_cache(maxsize=256)
-def _ranges(T: int, B: int, N: int, cost: float, threads: int) -> list[tuple[int, int]]:
-    sample = cost * T * (ROW + EACH * N)
+def _ranges(B: int, sample: float, threads: int) -> list[tuple[int, int]]:
+    """``sample``: seconds that one takes."""
     return split(B, threads, round(WAKING / sample)) if sample * B > SHORTEST else [(0, B)]
 
 

@@ -5,15 +5,15 @@ Results do not depend on timing: each thread owns a contiguous range of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.backend import CHUNK, LayerCall, LayerResult, Saved, check_finite, keeps_active
+from ...core.backend import CHUNK, LayerCall, LayerResult, Saved, check_finite, enter, keeps_active
 from ...core.csr import MAX_EVENTS, Active
 from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
@@ -39,6 +39,9 @@ KEEP_ROWS_BELOW = 1 << 20
 # With so many input events for each neuron-step the membrane (4 bytes each) is kept: it takes little memory next to
 # the events, and the backward need not add their rows again.
 KEEP_MEM_ABOVE = 4
+
+MANY = 0.1
+"""Share of neuron-steps that spike which is not expected to be exceeded."""
 
 
 class _Wanted(NamedTuple):
@@ -69,27 +72,72 @@ class _Shared(NamedTuple):
     states: States
     spikes: np.ndarray
     mem: np.ndarray
-    out_ptr: np.ndarray
-    act_ptr: np.ndarray
+
+
+class _Layer(NamedTuple):
+    """A call, and what its forward fills."""
+
+    call: LayerCall
+    wanted: _Wanted
+    made: _Made
+    shared: _Shared
+    kernel: Callable[..., Any]
 
 
 class _Part(NamedTuple):
-    """What one range of samples left."""
+    """What one range of samples left: lists, and where each row ends in them, counted from the range's first."""
 
+    out_ptr: np.ndarray
     events: np.ndarray
+    act_ptr: np.ndarray
     active: np.ndarray
     distance: np.ndarray  # membrane - threshold of the active entries
     seen: int  # active entries, of which those above ``LIST_BELOW`` were not listed
 
 
-def run_forward(call: LayerCall) -> LayerResult:
-    T, steps = call.T, call.T * call.B * call.N
+def run_forward(calls: Sequence[LayerCall]) -> list[LayerResult]:
+    """Layers of which each takes the events of the one before, which are put into its call."""
+    results: list[LayerResult] = []
+    for together in _apart(calls):
+        if results:
+            enter(together[0], results[-1])
+        results += _run(together)
+    return results
+
+
+def _apart(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
+    """In pieces of layers that run on each range of samples one after the other: until one whose events have to be
+    counted before the next begins."""
+    pieces = [[calls[0]]]
+    for call in calls[1:]:
+        if _may_keep_mem(call):
+            pieces.append([])
+        pieces[-1].append(call)
+    return pieces
+
+
+def _run(calls: Sequence[LayerCall]) -> list[LayerResult]:
+    layers = [_layer(call) for call in calls]
+    ranges = ranges_of(calls)
+    found = parallel([partial(_run_range, layers, *each) for each in ranges])
+    results: list[LayerResult] = []
+    for layer, parts in zip(layers, zip(*found, strict=True), strict=True):
+        if results:
+            enter(layer.call, results[-1])
+        results.append(_result(layer, ranges, parts))
+    return results
+
+
+def _layer(call: LayerCall) -> _Layer:
     wanted = _wanted(call)
     made = _allocated(call, wanted)
-    shared = _shared(call, wanted, made)
-    ranges = ranges_of(call)
-    parts = parallel([lambda r=r: _run_range(call, wanted, shared, *r) for r in ranges])  # type: ignore[misc]
-    fed = shared.inputs
+    return _Layer(call, wanted, made, _shared(call, made), _kernel(call))
+
+
+def _result(layer: _Layer, ranges: list[tuple[int, int]], parts: Sequence[_Part]) -> LayerResult:
+    """What the ranges left together."""
+    call, wanted, made, shared, _ = layer
+    T, steps, fed = call.T, call.T * call.B * call.N, shared.inputs
     if not finite(made.v, shared.params, fed.weight, fed.bias, fed.rec_weight):
         check_finite(call, torch.from_numpy(made.v))
 
@@ -102,12 +150,12 @@ def run_forward(call: LayerCall) -> LayerResult:
     if windowed and steps and fraction < call.min_active:
         threshold = None  # too few would learn: this call is exact
     elif wanted.active and seen == listed:
-        ptr = _joined_ptr(shared.act_ptr, ranges, [part.active.size for part in parts], T)
+        ptr = _joined_ptr([part.act_ptr for part in parts], [part.active.size for part in parts], ranges, T)
         active = Active(tensor(ptr), tensor(joined([part.active for part in parts])))
         u = tensor(joined([part.distance for part in parts]))
     events = None
     if wanted.events:
-        ptr = _joined_ptr(shared.out_ptr, ranges, [part.events.size for part in parts], T)
+        ptr = _joined_ptr([part.out_ptr for part in parts], [part.events.size for part in parts], ranges, T)
         events = torch.from_numpy(ptr), torch.from_numpy(joined([part.events for part in parts]))
     return LayerResult(
         made.spikes,
@@ -131,12 +179,18 @@ def _wanted(call: LayerCall) -> _Wanted:
 
 def _keeps_mem(call: LayerCall) -> bool:
     """Whether to keep the membrane after every step for a backward that then has nothing to replay."""
-    if not (call.needs_grad and call.save_active) or call.params_grad or call.train is None:
+    if call.train is None or not (call.needs_grad and call.save_active) or call.params_grad:
         return False
     if call.train.indices.numel() <= KEEP_MEM_ABOVE * call.T * call.B * call.N or not has_linear_replay(call):
         return False
     assert isinstance(call.spec, NeuronSpec)
     return call.spec.reset == "none" or call.spec.timing == "delayed"  # else it is no more what spiked
+
+
+def _may_keep_mem(call: LayerCall) -> bool:
+    """Whether the membrane may be kept, if there turn out to be many events."""
+    inputs = call.weight.shape[1]  # type: ignore[union-attr]
+    return call.needs_grad and inputs * MANY > KEEP_MEM_ABOVE * call.N and has_linear_replay(call)
 
 
 def _allocated(call: LayerCall, wanted: _Wanted) -> _Made:
@@ -154,8 +208,8 @@ def _allocated(call: LayerCall, wanted: _Wanted) -> _Made:
     )
 
 
-def _shared(call: LayerCall, wanted: _Wanted, made: _Made) -> _Shared:
-    dtype, rows = numpy_type(call.v0.dtype), call.B * call.T
+def _shared(call: LayerCall, made: _Made) -> _Shared:
+    dtype = numpy_type(call.v0.dtype)
     exact = call.threshold is None or not call.needs_grad or not call.spec.spiking
     return _Shared(
         -1.0 if exact else call.threshold,  # type: ignore[arg-type]
@@ -164,33 +218,45 @@ def _shared(call: LayerCall, wanted: _Wanted, made: _Made) -> _Shared:
         States(made.v, made.i, made.v_checkpoints, made.i_checkpoints),
         array_or_empty(made.spikes, dtype, 3),
         array_or_empty(made.mem, dtype, 3),
-        np.zeros(rows + 1 if wanted.events else 0, dtype=np.int32),
-        np.zeros(rows + 1 if wanted.active else 0, dtype=np.int32),
     )
 
 
-def _run_range(call: LayerCall, wanted: _Wanted, shared: _Shared, first: int, last: int) -> _Part:
-    """Samples first..last. The kernel stops where its events find no more room, and goes on with twice of it."""
-    T, N, dtype = call.T, call.N, numpy_type(call.v0.dtype)
-    window, params, inputs, states, spikes, mem, out_ptr, act_ptr = shared
-    forward = _kernel(call, dtype)
+def _run_range(layers: Sequence[_Layer], first: int, last: int) -> list[_Part]:
+    """Samples first..last of layers that follow each other."""
+    parts: list[_Part] = []
+    for layer in layers:
+        fed = layer.shared.inputs
+        if parts:  # what the layer before left of these samples
+            fed = fed._replace(indptr=parts[-1].out_ptr, indices=parts[-1].events)
+        parts.append(_run_layer(layer, fed, first, last))
+    return parts
+
+
+def _run_layer(layer: _Layer, fed: Fed, first: int, last: int) -> _Part:
+    """The kernel stops where its events find no more room, and goes on with twice of it."""
+    call, wanted, _, (window, params, _, states, spikes, mem), forward = layer
+    T, N, dtype, rows = call.T, call.N, params.dtype, call.B * call.T + 1
     size = (last - first) * T * N
     events = np.empty(size // 16 + T * N + LANES if wanted.events else 0, dtype=np.int32)
     room = int(LIST_BELOW * size) + N + 2 * LANES if wanted.active else 0
     active, distance = np.empty(room, dtype=np.int32), np.empty(room, dtype=dtype)
+    out_ptr = np.zeros(rows if wanted.events else 0, dtype=np.int32)
+    act_ptr = np.zeros(rows if wanted.active else 0, dtype=np.int32)
     counts = np.zeros(3, dtype=np.int64)
     at = first
     while True:
         written = Written(spikes, mem, out_ptr, events, act_ptr, active, distance, counts)
-        at = forward(at, last, T, window, params, inputs, states, written)
+        at = forward(at, last, T, window, params, fed, states, written)
         if at == last:
-            return _Part(events[: counts[0]], active[: counts[1]], distance[: counts[1]], int(counts[2]))
+            n, n_act, seen = counts.tolist()
+            return _Part(out_ptr, events[:n], act_ptr, active[:n_act], distance[:n_act], seen)
         grown = np.empty(2 * events.size + T * N + LANES, dtype=np.int32)
         grown[: counts[0]] = events[: counts[0]]
         events = grown
 
 
-def _kernel(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
+def _kernel(call: LayerCall) -> Callable[..., Any]:
+    dtype = numpy_type(call.v0.dtype)
     if isinstance(call.spec, Equations):
         return forward_of(call, padded(call.N), dtype)
     return forward_kernel(code_of(call), dtype)  # type: ignore[no-any-return]
@@ -225,16 +291,19 @@ def _saved(
     )
 
 
-def _joined_ptr(ptr: np.ndarray, ranges: list[tuple[int, int]], sizes: list[int], T: int) -> np.ndarray:
-    """Turn counts that start anew in every range of samples, of that many entries, into one indptr."""
+def _joined_ptr(
+    ptrs: list[np.ndarray], sizes: list[int], ranges: list[tuple[int, int]], T: int
+) -> np.ndarray:
+    """Where each row ends, of ends that are counted anew in every range of samples, of that many entries."""
     base = 0
-    for (first, last), size in zip(ranges, sizes, strict=True):
+    for ptr, size, (first, last) in zip(ptrs, sizes, ranges, strict=True):
         if base:
-            ptr[first * T + 1 : last * T + 1] += base
+            rows = slice(first * T + 1, last * T + 1)
+            np.add(ptr[rows], base, out=ptrs[0][rows])
         base += size
         if base > MAX_EVENTS:
             raise InputError(f"more than {MAX_EVENTS} events in one layer; split the batch.")
-    return ptr
+    return ptrs[0]
 
 
 def _has_synapse(call: LayerCall) -> bool:

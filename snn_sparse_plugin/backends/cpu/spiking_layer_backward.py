@@ -6,7 +6,7 @@ are added in order. With another number of threads sums are rounded in another o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.backend import InputGrads, LayerCall, Needs, OutputGrads, Saved, calls
+from ...core.backend import (
+    InputGrads,
+    LayerBackward,
+    LayerCall,
+    Needs,
+    OutputGrads,
+    Saved,
+    calls,
+    passed_on,
+)
 from ...core.equations import Equations
 from ..product import LARGEST, ProductGrad
 from .arguments import Arriving, Derivative, Entries, Fed, Incoming, Outgoing, Recurrence
@@ -94,16 +103,51 @@ class _Shared(NamedTuple):
     g_rec0: np.ndarray
 
 
-def run_backward(
-    call: LayerCall,
-    saved: Saved,
-    events: tuple[Tensor, Tensor] | None,
-    grads: OutputGrads,
-    needs: Needs,
-) -> InputGrads:
+class _Ready(NamedTuple):
+    """A layer whose kernel may run. ``passed``: the gradient of its input, which the kernel fills; None where it is
+    made of what the kernel leaves."""
+
+    layer: LayerBackward
+    way: Way
+    left: _Left
+    shared: _Shared
+    passed: Tensor | None
+
+
+def run_backward(layers: Sequence[LayerBackward], grads: OutputGrads) -> list[InputGrads]:
+    """Layers of which each took the events of the one before; ``grads`` arrive at the last.
+
+    As many as possible run on each range of samples one after the other: until numbers of all are asked for.
+    """
+    found: list[InputGrads] = []  # the last layer's first
+    together: list[_Ready] = []
+    for k in range(len(layers) - 1, -1, -1):
+        layer, way = _with_way(layers[k], grads)
+        if together and isinstance(grads.spikes, ProductGrad) and not way.linear:
+            found += _run(together)  # it will be multiplied now
+            together = []
+        together.append(_ready(layer, way, grads))
+        passed = together[-1].passed
+        if k and passed is None:
+            found += _run(together)
+            together, passed = [], found[-1].input
+        if k:
+            assert passed is not None
+            grads = passed_on(layers[k - 1].saved, passed)
+    return [*found, *_run(together)][::-1]
+
+
+def _with_way(layer: LayerBackward, grads: OutputGrads) -> tuple[LayerBackward, Way]:
+    """Which kernel runs; of a layer that only decays, on an empty list."""
+    call, saved, events, needs = layer
     if only_decays(call, saved, events, grads, needs):
         saved = empty_list(call)
-    way = way_of(call, saved, grads, needs)
+        layer = layer._replace(saved=saved)
+    return layer, way_of(call, saved, grads, needs)
+
+
+def _ready(layer: LayerBackward, way: Way, grads: OutputGrads) -> _Ready:
+    call, saved, events, needs = layer
     left = _allocated(call, way, grads, needs)
     shared = _shared(call, saved, events, grads, needs, way, left)
     if shared.u.size:
@@ -111,14 +155,39 @@ def run_backward(
     calls["cpu", "backward:list" if way.by_list else "backward:replay"] += 1
     if way.impulses:
         calls["cpu", "backward:impulses"] += 1
-    ranges = ranges_of(call, LISTED if way.by_list else REPLAYED)
-    parts = [_room(call, needs) for _ in ranges]
+    passed = left.active
+    if left.nu is not None:
+        passed = left.nu if call.train is None else _product(left.nu, call.weight)  # type: ignore[arg-type]
+    return _Ready(layer, way, left, shared, passed)
+
+
+def _run(together: list[_Ready]) -> list[InputGrads]:
+    """The kernels of layers, the last layer's first."""
+    costs = [LISTED if ready.way.by_list else REPLAYED for ready in together]
+    ranges = ranges_of([ready.layer.call for ready in together], costs)
+    rooms = [[_room(ready.layer.call, ready.layer.needs) for _ in ranges] for ready in together]
     # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
-    parallel([_prepared(call, saved, way, shared, *each) for each in zip(parts, ranges, strict=True)])
-    for part in parts[1:]:  # in order, and in place of the first
-        np.add(parts[0].all_rows, part.all_rows, out=parts[0].all_rows)
-        np.add(parts[0].params, part.params, out=parts[0].params)
-    return _collected(call, needs, left, parts[0])
+    parallel(
+        [
+            partial(
+                _in_turn,
+                [_prepared(ready, parts[r], samples) for ready, parts in zip(together, rooms, strict=True)],
+            )
+            for r, samples in enumerate(ranges)
+        ]
+    )
+    found = []
+    for ready, parts in zip(together, rooms, strict=True):
+        for part in parts[1:]:  # in order, and in place of the first
+            np.add(parts[0].all_rows, part.all_rows, out=parts[0].all_rows)
+            np.add(parts[0].params, part.params, out=parts[0].params)
+        found.append(_collected(ready, parts[0]))
+    return found
+
+
+def _in_turn(tasks: list[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()
 
 
 # --- what kernels are given ---
@@ -197,10 +266,9 @@ def _arriving(
 # --- one range of samples ---
 
 
-def _prepared(
-    call: LayerCall, saved: Saved, way: Way, shared: _Shared, sums: _Sums, samples: tuple[int, int]
-) -> Callable[[], None]:
+def _prepared(ready: _Ready, sums: _Sums, samples: tuple[int, int]) -> Callable[[], None]:
     """The task that leaves in ``sums``, whose memory is new, what these samples give."""
+    (call, saved, *_), way, _, shared, _ = ready
     outgoing = Outgoing(
         *(sums.weight, sums.bias, shared.g_active, shared.g_current),
         *(sums.rec_weight, sums.rec_bias, shared.g_rec0),
@@ -301,10 +369,10 @@ def _block(call: LayerCall) -> np.ndarray:
 # --- what comes back ---
 
 
-def _collected(call: LayerCall, needs: Needs, left: _Left, sums: _Sums) -> InputGrads:
-    grad_input = left.active
-    if left.nu is not None:
-        grad_input = left.nu if call.train is None else _through(left.nu, call.weight)  # type: ignore[arg-type]
+def _collected(ready: _Ready, sums: _Sums) -> InputGrads:
+    (call, _, _, needs), _, left, _, grad_input = ready
+    if grad_input is None and left.nu is not None:
+        grad_input = left.nu @ call.weight  # type: ignore[operator]
     params = sums.params
     return InputGrads(
         grad_input,
@@ -328,11 +396,11 @@ def _bias(row: np.ndarray, currents: int) -> Tensor | None:
     return torch.from_numpy(row[0, :currents].copy()) if row.size else None
 
 
-def _through(nu: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a layer's dense input, ``nu @ weight``."""
+def _product(nu: Tensor, weight: Tensor) -> Tensor | None:
+    """The gradient of a layer's dense input, ``nu @ weight``, if it is to be multiplied by whoever takes it."""
     # see LARGEST; a kernel multiplies six rows at a time, and each sample in one thread
     T, B, K = nu.shape
     if K > LARGEST and (T < 4 or torch.get_num_threads() > B or nu.dtype != torch.float32):
-        return nu @ weight
+        return None
     # of its own: a hook may update the weight as soon as it has its gradient, before the product is made
     return ProductGrad(nu, torch.from_numpy(array(weight).copy()))

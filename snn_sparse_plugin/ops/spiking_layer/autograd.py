@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -16,12 +17,20 @@ from torch import Tensor, nn
 
 from ...backends.product import ProductGrad
 from ...core import tally
-from ...core.backend import Backend, LayerCall, LayerResult, Needs, OutputGrads, Saved
+from ...core.backend import (
+    Backend,
+    LayerBackward,
+    LayerCall,
+    LayerResult,
+    Needs,
+    OutputGrads,
+    Saved,
+    enter,
+)
 from ...core.precision import without_autocast
 from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once, plain_apply
 from . import again
-from .products import events_of
 
 _LEAVES = ("current", "dense", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
 _leaves = attrgetter(*_LEAVES)
@@ -51,10 +60,7 @@ def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], list[Tensor |
         first.current, first.once = _of_all_steps(first.current, first.T), True
     results: list[LayerResult] = []
     if not links[-1].call.needs_grad:
-        for link in links:
-            _enter(link.call, results)
-            results.append(link.backend.spiking_layer(link.call))
-        return results, [None] * len(links)
+        return _run(links), [None] * len(links)
     ordinary = _ORDINARY.issuperset(map(type, leaves)) and not _transforms()
     run = _apply if ordinary else _SpikingLayer.apply
     spikes, mem, *others = run(links, results, carrier, *leaves)
@@ -64,13 +70,15 @@ def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], list[Tensor |
     return results, carriers
 
 
-def _enter(call: LayerCall, before: list[LayerResult]) -> None:
-    """What the link before emits enters the next one."""
-    if before:
-        result = before[-1]
-        active = None if result.saved is None else result.saved.active
-        shape, dtype = (call.T, call.B, call.weight.shape[1]), call.v0.dtype  # type: ignore[union-attr]
-        call.train = events_of(result, shape, dtype, None, active)
+def _run(links: Sequence[Link]) -> list[LayerResult]:
+    """Links that follow each other on one backend are its to run together."""
+    results: list[LayerResult] = []
+    for backend, together in groupby(links, attrgetter("backend")):
+        calls = [link.call for link in together]
+        if results:
+            enter(calls[0], results[-1])
+        results += backend.spiking_layers(calls)
+    return results
 
 
 def _of_all_steps(current: Tensor | None, T: int) -> Tensor | None:
@@ -110,10 +118,8 @@ class _SpikingLayer(torch.autograd.Function):
         ctx.links = []
         others: list[Tensor | None] = []
         still: list[Tensor | None] = []
-        for k, (call, backend, ran, shown) in enumerate(links):
-            _enter(call, results)
-            result = backend.spiking_layer(call)
-            results.append(result)
+        results += _run(links)
+        for k, ((call, backend, ran, shown), result) in enumerate(zip(links, results, strict=True)):
             saved, train = result.saved or _NONE, call.train
             carrier_out = None
             if call.needs_grad and call.want_events and shown:
@@ -148,20 +154,23 @@ class _SpikingLayer(torch.autograd.Function):
         out: list[Tensor | None] = [None] * len(wanted)
         spikes, mem = grads[:2]  # of the last link
         arriving: Tensor | None = None  # of a link's events, from the one behind
-        for k in range(len(links) - 1, -1, -1):
-            of_events, v, i = grads[2 + 3 * k : 5 + 3 * k]
+        end = len(links)
+        while end:
+            of_events, v, i = _of_link(grads, end - 1)
             here = _sum(arriving, of_events), spikes, mem, v, i
             arriving = spikes = mem = None
-            if links[k].learns and any(x is not None for x in here):
-                links[k].ran.count_soon("backward")
-                call, saved, events = _restored(links, kept, k)
-                given = _arriving(links[k].backend, saved, *here)
-                of_current, of_dense, *others = wanted[1 + k * _N : 1 + (k + 1) * _N]
-                below = links[k - 1].learns if k else wanted[0]
-                needs = Needs(below or of_current or of_dense, *others)
-                found = links[k].backend.spiking_layer_backward(call, saved, events, given, needs)
-                arriving = found.input
-                out[3 + k * _N : 1 + (k + 1) * _N] = found[1:]
+            first = end - 1
+            if links[first].learns and any(x is not None for x in here):
+                while first and _gets_no_more(links, grads, first - 1):
+                    first -= 1
+                layers = [_backward_of(links, kept, wanted, k) for k in range(first, end)]
+                backend = links[first].backend
+                found = backend.spiking_layers_backward(layers, _arriving(backend, layers[-1].saved, *here))
+                for k, each in enumerate(found, first):
+                    links[k].ran.count_soon("backward")
+                    out[3 + k * _N : 1 + (k + 1) * _N] = each[1:]
+                arriving, call = found[0].input, layers[0].call
+            end = first
         if arriving is not None:
             if call.once and len(arriving) > 1:
                 arriving = arriving.sum(0, keepdim=True)
@@ -254,6 +263,26 @@ def _train(
 
 
 # --- gradients on their way ---
+
+
+def _of_link(grads: tuple[Tensor | None, ...], k: int) -> tuple[Tensor | None, ...]:
+    """Those of its events and of its states v and i that do not come from the next link."""
+    return grads[2 + 3 * k : 5 + 3 * k]
+
+
+def _gets_no_more(links: list[_Kept], grads: tuple[Tensor | None, ...], k: int) -> bool:
+    """Whether a link gets nothing but what the next one, on the same backend, passes on."""
+    alone = all(x is None for x in _of_link(grads, k))
+    return alone and links[k].learns and links[k].backend is links[k + 1].backend
+
+
+def _backward_of(
+    links: list[_Kept], kept: tuple[Any, ...], wanted: tuple[bool, ...], k: int
+) -> LayerBackward:
+    call, saved, events = _restored(links, kept, k)
+    of_current, of_dense, *others = wanted[1 + k * _N : 1 + (k + 1) * _N]
+    below = links[k - 1].learns if k else wanted[0]
+    return LayerBackward(call, saved, events, Needs(below or of_current or of_dense, *others))
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...backends import select
 from ...core import registry, tally
-from ...core.backend import Backend, LayerCall, LayerResult, calls, enough
+from ...core.backend import Backend, LayerCall, LayerResult, calls, enough, events_of
 from ...core.config import SparseConfig
 from ...core.dynamics import NeuronSpec, NeuronState
 from ...core.equations import Equations
@@ -30,7 +30,7 @@ from ...core.surrogates import Surrogate
 from . import autograd
 from .autograd import Link
 from .inputs import Given, Layout, Synapses, check_finite, given, inputs_of, layout_of, widened
-from .products import are_few, events_of, how_to_multiply
+from .products import are_few, how_to_multiply
 
 
 class SpikingLayerOutput(NamedTuple):

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import registry
-from ...core.backend import LayerResult
 from ...core.host import waits
-from ...core.spikes import Active, SpikeTrain
+from ...core.spikes import SpikeTrain
 
 DENSE_ABOVE = (
     0.4  # input density above which a dense product beats adding rows; `snn-sparse bench --sweep density`
@@ -80,17 +79,3 @@ def _looks_dense(x: Tensor) -> bool:
         sample = x.flatten(0, 1)[::every]
         share = float(sample.count_nonzero()) / sample.numel()
     return share > DENSE_ABOVE
-
-
-def events_of(
-    result: LayerResult,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    carrier: Tensor | None,
-    active: Active | None,
-) -> SpikeTrain:
-    """The spikes of a backend that was asked for events."""
-    if result.words is not None:
-        return SpikeTrain.from_words(result.words, shape, dtype=dtype, carrier=carrier)
-    assert result.events is not None
-    return SpikeTrain._of_events(result.events, shape, dtype, carrier, active)
