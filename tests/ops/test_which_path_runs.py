@@ -214,9 +214,10 @@ def test_ranges_cover_everything_once():
 )
 def test_what_takes_longer_than_to_wake_a_thread_is_shared_out(monkeypatch, T, B, N, shared):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    ranges = layout.ranges_of(SimpleNamespace(T=T, B=B, N=N))
+    ranges = layout.ranges_of([SimpleNamespace(T=T, B=B, N=N)])
     assert len(ranges) == 1 + shared
     assert [k for first, last in ranges for k in range(first, last)] == list(range(B))
+    assert len(layout.ranges_of([SimpleNamespace(T=T, B=B, N=N)] * 9, [9.0] * 9)) == min(B, 2)
 
 
 def test_the_calling_thread_has_more_as_others_begin_later():

@@ -1,0 +1,195 @@
+"""Layers that follow each other on a CPU: each range of samples runs through all of them, as if one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from helpers import on_grid, spikes
+from torch import Tensor, nn
+
+import snn_sparse_plugin as ssp
+from snn_sparse_plugin.backends.cpu import CPUBackend, layout, spiking_layer, spiking_layer_backward, threads
+from snn_sparse_plugin.core.backend import Backend
+from snn_sparse_plugin.core.errors import NonFiniteError
+
+snn = pytest.importorskip("snntorch")
+
+T, B = 40, 5  # more steps than between two checkpoints, samples that no number of threads divides
+
+
+@pytest.fixture(params=[1, 2, 3])
+def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Into how many ranges the samples go, however short they are."""
+    parts: int = request.param
+    monkeypatch.setattr(layout, "_ranges", lambda B, *_: threads.split(B, parts))
+    return parts
+
+
+def network(*sizes: int, kind: str = "Leaky", scale: float = 1.0, **options: Any) -> nn.Sequential:
+    """Weights whose sums are exact in any order."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    rest = {"alpha": 0.5} if kind == "Synaptic" else {}
+    for inputs, neurons in pairwise(sizes):
+        neuron = getattr(snn, kind)(**rest, beta=0.5, init_hidden=True, **options)
+        layers += [nn.Linear(inputs, neurons), neuron]
+    layers[-1].output = True  # type: ignore[assignment]
+    net = nn.Sequential(*layers)
+    with torch.no_grad():
+        for weight in net.parameters():
+            if weight.dim() > 1:
+                weight.copy_(on_grid(*weight.shape, scale=scale))
+    return net
+
+
+def all_fire() -> nn.Sequential:
+    net = network(20, 30, 25, 6)
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.bias.fill_(2)
+    return net
+
+
+def none_fires() -> nn.Sequential:
+    net = network(20, 30, 25, 6)
+    with torch.no_grad():
+        net[0].bias.fill_(-9)
+    return net
+
+
+def first_is_frozen() -> nn.Sequential:
+    net = network(20, 30, 25, 6)
+    net[0].requires_grad_(False)
+    return net
+
+
+WINDOW: dict[str, Any] = {"backprop_threshold": 0.5, "min_active": 0.0}
+EXACT: dict[str, Any] = {"backprop_threshold": None}
+CASES: dict[str, tuple[Callable[[], nn.Sequential], dict[str, Any]]] = {
+    "window": (lambda: network(20, 30, 25, 6), WINDOW),
+    "exact": (lambda: network(20, 30, 25, 6), EXACT),
+    "guarded": (lambda: network(20, 30, 25, 6), {**WINDOW, "min_active": 0.35}),
+    "synapse": (lambda: network(20, 30, 25, 6, kind="Synaptic"), WINDOW),
+    "synapse, exact": (lambda: network(20, 30, 25, 6, kind="Synaptic"), EXACT),
+    "reset to zero": (lambda: network(20, 30, 25, 6, reset_mechanism="zero"), WINDOW),
+    "reset to zero, exact": (lambda: network(20, 30, 25, 6, reset_mechanism="zero"), EXACT),
+    "all fire": (all_fire, WINDOW),
+    "all fire, exact": (all_fire, EXACT),
+    "none fires": (none_fires, WINDOW),
+    "first is frozen": (first_is_frozen, EXACT),
+    "float64": (lambda: network(20, 30, 25, 6).double(), WINDOW),
+    # a product that has to be made before the layer below goes on
+    "wide, exact": (lambda: network(20, 30, 80, 6).double(), EXACT),
+    # whether to keep the membrane depends on how many events there are
+    "input's gradient": (lambda: network(20, 30, 25, 6), {**WINDOW, "input_grad": True}),
+    "many inputs": (lambda: network(20, 90, 2, scale=1.0), EXACT),
+}
+
+
+def result(net: nn.Sequential, x: Tensor, options: dict[str, Any]) -> list[Tensor | None]:
+    """Spikes, membrane, states and gradients, of the input as well."""
+    net.zero_grad()
+    for neuron in net[1::2]:
+        neuron.reset_mem()
+    x = x.clone().requires_grad_(options.get("input_grad", False))
+    options = {name: value for name, value in options.items() if name != "input_grad"}
+    out = ssp.unroll(net, x, **options)
+    torch.manual_seed(2)
+    loss = (out.spikes * on_grid(*out.spikes.shape)).sum() + (out.mem * on_grid(*out.mem.shape)).sum()  # type: ignore[union-attr]
+    (loss + out.state[-1]["mem"].sum()).backward()
+    states = [state["mem"] for state in out.state[1::2]]
+    return [out.spikes, out.mem, *states, x.grad, *(p.grad for p in net.parameters())]
+
+
+@pytest.fixture
+def one_by_one() -> Callable[[], Any]:
+    """A context in which the CPU is given each layer by itself."""
+
+    def context() -> Any:
+        patch = pytest.MonkeyPatch()
+        patch.setattr(CPUBackend, "spiking_layers", Backend.spiking_layers)
+        patch.setattr(CPUBackend, "spiking_layers_backward", Backend.spiking_layers_backward)
+        patch.setattr(CPUBackend, "spiking_layer", lambda self, call: spiking_layer.run_forward([call])[0])
+        patch.setattr(CPUBackend, "spiking_layer_backward", _backward)
+        return patch
+
+    return context
+
+
+def _backward(self: Any, call: Any, saved: Any, events: Any, grads: Any, needs: Any) -> Any:
+    layer = spiking_layer_backward.LayerBackward(call, saved, events, needs)
+    return spiking_layer_backward.run_backward([layer], grads)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_of_one_by_one(case: str, ranges: int, one_by_one: Callable[[], Any]) -> None:
+    make, options = CASES[case]
+    net = make()
+    x = spikes(T, B, 20, p=0.3).to(net[0].weight.dtype)
+    result(net, x, options)  # the first call finds out that they may run together
+    found = result(net, x, options)
+    patch = one_by_one()
+    expected = result(net, x, options)
+    patch.undo()
+    assert case == "none fires" or found[0].any()  # type: ignore[union-attr]
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    forward = 2 + len(net) // 2
+    assert all(map(torch.equal, found[:forward], expected[:forward]))  # type: ignore[arg-type]
+
+
+def test_what_others_read_of_a_layer_between(ranges: int) -> None:
+    """Its gradient comes from two sides: in a loop whose loss is of hidden spikes, too."""
+    net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
+
+    def run(fuse: bool) -> list[Any]:
+        net.zero_grad()
+        for neuron in net[1::2]:
+            neuron.reset_mem()
+        hidden, last = [], []
+        with ssp.sparse_mode(**EXACT, fuse_time=fuse):
+            for step in x:
+                hidden.append(net[1](net[0](step)))
+                last.append(net[5](net[4](net[3](net[2](hidden[-1]))))[0])
+            spk = torch.stack(hidden), torch.stack(last)
+            (spk[0].mean(0).square().sum() + spk[1].mean(0).square().sum()).backward()
+        return [*spk, *(p.grad for p in net.parameters())]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [WINDOW, EXACT], ids=["window", "exact"])
+def test_threads_are_woken_once_each_way(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_ranges", lambda B, *_: threads.split(B, 2))
+    net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
+    result(net, x, options)
+    woken: list[str] = []
+    for module in (spiking_layer, spiking_layer_backward):
+        name = module.__name__.rpartition(".")[2]
+        upstream = module.parallel
+
+        def counted(tasks: Any, name: str = name, upstream: Any = upstream) -> Any:
+            woken.append(name)
+            return upstream(tasks)
+
+        monkeypatch.setattr(module, "parallel", counted)
+    result(net, x, options)
+    assert woken == ["spiking_layer", "spiking_layer_backward"]
+
+
+def test_who_is_not_finite_is_named(ranges: int) -> None:
+    net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
+    ssp.unroll(net, x)
+    with torch.no_grad():
+        net[2].weight[0, 0] = torch.nan
+    before = [dict(neuron.named_buffers()) for neuron in net[1::2]]
+    with pytest.raises(NonFiniteError, match="2→3.*The weight has NaN"):
+        ssp.unroll(net, x)
+    for neuron, buffers in zip(net[1::2], before, strict=True):
+        assert all(neuron.get_buffer(name) is x for name, x in buffers.items())
