@@ -134,6 +134,8 @@ def _record(
             node = _open(record, adapter, module, upstream, config, leaves, like, template)
             if node is None:
                 return None
+            if len(args) == 2 and type(args[1]) in (Tensor, Recorded) and node.order_of_state == (1,):
+                node.given_at = 2
         node.arguments[0].append(record.entry(x))
         node.record.count(node)
         return result(node)

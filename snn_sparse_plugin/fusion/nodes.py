@@ -283,6 +283,7 @@ class NeuronNode(Node):
             "config",
             "description",
             "forward",
+            "given_at",
             "half",
             "initial",
             "input_dtype",
@@ -322,6 +323,9 @@ class NeuronNode(Node):
         self.named_slots, self.order_of_state = tuple(self.slots.items()), tuple(self.slots.values())
         self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
         self.unmarked = False  # whether the active config is all that holds for the module
+        self.given_at = (
+            0  # the number of arguments where the last one is the state, one tensor that is no output
+        )
         self.initial: dict[str, Entry | None] = {
             name: None if leaf is None else record.entry(leaf) for name, leaf in leaves.items()
         }

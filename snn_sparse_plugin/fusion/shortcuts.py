@@ -34,9 +34,13 @@ def advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
     if calls > record.look and record.is_full():
         flush(record, "a large record")
         return None
-    leaves, x, argument = node.adapter.next_state(node.module, args), args[0], node.arguments[0]
-    if leaves is None or not node.left(leaves):
-        return None
+    state: Any = args[-1]
+    # the one state that the first step was given, too, is seen at once
+    if node.given_at != len(args) or type(state) is not Recorded or state._value is not node.newest[1]:
+        leaves = node.adapter.next_state(node.module, args)
+        if leaves is None or not node.left(leaves):
+            return None
+    x, argument = args[0], node.arguments[0]
     entry: Any
     follows = False  # whether it is the next of successive values, as at most steps
     if type(x) is Recorded:

@@ -150,8 +150,6 @@ def _ready(layer: LayerBackward, way: Way, grads: OutputGrads) -> _Ready:
     call, saved, events, needs = layer
     left = _allocated(call, way, grads, needs)
     shared = _shared(call, saved, events, grads, needs, way, left)
-    if shared.u.size:
-        slopes(*shared.derivative[1:], shared.u, shared.phi)
     calls["cpu", "backward:list" if way.by_list else "backward:replay"] += 1
     if way.impulses:
         calls["cpu", "backward:impulses"] += 1
@@ -167,15 +165,15 @@ def _run(together: list[_Ready]) -> list[InputGrads]:
     ranges = ranges_of([ready.layer.call for ready in together], costs)
     rooms = [[_room(ready.layer.call, ready.layer.needs) for _ in ranges] for ready in together]
     # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
-    parallel(
+    tasks = [
         [
-            partial(
-                _in_turn,
-                [_prepared(ready, parts[r], samples) for ready, parts in zip(together, rooms, strict=True)],
-            )
-            for r, samples in enumerate(ranges)
+            task
+            for ready, parts in zip(together, rooms, strict=True)
+            for task in _tasks(ready, parts[r], samples)
         ]
-    )
+        for r, samples in enumerate(ranges)
+    ]
+    parallel([partial(_in_turn, each) for each in tasks])
     found = []
     for ready, parts in zip(together, rooms, strict=True):
         for part in parts[1:]:  # in order, and in place of the first
@@ -266,8 +264,8 @@ def _arriving(
 # --- one range of samples ---
 
 
-def _prepared(ready: _Ready, sums: _Sums, samples: tuple[int, int]) -> Callable[[], None]:
-    """The task that leaves in ``sums``, whose memory is new, what these samples give."""
+def _tasks(ready: _Ready, sums: _Sums, samples: tuple[int, int]) -> list[Callable[[], None]]:
+    """What leaves in ``sums``, whose memory is new, what these samples give; in turn."""
     (call, saved, *_), way, _, shared, _ = ready
     outgoing = Outgoing(
         *(sums.weight, sums.bias, shared.g_active, shared.g_current),
@@ -280,13 +278,17 @@ def _prepared(ready: _Ready, sums: _Sums, samples: tuple[int, int]) -> Callable[
         task = _list(call, shared, outgoing, within)
     else:
         task = _replay(call, saved, way, shared, outgoing, sums.params, within)
-    return partial(_from_zero, sums, task)
+    tasks = [partial(_clear, sums)]
+    if shared.u.size:
+        indptr, (first, last) = shared.active.indptr, samples
+        entries = slice(indptr[first * call.T], indptr[last * call.T])
+        tasks.append(partial(slopes, *shared.derivative[1:], shared.u[entries], shared.phi[entries]))
+    return [*tasks, task]
 
 
-def _from_zero(sums: _Sums, task: Callable[[], None]) -> None:
+def _clear(sums: _Sums) -> None:
     sums.all_rows.fill(0)  # on the thread that adds to them, in whose cache they are then
     sums.params.fill(0)
-    task()
 
 
 def _room(call: LayerCall, needs: Needs) -> _Sums:
