@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import getweakrefcount
 
@@ -359,12 +360,16 @@ class NeuronNode(Node):
         return [*super().entries(), *(entry for entry in self.initial.values() if entry is not None)]
 
 
+@lru_cache(maxsize=4096)
+def _is_library(name: Any) -> bool:
+    return str(name).partition(".")[0] in ("torch", "snn_sparse_plugin", "snntorch", "norse")
+
+
 def _users_line() -> str:
     """``file:line`` of the innermost frame that belongs to neither torch nor this package nor a neuron library."""
     frame = sys._getframe(1)
     while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.partition(".")[0] not in ("torch", "snn_sparse_plugin", "snntorch", "norse"):
+        if not _is_library(frame.f_globals.get("__name__")):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "an unknown line"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from helpers import on_grid, spikes
+from helpers import on_grid, spikes, torch_threads
 from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
-from snn_sparse_plugin.backends.cpu import CPUBackend, layout, spiking_layer, spiking_layer_backward, threads
+from snn_sparse_plugin.backends.cpu import CPUBackend, layout, spiking_layer, spiking_layer_backward
 from snn_sparse_plugin.core.backend import Backend
 from snn_sparse_plugin.core.errors import NonFiniteError
 
@@ -22,11 +22,11 @@ T, B = 40, 5  # more steps than between two checkpoints, samples that no number 
 
 
 @pytest.fixture(params=[1, 2, 3])
-def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Into how many ranges the samples go, however short they are."""
-    parts: int = request.param
-    monkeypatch.setattr(layout, "_ranges", lambda B, *_: threads.split(B, parts))
-    return parts
+    monkeypatch.setattr(layout, "SHORTEST", -1.0)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def network(*sizes: int, kind: str = "Leaky", scale: float = 1.0, **options: Any) -> nn.Sequential:
@@ -165,8 +165,9 @@ def test_what_others_read_of_a_layer_between(ranges: int) -> None:
 
 
 @pytest.mark.parametrize("options", [WINDOW, EXACT], ids=["window", "exact"])
-def test_threads_are_woken_once_each_way(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_ranges", lambda B, *_: threads.split(B, 2))
+def test_threads_are_woken_once_each_way(
+    options: dict[str, Any], ranges: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
     result(net, x, options)
     woken: list[str] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -75,21 +76,21 @@ def no_bias(n: int, dtype: np.dtype) -> np.ndarray:
     return np.zeros(n, dtype)
 
 
-def ranges_of(calls: Sequence[LayerCall], costs: Sequence[float] | None = None) -> list[tuple[int, int]]:
+def ranges_of(calls: Sequence[LayerCall], costs: Sequence[float] = ()) -> list[tuple[int, int]]:
     """The samples of calls that follow each other in ranges, one for each thread; one range where that is faster.
 
     ``costs``: times that their kernels take, by those of forwards.
     """
-    neurons = sum(
-        cost * (ROW + EACH * call.N) for call, cost in zip(calls, costs or [1.0] * len(calls), strict=True)
-    )
-    return _ranges(calls[0].B, calls[0].T * neurons, torch.get_num_threads())
+    sample = 0.0  # seconds
+    for call, cost in zip(calls, costs or repeat(1.0)):  # noqa: B905, as ones have no end
+        sample += cost * call.T * (ROW + EACH * call.N)
+    B = calls[0].B
+    return _shared_out(B, sample, torch.get_num_threads()) if sample * B > SHORTEST else [(0, B)]
 
 
 @lru_cache(maxsize=256)
-def _ranges(B: int, sample: float, threads: int) -> list[tuple[int, int]]:
-    """``sample``: seconds that one takes."""
-    return split(B, threads, round(WAKING / sample)) if sample * B > SHORTEST else [(0, B)]
+def _shared_out(B: int, sample: float, threads: int) -> list[tuple[int, int]]:
+    return split(B, threads, round(WAKING / sample))
 
 
 def padded(n: int) -> int:

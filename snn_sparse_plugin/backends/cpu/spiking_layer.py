@@ -96,42 +96,33 @@ class _Part(NamedTuple):
 
 
 def run_forward(calls: Sequence[LayerCall]) -> list[LayerResult]:
-    """Layers of which each takes the events of the one before, which are put into its call."""
+    """Layers of which each takes the events of the one before, which are put into its call.
+
+    They run on each range of samples one after the other, up to one whose events have to be counted before it begins.
+    """
     results: list[LayerResult] = []
-    for together in _apart(calls):
-        if results:
-            enter(together[0], results[-1])
-        results += _run(together)
+    first = 0
+    for end in range(1, len(calls) + 1):
+        if end == len(calls) or _may_keep_mem(calls[end]):
+            if first:
+                enter(calls[first], results[-1])
+            _run(calls[first:end], results)
+            first = end
     return results
 
 
-def _apart(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
-    """In pieces of layers that run on each range of samples one after the other: until one whose events have to be
-    counted before the next begins."""
-    pieces = [[calls[0]]]
-    for call in calls[1:]:
-        if _may_keep_mem(call):
-            pieces.append([])
-        pieces[-1].append(call)
-    return pieces
-
-
-def _run(calls: Sequence[LayerCall]) -> list[LayerResult]:
-    layers = [_layer(call) for call in calls]
+def _run(calls: Sequence[LayerCall], results: list[LayerResult]) -> None:
+    layers = []
+    for call in calls:
+        wanted = _wanted(call)
+        made = _allocated(call, wanted)
+        layers.append(_Layer(call, wanted, made, _shared(call, made), _kernel(call)))
     ranges = ranges_of(calls)
     found = parallel([partial(_run_range, layers, *each) for each in ranges])
-    results: list[LayerResult] = []
-    for layer, parts in zip(layers, zip(*found, strict=True), strict=True):
-        if results:
+    for k, layer in enumerate(layers):
+        if k:
             enter(layer.call, results[-1])
-        results.append(_result(layer, ranges, parts))
-    return results
-
-
-def _layer(call: LayerCall) -> _Layer:
-    wanted = _wanted(call)
-    made = _allocated(call, wanted)
-    return _Layer(call, wanted, made, _shared(call, made), _kernel(call))
+        results.append(_result(layer, ranges, [parts[k] for parts in found]))
 
 
 def _result(layer: _Layer, ranges: list[tuple[int, int]], parts: Sequence[_Part]) -> LayerResult:
@@ -189,8 +180,10 @@ def _keeps_mem(call: LayerCall) -> bool:
 
 def _may_keep_mem(call: LayerCall) -> bool:
     """Whether the membrane may be kept, if there turn out to be many events."""
+    if not call.needs_grad:
+        return False
     inputs = call.weight.shape[1]  # type: ignore[union-attr]
-    return call.needs_grad and inputs * MANY > KEEP_MEM_ABOVE * call.N and has_linear_replay(call)
+    return inputs * MANY > KEEP_MEM_ABOVE * call.N and has_linear_replay(call)
 
 
 def _allocated(call: LayerCall, wanted: _Wanted) -> _Made:

@@ -33,7 +33,7 @@ from ...core.surrogates import once, plain_apply
 from . import again
 
 _LEAVES = ("current", "dense", "weight", "bias", "rec_weight", "rec_bias", "rec0", "v0", "i0", "params")
-_leaves = attrgetter(*_LEAVES)
+_leaves, _backend = attrgetter(*_LEAVES), attrgetter("backend")
 _NOTHING: dict[str, Any] = dict.fromkeys(("train", *_LEAVES))
 _N = len(_LEAVES)
 
@@ -73,7 +73,7 @@ def apply_chain(links: Sequence[Link]) -> tuple[list[LayerResult], list[Tensor |
 def _run(links: Sequence[Link]) -> list[LayerResult]:
     """Links that follow each other on one backend are its to run together."""
     results: list[LayerResult] = []
-    for backend, together in groupby(links, attrgetter("backend")):
+    for backend, together in groupby(links, _backend):
         calls = [link.call for link in together]
         if results:
             enter(calls[0], results[-1])
