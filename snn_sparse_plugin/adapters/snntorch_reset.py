@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..core.by_identity import ByIdentity
 from .base import runner
 
 LEFT = "reset"
 
-_Notes = WeakKeyDictionary[nn.Module, Tensor | Callable[[], Tensor]]
+Reset = Tensor | Callable[[], Tensor]
+
+
+class _Note:
+    """What is known of a module's reset: of steps that may not have run yet, and of the last that have, where it would
+    have to be made."""
+
+    __slots__ = ("unmade", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: Reset | None = None
+        self.unmade: Callable[[], Tensor] | None = None
 
 
 class _Resets:
@@ -22,12 +33,14 @@ class _Resets:
     then until somebody asks, where they would have to be made."""
 
     def __init__(self) -> None:
-        self._waiting: _Notes = WeakKeyDictionary()
-        self._unmade: _Notes = WeakKeyDictionary()
+        self._notes: ByIdentity[_Note] = ByIdentity()
 
-    def note(self, module: nn.Module, reset: Tensor | Callable[[], Tensor] | None) -> None:
+    def note(self, module: nn.Module, reset: Reset | None) -> None:
         if reset is not None:
-            self._waiting[module] = reset
+            note = self._notes.get(module)
+            if note is None:
+                note = self._notes[module] = _Note()
+            note.waiting = reset
 
     def note_last(self, module: Any, fired: Callable[[], Tensor] | None, membrane: Tensor | None) -> None:
         """The reset of a step that began with these spikes, or with this membrane."""
@@ -41,22 +54,29 @@ class _Resets:
         self.note(module, _shaped(lambda: reset, shape))
 
     def leave(self, module: nn.Module) -> None:
-        found = self._waiting.pop(module, None)
-        if found is not None:
-            self.forget(module)
-            if isinstance(found, Tensor):
-                vars(module)[LEFT] = found
-            else:
-                self._unmade[module] = found
+        note = self._notes.get(module)
+        if note is None or note.waiting is None:
+            return
+        found, note.waiting, held = note.waiting, None, module.__dict__
+        held.pop(LEFT, None)
+        if isinstance(found, Tensor):
+            held[LEFT], note.unmade = found, None
+        else:
+            note.unmade = found
 
     def forget(self, module: nn.Module) -> None:
         vars(module).pop(LEFT, None)
-        self._unmade.pop(module, None)
+        note = self._notes.get(module)
+        if note is not None:
+            note.unmade = None
 
     def made(self, module: nn.Module) -> Tensor | None:
         """What was left, if it had to be made."""
-        found = self._unmade.pop(module, None)
-        return found if found is None or isinstance(found, Tensor) else found()
+        note = self._notes.get(module)
+        if note is None or note.unmade is None:
+            return None
+        found, note.unmade = note.unmade, None
+        return found()
 
 
 def _shaped(made: Callable[[], Tensor], shape: torch.Size) -> Tensor:

@@ -276,7 +276,7 @@ def note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int,
         adapter.note_last(module, None, out.mem[-2].detach())
     else:
         spikes = out.spikes.detach()
-        if isinstance(spikes, SpikeTrain) and sum(x.numel() for x in spikes.tensors()) <= KEPT_EVENTS:
+        if isinstance(spikes, SpikeTrain) and sum([x.numel() for x in spikes.tensors()]) <= KEPT_EVENTS:
             adapter.note_last(module, partial(spikes.values_at, T - 2), None)
         else:  # made now, as a step that keeps no others
             before = spikes.values_at(T - 2) if isinstance(spikes, SpikeTrain) else spikes[-2].clone()

@@ -176,12 +176,12 @@ def test_threads_are_woken_once_each_way(
         upstream = module.parallel
 
         def counted(tasks: Any, name: str = name, upstream: Any = upstream) -> Any:
-            woken.append(name)
+            woken.extend([name] * (len(tasks) > 1))
             return upstream(tasks)
 
         monkeypatch.setattr(module, "parallel", counted)
     result(net, x, options)
-    assert woken == ["spiking_layer", "spiking_layer_backward"]
+    assert woken == (["spiking_layer", "spiking_layer_backward"] if ranges > 1 else [])
 
 
 def test_who_is_not_finite_is_named(ranges: int) -> None:

@@ -163,24 +163,27 @@ def _run(together: list[_Ready]) -> list[InputGrads]:
     """The kernels of layers, the last layer's first."""
     costs = [LISTED if ready.way.by_list else REPLAYED for ready in together]
     ranges = ranges_of([ready.layer.call for ready in together], costs)
+    if len(ranges) == 1:
+        return [_run_alone(ready, *ranges) for ready in together]
     rooms = [[_room(ready.layer.call, ready.layer.needs) for _ in ranges] for ready in together]
     # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
-    tasks = [
-        [
-            task
-            for ready, parts in zip(together, rooms, strict=True)
-            for task in _tasks(ready, parts[r], samples)
-        ]
-        for r, samples in enumerate(ranges)
-    ]
-    parallel([partial(_in_turn, each) for each in tasks])
-    found = []
+    tasks: list[list[Callable[[], None]]] = [[] for _ in ranges]
     for ready, parts in zip(together, rooms, strict=True):
+        for in_turn, part, samples in zip(tasks, parts, ranges, strict=True):
+            in_turn += _tasks(ready, part, samples)
+    parallel([partial(_in_turn, each) for each in tasks])
+    for parts in rooms:
         for part in parts[1:]:  # in order, and in place of the first
             np.add(parts[0].all_rows, part.all_rows, out=parts[0].all_rows)
             np.add(parts[0].params, part.params, out=parts[0].params)
-        found.append(_collected(ready, parts[0]))
-    return found
+    return [_collected(ready, parts[0]) for ready, parts in zip(together, rooms, strict=True)]
+
+
+def _run_alone(ready: _Ready, samples: tuple[int, int]) -> InputGrads:
+    """On this thread, with all samples."""
+    sums = _room(ready.layer.call, ready.layer.needs)
+    _in_turn(_tasks(ready, sums, samples))
+    return _collected(ready, sums)
 
 
 def _in_turn(tasks: list[Callable[[], None]]) -> None:
