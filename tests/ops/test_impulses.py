@@ -6,7 +6,7 @@ import torch
 from helpers import relative, spikes
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, SpikeTrain, Surrogate
-from snn_sparse_plugin.backends.cpu import spiking_layer_backward, way
+from snn_sparse_plugin.backends.cpu import backward_arrays, layout, spiking_layer_backward, way
 from snn_sparse_plugin.core.dynamics import NeuronState
 from snn_sparse_plugin.ops import spiking_layer
 
@@ -106,10 +106,9 @@ def test_every_way_in_and_out(options, counted, forced):
 
 def test_what_stood_in_fresh_memory_is_nothing(counted, monkeypatch, forced):
     wanted = gradients("cpu", 0.9, 60, (40, 30, 20))
-    fresh = spiking_layer_backward.aligned
-    monkeypatch.setattr(
-        spiking_layer_backward, "aligned", lambda *size: np.full_like(fresh(*size), float("nan"))
-    )
+    fresh = layout.aligned
+    for module in (spiking_layer_backward, backward_arrays):
+        monkeypatch.setattr(module, "aligned", lambda *size: np.full_like(fresh(*size), float("nan")))
     found = gradients("cpu", 0.9, 60, (40, 30, 20))
     assert counted["cpu", "backward:impulses"] == 4
     for a, b in zip(found, wanted, strict=True):

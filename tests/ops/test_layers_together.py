@@ -164,24 +164,39 @@ def test_what_others_read_of_a_layer_between(ranges: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [WINDOW, EXACT], ids=["window", "exact"])
-def test_threads_are_woken_once_each_way(
-    options: dict[str, Any], ranges: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
-    result(net, x, options)
-    woken: list[str] = []
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who has handed work to other threads."""
+    found: list[str] = []
     for module in (spiking_layer, spiking_layer_backward):
         name = module.__name__.rpartition(".")[2]
         upstream = module.parallel
 
         def counted(tasks: Any, name: str = name, upstream: Any = upstream) -> Any:
-            woken.extend([name] * (len(tasks) > 1))
+            found.extend([name] * (len(tasks) > 1))
             return upstream(tasks)
 
         monkeypatch.setattr(module, "parallel", counted)
+    return found
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("options", [WINDOW, EXACT], ids=["window", "exact"])
+def test_how_often_threads_are_woken(
+    options: dict[str, Any], large: bool, ranges: int, woken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
     result(net, x, options)
-    assert woken == (["spiking_layer", "spiking_layer_backward"] if ranges > 1 else [])
+    together = result(net, x, options)
+    if large:
+        monkeypatch.setattr(layout, "TOGETHER", 0)
+    woken.clear()
+    found = result(net, x, options)
+    times = (ranges > 1) * (3 if large else 1)
+    assert woken == ["spiking_layer"] * times + ["spiking_layer_backward"] * times
+    for a, b in zip(found, together, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_who_is_not_finite_is_named(ranges: int) -> None:

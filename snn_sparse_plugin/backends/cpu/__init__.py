@@ -62,13 +62,12 @@ class CPUBackend(Backend):
         return True, ""
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:
-        return self.spiking_layers([call])[0]
+        return _forward([call])[0]
 
     def spiking_layers(self, layers: Sequence[LayerCall]) -> list[LayerResult]:
-        from .spiking_layer import run_forward
-
-        calls[self.name, "forward"] += len(layers)
-        return run_forward(layers)
+        if self._overrides("spiking_layer"):
+            return super().spiking_layers(layers)
+        return _forward(layers)
 
     def spiking_layer_backward(
         self,
@@ -78,15 +77,18 @@ class CPUBackend(Backend):
         grads: OutputGrads,
         needs: Needs,
     ) -> InputGrads:
-        return self.spiking_layers_backward([LayerBackward(call, saved, events, needs)], grads)[0]
+        return _backward([LayerBackward(call, saved, events, needs)], grads)[0]
 
     def spiking_layers_backward(
         self, layers: Sequence[LayerBackward], grads: OutputGrads
     ) -> list[InputGrads]:
-        from .spiking_layer_backward import run_backward
+        if self._overrides("spiking_layer_backward"):
+            return super().spiking_layers_backward(layers, grads)
+        return _backward(layers, grads)
 
-        calls[self.name, "backward"] += len(layers)
-        return run_backward(layers, grads)
+    def _overrides(self, method: str) -> bool:
+        """Whether a subclass wants to be asked for each layer."""
+        return getattr(getattr(self, method), "__func__", None) is not getattr(CPUBackend, method)
 
     def prefers_events(self, conv: Convolution, density: float, masked: bool) -> bool:
         from .conv import prefers_events
@@ -158,3 +160,17 @@ class CPUBackend(Backend):
 
 
 __all__: list[Any] = ["CPUBackend"]
+
+
+def _forward(layers: Sequence[LayerCall]) -> list[LayerResult]:
+    from .spiking_layer import run_forward
+
+    calls[CPUBackend.name, "forward"] += len(layers)
+    return run_forward(layers)
+
+
+def _backward(layers: Sequence[LayerBackward], grads: OutputGrads) -> list[InputGrads]:
+    from .spiking_layer_backward import run_backward
+
+    calls[CPUBackend.name, "backward"] += len(layers)
+    return run_backward(layers, grads)

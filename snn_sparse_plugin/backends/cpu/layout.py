@@ -93,6 +93,15 @@ def _shared_out(B: int, sample: float, threads: int) -> list[tuple[int, int]]:
     return split(B, threads, round(WAKING / sample))
 
 
+TOGETHER = 1 << 22
+"""Neuron-steps of layers that run together: with more, what they hold at once is more than a hand-over is worth."""
+
+
+def are_small(calls: Sequence[LayerCall]) -> bool:
+    """Whether these layers may run together."""
+    return sum(call.N for call in calls) * calls[0].T * calls[0].B <= TOGETHER
+
+
 def padded(n: int) -> int:
     """The length of a row of ``n`` neurons in whole vectors, so that no loop over it has a remainder."""
     return -(-n // LANES) * LANES

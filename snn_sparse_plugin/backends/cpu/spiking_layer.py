@@ -21,7 +21,7 @@ from ...core.errors import InputError
 from .arguments import Fed, States, Written
 from .bits import LANES
 from .forward import forward_kernel
-from .layout import array_or_empty, empty, finite, inputs_of, joined, numpy_type, padded, ranges_of
+from .layout import are_small, array_or_empty, empty, finite, inputs_of, joined, numpy_type, padded, ranges_of
 from .memory import array, tensor
 from .program import forward_of
 from .replay_linear import replays_linear
@@ -98,12 +98,13 @@ class _Part(NamedTuple):
 def run_forward(calls: Sequence[LayerCall]) -> list[LayerResult]:
     """Layers of which each takes the events of the one before, which are put into its call.
 
-    They run on each range of samples one after the other, up to one whose events have to be counted before it begins.
+    They run on each range of samples one after the other, up to one whose events have to be counted before it begins;
+    large ones each by itself.
     """
     results: list[LayerResult] = []
     first = 0
     for end in range(1, len(calls) + 1):
-        if end == len(calls) or _may_keep_mem(calls[end]):
+        if end == len(calls) or _may_keep_mem(calls[end]) or not are_small(calls[first : end + 1]):
             if first:
                 enter(calls[first], results[-1])
             _run(calls[first:end], results)

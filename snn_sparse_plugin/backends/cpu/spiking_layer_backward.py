@@ -14,39 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.backend import (
-    InputGrads,
-    LayerBackward,
-    LayerCall,
-    Needs,
-    OutputGrads,
-    Saved,
-    calls,
-    passed_on,
-)
+from ...core.backend import InputGrads, LayerBackward, LayerCall, OutputGrads, Saved, calls, passed_on
 from ...core.equations import Equations
 from ..product import LARGEST, ProductGrad
-from .arguments import Arriving, Derivative, Entries, Fed, Incoming, Outgoing, Recurrence
+from .arguments import Outgoing, Recurrence
 from .backward import backward_active_kernel
+from .backward_arrays import Left, Shared, Sums, allocated, room, shared_of
 from .impulses import backward_impulses
 from .layout import (
-    DOUBLE,
-    INT32,
     aligned,
+    are_small,
     array_or_empty,
-    copied,
-    empty,
     flip,
-    inputs_of,
     numpy_type,
     padded,
     ranges_of,
-    rows_of,
     zero_rows,
 )
 from .linear import backward_linear_kernel, is_linear
 from .memory import array
-from .multiply import panels_of
 from .outgoing import block_rows
 from .program_backward import backward_of
 from .replay import backward_replay_kernel
@@ -55,52 +41,10 @@ from .rows import MEM
 from .spiking_layer import code_of
 from .surrogate import slopes
 from .threads import parallel
-from .way import Way, empty_list, input_is_listed, only_decays, wants_params, way_of
+from .way import Way, empty_list, only_decays, way_of
 
 LISTED, REPLAYED = 1.0, 3.0
 """Time of a backward over the list, and of one that replays, by that of the forward."""
-
-
-class _Left(NamedTuple):
-    """Gradients that each sample has for itself; written, or of the states changed, in place: ``v`` and ``i`` are what
-    flows to the last step from the state after it, then what flows to the state before the first step."""
-
-    v: np.ndarray
-    i: np.ndarray
-    active: Tensor | None  # of the active entries of the input
-    nu: Tensor | None  # of the currents, (T or 1, B, C·N)
-    rec0: np.ndarray | None
-
-
-class _Sums(NamedTuple):
-    """Gradients that all samples add to, of one range of them; of weights the rows of W^T. ``all_rows`` are those of
-    the next four, one after the other."""
-
-    all_rows: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
-    rec_weight: np.ndarray
-    rec_bias: np.ndarray
-    params: np.ndarray
-
-
-class _Shared(NamedTuple):
-    """Arguments of the kernels that all ranges of samples share."""
-
-    params: np.ndarray
-    inputs: Fed
-    incoming: Incoming
-    active: Entries
-    u: np.ndarray
-    phi: np.ndarray  # room for the surrogate's derivative at ``u``
-    mem: np.ndarray
-    derivative: Derivative
-    arriving: Arriving
-    product: tuple[np.ndarray, np.ndarray]
-    states: tuple[np.ndarray, np.ndarray]
-    g_active: np.ndarray
-    g_current: np.ndarray
-    g_rec0: np.ndarray
 
 
 class _Ready(NamedTuple):
@@ -109,22 +53,26 @@ class _Ready(NamedTuple):
 
     layer: LayerBackward
     way: Way
-    left: _Left
-    shared: _Shared
+    left: Left
+    shared: Shared
     passed: Tensor | None
 
 
 def run_backward(layers: Sequence[LayerBackward], grads: OutputGrads) -> list[InputGrads]:
     """Layers of which each took the events of the one before; ``grads`` arrive at the last.
 
-    As many as possible run on each range of samples one after the other: until numbers of all are asked for.
+    As many as possible run on each range of samples one after the other: until numbers of all are asked for, or they
+    are large.
     """
     found: list[InputGrads] = []  # the last layer's first
     together: list[_Ready] = []
     for k in range(len(layers) - 1, -1, -1):
         layer, way = _with_way(layers[k], grads)
-        if together and isinstance(grads.spikes, ProductGrad) and not way.linear:
-            found += _run(together)  # it will be multiplied now
+        multiplies = isinstance(grads.spikes, ProductGrad) and not way.linear
+        if together and (
+            multiplies or not are_small([layer.call, *(ready.layer.call for ready in together)])
+        ):
+            found += _run(together)
             together = []
         together.append(_ready(layer, way, grads))
         passed = together[-1].passed
@@ -147,9 +95,9 @@ def _with_way(layer: LayerBackward, grads: OutputGrads) -> tuple[LayerBackward, 
 
 
 def _ready(layer: LayerBackward, way: Way, grads: OutputGrads) -> _Ready:
-    call, saved, events, needs = layer
-    left = _allocated(call, way, grads, needs)
-    shared = _shared(call, saved, events, grads, needs, way, left)
+    call, needs = layer.call, layer.needs
+    left = allocated(call, way, grads, needs)
+    shared = shared_of(layer, grads, way, left)
     calls["cpu", "backward:list" if way.by_list else "backward:replay"] += 1
     if way.impulses:
         calls["cpu", "backward:impulses"] += 1
@@ -165,7 +113,7 @@ def _run(together: list[_Ready]) -> list[InputGrads]:
     ranges = ranges_of([ready.layer.call for ready in together], costs)
     if len(ranges) == 1:
         return [_run_alone(ready, *ranges) for ready in together]
-    rooms = [[_room(ready.layer.call, ready.layer.needs) for _ in ranges] for ready in together]
+    rooms = [[room(ready.layer.call, ready.layer.needs) for _ in ranges] for ready in together]
     # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
     tasks: list[list[Callable[[], None]]] = [[] for _ in ranges]
     for ready, parts in zip(together, rooms, strict=True):
@@ -181,7 +129,7 @@ def _run(together: list[_Ready]) -> list[InputGrads]:
 
 def _run_alone(ready: _Ready, samples: tuple[int, int]) -> InputGrads:
     """On this thread, with all samples."""
-    sums = _room(ready.layer.call, ready.layer.needs)
+    sums = room(ready.layer.call, ready.layer.needs)
     _in_turn(_tasks(ready, sums, samples))
     return _collected(ready, sums)
 
@@ -191,83 +139,10 @@ def _in_turn(tasks: list[Callable[[], None]]) -> None:
         task()
 
 
-# --- what kernels are given ---
-
-
-def _allocated(call: LayerCall, way: Way, grads: OutputGrads, needs: Needs) -> _Left:
-    dtype, currents = call.v0.dtype, call.currents
-    kind = numpy_type(dtype)
-    v, i = copied(grads.v, call.v0.shape, kind), copied(grads.i, (call.B, call.N), kind)
-    active = nu = rec0 = None
-    if way.nu:
-        alone = call.once or call.T == 1  # most kernels add to a single step, and write each of several
-        nu = torch.empty(1 if alone else call.T, call.B, currents, dtype=dtype)
-        if alone and not (way.linear and call.train is None):
-            array(nu).fill(0)
-    elif needs.input:
-        active = torch.empty(call.train.active.indices.numel(), dtype=dtype)  # type: ignore[union-attr]
-    if needs.rec0 and call.rec0 is not None:
-        rec0 = copied(None, (call.B, currents), kind)
-    return _Left(v, i, active, nu, rec0)
-
-
-def _shared(
-    call: LayerCall,
-    saved: Saved,
-    events: tuple[Tensor, Tensor] | None,
-    grads: OutputGrads,
-    needs: Needs,
-    way: Way,
-    left: _Left,
-) -> _Shared:
-    dtype = numpy_type(call.v0.dtype)
-    none = empty(INT32, 1)
-    # without input gradients a list, or the membrane, never looks at the weights
-    columns = not way.impulses and (input_is_listed(call) or not (way.by_list or saved.mem is not None))
-    inputs = inputs_of(call, dtype, weight=columns)
-    weight = rows_of(call.weight if needs.input else None, dtype) if way.impulses else inputs.weight
-    in_ptr, in_idx = (none, none) if left.active is None else (array(x) for x in call.train.active)  # type: ignore[union-attr]
-    out_ptr, out_idx = (none, none) if events is None else (array(x) for x in events)
-    incoming = (inputs.indptr, inputs.indices, inputs.values, weight, in_ptr, in_idx, out_ptr, out_idx)
-    arriving, product = _arriving(grads, way, dtype)
-    window = -1.0 if saved.threshold is None else saved.threshold
-    u = array_or_empty(saved.u if way.by_list else None, dtype, 1)
-    return _Shared(
-        array(call.params),
-        inputs,
-        Incoming(*incoming),
-        Entries(none, none) if saved.active is None else Entries(*(array(x) for x in saved.active)),
-        u,
-        np.empty_like(u),
-        array_or_empty(saved.mem, dtype, 3),
-        Derivative(window, call.surrogate.code, *call.surrogate.packed),
-        arriving,
-        product,
-        (left.v, left.i),
-        array_or_empty(left.active, dtype, 1),
-        array_or_empty(left.nu, dtype, 3),
-        empty(dtype, 2) if left.rec0 is None else left.rec0,
-    )
-
-
-def _arriving(
-    grads: OutputGrads, way: Way, dtype: np.dtype
-) -> tuple[Arriving, tuple[np.ndarray, np.ndarray]]:
-    """Gradients that arrive, and apart from them the spikes' where the kernel multiplies it from two factors."""
-    spikes, product = grads.spikes, (empty(dtype, 3), empty(dtype, 2))
-    if isinstance(spikes, ProductGrad):
-        if way.linear:
-            product, spikes = (array(spikes.nu), panels_of(spikes.weight, dtype)), None
-        else:
-            spikes = spikes.dense()
-    dense = array_or_empty(spikes, dtype, 3), array_or_empty(grads.mem, dtype, 3)
-    return Arriving(array_or_empty(grads.active, dtype, 1), *dense), product
-
-
 # --- one range of samples ---
 
 
-def _tasks(ready: _Ready, sums: _Sums, samples: tuple[int, int]) -> list[Callable[[], None]]:
+def _tasks(ready: _Ready, sums: Sums, samples: tuple[int, int]) -> list[Callable[[], None]]:
     """What leaves in ``sums``, whose memory is new, what these samples give; in turn."""
     (call, saved, *_), way, _, shared, _ = ready
     outgoing = Outgoing(
@@ -289,25 +164,13 @@ def _tasks(ready: _Ready, sums: _Sums, samples: tuple[int, int]) -> list[Callabl
     return [*tasks, task]
 
 
-def _clear(sums: _Sums) -> None:
+def _clear(sums: Sums) -> None:
     sums.all_rows.fill(0)  # on the thread that adds to them, in whose cache they are then
     sums.params.fill(0)
 
 
-def _room(call: LayerCall, needs: Needs) -> _Sums:
-    weight = 0
-    if needs.weight and call.weight is not None and call.train is not None:
-        weight = call.weight.shape[1]
-    bias = weight + (needs.bias and call.bias is not None)
-    recurrent = bias + (call.N if needs.rec_weight and call.rec_weight is not None else 0)
-    end = recurrent + (needs.rec_bias and call.rec_bias is not None)
-    rows = aligned(end, padded(call.currents), numpy_type(call.v0.dtype))
-    params = np.empty((len(call.params), call.N)) if wants_params(call, needs) else empty(DOUBLE, 2)
-    return _Sums(rows, rows[:weight], rows[weight:bias], rows[bias:recurrent], rows[recurrent:], params)
-
-
 def _impulses(
-    call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tuple[int, int, int]
+    call: LayerCall, shared: Shared, outgoing: Outgoing, samples: tuple[int, int, int]
 ) -> Callable[[], None]:
     dtype, width = shared.incoming.weight.dtype, shared.incoming.weight.shape[1]
     return partial(
@@ -320,7 +183,7 @@ def _impulses(
 
 
 def _list(
-    call: LayerCall, shared: _Shared, outgoing: Outgoing, samples: tuple[int, int, int]
+    call: LayerCall, shared: Shared, outgoing: Outgoing, samples: tuple[int, int, int]
 ) -> Callable[[], None]:
     code = code_of(call)
     return partial(
@@ -334,7 +197,7 @@ def _replay(
     call: LayerCall,
     saved: Saved,
     way: Way,
-    shared: _Shared,
+    shared: Shared,
     outgoing: Outgoing,
     g_params: np.ndarray,
     samples: tuple[int, int, int],
@@ -374,7 +237,7 @@ def _block(call: LayerCall) -> np.ndarray:
 # --- what comes back ---
 
 
-def _collected(ready: _Ready, sums: _Sums) -> InputGrads:
+def _collected(ready: _Ready, sums: Sums) -> InputGrads:
     (call, _, _, needs), _, left, _, grad_input = ready
     if grad_input is None and left.nu is not None:
         grad_input = left.nu @ call.weight  # type: ignore[operator]
