@@ -61,6 +61,14 @@ def none_fires() -> nn.Sequential:
     return net
 
 
+def without_bias() -> nn.Sequential:
+    net = network(20, 30, 25, 6)
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.bias.fill_(0)
+    return net
+
+
 def first_is_frozen() -> nn.Sequential:
     net = network(20, 30, 25, 6)
     net[0].requires_grad_(False)
@@ -85,6 +93,8 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], dict[str, Any]]] = {
     # a product that has to be made before the layer below goes on
     "wide, exact": (lambda: network(20, 30, 80, 6).double(), EXACT),
     # whether to keep the membrane depends on how many events there are
+    "first samples are silent": (without_bias, {**WINDOW, "silent": 3}),
+    "first samples are silent, exact": (without_bias, {**EXACT, "silent": 3}),
     "input's gradient": (lambda: network(20, 30, 25, 6), {**WINDOW, "input_grad": True}),
     "many inputs": (lambda: network(20, 90, 2, scale=1.0), EXACT),
 }
@@ -96,7 +106,8 @@ def result(net: nn.Sequential, x: Tensor, options: dict[str, Any]) -> list[Tenso
     for neuron in net[1::2]:
         neuron.reset_mem()
     x = x.clone().requires_grad_(options.get("input_grad", False))
-    options = {name: value for name, value in options.items() if name != "input_grad"}
+    x.data[:, : options.get("silent", 0)] = 0
+    options = {name: value for name, value in options.items() if name not in ("input_grad", "silent")}
     out = ssp.unroll(net, x, **options)
     torch.manual_seed(2)
     loss = (out.spikes * on_grid(*out.spikes.shape)).sum() + (out.mem * on_grid(*out.mem.shape)).sum()  # type: ignore[union-attr]

@@ -291,7 +291,7 @@ def _joined_ptr(
     """Where each row ends, of ends that are counted anew in every range of samples, of that many entries."""
     base = 0
     for ptr, size, (first, last) in zip(ptrs, sizes, ranges, strict=True):
-        if base:
+        if ptr is not ptrs[0]:
             rows = slice(first * T + 1, last * T + 1)
             np.add(ptr[rows], base, out=ptrs[0][rows])
         base += size
