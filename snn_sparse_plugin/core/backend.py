@@ -312,7 +312,8 @@ class Backend:
         raise NotImplementedError
 
     def spiking_layers(self, calls: Sequence[LayerCall]) -> list[LayerResult]:
-        """Forward of layers of which each takes the events that the one before emits, which are put into its call."""
+        """Forward of layers of which each takes the events that the one before emits; :func:`enter` puts them into its
+        call."""
         results: list[LayerResult] = []
         for call in calls:
             if results:
@@ -335,11 +336,13 @@ class Backend:
         self, layers: Sequence[LayerBackward], grads: OutputGrads
     ) -> list[InputGrads]:
         """Backward of layers of which each took the events of the one before, which nobody else has a gradient of;
-        ``grads`` arrive at the last."""
+        ``grads`` arrive at the last. Of the gradients of inputs only that of the first layer is asked for."""
         found = [InputGrads()] * len(layers)
         for k in range(len(layers) - 1, -1, -1):
             call, saved, events, needs = layers[k]
             found[k] = self.spiking_layer_backward(call, saved, events, grads, needs)
+            if k < len(layers) - 1:
+                found[k + 1] = found[k + 1]._replace(input=None)  # it has been used
             passed = found[k].input
             if k == 0 or passed is None:
                 break

@@ -215,8 +215,15 @@ def _run_chain(nodes: list[NeuronNode], plan: Plan) -> bool:
     return True
 
 
-@lru_cache(maxsize=64)
 def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SpikeTrain:
-    """Events of the form that a call will emit."""
-    none = torch.empty(0, dtype=torch.int32, device=device)
-    return SpikeTrain._of_events((none, none), shape, dtype)
+    """Events of the form that a call will emit; nobody looks at them."""
+    if torch._C._len_torch_dispatch_stack():  # its tensors are that mode's own
+        return _new_stand_in.__wrapped__(shape, dtype, device)
+    return _new_stand_in(shape, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _new_stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SpikeTrain:
+    with torch.inference_mode(False):
+        none = torch.empty(0, dtype=torch.int32, device=device)
+        return SpikeTrain._of_events((none, none), shape, dtype)

@@ -90,6 +90,7 @@ def _record(
     if call is None:
         return None
     x, leaves, like = call
+    state = next(iter(leaves.values()), None)
     value = value_of(x) if isinstance(x, Tensor) else None
     if value is not None:
         shape, dtype, device = value[0].shape, value[0].dtypes[value[2]], value[0].device
@@ -134,7 +135,7 @@ def _record(
             node = _open(record, adapter, module, upstream, config, leaves, like, template)
             if node is None:
                 return None
-            if len(args) == 2 and type(args[1]) in (Tensor, Recorded) and node.order_of_state == (1,):
+            if len(args) == 2 and node.order_of_state == (1,) and state is args[1]:
                 node.given_at = 2
         node.arguments[0].append(record.entry(x))
         node.record.count(node)

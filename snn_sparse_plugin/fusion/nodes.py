@@ -324,9 +324,8 @@ class NeuronNode(Node):
         self.named_slots, self.order_of_state = tuple(self.slots.items()), tuple(self.slots.values())
         self.forward: Any = None  # of the class, if a call of the module comes to nothing but it
         self.unmarked = False  # whether the active config is all that holds for the module
-        self.given_at = (
-            0  # the number of arguments where the last one is the state, one tensor that is no output
-        )
+        # how many arguments a call has whose last one is the state, a single tensor apart from the output; 0: none has
+        self.given_at = 0
         self.initial: dict[str, Entry | None] = {
             name: None if leaf is None else record.entry(leaf) for name, leaf in leaves.items()
         }

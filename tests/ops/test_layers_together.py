@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import on_grid, spikes, torch_threads
+from helpers import on_grid, relative, spikes, torch_threads
 from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
@@ -75,8 +75,15 @@ def first_is_frozen() -> nn.Sequential:
     return net
 
 
+def middle_is_frozen() -> nn.Sequential:
+    net = network(20, 30, 25, 6)
+    net[2].requires_grad_(False)
+    return net
+
+
 WINDOW: dict[str, Any] = {"backprop_threshold": 0.5, "min_active": 0.0}
 EXACT: dict[str, Any] = {"backprop_threshold": None}
+OWN = "input_grad", "silent", "states", "steps"  # options of this file, not of unroll
 CASES: dict[str, tuple[Callable[[], nn.Sequential], dict[str, Any]]] = {
     "window": (lambda: network(20, 30, 25, 6), WINDOW),
     "exact": (lambda: network(20, 30, 25, 6), EXACT),
@@ -92,10 +99,17 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], dict[str, Any]]] = {
     "float64": (lambda: network(20, 30, 25, 6).double(), WINDOW),
     # a product that has to be made before the layer below goes on
     "wide, exact": (lambda: network(20, 30, 80, 6).double(), EXACT),
-    # whether to keep the membrane depends on how many events there are
-    "first samples are silent": (without_bias, {**WINDOW, "silent": 3}),
-    "first samples are silent, exact": (without_bias, {**EXACT, "silent": 3}),
+    "first samples are silent": (without_bias, {**WINDOW, "silent": 4}),
+    "first samples are silent, exact": (without_bias, {**EXACT, "silent": 4}),
     "input's gradient": (lambda: network(20, 30, 25, 6), {**WINDOW, "input_grad": True}),
+    "middle is frozen": (middle_is_frozen, WINDOW),
+    "gradients of states": (lambda: network(20, 30, 25, 6), {**WINDOW, "states": True}),
+    "gradients of states, exact": (lambda: network(20, 30, 25, 6), {**EXACT, "states": True}),
+    "first is frozen, window": (first_is_frozen, WINDOW),
+    "decays learn": (lambda: network(20, 30, 25, 6, learn_beta=True), EXACT),
+    "few steps, wide": (lambda: network(20, 30, 80, 6), {**EXACT, "steps": 3}),
+    "two steps": (lambda: network(20, 30, 25, 6), {**EXACT, "steps": 2}),
+    # whether to keep the membrane depends on how many events there are
     "many inputs": (lambda: network(20, 90, 2, scale=1.0), EXACT),
 }
 
@@ -105,23 +119,33 @@ def result(net: nn.Sequential, x: Tensor, options: dict[str, Any]) -> list[Tenso
     net.zero_grad()
     for neuron in net[1::2]:
         neuron.reset_mem()
-    x = x.clone().requires_grad_(options.get("input_grad", False))
+    x = x[: options.get("steps", T)].clone().requires_grad_(options.get("input_grad", False))
     x.data[:, : options.get("silent", 0)] = 0
-    options = {name: value for name, value in options.items() if name not in ("input_grad", "silent")}
-    out = ssp.unroll(net, x, **options)
+    out = ssp.unroll(net, x, **{name: value for name, value in options.items() if name not in OWN})
     torch.manual_seed(2)
     loss = (out.spikes * on_grid(*out.spikes.shape)).sum() + (out.mem * on_grid(*out.mem.shape)).sum()  # type: ignore[union-attr]
-    (loss + out.state[-1]["mem"].sum()).backward()
-    states = [state["mem"] for state in out.state[1::2]]
-    return [out.spikes, out.mem, *states, x.grad, *(p.grad for p in net.parameters())]
+    states = out.state[1::2] if options.get("states") else out.state[-1:]
+    (loss + sum(state["mem"].square().sum() for state in states)).backward()
+    ended = [state["mem"] for state in out.state[1::2]]
+    return [out.spikes, out.mem, *ended, x.grad, *(p.grad for p in net.parameters())]
+
+
+def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    """But for the order of sums over samples."""
+    for a, b in zip(found, expected, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            assert relative(a, b) < (1e-6 if a.dtype == torch.float32 else 1e-14)
 
 
 @pytest.fixture
 def one_by_one() -> Callable[[], Any]:
-    """A context in which the CPU is given each layer by itself."""
+    """A context in which the CPU is given each layer by itself, and all samples at once."""
 
     def context() -> Any:
         patch = pytest.MonkeyPatch()
+        patch.setattr(layout, "SHORTEST", float("inf"))
         patch.setattr(CPUBackend, "spiking_layers", Backend.spiking_layers)
         patch.setattr(CPUBackend, "spiking_layers_backward", Backend.spiking_layers_backward)
         patch.setattr(CPUBackend, "spiking_layer", lambda self, call: spiking_layer.run_forward([call])[0])
@@ -147,14 +171,13 @@ def test_the_numbers_of_one_by_one(case: str, ranges: int, one_by_one: Callable[
     expected = result(net, x, options)
     patch.undo()
     assert case == "none fires" or found[0].any()  # type: ignore[union-attr]
-    for a, b in zip(found, expected, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_same(found, expected)
     forward = 2 + len(net) // 2
     assert all(map(torch.equal, found[:forward], expected[:forward]))  # type: ignore[arg-type]
 
 
-def test_what_others_read_of_a_layer_between(ranges: int) -> None:
+@pytest.mark.parametrize("options", [{**WINDOW, "backprop_threshold": 9.0}, EXACT], ids=["window", "exact"])
+def test_what_others_read_of_a_layer_between(options: dict[str, Any], ranges: int) -> None:
     """Its gradient comes from two sides: in a loop whose loss is of hidden spikes, too."""
     net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
 
@@ -163,7 +186,7 @@ def test_what_others_read_of_a_layer_between(ranges: int) -> None:
         for neuron in net[1::2]:
             neuron.reset_mem()
         hidden, last = [], []
-        with ssp.sparse_mode(**EXACT, fuse_time=fuse):
+        with ssp.sparse_mode(**options, fuse_time=fuse):
             for step in x:
                 hidden.append(net[1](net[0](step)))
                 last.append(net[5](net[4](net[3](net[2](hidden[-1]))))[0])
@@ -205,9 +228,7 @@ def test_how_often_threads_are_woken(
     found = result(net, x, options)
     times = (ranges > 1) * (3 if large else 1)
     assert woken == ["spiking_layer"] * times + ["spiking_layer_backward"] * times
-    for a, b in zip(found, together, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_same(found, together)
 
 
 def test_who_is_not_finite_is_named(ranges: int) -> None:

@@ -62,12 +62,12 @@ class CPUBackend(Backend):
         return True, ""
 
     def spiking_layer(self, call: LayerCall) -> LayerResult:
-        return _forward([call])[0]
+        return self._forward([call])[0]
 
     def spiking_layers(self, layers: Sequence[LayerCall]) -> list[LayerResult]:
         if self._overrides("spiking_layer"):
             return super().spiking_layers(layers)
-        return _forward(layers)
+        return self._forward(layers)
 
     def spiking_layer_backward(
         self,
@@ -77,18 +77,30 @@ class CPUBackend(Backend):
         grads: OutputGrads,
         needs: Needs,
     ) -> InputGrads:
-        return _backward([LayerBackward(call, saved, events, needs)], grads)[0]
+        return self._backward([LayerBackward(call, saved, events, needs)], grads)[0]
 
     def spiking_layers_backward(
         self, layers: Sequence[LayerBackward], grads: OutputGrads
     ) -> list[InputGrads]:
         if self._overrides("spiking_layer_backward"):
             return super().spiking_layers_backward(layers, grads)
-        return _backward(layers, grads)
+        return self._backward(layers, grads)
 
     def _overrides(self, method: str) -> bool:
-        """Whether a subclass wants to be asked for each layer."""
-        return getattr(getattr(self, method), "__func__", None) is not getattr(CPUBackend, method)
+        """Whether somebody wants to be asked for each layer: a subclass, or who has put a function in the place."""
+        return getattr(getattr(self, method), "__func__", None) is not _OWN[method]
+
+    def _forward(self, layers: Sequence[LayerCall]) -> list[LayerResult]:
+        from .spiking_layer import run_forward
+
+        calls[self.name, "forward"] += len(layers)
+        return run_forward(layers)
+
+    def _backward(self, layers: Sequence[LayerBackward], grads: OutputGrads) -> list[InputGrads]:
+        from .spiking_layer_backward import run_backward
+
+        calls[self.name, "backward"] += len(layers)
+        return run_backward(layers, grads)
 
     def prefers_events(self, conv: Convolution, density: float, masked: bool) -> bool:
         from .conv import prefers_events
@@ -159,18 +171,6 @@ class CPUBackend(Backend):
         return d_tau, d_t_d
 
 
+_OWN = {name: vars(CPUBackend)[name] for name in ("spiking_layer", "spiking_layer_backward")}
+
 __all__: list[Any] = ["CPUBackend"]
-
-
-def _forward(layers: Sequence[LayerCall]) -> list[LayerResult]:
-    from .spiking_layer import run_forward
-
-    calls[CPUBackend.name, "forward"] += len(layers)
-    return run_forward(layers)
-
-
-def _backward(layers: Sequence[LayerBackward], grads: OutputGrads) -> list[InputGrads]:
-    from .spiking_layer_backward import run_backward
-
-    calls[CPUBackend.name, "backward"] += len(layers)
-    return run_backward(layers, grads)

@@ -153,8 +153,8 @@ class Begun(Protocol):
         """
         ...
 
-    def has_found_all(self, x: Tensor) -> bool:
-        """Whether it has put the events of this tensor (T, B, N...) in order, which are few."""
+    def has_found_few(self, x: Tensor) -> bool:
+        """Whether it has put all events of this tensor (T, B, N...) in order, and they are few."""
         ...
 
     def ordered(self, rows: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, bool] | None:

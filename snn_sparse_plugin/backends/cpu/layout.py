@@ -94,12 +94,16 @@ def _shared_out(B: int, sample: float, threads: int) -> list[tuple[int, int]]:
 
 
 TOGETHER = 1 << 22
-"""Neuron-steps of layers that run together: with more, what they hold at once is more than a hand-over is worth."""
+"""Neuron-steps and weights of layers that run together: with more, what they hold at once is more than a hand-over is
+worth."""
 
 
 def are_small(calls: Sequence[LayerCall]) -> bool:
     """Whether these layers may run together."""
-    return sum(call.N for call in calls) * calls[0].T * calls[0].B <= TOGETHER
+    size = 0
+    for call in calls:
+        size += call.T * call.B * call.N + (0 if call.weight is None else call.weight.numel())
+    return size <= TOGETHER
 
 
 def padded(n: int) -> int:

@@ -40,8 +40,8 @@ KEEP_ROWS_BELOW = 1 << 20
 # the events, and the backward need not add their rows again.
 KEEP_MEM_ABOVE = 4
 
+# Up to this share of spikes the sizes alone say that a layer keeps no membrane; with more it is replayed all the same.
 MANY = 0.1
-"""Share of neuron-steps that spike which is not expected to be exceeded."""
 
 
 class _Wanted(NamedTuple):
@@ -98,13 +98,13 @@ class _Part(NamedTuple):
 def run_forward(calls: Sequence[LayerCall]) -> list[LayerResult]:
     """Layers of which each takes the events of the one before, which are put into its call.
 
-    They run on each range of samples one after the other, up to one whose events have to be counted before it begins;
-    large ones each by itself.
+    They run on each range of samples one after the other, up to one that has to know how many events enter it; large
+    ones each by itself.
     """
     results: list[LayerResult] = []
     first = 0
     for end in range(1, len(calls) + 1):
-        if end == len(calls) or _may_keep_mem(calls[end]) or not are_small(calls[first : end + 1]):
+        if end == len(calls) or _asks_for_events(calls[end]) or not are_small(calls[first : end + 1]):
             if first:
                 enter(calls[first], results[-1])
             _run(calls[first:end], results)
@@ -118,6 +118,7 @@ def _run(calls: Sequence[LayerCall], results: list[LayerResult]) -> None:
         wanted = _wanted(call)
         made = _allocated(call, wanted)
         layers.append(_Layer(call, wanted, made, _shared(call, made), _kernel(call)))
+    assert all(layer.wanted.events for layer in layers[:-1])
     ranges = ranges_of(calls)
     found = parallel([partial(_run_range, layers, *each) for each in ranges])
     for k, layer in enumerate(layers):
@@ -171,20 +172,22 @@ def _wanted(call: LayerCall) -> _Wanted:
 
 def _keeps_mem(call: LayerCall) -> bool:
     """Whether to keep the membrane after every step for a backward that then has nothing to replay."""
-    if call.train is None or not (call.needs_grad and call.save_active) or call.params_grad:
+    if call.train is None or call.train.indices.numel() <= KEEP_MEM_ABOVE * call.T * call.B * call.N:
         return False
-    if call.train.indices.numel() <= KEEP_MEM_ABOVE * call.T * call.B * call.N or not has_linear_replay(call):
-        return False
-    assert isinstance(call.spec, NeuronSpec)
-    return call.spec.reset == "none" or call.spec.timing == "delayed"  # else it is no more what spiked
+    return _may_keep_mem(call)
+
+
+def _asks_for_events(call: LayerCall) -> bool:
+    """Whether how many events enter a layer, of which there are none yet, decides if the membrane is kept."""
+    return call.weight.shape[1] * MANY > KEEP_MEM_ABOVE * call.N and _may_keep_mem(call)  # type: ignore[union-attr]
 
 
 def _may_keep_mem(call: LayerCall) -> bool:
-    """Whether the membrane may be kept, if there turn out to be many events."""
-    if not call.needs_grad:
+    """Whether a backward would read the membrane."""
+    if not (call.needs_grad and call.save_active) or call.params_grad or not has_linear_replay(call):
         return False
-    inputs = call.weight.shape[1]  # type: ignore[union-attr]
-    return inputs * MANY > KEEP_MEM_ABOVE * call.N and has_linear_replay(call)
+    assert isinstance(call.spec, NeuronSpec)
+    return call.spec.reset == "none" or call.spec.timing == "delayed"  # else it is no more what spiked
 
 
 def _allocated(call: LayerCall, wanted: _Wanted) -> _Made:

@@ -39,7 +39,7 @@ from .replay import backward_replay_kernel
 from .replay_linear import BLOCK_ROWS, backward_replay_linear_kernel
 from .rows import MEM
 from .spiking_layer import code_of
-from .surrogate import slopes
+from .surrogate import row_kernel
 from .threads import parallel
 from .way import Way, empty_list, only_decays, way_of
 
@@ -48,8 +48,8 @@ LISTED, REPLAYED = 1.0, 3.0
 
 
 class _Ready(NamedTuple):
-    """A layer whose kernel may run. ``passed``: the gradient of its input, which the kernel fills; None where it is
-    made of what the kernel leaves."""
+    """A layer whose kernel may run. ``passed``: the gradient of its input, which the kernel fills; None where none is
+    wanted, or one is made in the end of what the kernel leaves."""
 
     layer: LayerBackward
     way: Way
@@ -72,17 +72,18 @@ def run_backward(layers: Sequence[LayerBackward], grads: OutputGrads) -> list[In
         if together and (
             multiplies or not are_small([layer.call, *(ready.layer.call for ready in together)])
         ):
-            found += _run(together)
+            _run(together, found)
             together = []
         together.append(_ready(layer, way, grads))
         passed = together[-1].passed
         if k and passed is None:
-            found += _run(together)
+            _run(together, found)
             together, passed = [], found[-1].input
         if k:
             assert passed is not None
             grads = passed_on(layers[k - 1].saved, passed)
-    return [*found, *_run(together)][::-1]
+    _run(together, found)
+    return found[::-1]
 
 
 def _with_way(layer: LayerBackward, grads: OutputGrads) -> tuple[LayerBackward, Way]:
@@ -107,14 +108,22 @@ def _ready(layer: LayerBackward, way: Way, grads: OutputGrads) -> _Ready:
     return _Ready(layer, way, left, shared, passed)
 
 
-def _run(together: list[_Ready]) -> list[InputGrads]:
-    """The kernels of layers, the last layer's first."""
+def _run(together: list[_Ready], found: list[InputGrads]) -> None:
+    """The kernels of layers, the last layer's first. Of what they find only the last gradient of an input is kept, as
+    the others have been used."""
+    made = _run_ranges(together)
+    found += made
+    for k in range(max(0, len(found) - len(made) - 1), len(found) - 1):
+        found[k] = found[k]._replace(input=None)
+
+
+def _run_ranges(together: list[_Ready]) -> list[InputGrads]:
     costs = [LISTED if ready.way.by_list else REPLAYED for ready in together]
     ranges = ranges_of([ready.layer.call for ready in together], costs)
     if len(ranges) == 1:
         return [_run_alone(ready, *ranges) for ready in together]
     rooms = [[room(ready.layer.call, ready.layer.needs) for _ in ranges] for ready in together]
-    # all that is Python's is done before another thread is woken: two that take turns at it wait for each other
+    # what kernels are given is made before another thread is woken: two that take turns at Python wait for each other
     tasks: list[list[Callable[[], None]]] = [[] for _ in ranges]
     for ready, parts in zip(together, rooms, strict=True):
         for in_turn, part, samples in zip(tasks, parts, ranges, strict=True):
@@ -160,7 +169,9 @@ def _tasks(ready: _Ready, sums: Sums, samples: tuple[int, int]) -> list[Callable
     if shared.u.size:
         indptr, (first, last) = shared.active.indptr, samples
         entries = slice(indptr[first * call.T], indptr[last * call.T])
-        tasks.append(partial(slopes, *shared.derivative[1:], shared.u[entries], shared.phi[entries]))
+        _, code, *parameters = shared.derivative
+        row = row_kernel(code)
+        tasks.append(partial(row, code, *parameters, -1.0, shared.u[entries], shared.phi[entries]))
     return [*tasks, task]
 
 

@@ -82,7 +82,7 @@ def _are_impulses(call: LayerCall) -> bool:
         or not call.N
     ):
         return False
-    if hasattr(call.params, "_snn_numbers"):  # each parameter is one number
+    if hasattr(call.params, "_snn_uniform"):  # each parameter is one number
         return True
     decays = array(call.params)[MEM]
     return bool((decays == decays[0]).all())

@@ -78,6 +78,9 @@ def _run(links: Sequence[Link]) -> list[LayerResult]:
         if results:
             enter(calls[0], results[-1])
         results += backend.spiking_layers(calls)
+        assert all(call.train is not None for call in calls[1:]), (
+            f"{backend.name} entered no events into a call"
+        )
     return results
 
 
@@ -180,13 +183,15 @@ class _SpikingLayer(torch.autograd.Function):
 
 def _zero_of(x: Tensor) -> Tensor:
     """A zero of its dtype and device."""
-    return _zero(x.dtype) if x.device.type == "cpu" else x.new_zeros(())
+    if x.device.type != "cpu" or torch._C._len_torch_dispatch_stack():  # a mode's tensors are its own
+        return x.new_zeros(())
+    return _zero(x.dtype)
 
 
 @cache
 def _zero(dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return torch.zeros((), dtype=dtype)
+        return torch.zeros((), dtype=dtype, device="cpu")
 
 
 _apply: Any = plain_apply(_SpikingLayer)

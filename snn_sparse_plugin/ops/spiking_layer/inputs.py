@@ -307,7 +307,7 @@ _MOST = 256  # constants that are kept
 
 
 def _constant(numbers: tuple[float, ...], N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A row of N for each number, made once, as a backend sees at ``_snn_numbers``.
+    """A row of N for each number, made once. It has an attribute ``_snn_uniform``: a backend need not look at it.
 
     A CUDA graph makes its own, as it outlives what is kept here.
     """
@@ -319,7 +319,7 @@ def _constant(numbers: tuple[float, ...], N: int, dtype: torch.dtype, device: to
             _constants.clear()
         with torch.inference_mode(False):
             made = _constants[key] = _rows(*key)
-            made._snn_numbers = numbers  # type: ignore[attr-defined]
+            made._snn_uniform = True  # type: ignore[attr-defined]
     return _constants[key]
 
 

@@ -68,7 +68,7 @@ def _turns_longer(x: Tensor, weight: Tensor) -> bool:
 def _looks_dense(x: Tensor) -> bool:
     """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
     begun = getattr(x, "_snn_begun", None)
-    if begun is not None and begun.has_found_all(x):  # it ends where there are as many
+    if begun is not None and begun.has_found_few(x):
         return False
     T, B, M = x.shape
     every = max(1, T * B // max(1, min(64, SAMPLE // M)))
