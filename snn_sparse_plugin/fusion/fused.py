@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Neuron, config_of, refuse, running
 from ..core.config import SparseConfig, current_config
 from ..core.dynamics import NeuronState
+from ..core.once import made_once
 from ..core.precision import any_autocast, cast, state_dtype, without_autocast
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.inputs import Synapses as AllSynapses
@@ -246,17 +247,10 @@ class FusedCall:
         return None
 
 
+@made_once(256)
 def template_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Stands for an output of this form; nobody looks at its numbers."""
-    if torch._C._len_torch_dispatch_stack():  # its tensors are that mode's own
-        return _new_template.__wrapped__(shape, dtype, device)
-    return _new_template(shape, dtype, device)
-
-
-@lru_cache(maxsize=256)
-def _new_template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.empty((), dtype=dtype, device=device).expand(shape)
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 def _no_recurrence(features: tuple[int, ...]) -> str:
@@ -276,7 +270,7 @@ def note_last(adapter: Adapter, module: nn.Module, out: Any, start: Any, T: int,
         adapter.note_last(module, None, out.mem[-2].detach())
     else:
         spikes = out.spikes.detach()
-        if isinstance(spikes, SpikeTrain) and sum([x.numel() for x in spikes.tensors()]) <= KEPT_EVENTS:
+        if isinstance(spikes, SpikeTrain) and sum(x.numel() for x in spikes.tensors()) <= KEPT_EVENTS:
             adapter.note_last(module, partial(spikes.values_at, T - 2), None)
         else:  # made now, as a step that keeps no others
             before = spikes.values_at(T - 2) if isinstance(spikes, SpikeTrain) else spikes[-2].clone()

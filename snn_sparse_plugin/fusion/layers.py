@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from ..adapters.counting import record_of
 from ..core import tally
 from ..core.config import use_config
 from ..core.errors import InputError, NonFiniteError
+from ..core.once import made_once
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.prepared import Step, run_chain
 from . import meter
@@ -215,15 +215,8 @@ def _run_chain(nodes: list[NeuronNode], plan: Plan) -> bool:
     return True
 
 
+@made_once(64)
 def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SpikeTrain:
     """Events of the form that a call will emit; nobody looks at them."""
-    if torch._C._len_torch_dispatch_stack():  # its tensors are that mode's own
-        return _new_stand_in.__wrapped__(shape, dtype, device)
-    return _new_stand_in(shape, dtype, device)
-
-
-@lru_cache(maxsize=64)
-def _new_stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SpikeTrain:
-    with torch.inference_mode(False):
-        none = torch.empty(0, dtype=torch.int32, device=device)
-        return SpikeTrain._of_events((none, none), shape, dtype)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    return SpikeTrain._of_events((none, none), shape, dtype)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import snn_sparse_plugin as ssp
 from snn_sparse_plugin.backends.cpu import CPUBackend, layout, spiking_layer, spiking_layer_backward
-from snn_sparse_plugin.core.backend import Backend
+from snn_sparse_plugin.core import registry
+from snn_sparse_plugin.core.backend import Backend, calls
 from snn_sparse_plugin.core.errors import NonFiniteError
 
 snn = pytest.importorskip("snntorch")
@@ -46,38 +47,18 @@ def network(*sizes: int, kind: str = "Leaky", scale: float = 1.0, **options: Any
     return net
 
 
-def all_fire() -> nn.Sequential:
+def biased(value: float, layers: slice = slice(None)) -> nn.Sequential:
+    """Some layers get a current at every step."""
     net = network(20, 30, 25, 6)
     with torch.no_grad():
-        for layer in net[::2]:
-            layer.bias.fill_(2)
+        for layer in net[::2][layers]:
+            layer.bias.fill_(value)
     return net
 
 
-def none_fires() -> nn.Sequential:
+def frozen(layer: int) -> nn.Sequential:
     net = network(20, 30, 25, 6)
-    with torch.no_grad():
-        net[0].bias.fill_(-9)
-    return net
-
-
-def without_bias() -> nn.Sequential:
-    net = network(20, 30, 25, 6)
-    with torch.no_grad():
-        for layer in net[::2]:
-            layer.bias.fill_(0)
-    return net
-
-
-def first_is_frozen() -> nn.Sequential:
-    net = network(20, 30, 25, 6)
-    net[0].requires_grad_(False)
-    return net
-
-
-def middle_is_frozen() -> nn.Sequential:
-    net = network(20, 30, 25, 6)
-    net[2].requires_grad_(False)
+    net[2 * layer].requires_grad_(False)
     return net
 
 
@@ -92,20 +73,20 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], dict[str, Any]]] = {
     "synapse, exact": (lambda: network(20, 30, 25, 6, kind="Synaptic"), EXACT),
     "reset to zero": (lambda: network(20, 30, 25, 6, reset_mechanism="zero"), WINDOW),
     "reset to zero, exact": (lambda: network(20, 30, 25, 6, reset_mechanism="zero"), EXACT),
-    "all fire": (all_fire, WINDOW),
-    "all fire, exact": (all_fire, EXACT),
-    "none fires": (none_fires, WINDOW),
-    "first is frozen": (first_is_frozen, EXACT),
+    "all fire": (lambda: biased(2.0), WINDOW),
+    "all fire, exact": (lambda: biased(2.0), EXACT),
+    "none fires": (lambda: biased(-9.0, slice(1)), WINDOW),
+    "first is frozen": (lambda: frozen(0), EXACT),
     "float64": (lambda: network(20, 30, 25, 6).double(), WINDOW),
     # a product that has to be made before the layer below goes on
     "wide, exact": (lambda: network(20, 30, 80, 6).double(), EXACT),
-    "first samples are silent": (without_bias, {**WINDOW, "silent": 4}),
-    "first samples are silent, exact": (without_bias, {**EXACT, "silent": 4}),
+    "first samples are silent": (lambda: biased(0.0), {**WINDOW, "silent": 4}),
+    "first samples are silent, exact": (lambda: biased(0.0), {**EXACT, "silent": 4}),
     "input's gradient": (lambda: network(20, 30, 25, 6), {**WINDOW, "input_grad": True}),
-    "middle is frozen": (middle_is_frozen, WINDOW),
+    "middle is frozen": (lambda: frozen(1), WINDOW),
     "gradients of states": (lambda: network(20, 30, 25, 6), {**WINDOW, "states": True}),
     "gradients of states, exact": (lambda: network(20, 30, 25, 6), {**EXACT, "states": True}),
-    "first is frozen, window": (first_is_frozen, WINDOW),
+    "first is frozen, window": (lambda: frozen(0), WINDOW),
     "decays learn": (lambda: network(20, 30, 25, 6, learn_beta=True), EXACT),
     "few steps, wide": (lambda: network(20, 30, 80, 6), {**EXACT, "steps": 3}),
     "two steps": (lambda: network(20, 30, 25, 6), {**EXACT, "steps": 2}),
@@ -241,3 +222,29 @@ def test_who_is_not_finite_is_named(ranges: int) -> None:
         ssp.unroll(net, x)
     for neuron, buffers in zip(net[1::2], before, strict=True):
         assert all(neuron.get_buffer(name) is x for name, x in buffers.items())
+
+
+@pytest.mark.parametrize("options", [WINDOW, EXACT], ids=["window", "exact"])
+def test_a_subclass_is_asked_for_each_layer(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its own name."""
+    asked: list[str] = []
+
+    class Asked(CPUBackend):
+        name = "asked"
+
+        def spiking_layer(self, call: Any) -> Any:
+            asked.append("forward")
+            return super().spiking_layer(call)
+
+        def spiking_layer_backward(self, *args: Any) -> Any:
+            asked.append("backward")
+            return super().spiking_layer_backward(*args)
+
+    monkeypatch.setattr(registry.load("backends", "cpu"), "__class__", Asked)
+    net, x = network(20, 30, 25, 6), spikes(T, B, 20, p=0.3)
+    for _ in range(2):
+        asked.clear()
+        before = calls["asked", "forward"], calls["asked", "backward"]
+        result(net, x, options)
+        assert asked == ["forward"] * 3 + ["backward"] * 3
+        assert (calls["asked", "forward"], calls["asked", "backward"]) == (before[0] + 3, before[1] + 3)

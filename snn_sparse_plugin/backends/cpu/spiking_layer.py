@@ -143,13 +143,13 @@ def _result(layer: _Layer, ranges: list[tuple[int, int]], parts: Sequence[_Part]
     if windowed and steps and fraction < call.min_active:
         threshold = None  # too few would learn: this call is exact
     elif wanted.active and seen == listed:
-        ptr = _joined_ptr([part.act_ptr for part in parts], [part.active.size for part in parts], ranges, T)
-        active = Active(tensor(ptr), tensor(joined([part.active for part in parts])))
+        ptr, entries = _joined([part.act_ptr for part in parts], [part.active for part in parts], ranges, T)
+        active = Active(tensor(ptr), tensor(entries))
         u = tensor(joined([part.distance for part in parts]))
     events = None
     if wanted.events:
-        ptr = _joined_ptr([part.out_ptr for part in parts], [part.events.size for part in parts], ranges, T)
-        events = torch.from_numpy(ptr), torch.from_numpy(joined([part.events for part in parts]))
+        ptr, entries = _joined([part.out_ptr for part in parts], [part.events for part in parts], ranges, T)
+        events = torch.from_numpy(ptr), torch.from_numpy(entries)
     return LayerResult(
         made.spikes,
         events,
@@ -288,19 +288,19 @@ def _saved(
     )
 
 
-def _joined_ptr(
-    ptrs: list[np.ndarray], sizes: list[int], ranges: list[tuple[int, int]], T: int
-) -> np.ndarray:
-    """Where each row ends, of ends that are counted anew in every range of samples, of that many entries."""
+def _joined(
+    ptrs: list[np.ndarray], lists: list[np.ndarray], ranges: list[tuple[int, int]], T: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row ends, of ends that are counted anew in every range of samples, and the lists in one."""
     base = 0
-    for ptr, size, (first, last) in zip(ptrs, sizes, ranges, strict=True):
+    for ptr, entries, (first, last) in zip(ptrs, lists, ranges, strict=True):
         if ptr is not ptrs[0]:
             rows = slice(first * T + 1, last * T + 1)
             np.add(ptr[rows], base, out=ptrs[0][rows])
-        base += size
+        base += entries.size
         if base > MAX_EVENTS:
             raise InputError(f"more than {MAX_EVENTS} events in one layer; split the batch.")
-    return ptrs[0]
+    return ptrs[0], joined(lists)
 
 
 def _has_synapse(call: LayerCall) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from ...core.backend import LayerCall, Needs, OutputGrads, Saved
 from ...core.csr import Active
 from ...core.dynamics import NeuronSpec
 from ...core.equations import Equations
+from ...core.once import made_once
 from .linear import is_linear
 from .memory import array
 from .rows import MEM
@@ -48,11 +48,10 @@ def empty_list(call: LayerCall) -> Saved:
     return _empty_list(call.B * call.T, call.v0.dtype)
 
 
-@lru_cache(maxsize=16)
+@made_once(16)
 def _empty_list(rows: int, dtype: torch.dtype) -> Saved:
-    with torch.inference_mode(False):
-        indptr = torch.zeros(rows + 1, dtype=torch.int32)
-        indices, u = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=dtype)
+    indptr = torch.zeros(rows + 1, dtype=torch.int32)
+    indices, u = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=dtype)
     return Saved(None, Active(indptr, indices), u)
 
 

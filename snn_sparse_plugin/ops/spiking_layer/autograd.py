@@ -7,7 +7,6 @@ small layer. Events that others may read as well, and the states of all layers, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -26,7 +25,9 @@ from ...core.backend import (
     OutputGrads,
     Saved,
     enter,
+    passed_on,
 )
+from ...core.once import made_once
 from ...core.precision import without_autocast
 from ...core.spikes import Active, SpikeTrain
 from ...core.surrogates import once, plain_apply
@@ -182,16 +183,13 @@ class _SpikingLayer(torch.autograd.Function):
 
 
 def _zero_of(x: Tensor) -> Tensor:
-    """A zero of its dtype and device."""
-    if x.device.type != "cpu" or torch._C._len_torch_dispatch_stack():  # a mode's tensors are its own
-        return x.new_zeros(())
-    return _zero(x.dtype)
+    """A zero of its dtype and device. A CUDA graph makes its own, as it outlives what is kept here."""
+    return _zero_on_cpu(x.dtype) if x.device.type == "cpu" else x.new_zeros(())
 
 
-@cache
-def _zero(dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros((), dtype=dtype, device="cpu")
+@made_once(8)
+def _zero_on_cpu(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 _apply: Any = plain_apply(_SpikingLayer)
@@ -307,10 +305,8 @@ def _arriving(
 ) -> OutputGrads:
     active = None
     if of_events is not None:
-        if saved.active is not None:
-            active = of_events.contiguous()
-        else:
-            spikes = _sum(spikes, of_events)
+        active, of_spikes, *_ = passed_on(saved, of_events)
+        spikes = _sum(spikes, of_spikes)
     if isinstance(spikes, ProductGrad) and not backend.takes_products:
         spikes = spikes.dense()
     return OutputGrads(active, spikes, mem, v, i)
