@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any
+from functools import lru_cache
+from itertools import count
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,10 +14,21 @@ from ..adapters import Adapter
 
 # what every module has besides; hooks are asked about at each call
 _INNER = set(vars(nn.Module())) - {"training"}
+_DICTS = ("", "_parameters", "_buffers", "_modules")
 
 
 def version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
+
+
+class _Held(NamedTuple):
+    """What one dict of a module holds that counts. ``entries``: names, whether each is a method of the module itself,
+    and how many cells there are in the closure of each."""
+
+    path: tuple[str, ...]  # of the module, from the one that is described
+    which: str  # of its dicts: "" are its attributes
+    size: int
+    entries: tuple[tuple[str, bool, int], ...]
 
 
 class Description:
@@ -24,40 +37,31 @@ class Description:
     The buffers that hold a neuron's state, and what else a forward leaves in it, are left out.
     """
 
-    __slots__ = ("holds", "tensors")
+    __slots__ = ("holds", "kept", "tensors")
 
     def __init__(self, adapter: Adapter, module: nn.Module) -> None:
         hidden, left = adapter.hidden_names(module), _INNER.union(adapter.left)
         self.tensors: list[tuple[str, Tensor, int]] = []
-        all_held: list[dict[str, Any]] = []
-        kept: list[Any] = []
-        form: list[tuple[int, tuple[str, ...]] | None] = []
-        for owner in module.modules() if module._modules else (module,):
+        self.kept: list[Any] = []
+        form: list[_Held] = []
+        for path, owner in module.named_modules() if module._modules else (("", module),):
             attributes = vars(owner)
-            dicts: list[dict[str, Any]] = [attributes, owner._parameters, owner._buffers, owner._modules]
-            for held in dicts:
-                without = left if held is attributes else hidden if owner is module else ()
-                now = dict(held)  # a finalizer may run the module between two lines of this
-                names = tuple(name for name in now if name not in without)
-                form.append((len(now), names))
-                all_held.append(held)
-                kept += [now[name] for name in names]
-                self.tensors += [(n, now[n], version(now[n])) for n in names if isinstance(now[n], Tensor)]
-            for value in list(attributes.values()):
-                if isinstance(value, tuple):
-                    self._note_tuple(value)
-                elif isinstance(value, FunctionType) and value.__closure__:
-                    self._note_closure(value.__closure__, all_held, kept, form)
-        self.holds = _comparison(form, all_held, kept)
-        """Whether the module still has these attributes and tensors."""
-
-    @staticmethod
-    def _note_closure(cells: Any, all_held: list[Any], kept: list[Any], form: list[Any]) -> None:
-        """What a function of snnTorch's factories has for parameters."""
-        for cell in cells:
-            all_held.append(cell)
-            kept.append(cell.cell_contents)
-            form.append(None)
+            for which in _DICTS:
+                without = left if not which else hidden if owner is module else ()
+                now = dict(
+                    attributes[which] if which else attributes
+                )  # a finalizer may run the module meanwhile
+                entries = []
+                for name, value in now.items():
+                    if name not in without:
+                        entries.append((name, *_note(value, owner, self.kept)))
+                        if isinstance(value, Tensor):
+                            self.tensors.append((name, value, version(value)))
+                        elif isinstance(value, tuple):
+                            self._note_tuple(value)
+                form.append(_Held(tuple(path.split(".")) if path else (), which, len(now), tuple(entries)))
+        self.holds: Callable[[nn.Module], bool] = _comparison(tuple(form))(*self.kept)
+        """Whether the module still has these. It is asked for, as what is known of it must not keep it alive."""
 
     def _note_tuple(self, value: Any) -> None:
         """The tensors of Norse's parameters, which are nested named tuples."""
@@ -73,35 +77,50 @@ class Description:
         return next((name for name, tensor, before in self.tensors if version(tensor) != before), None)
 
 
-def _comparison(
-    form: list[tuple[int, tuple[str, ...]] | None], held: list[Any], kept: list[Any]
-) -> Callable[[], bool]:
-    """Whether dicts have these numbers of entries, and the very objects by these names, which are in ``kept`` in order.
-    ``None`` stands for the cell of a closure, which has to have its object.
+def _note(value: Any, owner: nn.Module, kept: list[Any]) -> tuple[bool, int]:
+    """Keep what has to stay the same of a value; what :class:`_Held` says of it."""
+    if isinstance(value, MethodType) and value.__self__ is owner:
+        kept.append(value.__func__)
+        return True, 0
+    kept.append(value)
+    # what a function of snnTorch's factories has for parameters
+    cells = (value.__closure__ or ()) if isinstance(value, FunctionType) else ()
+    for cell in cells:
+        kept += cell, cell.cell_contents
+    return False, len(cells)
 
-    By identity: == would take another tensor of the same numbers for the same one.
+
+@lru_cache(maxsize=256)
+def _comparison(form: tuple[_Held, ...]) -> Callable[..., Callable[[nn.Module], bool]]:
+    """What makes of the values that were kept, in order, a function: whether a module's dicts have these sizes, and the
+    very objects by these names.
+
+    By identity: == would take another tensor of the same numbers for the same one. As code, because it is asked at
+    every step of a neuron, and a loop over the names takes twice the time.
     """
-    dicts, cells, values = [], [], iter(kept)
-    for each, expected in zip(held, form, strict=True):
-        if expected is None:
-            cells.append((each, next(values)))
-        else:
-            count, names = expected
-            dicts.append((each, count, [(name, next(values)) for name in names]))
-
-    def holds() -> bool:  # asked at every call of a neuron
-        try:
-            for each, count, entries in dicts:
-                if len(each) != count:
-                    return False
-                for name, value in entries:
-                    if each[name] is not value:
-                        return False
-            for cell, value in cells:
-                if cell.cell_contents is not value:
-                    return False
-        except (KeyError, ValueError):
-            return False
-        return True
-
-    return holds
+    values, lines = (f"v{k}" for k in count()), []
+    used = 0
+    for path, which, size, entries in form:
+        owner = "module" + "".join(f"._modules[{name!r}]" for name in path)
+        tests = [f"len(held) != {size}"]
+        for name, is_method, cells in entries:
+            value = f"held[{name!r}]"
+            tests.append(f"{value}{'.__func__' if is_method else ''} is not {next(values)}")
+            if is_method:
+                tests.append(f"{value}.__self__ is not {owner}")
+            tests += [f"{next(values)}.cell_contents is not {next(values)}" for _ in range(cells)]
+            used += 1 + 2 * cells
+        lines += [f"held = {owner}.{which or '__dict__'}", f"if {' or '.join(tests)}: return False"]
+    code = [
+        f"def make({', '.join(f'v{k}' for k in range(used))}):",
+        " def holds(module):",
+        "  try:",
+        *(f"   {line}" for line in lines),
+        "  except (AttributeError, KeyError, ValueError):",
+        "   return False",
+        "  return True",
+        " return holds",
+    ]
+    made: dict[str, Any] = {}
+    exec("\n".join(code), made)
+    return made["make"]  # type: ignore[no-any-return]

@@ -20,11 +20,13 @@ from ..adapters import (
 )
 from ..core import tally
 from ..core.config import SparseConfig
-from ..core.precision import HALF
+from ..core.precision import HALF, any_autocast
+from ..ops.spiking_layer.prepared import like as form_of
 from .context import here, mode_to_record
 from .flush import flush, realize
 from .fused import takes_step, template_of
 from .governor import Rest, backoff, forward_of, resting
+from .known import Known, keep, recall
 from .nodes import NeuronNode
 from .precision import matters, of_step
 from .record import Record, open_record
@@ -127,7 +129,7 @@ def _record(
             and node.mode == mode
             and likes(node, shape, dtype, device)
             and node.left(list(leaves.values()))
-            and node.description.holds()
+            and node.description.holds(node.module)
         ):
             if type(x) is Tensor:
                 note_feeding(x, module)
@@ -168,14 +170,15 @@ def _open(
     x: Tensor,
 ) -> NeuronNode | None:
     """A new node for steps on inputs like ``x``."""
+    known = recall(module)
     try:
-        neuron = adapter.neuron(module)
+        neuron = adapter.neuron(module) if known is None else known.neuron
     except Exception:  # upstream's own forward does not ask for a description
         neuron = "its adapter failed"
     present = [leaf for leaf in leaves.values() if leaf is not None]
     out_shape: torch.Size | str = "a state that is no dense tensor, or of another loop"
     if isinstance(neuron, Neuron) and all(_fits(leaf, record) for leaf in present):
-        out_shape = takes_step(neuron, x, [_plain(leaf) for leaf in present])
+        out_shape = _shape_of_step(known, neuron, x, [_plain(leaf) for leaf in present])
     if isinstance(neuron, str) or isinstance(out_shape, str):
         backoff[module] = Rest(left=ASK_AGAIN, forward=forward_of(module))
         if isinstance(neuron, Neuron):
@@ -186,11 +189,25 @@ def _open(
         plain = {name: None if leaf is None else _plain(leaf) for name, leaf in leaves.items()}
         dtypes = of_step(adapter, upstream, module, x, plain, like, neuron.values)
     adapter.begin(module)
-    node = NeuronNode(record, adapter, module, neuron, upstream, config, leaves, like, dtypes)
+    description = None if known is None else known.description
+    node = NeuronNode(record, adapter, module, neuron, upstream, config, leaves, like, dtypes, description)
+    if known is None:
+        keep(adapter, module, neuron, node.description)
     node.shape, node.device, node.input_shape, node.input_dtype = out_shape, x.device, x.shape, x.dtype
     node.forward, node.unmarked = hooked_forward(module), is_unmarked(module)
     record.neurons[id(module)] = node
     return node
+
+
+def _shape_of_step(known: Known | None, neuron: Neuron, x: Tensor, state: list[Tensor]) -> torch.Size | str:
+    """What :func:`takes_step` says, which of a neuron that is known is asked once."""
+    if known is None:
+        return takes_step(neuron, x, state)
+    form = (any_autocast(), form_of(x), *map(form_of, state))
+    found = known.shapes.get(form)
+    if found is None:
+        found = known.shapes[form] = takes_step(neuron, x, state)
+    return found
 
 
 def _fits(leaf: Any, record: Record) -> bool:

@@ -307,6 +307,7 @@ class NeuronNode(Node):
         leaves: dict[str, Any],
         like: Any,
         half: Dtypes | None,
+        description: Description | None = None,
     ) -> None:
         names = list(leaves)
         same = adapter.output_leaf(module, neuron)
@@ -329,7 +330,7 @@ class NeuronNode(Node):
         self.initial: dict[str, Entry | None] = {
             name: None if leaf is None else record.entry(leaf) for name, leaf in leaves.items()
         }
-        self.description = Description(adapter, module)
+        self.description = Description(adapter, module) if description is None else description
         for _, tensor, _ in self.description.tensors:
             record.plain.guard(tensor)
 

@@ -26,7 +26,7 @@ def run_node(node: Node, plan: Plan) -> None:
         return
     if isinstance(node, NeuronNode):
         # a single step is upstream's own, unless the module has changed since
-        if (len(node) == 1 and node.description.holds()) or not run_neuron(node, plan):
+        if (len(node) == 1 and node.description.holds(node.module)) or not run_neuron(node, plan):
             run_steps([node], plan)
     elif isinstance(node, FunctionNode):
         node.results[0] = _run_function(node, plan)
@@ -164,7 +164,7 @@ def _run_step(
         pieces[node][0].append(plan.call(node, tensors, call))
         return
     assert isinstance(node, NeuronNode)
-    if not node.description.holds():
+    if not node.description.holds(node.module):
         raise FusionError(
             f"{type(node.module).__name__} was changed after its step was recorded at {node.where}, before the "
             f"result was used. Use the result first, or switch time fusion off (fuse_time=False)."

@@ -56,7 +56,7 @@ def advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
         entry = record.plain.entry(x)
     else:
         return None
-    if node.mode != mode_to_record() or not node.description.holds():
+    if node.mode != mode_to_record() or not node.description.holds(node.module):
         return None
     order, steps = node.order, node.config.max_steps
     if steps is not None and len(order) >= steps:

@@ -19,13 +19,13 @@ from ..adapters import has_hooks
 from ..adapters.counting import record_of
 from ..core import registry, tally
 from ..core.config import SparseConfig
-from ..core.dynamics import NeuronSpec
 from ..core.precision import any_autocast
 from ..core.spikes import SpikeTrain
 from ..ops.spiking_layer.inputs import Synapses, pack_params
 from ..ops.spiking_layer.prepared import SpikingLayerOutput, Step, like, run_chain
 from .description import Description
 from .fused import FusedCall, dense, note_last
+from .known import Known, can_be_known
 from .modules import is_plain_linear, is_unchanged
 from .stepping import Flow, Layer
 
@@ -105,21 +105,11 @@ def _is_decided(call: FusedCall) -> bool:
         and call.ready is not None
         and call.ready.layout.N > 0
         and call.half is None
-        and isinstance(neuron.spec, NeuronSpec)
-        and adapter.kind(module) is not None
-        and not module._modules
         and neuron.surrogate.kind != "zero"
-        and neuron.output is None
-        and neuron.input_weight is None
-        and not neuron.recurrent
         and not adapter.wants_membrane(neuron)
         and adapter.keeps(module) == (None, None)
-        and all(_is_number(x) for _, x, _ in Description(adapter, module).tensors)
+        and can_be_known(adapter, module, neuron, Description(adapter, module))
     )
-
-
-def _is_number(x: Tensor) -> bool:
-    return x.numel() == 1 and not x.requires_grad and x.device.type == "cpu"
 
 
 class Straight:
@@ -187,25 +177,20 @@ class _Pair:
         self._form = like(self._template)
         self._params = pack_params(self._neuron.params, layout)
         self._matrices = tuple(map(like, self._weights()))
-        description = Description(self._adapter, self._module)
-        self._has_same, self._tensors = description.holds, [x for _, x, _ in description.tensors]
-        self._kind, self._read = self._adapter.kind(self._module), self._numbers()
+        self._known = Known(
+            self._adapter, self._module, self._neuron, Description(self._adapter, self._module)
+        )
 
     def _weights(self) -> tuple[Tensor | None, Tensor | None]:
         held = self._linear._parameters  # type: ignore[union-attr]
         return held.get("weight"), held.get("bias")
-
-    def _numbers(self) -> list[float]:
-        return [float(x) for x in self._tensors if not x.requires_grad]
 
     def holds(self) -> bool:
         """Whether the modules are what they were, and the neuron's parameters the same numbers."""
         return (
             not has_hooks(self._module)
             and is_plain_linear(self._linear)  # type: ignore[arg-type]
-            and self._has_same()
-            and self._adapter.kind(self._module) is self._kind
-            and self._numbers() == self._read
+            and self._known.holds(self._module)
             and tuple(map(like, self._weights())) == self._matrices
         )
 

@@ -195,7 +195,7 @@ class ByKernel:
 
     def stepper_for(self, like: Tensor) -> Stepper | None:
         """What runs steps of states (B, N) like this one now; None where autograd has to."""
-        if not self.description.holds() or self.description.changed_in_place():
+        if not self.description.holds(self.layer.module) or self.description.changed_in_place():
             self._describe()
         if self.neuron is None or not (on_cpu(like) or on_triton(like)):
             return None

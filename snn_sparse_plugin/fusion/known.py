@@ -1,0 +1,81 @@
+"""What was found out about neurons: the next step loop, too, mostly meets them as they were."""
+
+from __future__ import annotations
+
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from ..adapters import Adapter, Neuron
+from ..core.by_identity import ByIdentity
+from ..core.dynamics import NeuronSpec
+from .description import Description
+
+
+class Known:
+    """A neuron as its adapter has read it, and whether it still is that one.
+
+    Only for neurons whose parameters are numbers without gradients, and of which an adapter says by one object what
+    they are (:meth:`Adapter.kind`).
+    """
+
+    def __init__(self, adapter: Adapter, module: nn.Module, neuron: Neuron, description: Description) -> None:
+        self.neuron, self.description = neuron, description
+        self.shapes: dict[Any, Size | str] = {}
+        """What :func:`takes_step` has said of steps, by the forms of their input and state."""
+        self._tensors = [x for _, x, _ in description.tensors]
+        self._adapter, self._kind, self._read = adapter, adapter.kind(module), self._numbers()
+
+    def _numbers(self) -> list[float]:
+        return [float(x) for x in self._tensors if not x.requires_grad]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is what it was, and its parameters are the same numbers."""
+        return (
+            self.description.holds(module)
+            and self._adapter.kind(module) is self._kind
+            and self._numbers() == self._read
+        )
+
+
+def can_be_known(adapter: Adapter, module: nn.Module, neuron: Neuron, description: Description) -> bool:
+    """Whether all that may change of a neuron is what :class:`Known` looks at."""
+    return (
+        isinstance(neuron.spec, NeuronSpec)
+        and adapter.kind(module) is not None
+        and not module._modules
+        and neuron.output is None
+        and neuron.input_weight is None
+        and not neuron.recurrent
+        and all(_is_number(x) for _, x, _ in description.tensors)
+    )
+
+
+def _is_number(x: Tensor) -> bool:
+    return x.numel() == 1 and not x.requires_grad and x.device.type == "cpu"
+
+
+_neurons: ByIdentity[Known] = ByIdentity()
+_ALONE = (bool, int, float, str, type(None), Tensor, FunctionType, CellType)
+"""Types of what does not refer to the module, as something of the user's may; of a function the closure is looked at.
+"""
+
+
+def recall(module: nn.Module) -> Known | None:
+    """What is known of a neuron that is what it was."""
+    known = _neurons.get(module)
+    if known is None or not known.holds(module) or known.description.changed_in_place():
+        return None
+    return known
+
+
+def keep(adapter: Adapter, module: nn.Module, neuron: Neuron, description: Description) -> None:
+    """Know this neuron from now on, for as long as its module lives, if that can be."""
+    if (
+        can_be_known(adapter, module, neuron, description)
+        and all(isinstance(value, _ALONE) for value in description.kept)
+        and not torch.is_inference_mode_enabled()  # whose tensors take part in no graph
+    ):
+        _neurons[module] = Known(adapter, module, neuron, description)
