@@ -147,9 +147,10 @@ def rows_of(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     return out
 
 
-def flip(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """``out = x.T``, and zeros where rows are padded. A weight is too small to be worth waking a thread."""
-    turn(x, out)
+def flip(x: np.ndarray, out: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
+    """``out = x.T``, or ``(x + more).T``; zeros where rows are padded. A weight is too small to be worth waking a
+    thread."""
+    turn(x, empty(x.dtype, 2) if more is None else more, out)
     return out
 
 

@@ -12,20 +12,36 @@ from torch import Tensor
 from .bits import LANES
 from .jit import kernel
 from .lanes import fma, load, mul, splat, store, zeros
-from .layout import aligned, rows_of
+from .layout import aligned, padded
+from .memory import array
 
 
 def panels_of(weight: Tensor, dtype: np.dtype) -> np.ndarray:
-    """(panels · K, 16): the columns of a (K, M) matrix, sixteen at a time, one below the other.
+    """(panels · K, 16): the columns of a (K, M) matrix, sixteen at a time, one below the other; zeros beyond the last.
 
     A panel is read for each tile of rows. Apart from each other its rows would push one another out of the cache, which
     takes half of the speed from 512 columns on.
     """
-    rows = rows_of(weight, dtype)
-    count, width = rows.shape
-    out = aligned(count * width // LANES, LANES, dtype)
-    out.reshape(width // LANES, count, LANES)[:] = rows.reshape(count, -1, LANES).transpose(1, 0, 2)
+    count, columns = weight.shape
+    out = aligned(count * padded(columns) // LANES, LANES, dtype)
+    _fill_panels(array(weight), out)
     return out
+
+
+@kernel()
+def _fill_panels(weight, out):  # type: ignore[no-untyped-def]
+    count, columns = weight.shape
+    for column in range(0, columns, LANES):
+        first = np.uint64(column // LANES * count)
+        if column + LANES <= columns:
+            for row in range(count):
+                k = np.uint64(row)
+                store(out, first + k, np.uint64(0), load(weight, k, np.uint64(column)))
+        else:
+            for row in range(count):
+                k = np.uint64(row)
+                for j in range(LANES):
+                    out[first + k, j] = weight[k, column + j] if column + j < columns else 0
 
 
 @kernel(forceinline=True)

@@ -37,8 +37,9 @@ LIST_BELOW = 0.125
 KEEP_ROWS_BELOW = 1 << 20
 
 # With so many input events for each neuron-step the membrane (4 bytes each) is kept: it takes little memory next to
-# the events, and the backward need not add their rows again.
-KEEP_MEM_ABOVE = 4
+# the events, and the backward need not add their rows again. Up to so many neuron-steps it is in any case, as it stays
+# in cache.
+KEEP_MEM_ABOVE, KEEP_MEM_OF = 4, 1 << 16
 
 # Up to this share of spikes the sizes alone say that a layer keeps no membrane; with more it is replayed all the same.
 MANY = 0.1
@@ -172,13 +173,18 @@ def _wanted(call: LayerCall) -> _Wanted:
 
 def _keeps_mem(call: LayerCall) -> bool:
     """Whether to keep the membrane after every step for a backward that then has nothing to replay."""
-    if call.train is None or call.train.indices.numel() <= KEEP_MEM_ABOVE * call.T * call.B * call.N:
+    if call.train is None:
+        return False
+    steps = call.T * call.B * call.N
+    if steps > KEEP_MEM_OF and call.train.indices.numel() <= KEEP_MEM_ABOVE * steps:
         return False
     return _may_keep_mem(call)
 
 
 def _asks_for_events(call: LayerCall) -> bool:
     """Whether how many events enter a layer, of which there are none yet, decides if the membrane is kept."""
+    if call.T * call.B * call.N <= KEEP_MEM_OF:
+        return False
     return call.weight.shape[1] * MANY > KEEP_MEM_ABOVE * call.N and _may_keep_mem(call)  # type: ignore[union-attr]
 
 

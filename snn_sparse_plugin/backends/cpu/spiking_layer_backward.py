@@ -74,7 +74,7 @@ def run_backward(layers: Sequence[LayerBackward], grads: OutputGrads) -> list[In
         ):
             _run(together, found)
             together = []
-        together.append(_ready(layer, way, grads))
+        together.append(_ready(layer, way, grads, used_here=k > 0))
         passed = together[-1].passed
         if k and passed is None:
             _run(together, found)
@@ -95,7 +95,8 @@ def _with_way(layer: LayerBackward, grads: OutputGrads) -> tuple[LayerBackward, 
     return layer, way_of(call, saved, grads, needs)
 
 
-def _ready(layer: LayerBackward, way: Way, grads: OutputGrads) -> _Ready:
+def _ready(layer: LayerBackward, way: Way, grads: OutputGrads, used_here: bool) -> _Ready:
+    """``used_here``: the gradient of its input is for a layer that follows at once."""
     call, needs = layer.call, layer.needs
     left = allocated(call, way, grads, needs)
     shared = shared_of(layer, grads, way, left)
@@ -104,7 +105,7 @@ def _ready(layer: LayerBackward, way: Way, grads: OutputGrads) -> _Ready:
         calls["cpu", "backward:impulses"] += 1
     passed = left.active
     if left.nu is not None:
-        passed = left.nu if call.train is None else _product(left.nu, call.weight)  # type: ignore[arg-type]
+        passed = left.nu if call.train is None else _product(left.nu, call.weight, used_here)  # type: ignore[arg-type]
     return _Ready(layer, way, left, shared, passed)
 
 
@@ -129,18 +130,14 @@ def _run_ranges(together: list[_Ready]) -> list[InputGrads]:
         for in_turn, part, samples in zip(tasks, parts, ranges, strict=True):
             in_turn += _tasks(ready, part, samples)
     parallel([partial(_in_turn, each) for each in tasks])
-    for parts in rooms:
-        for part in parts[1:]:  # in order, and in place of the first
-            np.add(parts[0].all_rows, part.all_rows, out=parts[0].all_rows)
-            np.add(parts[0].params, part.params, out=parts[0].params)
-    return [_collected(ready, parts[0]) for ready, parts in zip(together, rooms, strict=True)]
+    return [_collected(ready, parts) for ready, parts in zip(together, rooms, strict=True)]
 
 
 def _run_alone(ready: _Ready, samples: tuple[int, int]) -> InputGrads:
     """On this thread, with all samples."""
     sums = room(ready.layer.call, ready.layer.needs)
     _in_turn(_tasks(ready, sums, samples))
-    return _collected(ready, sums)
+    return _collected(ready, [sums])
 
 
 def _in_turn(tasks: list[Callable[[], None]]) -> None:
@@ -248,38 +245,53 @@ def _block(call: LayerCall) -> np.ndarray:
 # --- what comes back ---
 
 
-def _collected(ready: _Ready, sums: Sums) -> InputGrads:
+def _collected(ready: _Ready, parts: list[Sums]) -> InputGrads:
+    """``parts``: what each range left, which is added in order and in place of the first; that of the last range in
+    one go with what is done to the sum."""
     (call, _, _, needs), _, left, _, grad_input = ready
     if grad_input is None and left.nu is not None:
         grad_input = left.nu @ call.weight  # type: ignore[operator]
-    params = sums.params
+    sums, *others = parts
+    for part in others[:-1]:
+        np.add(sums.all_rows, part.all_rows, out=sums.all_rows)
+    more = others[-1] if others else _NO_MORE
+    for part in others:
+        np.add(sums.params, part.params, out=sums.params)
     return InputGrads(
         grad_input,
-        _weight(sums.weight, call.currents),
-        _bias(sums.bias, call.currents),
-        _weight(sums.rec_weight, call.currents),
-        _bias(sums.rec_bias, call.currents),
+        _weight(sums.weight, more.weight, call.currents),
+        _bias(sums.bias, more.bias, call.currents),
+        _weight(sums.rec_weight, more.rec_weight, call.currents),
+        _bias(sums.rec_bias, more.rec_bias, call.currents),
         None if left.rec0 is None else torch.from_numpy(left.rec0),
         torch.from_numpy(left.v) if needs.v0 else None,
         torch.from_numpy(left.i) if needs.i0 and call.i0 is not None else None,
-        torch.from_numpy(params.astype(numpy_type(call.v0.dtype))) if params.size else None,
+        torch.from_numpy(sums.params.astype(numpy_type(call.v0.dtype))) if sums.params.size else None,
     )
 
 
-def _weight(rows: np.ndarray, currents: int) -> Tensor | None:
+_NO_MORE = Sums(*[None] * len(Sums._fields))  # type: ignore[arg-type]
+
+
+def _weight(rows: np.ndarray, more: np.ndarray | None, currents: int) -> Tensor | None:
     """The gradient of W from rows of W^T."""
-    return torch.from_numpy(flip(rows, np.empty((currents, len(rows)), rows.dtype))) if rows.size else None
+    if not rows.size:
+        return None
+    return torch.from_numpy(flip(rows, np.empty((currents, len(rows)), rows.dtype), more))
 
 
-def _bias(row: np.ndarray, currents: int) -> Tensor | None:
-    return torch.from_numpy(row[0, :currents].copy()) if row.size else None
+def _bias(row: np.ndarray, more: np.ndarray | None, currents: int) -> Tensor | None:
+    if not row.size:
+        return None
+    row = row[0, :currents]
+    return torch.from_numpy(row.copy() if more is None else row + more[0, :currents])
 
 
-def _product(nu: Tensor, weight: Tensor) -> Tensor | None:
+def _product(nu: Tensor, weight: Tensor, used_here: bool) -> Tensor | None:
     """The gradient of a layer's dense input, ``nu @ weight``, if it is to be multiplied by whoever takes it."""
     # see LARGEST; a kernel multiplies six rows at a time, and each sample in one thread
     T, B, K = nu.shape
     if K > LARGEST and (T < 4 or torch.get_num_threads() > B or nu.dtype != torch.float32):
         return None
-    # of its own: a hook may update the weight as soon as it has its gradient, before the product is made
-    return ProductGrad(nu, torch.from_numpy(array(weight).copy()))
+    # a weight of its own: a hook may update it as soon as it has its gradient, before the product is made
+    return ProductGrad(nu, weight.detach() if used_here else torch.from_numpy(array(weight).copy()))
