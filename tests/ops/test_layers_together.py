@@ -185,13 +185,13 @@ def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     for module in (spiking_layer, spiking_layer_backward):
         name = module.__name__.rpartition(".")[2]
-        upstream = module.parallel
+        upstream = module.in_stages
 
-        def counted(tasks: Any, name: str = name, upstream: Any = upstream) -> Any:
-            found.extend([name] * (len(tasks) > 1))
-            return upstream(tasks)
+        def counted(ranges: Any, *rest: Any, name: str = name, upstream: Any = upstream) -> Any:
+            found.extend([name] * (len(ranges) > 1))
+            return upstream(ranges, *rest)
 
-        monkeypatch.setattr(module, "parallel", counted)
+        monkeypatch.setattr(module, "in_stages", counted)
     return found
 
 

@@ -26,7 +26,7 @@ from .memory import array, tensor
 from .program import forward_of
 from .replay_linear import replays_linear
 from .rows import Code, encode
-from .threads import parallel
+from .threads import in_stages
 
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
 # gradient slower, than checkpoints, a replay and one dense product.
@@ -121,11 +121,12 @@ def _run(calls: Sequence[LayerCall], results: list[LayerResult]) -> None:
         layers.append(_Layer(call, wanted, made, _shared(call, made), _kernel(call)))
     assert all(layer.wanted.events for layer in layers[:-1])
     ranges = ranges_of(calls)
-    found = parallel([partial(_run_range, layers, *each) for each in ranges])
-    for k, layer in enumerate(layers):
-        if k:
-            enter(layer.call, results[-1])
-        results.append(_result(layer, ranges, [parts[k] for parts in found]))
+    stages = [partial(_run_range, layer) for layer in layers]
+    made_of = in_stages(ranges, stages, lambda k, parts: _result(layers[k], ranges, parts))
+    for call, result in zip(calls, made_of, strict=True):
+        if call is not calls[0]:
+            enter(call, results[-1])
+        results.append(result)
 
 
 def _result(layer: _Layer, ranges: list[tuple[int, int]], parts: Sequence[_Part]) -> LayerResult:
@@ -224,15 +225,12 @@ def _shared(call: LayerCall, made: _Made) -> _Shared:
     )
 
 
-def _run_range(layers: Sequence[_Layer], first: int, last: int) -> list[_Part]:
-    """Samples first..last of layers that follow each other."""
-    parts: list[_Part] = []
-    for layer in layers:
-        fed = layer.shared.inputs
-        if parts:  # what the layer before left of these samples
-            fed = fed._replace(indptr=parts[-1].out_ptr, indices=parts[-1].events)
-        parts.append(_run_layer(layer, fed, first, last))
-    return parts
+def _run_range(layer: _Layer, samples: tuple[int, int], before: _Part | None) -> _Part:
+    """A range of samples of a layer, of which what the layer before left of them is the input."""
+    fed = layer.shared.inputs
+    if before is not None:
+        fed = fed._replace(indptr=before.out_ptr, indices=before.events)
+    return _run_layer(layer, fed, *samples)
 
 
 def _run_layer(layer: _Layer, fed: Fed, first: int, last: int) -> _Part:

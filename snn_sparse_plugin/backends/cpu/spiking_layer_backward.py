@@ -40,7 +40,7 @@ from .replay_linear import BLOCK_ROWS, backward_replay_linear_kernel
 from .rows import MEM
 from .spiking_layer import code_of
 from .surrogate import row_kernel
-from .threads import parallel
+from .threads import in_stages
 from .way import Way, empty_list, only_decays, way_of
 
 LISTED, REPLAYED = 1.0, 3.0
@@ -125,19 +125,23 @@ def _run_ranges(together: list[_Ready]) -> list[InputGrads]:
         return [_run_alone(ready, *ranges) for ready in together]
     rooms = [[room(ready.layer.call, ready.layer.needs) for _ in ranges] for ready in together]
     # what kernels are given is made before another thread is woken: two that take turns at Python wait for each other
-    tasks: list[list[Callable[[], None]]] = [[] for _ in ranges]
+    stages: list[Callable[[int, None], None]] = []
     for ready, parts in zip(together, rooms, strict=True):
-        for in_turn, part, samples in zip(tasks, parts, ranges, strict=True):
-            in_turn += _tasks(ready, part, samples)
-    parallel([partial(_in_turn, each) for each in tasks])
-    return [_collected(ready, parts) for ready, parts in zip(together, rooms, strict=True)]
+        tasks = [_tasks(ready, part, samples) for part, samples in zip(parts, ranges, strict=True)]
+        stages.append(partial(_stage, tasks))
+    found = in_stages(range(len(ranges)), stages, lambda k, _: _collected(together[k], rooms[k]))
+    return [_with_product(ready, grads) for ready, grads in zip(together, found, strict=True)]
+
+
+def _stage(tasks: list[list[Callable[[], None]]], at: int, _: None) -> None:
+    _in_turn(tasks[at])
 
 
 def _run_alone(ready: _Ready, samples: tuple[int, int]) -> InputGrads:
     """On this thread, with all samples."""
     sums = room(ready.layer.call, ready.layer.needs)
     _in_turn(_tasks(ready, sums, samples))
-    return _collected(ready, [sums])
+    return _with_product(ready, _collected(ready, [sums]))
 
 
 def _in_turn(tasks: list[Callable[[], None]]) -> None:
@@ -248,9 +252,7 @@ def _block(call: LayerCall) -> np.ndarray:
 def _collected(ready: _Ready, parts: list[Sums]) -> InputGrads:
     """``parts``: what each range left, which is added in order and in place of the first; that of the last range in
     one go with what is done to the sum."""
-    (call, _, _, needs), _, left, _, grad_input = ready
-    if grad_input is None and left.nu is not None:
-        grad_input = left.nu @ call.weight  # type: ignore[operator]
+    (call, _, _, needs), _, left, _, passed = ready
     sums, *others = parts
     for part in others[:-1]:
         np.add(sums.all_rows, part.all_rows, out=sums.all_rows)
@@ -258,7 +260,7 @@ def _collected(ready: _Ready, parts: list[Sums]) -> InputGrads:
     for part in others:
         np.add(sums.params, part.params, out=sums.params)
     return InputGrads(
-        grad_input,
+        passed,
         _weight(sums.weight, more.weight, call.currents),
         _bias(sums.bias, more.bias, call.currents),
         _weight(sums.rec_weight, more.rec_weight, call.currents),
@@ -268,6 +270,14 @@ def _collected(ready: _Ready, parts: list[Sums]) -> InputGrads:
         torch.from_numpy(left.i) if needs.i0 and call.i0 is not None else None,
         torch.from_numpy(sums.params.astype(numpy_type(call.v0.dtype))) if sums.params.size else None,
     )
+
+
+def _with_product(ready: _Ready, grads: InputGrads) -> InputGrads:
+    """The gradient of the input as well, where the library makes it, with threads of its own."""
+    call, nu = ready.layer.call, ready.left.nu
+    if ready.passed is not None or nu is None:
+        return grads
+    return grads._replace(input=nu @ call.weight)  # type: ignore[operator]
 
 
 _NO_MORE = Sums(*[None] * len(Sums._fields))  # type: ignore[arg-type]

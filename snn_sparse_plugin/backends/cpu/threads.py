@@ -18,12 +18,14 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+R = TypeVar("R")
+V = TypeVar("V")
 
 WAKING = 80e-6
 """Seconds until another thread has begun, and until the one that waits goes on; measured on two virtual cores."""
@@ -86,6 +88,40 @@ def parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
     done.acquire()
     if errors:
         raise errors[0]
+    return results
+
+
+def in_stages(
+    ranges: Sequence[R],
+    stages: Sequence[Callable[[R, Any], T]],
+    finish: Callable[[int, list[T]], V],
+) -> list[V]:
+    """Send each range through all stages, each of which takes what the one before gave: -> of each stage what
+    ``finish`` makes of what it gave for all ranges.
+
+    That is done on the way, by a thread that is ahead, while others are still at the next stage.
+    """
+    given: list[list[Any]] = [[None] * len(ranges) for _ in stages]
+    results: list[Any] = [None] * len(stages)
+    ended = [itertools.count(1) for _ in stages]
+    whole = [False] * len(stages)
+    claims = [threading.Lock() for _ in stages]
+
+    def finish_before(k: int) -> None:
+        for j in range(k):
+            if whole[j] and claims[j].acquire(blocking=False):
+                results[j] = finish(j, given[j])
+
+    def work(at: int) -> None:
+        found = None
+        for k, stage in enumerate(stages):
+            given[k][at] = found = stage(ranges[at], found)
+            if next(ended[k]) == len(ranges):
+                whole[k] = True
+            finish_before(k)
+
+    parallel([partial(work, at) for at in range(len(ranges))])
+    finish_before(len(stages))
     return results
 
 
