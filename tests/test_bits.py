@@ -98,7 +98,7 @@ def test_words_that_do_not_fit(words, shape):
 
 def test_a_number_that_somebody_may_write_unseen_is_read_again(monkeypatch):
     from snn_sparse_plugin.core import host
-    from snn_sparse_plugin.fusion.aliases import note_alias
+    from snn_sparse_plugin.core.unseen import note_alias
 
     monkeypatch.setattr(host, "HOSTS", frozenset())  # the CPU stands for a device
     x = torch.tensor(2.0)

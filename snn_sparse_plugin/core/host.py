@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .unseen import ALIASES
+
 V = TypeVar("V")
 
 _known: MutableMapping[Tensor, dict[Any, tuple[int, Any]]] = WeakIdKeyDictionary()
 
 
 HOSTS = frozenset({"cpu"})
-
-ALIASES = "_snn_sparse_aliases"
-"""Attribute of storages that others write to without a trace in a tensor's version, as through ``.data``."""
 
 
 def is_device(device: torch.device) -> bool:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..adapters import active, cut
 from ..adapters.active import here as firing
 from ..core import registry
 from ..core.surrogates import plain_apply
+from ..core.unseen import note_alias, watched
 from . import functions as _functions  # noqa: F401, answers calls on recorded steps
-from .aliases import note_alias
 from .context import here
 from .flush import flush, realize
 from .native import apart
@@ -54,10 +54,20 @@ def install() -> None:
         graph.get_gradient_edge = checked("the gradient edge", graph.get_gradient_edge)
         torch.autograd._engine_run_backward = _to_inputs(torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
         Tensor.data = _data  # type: ignore[assignment, misc]
+        watched.data = True
         for home, name in ((forward_ad, "make_dual"), (eager_transforms, "_jvp_with_argnums")):
             if hasattr(home, name):  # forward derivatives look at the memory of what they wrap
                 setattr(home, name, _on_real(getattr(home, name)))
-        register_optimizer_step_pre_hook(lambda *_: flush(reason="optimizer.step()"))
+        register_optimizer_step_pre_hook(_step_begins)
+        register_optimizer_step_post_hook(_step_ends)
+
+
+def _step_begins(*_: Any) -> None:
+    flush(reason="optimizer.step()")
+
+
+def _step_ends(*_: Any) -> None:
+    watched.optimizer_steps += 1
 
 
 def _on_numbers(upstream: Callable[..., Any]) -> Callable[..., Any]:

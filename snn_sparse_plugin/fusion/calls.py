@@ -269,7 +269,10 @@ def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:
     if not source.readable:
         return None
     for call, x in enumerate(steps, start):
-        if type(x) is not Recorded or x._value != (source, call, slot):
+        if type(x) is not Recorded:
+            return None
+        node, its_call, its_slot = x._value
+        if node is not source or its_call != call or its_slot != slot:
             return None
     if mode_to_record() is None:
         return None

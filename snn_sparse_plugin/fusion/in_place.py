@@ -14,7 +14,7 @@ import torch
 from numpy import broadcast_shapes
 from torch import Tensor
 
-from .aliases import is_alone
+from ..core.unseen import is_alone
 from .calls import Call, place_of, record_call
 from .context import here, mode_to_record
 from .flush import flush

@@ -7,11 +7,11 @@ from collections import Counter
 from typing import Any
 
 from ..core.errors import FusionError
-from .aliases import Plain
 from .arguments import Entry
 from .context import here, learns
 from .description import version
 from .nodes import FunctionNode, InputNode, NeuronNode, Node
+from .plain import Plain
 from .recorded import Recorded, Value
 
 LONGEST = 100_000

@@ -227,7 +227,7 @@ def test_a_frame_that_stays_is_multiplied_once(tmp_path: Path) -> None:
     """Memory that others may write to is compared with its last copy, so that one image at every step stays one."""
     frame = torch.from_numpy(next(frames()))
     assert torch.equal(run([frame] * STEPS, ssp.sparse_mode())[:B], run([frame] * STEPS, nullcontext())[:B])
-    from snn_sparse_plugin.fusion.aliases import Plain
+    from snn_sparse_plugin.fusion.plain import Plain
 
     plain = Plain()
     first = plain.entry(frame)

@@ -18,14 +18,13 @@ from .layout import (
     array_or_empty,
     copied,
     empty,
-    inputs_of,
     numpy_type,
     padded,
-    rows_of,
 )
 from .memory import array
 from .multiply import panels_of
 from .way import Way, input_is_listed, wants_params
+from .weights import inputs_of, rows_of
 
 
 class Left(NamedTuple):

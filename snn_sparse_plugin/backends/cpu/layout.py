@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ...core.backend import LayerCall
-from .arguments import Fed
 from .bits import LANES
 from .memory import array
 from .threads import WAKING, split
-from .turned import all_finite, turn
+from .turned import all_finite
 
 # Seconds that the forward takes for a row, the neurons of a sample at one step, and besides for each neuron; about.
 ROW, EACH = 5e-8, 9e-10
@@ -42,38 +41,6 @@ def array_or_empty(x: Tensor | None, dtype: np.dtype, dim: int) -> np.ndarray:
 def empty(dtype: np.dtype, dim: int) -> np.ndarray:
     """What kernels take for something that is absent."""
     return np.empty((0,) * dim, dtype)
-
-
-def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
-    """What comes to the neurons of a call; without ``weight`` for a kernel that never looks at the weights."""
-    current = call.current
-    if current is not None:
-        still = call.T > 1 and current.stride(0) == 0
-        current = (current[:1] if still else current).contiguous()
-    indptr = indices = empty(INT32, 1)
-    values = empty(dtype, 1)
-    if call.train is not None:
-        indptr, indices = array(call.train.indptr), array(call.train.indices)
-        values = array_or_empty(call.train.values, dtype, 1)
-    zeros = no_bias(call.currents, dtype)
-    made = call.rows if weight else None  # a backward has those that the forward made
-    return Fed(
-        array_or_empty(current, dtype, 3),
-        indptr,
-        indices,
-        values,
-        transposed(call.weight if weight else None, dtype) if made is None else array(made),
-        zeros if call.bias is None else array(call.bias),
-        transposed(call.rec_weight, dtype),
-        zeros if call.rec_bias is None else array(call.rec_bias),
-        array_or_empty(call.rec0, dtype, 2),
-    )
-
-
-@lru_cache(maxsize=256)
-def no_bias(n: int, dtype: np.dtype) -> np.ndarray:
-    """Zeros that kernels only read."""
-    return np.zeros(n, dtype)
 
 
 def ranges_of(calls: Sequence[LayerCall], costs: Sequence[float] = ()) -> list[tuple[int, int]]:
@@ -127,31 +94,6 @@ _LINE = 64  # bytes
 def zero_rows(rows: int, n: int, dtype: np.dtype) -> np.ndarray:
     """Rows of ``n`` zeros in whole vectors."""
     return aligned(rows, padded(n), dtype, np.zeros)
-
-
-def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
-    """Rows of W^T in whole vectors."""
-    if weight is None:
-        return empty(dtype, 2)
-    n, m = weight.shape
-    return flip(array(weight), aligned(m, padded(n), dtype))
-
-
-def rows_of(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
-    """Rows of W in whole vectors."""
-    if weight is None:
-        return empty(dtype, 2)
-    n, m = weight.shape
-    out = aligned(n, padded(m), dtype)
-    out[:, :m], out[:, m:] = array(weight), 0
-    return out
-
-
-def flip(x: np.ndarray, out: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
-    """``out = x.T``, or ``(x + more).T``; zeros where rows are padded. A weight is too small to be worth waking a
-    thread."""
-    turn(x, empty(x.dtype, 2) if more is None else more, out)
-    return out
 
 
 def finite(*arrays: np.ndarray) -> bool:

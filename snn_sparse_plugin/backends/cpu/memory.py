@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.unseen import PINNED
+
 _TYPES: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype("float32"),
     torch.float64: np.dtype("float64"),
@@ -47,7 +49,7 @@ def array(x: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """The numbers of a CPU tensor, without a copy where it is contiguous, in another shape if one is given.
 
     ``Tensor.numpy`` would note on the memory, for good, that something outside torch may write to it: torch then
-    resizes it no more, and time fusion has to copy it (:mod:`snn_sparse_plugin.fusion.aliases`).
+    resizes it no more, and time fusion has to copy it (:mod:`snn_sparse_plugin.core.unseen`).
     """
     known = getattr(x, _ARRAY, None)
     if known is not None and shape is None and known[0] == x.data_ptr():
@@ -65,10 +67,6 @@ def array(x: Tensor, shape: tuple[int, ...] | None = None) -> np.ndarray:
         kept = np.ascontiguousarray(_new(x.shape, kind, memory, 0, strides))
         return kept if shape is None else kept.reshape(shape)
     return _new(x.shape if shape is None else shape, kind, memory)
-
-
-PINNED = "_snn_sparse_pinned"
-"""Attribute of storages that torch resizes no more because of :func:`pinned`, not because others may write to them."""
 
 
 def pinned(x: Tensor) -> np.ndarray:

@@ -21,20 +21,17 @@ from ...core.errors import InputError
 from .arguments import Fed, States, Written
 from .bits import LANES
 from .forward import forward_kernel
-from .layout import are_small, array_or_empty, empty, finite, inputs_of, joined, numpy_type, padded, ranges_of
+from .layout import are_small, array_or_empty, empty, finite, joined, numpy_type, padded, ranges_of
 from .memory import array, tensor
 from .program import forward_of
 from .replay_linear import replays_linear
 from .rows import Code, encode
 from .threads import in_stages
+from .weights import KEEP_BELOW, are_finite, inputs_of
 
 # Above this share of active neuron-steps a list of them (8 bytes each) is larger, and its row-by-row input
 # gradient slower, than checkpoints, a replay and one dense product.
 LIST_BELOW = 0.125
-
-# Rows of a transposed weight up to so many bytes are kept for a backward that reads them: to make them again takes
-# longer than the steps of a small batch.
-KEEP_ROWS_BELOW = 1 << 20
 
 # With so many input events for each neuron-step the membrane (4 bytes each) is kept: it takes little memory next to
 # the events, and the backward need not add their rows again. Up to so many neuron-steps it is in any case, as it stays
@@ -133,7 +130,11 @@ def _result(layer: _Layer, ranges: list[tuple[int, int]], parts: Sequence[_Part]
     """What the ranges left together."""
     call, wanted, made, shared, _ = layer
     T, steps, fed = call.T, call.T * call.B * call.N, shared.inputs
-    if not finite(made.v, shared.params, fed.weight, fed.bias, fed.rec_weight):
+    if not (
+        finite(made.v, shared.params, fed.bias)
+        and are_finite(call.weight, fed.weight)
+        and are_finite(call.rec_weight, fed.rec_weight)
+    ):
         check_finite(call, torch.from_numpy(made.v))
 
     windowed = shared.window >= 0
@@ -288,7 +289,7 @@ def _saved(
         tensor(made.i_checkpoints) if replays and _has_synapse(call) else None,
         needs_current=replays,
         mem=mem,
-        rows=tensor(rows) if reads_rows and 0 < rows.nbytes <= KEEP_ROWS_BELOW else None,
+        rows=tensor(rows) if reads_rows and 0 < rows.nbytes <= KEEP_BELOW else None,
     )
 
 

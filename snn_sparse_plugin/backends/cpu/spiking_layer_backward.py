@@ -25,7 +25,6 @@ from .layout import (
     aligned,
     are_small,
     array_or_empty,
-    flip,
     numpy_type,
     padded,
     ranges_of,
@@ -42,6 +41,7 @@ from .spiking_layer import code_of
 from .surrogate import row_kernel
 from .threads import in_stages
 from .way import Way, empty_list, only_decays, way_of
+from .weights import flip
 
 LISTED, REPLAYED = 1.0, 3.0
 """Time of a backward over the list, and of one that replays, by that of the forward."""

@@ -1,56 +1,21 @@
-"""Memory whose numbers can change without a trace in a tensor's version: seen by numpy or C, or through ``.data``."""
+"""The ordinary tensors that a record reads, which may change before it runs."""
 
 from __future__ import annotations
 
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 
 from ..core.errors import FusionError
-from ..core.host import ALIASES, waits
+from ..core.host import waits
+from ..core.unseen import is_seen_by_others, is_unseen
 from .arguments import Entry
 from .description import version
 
-PINNED = "_snn_sparse_pinned"
-"""Attribute of storages that torch resizes no more because a thread of ours reads them (``backends/cpu/memory.py``)."""
-
-
-def note_alias(x: Tensor, alias: Any = None) -> None:
-    """``alias``, with a version of its own, is on the memory of ``x`` from now on; None: something outside torch is."""
-    storage = x.untyped_storage()
-    known = [other for other in getattr(storage, ALIASES, ()) if other() is not None]
-    setattr(storage, ALIASES, [*known, (lambda: True) if alias is None else ref(alias)])
-
-
-def _unseen(storage: Any) -> bool:
-    """Whether something without a version of its tensors may write to this memory."""
-    held = storage.__dict__
-    if not storage.resizable() and PINNED not in held:  # numpy's, C's, another process's
-        return True
-    return ALIASES in held and any(alias() is not None for alias in held[ALIASES])
-
-
-def _uses(storage: Any) -> int:
-    # how many tensors there are on it, and this object
-    return int(torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
-
-
-_sole = torch.empty(1)
-_ALONE = _uses(_sole.untyped_storage()) if hasattr(torch._C, "_storage_Use_Count") else None
-
-
-def is_alone(x: Tensor) -> bool:
-    """Whether no other tensor, and nothing outside torch, sees the memory of ``x``."""
-    storage = x.untyped_storage()
-    if _ALONE is None or _uses(storage) != _ALONE or _unseen(storage):
-        return False
-    return storage.device.type != "cpu" or not storage.is_shared()
-
 
 class Plain:
-    """The ordinary tensors that a record reads.
+    """What such tensors are when a step reads them.
 
     Where a version tells whether a tensor has changed, the tensor itself is noted. Where it does not, an input is
     copied, as upstream would have read it at once; parameters stay themselves and are compared in the end.
@@ -69,7 +34,7 @@ class Plain:
         self._storages.add(storage._cdata)
         if x.requires_grad and x.is_leaf:
             self.guard(x)
-        elif _unseen(storage) or x.is_inference():
+        elif is_unseen(storage) or x.is_inference():
             return self._copy(x)
         return x, version(x)
 
@@ -77,8 +42,8 @@ class Plain:
         """``x`` has to stay what it is until the record runs."""
         storage = x.untyped_storage()
         self._storages.add(storage._cdata)
-        unseen = _unseen(storage) or x.is_inference()
-        if (unseen or (_ALONE is not None and _uses(storage) > _ALONE)) and id(x) not in self._before:
+        unseen = is_unseen(storage) or x.is_inference()
+        if (unseen or is_seen_by_others(storage)) and id(x) not in self._before:
             self._before[id(x)] = x, _bits(x).clone()
 
     def reads(self, x: Tensor) -> bool:
