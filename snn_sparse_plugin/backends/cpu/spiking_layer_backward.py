@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.backend import InputGrads, LayerBackward, LayerCall, OutputGrads, Saved, calls, passed_on
+from ...core.backend import CHUNK, InputGrads, LayerBackward, LayerCall, OutputGrads, Saved, calls, passed_on
 from ...core.equations import Equations
 from ..product import LARGEST, ProductGrad
 from .arguments import Outgoing, Recurrence
@@ -201,7 +201,7 @@ def _list(
     return partial(
         backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code),
         *(*samples, shared.params, array(call.v0), shared.inputs.rec_weight, shared.incoming, shared.active),
-        *(shared.u, shared.phi, _block(call), shared.arriving, *shared.states, outgoing),
+        *(shared.u, shared.phi, _block(call, samples), shared.arriving, *shared.states, outgoing),
     )
 
 
@@ -231,7 +231,7 @@ def _replay(
     return partial(
         _replay_kernel(call, dtype),
         *(*start, recurrence, shared.incoming, shared.active, shared.arriving),
-        *(*shared.states, outgoing, g_params, _block(call)),
+        *(*shared.states, outgoing, g_params, _block(call, samples)),
     )
 
 
@@ -241,9 +241,14 @@ def _replay_kernel(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
     return backward_replay_kernel(code_of(call))  # type: ignore[no-any-return]
 
 
-def _block(call: LayerCall) -> np.ndarray:
-    """Room for the gradients of the currents of a few steps."""
-    return zero_rows(block_rows(padded(call.currents)), call.currents, numpy_type(call.v0.dtype))
+def _block(call: LayerCall, samples: tuple[int, int, int]) -> np.ndarray:
+    """Room for the gradients of the currents of a few steps, of samples first..last and T steps of each."""
+    first, last, T = samples
+    width = padded(call.currents)
+    rows = min(block_rows(width), max(CHUNK, (last - first) * T))
+    block = aligned(rows, width, numpy_type(call.v0.dtype))
+    block[:, call.currents :] = 0  # kernels write to the rest before they read it
+    return block
 
 
 # --- what comes back ---
