@@ -58,7 +58,11 @@ def _looked_at(module: nn.Module) -> tuple[Any, ...] | None:
     try:
         methods = _read(kind) if kind is cls else (*_read(kind), *_read(cls))
         quantised, inhibited = bool(held["state_quant"]), bool(held["inhibition"])
-        reset = held["reset_delay"], held["state_function"].__func__
+        reset = (
+            held["reset_delay"],
+            held["state_function"].__func__,
+            held["state_function"].__self__ is module,
+        )
         needs = depends_on(function)
     except (AttributeError, KeyError, ValueError):
         return None
@@ -109,7 +113,7 @@ def _decided(module: Any) -> Kind | str:
     # state_function is chosen at construction; only reset_delay=False also looks at reset_mechanism_val
     functions: dict[Any, str] = {cls._base_sub: "subtract", cls._base_zero: "zero", cls._base_int: "none"}
     reset = functions.get(getattr(module.state_function, "__func__", None))
-    if reset is None:
+    if reset is None or module.state_function.__self__ is not module:
         return "its state_function was replaced"
     snn = Classes()
     synapse, recurrent = cls in (snn.Synaptic, snn.RSynaptic), cls in (snn.RLeaky, snn.RSynaptic)
