@@ -22,8 +22,8 @@ class _Watched:
 
 
 watched = _Watched()
-"""``data``: whether :func:`note_alias` is called wherever somebody takes ``.data``. ``optimizer_steps``: how many there
-have been in the process, as those that are fused change parameters without a version."""
+"""``data``: whether :func:`note_alias` is called where Python takes ``.data``. ``optimizer_steps``: how many have begun
+and ended in the process, as those that are fused change parameters without a version."""
 
 
 class _Aliases:
@@ -74,7 +74,11 @@ def is_alone(x: Tensor) -> bool:
 
 
 def moment_of(x: Tensor) -> tuple[int, ...] | None:
-    """What is another as soon as a number of ``x`` has changed in its memory; None where nothing tells."""
+    """What is another after everything that torch and its optimizers note of a change of ``x`` in its memory; None
+    where somebody else sees this memory.
+
+    It does not tell what collectives, scripts and C++ write without a version.
+    """
     if not watched.data or x.is_inference() or not is_alone(x):
         return None
     # what was taken as .data, and is gone, may have been written to

@@ -63,6 +63,7 @@ def install() -> None:
 
 
 def _step_begins(*_: Any) -> None:
+    watched.optimizer_steps += 1  # here, too, as one that fails does not end
     flush(reason="optimizer.step()")
 
 

@@ -48,9 +48,8 @@ class Description:
             attributes = vars(owner)
             for which in _DICTS:
                 without = left if not which else hidden if owner is module else ()
-                now = dict(
-                    attributes[which] if which else attributes
-                )  # a finalizer may run the module meanwhile
+                held = attributes[which] if which else attributes
+                now = dict(held)  # a finalizer may run the module between two lines of this
                 entries = []
                 for name, value in now.items():
                     if name not in without:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Size, Tensor, nn
 from ..adapters import Adapter, Neuron
 from ..core.by_identity import ByIdentity
 from ..core.dynamics import NeuronSpec
+from ..core.host import waits
 from .description import Description
 
 
@@ -23,13 +25,21 @@ class Known:
 
     def __init__(self, adapter: Adapter, module: nn.Module, neuron: Neuron, description: Description) -> None:
         self.neuron, self.description = neuron, description
-        self.shapes: dict[Any, Size | str] = {}
-        """What :func:`takes_step` has said of steps, by the forms of their input and state."""
+        self._shapes: dict[Any, Size | str] = {}
         self._tensors = [x for _, x, _ in description.tensors]
         self._adapter, self._kind, self._read = adapter, adapter.kind(module), self._numbers()
 
-    def _numbers(self) -> list[float]:
-        return [float(x) for x in self._tensors if not x.requires_grad]
+    def _numbers(self) -> list[Any]:
+        return [(x.shape, x.dtype, float(x)) if _is_number(x) else None for x in self._tensors]
+
+    def shape_of_step(self, form: Any, ask: Callable[[], Size | str]) -> Size | str:
+        """The shape of its output for inputs and states of this form, or why such steps are not recorded."""
+        found = self._shapes.get(form)
+        if found is None:
+            if len(self._shapes) >= _MOST_SHAPES:
+                self._shapes.clear()
+            found = self._shapes[form] = ask()
+        return found
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is what it was, and its parameters are the same numbers."""
@@ -54,13 +64,21 @@ def can_be_known(adapter: Adapter, module: nn.Module, neuron: Neuron, descriptio
 
 
 def _is_number(x: Tensor) -> bool:
-    return x.numel() == 1 and not x.requires_grad and x.device.type == "cpu"
+    return x.numel() == 1 and not x.requires_grad and not waits(x)
 
 
 _neurons: ByIdentity[Known] = ByIdentity()
-_ALONE = (bool, int, float, str, type(None), Tensor, FunctionType, CellType)
-"""Types of what does not refer to the module, as something of the user's may; of a function the closure is looked at.
-"""
+_PLAIN = (bool, int, float, str, type(None))
+_MOST_SHAPES = 64
+
+
+def _stands_alone(value: Any) -> bool:
+    """Whether nothing that an attribute refers to may be the module, as something of the user's may."""
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        others = value.__defaults__, value.__kwdefaults__, value.__dict__
+        return not any(others) and all(isinstance(x, _PLAIN) for x in cells)
+    return isinstance(value, (*_PLAIN, Tensor, CellType))
 
 
 def recall(module: nn.Module) -> Known | None:
@@ -75,7 +93,7 @@ def keep(adapter: Adapter, module: nn.Module, neuron: Neuron, description: Descr
     """Know this neuron from now on, for as long as its module lives, if that can be."""
     if (
         can_be_known(adapter, module, neuron, description)
-        and all(isinstance(value, _ALONE) for value in description.kept)
+        and all(map(_stands_alone, description.kept))
         and not torch.is_inference_mode_enabled()  # whose tensors take part in no graph
     ):
         _neurons[module] = Known(adapter, module, neuron, description)

@@ -170,8 +170,9 @@ def _open(
     x: Tensor,
 ) -> NeuronNode | None:
     """A new node for steps on inputs like ``x``."""
-    known = recall(module)
+    known = None
     try:
+        known = recall(module)
         neuron = adapter.neuron(module) if known is None else known.neuron
     except Exception:  # upstream's own forward does not ask for a description
         neuron = "its adapter failed"
@@ -204,10 +205,7 @@ def _shape_of_step(known: Known | None, neuron: Neuron, x: Tensor, state: list[T
     if known is None:
         return takes_step(neuron, x, state)
     form = (any_autocast(), form_of(x), *map(form_of, state))
-    found = known.shapes.get(form)
-    if found is None:
-        found = known.shapes[form] = takes_step(neuron, x, state)
-    return found
+    return known.shape_of_step(form, lambda: takes_step(neuron, x, state))
 
 
 def _fits(leaf: Any, record: Record) -> bool:

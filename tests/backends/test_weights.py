@@ -1,9 +1,11 @@
-"""Rows of a weight that are kept: for as long as it is what it was, whoever changes it and however."""
+"""Rows of a parameter that are kept: for as long as it is what it was, whoever changes it and however."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +17,13 @@ import torch
 from helpers import on_grid, spikes
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.sgd import sgd
 
 from snn_sparse_plugin import unroll
 from snn_sparse_plugin.backends.cpu import weights
+from snn_sparse_plugin.core.dynamics import NeuronParams
 from snn_sparse_plugin.core.errors import NonFiniteError
+from snn_sparse_plugin.ops.spiking_layer import spiking_layer
 
 T, B, M, N = 10, 4, 20, 17
 F32 = np.dtype("float32")
@@ -51,7 +56,7 @@ def of_a_copy(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def kept(weight: Tensor) -> np.ndarray | None:
-    return weights._kept(weight)[1]
+    return weights._kept(weight).rows
 
 
 def step_of(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[nn.Linear], None]:
@@ -186,23 +191,62 @@ def test_a_fused_step_after_a_closure_that_runs_the_network(net: nn.Sequential, 
     assert torch.equal(membrane(net, x), of_a_copy(net, x))
 
 
-def test_other_memory_is_not_trusted(net: nn.Sequential, x: Tensor) -> None:
-    """Of numpy, shared with another tensor or another process, or made without versions."""
-    numbers = net[0].weight.detach().clone().numpy()
-    of_numpy = nn.Parameter(torch.from_numpy(numbers))
+def by_address(layer: nn.Linear) -> None:
+    ctypes.memset(layer.weight.data_ptr(), 0, 4 * M * N)
+
+
+def fused_without_its_optimizer(layer: nn.Linear) -> None:
+    sgd(
+        *([layer.weight], [torch.ones(N, M)], [None]),
+        **{"fused": True, "lr": 0.5, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0},
+        **{"nesterov": False, "maximize": False},
+    )
+
+
+def of_its_storage(layer: nn.Linear) -> None:
+    layer.weight.untyped_storage().copy_(torch.full((N, M), 0.25).untyped_storage())
+
+
+@pytest.mark.parametrize("change", [by_address, fused_without_its_optimizer, of_its_storage])
+def test_a_change_without_a_version(net: nn.Sequential, x: Tensor, change: Callable[[Any], None]) -> None:
+    before = [membrane(net, x) for _ in range(4)][-1]
+    version = net[0].weight._version
+    change(net[0])
+    assert net[0].weight._version == version
+    assert not torch.equal(membrane(net, x), before)
+    assert torch.equal(membrane(net, x), of_a_copy(net, x))
+
+
+def test_memory_that_others_see(net: nn.Sequential, x: Tensor) -> None:
+    class Own(nn.Parameter):
+        pass
+
+    numbers = np.zeros((N, M), np.float32)
     whole = torch.zeros(2 * N, M)
-    part = nn.Parameter(whole[N:])
+    ones: dict[str, tuple[nn.Parameter, Callable[[], Any]]] = {}
+    ones["numpy"] = nn.Parameter(torch.from_numpy(numbers)), lambda: numbers.__iadd__(1.0)
+    ones["part"] = nn.Parameter(whole[N:]), lambda: whole.add_(1.0)
     shared = nn.Parameter(torch.ones(N, M).share_memory_())
-    with torch.inference_mode():
-        unversioned = torch.ones(N, M)
-    for weight in (of_numpy, part, shared, unversioned):
-        net[0]._parameters["weight"] = weight  # type: ignore[assignment]
+    ones["shared"] = shared, lambda: shared.detach().add_(1.0)
+    own = Own(torch.ones(N, M))
+    ones["subclass"] = own, lambda: own.data.mul_(2.0)
+    for weight, change in ones.values():
+        net[0]._parameters["weight"] = weight
         for _ in range(4):
             membrane(net, x)
+        for _ in range(2):
+            change()
+            assert torch.equal(membrane(net, x), of_a_copy(net, x))
+
+
+def test_a_weight_that_is_made_at_each_call(x: Tensor) -> None:
+    """It may be in memory that another one was in, under its version."""
+    params = NeuronParams(mem=0.5, syn=0.0, threshold=1.0)
+    for k in range(6):
+        weight = torch.full((N, M), float(k)) / 2
+        out = spiking_layer(x, weight, params=params).spikes
+        assert torch.equal(out, spiking_layer(x, weight.clone(), params=params).spikes)
         assert kept(weight) is None
-    net[0]._parameters["weight"] = of_numpy
-    numbers += 1.0
-    assert torch.equal(membrane(net, x), of_a_copy(net, x))
 
 
 def test_they_are_made_once_for_a_weight_that_stays(net: nn.Sequential, x: Tensor) -> None:
@@ -215,17 +259,25 @@ def test_they_are_made_once_for_a_weight_that_stays(net: nn.Sequential, x: Tenso
     membrane(net, x)
     assert kept(net[0].weight) is rows
     assert weights.transposed(net[0].weight, F32) is rows
+    assert len(pickle.dumps(net[0])) < 2 * 4 * N * M
     assert np.array_equal(rows[:, :N], net[0].weight.detach().numpy().T)
     assert not rows[:, N:].any()
 
 
-def test_an_optimizer_that_steps_after_each_batch_has_none_kept(net: nn.Sequential, x: Tensor) -> None:
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_steps_after_each_batch_has_none_kept(x: Tensor, fused: bool) -> None:
+    torch.manual_seed(0)
+    neurons = [snn.Synaptic(alpha=0.5, beta=0.5, init_hidden=True, output=k == 2) for k in range(3)]
+    linears = [nn.Linear(M, N), nn.Linear(N, N), nn.Linear(N, N)]
+    net = nn.Sequential(*(module for pair in zip(linears, neurons, strict=True) for module in pair))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
     for _ in range(4):
-        net[1].reset_mem()
+        for neuron in neurons:
+            neuron.reset_mem()
         unroll(net, x).mem.square().mean().backward()  # type: ignore[union-attr]
         optimizer.step()
-        assert kept(net[0].weight) is None
+    for linear in linears:
+        assert kept(linear.weight) is None
 
 
 def test_gradients_that_add_up_over_batches(net: nn.Sequential, x: Tensor) -> None:

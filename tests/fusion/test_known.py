@@ -146,13 +146,37 @@ def graded(neuron: Any) -> None:
     neuron.graded_spikes_factor.fill_(0.5)
 
 
+def data_of_another_shape(neuron: Any) -> None:
+    neuron.beta.data = torch.linspace(0, 0.5, N)
+
+
+def set_to_another_shape(neuron: Any) -> None:
+    neuron.beta.set_(torch.linspace(0, 0.5, N))
+
+
 def an_attribute_more(neuron: Any) -> None:
     neuron.owner = neuron
 
 
 CHANGES = [
-    *(in_place, data, other_buffer, learned, one_for_each_neuron, other_surrogate, other_slope),
-    *(a_function_of_its_own, other_reset, reset_of_another, a_method_of_its_own, graded, an_attribute_more),
+    *(
+        in_place,
+        data,
+        data_of_another_shape,
+        set_to_another_shape,
+        other_buffer,
+        learned,
+        one_for_each_neuron,
+    ),
+    *(
+        other_surrogate,
+        other_slope,
+        a_function_of_its_own,
+        other_reset,
+        reset_of_another,
+        a_method_of_its_own,
+    ),
+    *(graded, an_attribute_more),
 ]
 
 
@@ -199,7 +223,9 @@ def test_inference_first(layer: nn.Linear, x: Tensor) -> None:
         same_as_upstream(layer, neuron, x)
 
 
-@pytest.mark.parametrize("refers", [None, "attribute", "function", "closure"])
+@pytest.mark.parametrize(
+    "refers", [None, "attribute", "function", "closure", "inner closure", "default", "note"]
+)
 def test_a_module_is_forgotten(layer: nn.Linear, x: Tensor, refers: str | None) -> None:
     neuron = snn.Leaky(beta=0.5)
     if refers == "attribute":
@@ -208,6 +234,13 @@ def test_a_module_is_forgotten(layer: nn.Linear, x: Tensor, refers: str | None) 
         neuron.name_of = types.MethodType(lambda self: "n", neuron)
     elif refers == "closure":
         neuron.name_of = (lambda neuron: lambda: neuron)(neuron)
+    elif refers == "inner closure":
+        neuron.name_of = (lambda inner: lambda: inner())((lambda neuron: lambda: neuron)(neuron))
+    elif refers == "default":
+        neuron.name_of = lambda neuron=neuron: neuron
+    elif refers == "note":
+        neuron.name_of = lambda: "n"
+        neuron.name_of.of = neuron
     for _ in range(3):
         same_as_upstream(layer, neuron, x)
     assert (known._neurons.get(neuron) is not None) == (refers in (None, "function"))

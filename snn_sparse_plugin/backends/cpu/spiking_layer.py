@@ -119,11 +119,13 @@ def _run(calls: Sequence[LayerCall], results: list[LayerResult]) -> None:
     assert all(layer.wanted.events for layer in layers[:-1])
     ranges = ranges_of(calls)
     stages = [partial(_run_range, layer) for layer in layers]
-    made_of = in_stages(ranges, stages, lambda k, parts: _result(layers[k], ranges, parts))
-    for call, result in zip(calls, made_of, strict=True):
-        if call is not calls[0]:
-            enter(call, results[-1])
-        results.append(result)
+
+    def finish(k: int, parts: list[_Part], before: LayerResult | None) -> LayerResult:
+        if before is not None:
+            enter(calls[k], before)
+        return _result(layers[k], ranges, parts)
+
+    results += in_stages(ranges, stages, finish)
 
 
 def _result(layer: _Layer, ranges: list[tuple[int, int]], parts: Sequence[_Part]) -> LayerResult:
@@ -175,12 +177,10 @@ def _wanted(call: LayerCall) -> _Wanted:
 
 def _keeps_mem(call: LayerCall) -> bool:
     """Whether to keep the membrane after every step for a backward that then has nothing to replay."""
-    if call.train is None:
-        return False
     steps = call.T * call.B * call.N
-    if steps > KEEP_MEM_OF and call.train.indices.numel() <= KEEP_MEM_ABOVE * steps:
-        return False
-    return _may_keep_mem(call)
+    small = steps <= KEEP_MEM_OF and call.current is None
+    many = call.train is not None and call.train.indices.numel() > KEEP_MEM_ABOVE * steps
+    return (small or many) and _may_keep_mem(call)
 
 
 def _asks_for_events(call: LayerCall) -> bool:

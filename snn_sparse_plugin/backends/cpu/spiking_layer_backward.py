@@ -129,7 +129,7 @@ def _run_ranges(together: list[_Ready]) -> list[InputGrads]:
     for ready, parts in zip(together, rooms, strict=True):
         tasks = [_tasks(ready, part, samples) for part, samples in zip(parts, ranges, strict=True)]
         stages.append(partial(_stage, tasks))
-    found = in_stages(range(len(ranges)), stages, lambda k, _: _collected(together[k], rooms[k]))
+    found = in_stages(range(len(ranges)), stages, lambda k, *_: _collected(together[k], rooms[k]))
     return [_with_product(ready, grads) for ready, grads in zip(together, found, strict=True)]
 
 
@@ -243,9 +243,9 @@ def _replay_kernel(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
 
 def _block(call: LayerCall, samples: tuple[int, int, int]) -> np.ndarray:
     """Room for the gradients of the currents of a few steps, of samples first..last and T steps of each."""
-    first, last, T = samples
+    _, last, T = samples
     width = padded(call.currents)
-    rows = min(block_rows(width), max(CHUNK, (last - first) * T))
+    rows = min(block_rows(width), max(CHUNK, last * T))  # where all fit, one block is delivered
     block = aligned(rows, width, numpy_type(call.v0.dtype))
     block[:, call.currents :] = 0  # kernels write to the rest before they read it
     return block

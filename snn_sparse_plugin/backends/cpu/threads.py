@@ -94,23 +94,28 @@ def parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
 def in_stages(
     ranges: Sequence[R],
     stages: Sequence[Callable[[R, Any], T]],
-    finish: Callable[[int, list[T]], V],
+    finish: Callable[[int, list[T], Any], V],
 ) -> list[V]:
     """Send each range through all stages, each of which takes what the one before gave: -> of each stage what
-    ``finish`` makes of what it gave for all ranges.
+    ``finish`` makes of its number, of what it gave for all ranges, and of what was made of the stage before.
 
     That is done on the way, by a thread that is ahead, while others are still at the next stage.
     """
     given: list[list[Any]] = [[None] * len(ranges) for _ in stages]
     results: list[Any] = [None] * len(stages)
     ended = [itertools.count(1) for _ in stages]
-    whole = [False] * len(stages)
+    whole, made = [False] * len(stages), [False] * len(stages)
     claims = [threading.Lock() for _ in stages]
+    inference = torch.is_inference_mode_enabled()  # of this thread
 
     def finish_before(k: int) -> None:
         for j in range(k):
-            if whole[j] and claims[j].acquire(blocking=False):
-                results[j] = finish(j, given[j])
+            if whole[j] and (not j or made[j - 1]) and claims[j].acquire(blocking=False):
+                task = partial(finish, j, given[j], results[j - 1] if j else None)
+                results[j] = (
+                    task() if torch.is_inference_mode_enabled() == inference else _in(inference, task)
+                )
+                made[j] = True
 
     def work(at: int) -> None:
         found = None
@@ -123,6 +128,11 @@ def in_stages(
     parallel([partial(work, at) for at in range(len(ranges))])
     finish_before(len(stages))
     return results
+
+
+def _in(inference: bool, task: Callable[[], V]) -> V:
+    with torch.inference_mode(inference):
+        return task()
 
 
 def aside(task: Callable[[], None]) -> None:

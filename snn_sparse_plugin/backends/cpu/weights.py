@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.backend import LayerCall
 from ...core.unseen import moment_of
@@ -19,8 +19,8 @@ ROWS = "_snn_rows"
 """Attribute of a weight's storage: the rows that were made of it."""
 
 KEEP_BELOW = 1 << 20
-"""Bytes of rows that are kept, with a weight or for a backward that reads them: to make them again takes longer than
-the steps of a small batch."""
+"""Bytes of a weight, or of its rows, up to which these are kept, with it or for a backward that reads them: there to
+make them again takes a good part of a small batch's time. Of larger ones they would take more memory than time."""
 
 
 def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
@@ -55,41 +55,59 @@ def no_bias(n: int, dtype: np.dtype) -> np.ndarray:
     return np.zeros(n, dtype)
 
 
+class _Kept(NamedTuple):
+    """Rows of a parameter, and what tells whether its numbers are still those that they were made of."""
+
+    form: Any
+    sample: bytes | None = None  # None: the form was noted, and no rows were kept
+    rows: np.ndarray | None = None
+
+
+_NEVER = _Kept(None)
+
+
 def transposed(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
     """Rows of W^T in whole vectors, to be read.
 
-    They are kept for as long as the weight is what it was: for batches that are only evaluated, chunks of a stream, and
-    gradients that add up over batches.
+    They are kept for as long as a parameter is what it was: for batches that are only evaluated, chunks of a stream,
+    and gradients that add up over batches. To compare all numbers would take as long as to turn them over.
     """
     if weight is None:
         return empty(dtype, 2)
-    moment = moment_of(weight)
+    numbers = array(weight)
+    # other weights are made at each call, in memory that another may have been in
+    moment = moment_of(weight) if type(weight) is nn.Parameter and numbers.nbytes <= KEEP_BELOW else None
     if moment is None:
-        return _turned(weight, dtype)
+        return _turned(numbers, dtype)
     form = moment, weight.storage_offset(), weight.shape, weight.stride(), dtype
-    before, rows = _kept(weight)
-    if before == form and rows is not None:
-        return rows
-    rows = _turned(weight, dtype)
+    before = _kept(weight)
+    if before.form == form and before.sample == _sample(numbers):
+        return before.rows  # type: ignore[return-value]
+    rows = _turned(numbers, dtype)
     # only noted at first: an optimizer that steps after each batch has nothing kept
-    keeps = before == form and rows.nbytes <= KEEP_BELOW and finite(rows)
-    weight.untyped_storage().__dict__[ROWS] = form, rows if keeps else None
+    keeps = before.form == form and finite(rows)
+    weight.untyped_storage().__dict__[ROWS] = _Kept(form, _sample(numbers), rows) if keeps else _Kept(form)
     return rows
 
 
-def _kept(weight: Tensor) -> tuple[Any, np.ndarray | None]:
-    """What a weight was when rows were made of it, and these if they were kept."""
-    return weight.untyped_storage().__dict__.get(ROWS, (None, None))  # type: ignore[no-any-return]
+def _kept(weight: Tensor) -> _Kept:
+    return weight.untyped_storage().__dict__.get(ROWS, _NEVER)  # type: ignore[no-any-return]
+
+
+def _sample(numbers: np.ndarray) -> bytes:
+    """A number of each row, in another column each: whoever writes to a weight without a version, such as a collective,
+    writes to all of it."""
+    return numbers.reshape(-1)[:: numbers.shape[1] + 1].tobytes()
 
 
 def are_finite(weight: Tensor | None, rows: np.ndarray) -> bool:
     """Whether no number of the rows of a weight is NaN or infinite, which those that are kept never are."""
-    return (weight is not None and rows is _kept(weight)[1]) or finite(rows)
+    return (weight is not None and rows is _kept(weight).rows) or finite(rows)
 
 
-def _turned(weight: Tensor, dtype: np.dtype) -> np.ndarray:
-    n, m = weight.shape
-    return flip(array(weight), aligned(m, padded(n), dtype))
+def _turned(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    n, m = numbers.shape
+    return flip(numbers, aligned(m, padded(n), dtype))
 
 
 def rows_of(weight: Tensor | None, dtype: np.dtype) -> np.ndarray:
