@@ -112,9 +112,7 @@ def in_stages(
         for j in range(k):
             if whole[j] and (not j or made[j - 1]) and claims[j].acquire(blocking=False):
                 task = partial(finish, j, given[j], results[j - 1] if j else None)
-                results[j] = (
-                    task() if torch.is_inference_mode_enabled() == inference else _in(inference, task)
-                )
+                results[j] = _in_mode(inference, task)
                 made[j] = True
 
     def work(at: int) -> None:
@@ -130,7 +128,10 @@ def in_stages(
     return results
 
 
-def _in(inference: bool, task: Callable[[], V]) -> V:
+def _in_mode(inference: bool, task: Callable[[], V]) -> V:
+    """Of a worker thread, whose modes are its own."""
+    if torch.is_inference_mode_enabled() == inference:
+        return task()
     with torch.inference_mode(inference):
         return task()
 

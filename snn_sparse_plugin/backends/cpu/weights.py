@@ -19,8 +19,9 @@ ROWS = "_snn_rows"
 """Attribute of a weight's storage: the rows that were made of it."""
 
 KEEP_BELOW = 1 << 20
-"""Bytes of a weight, or of its rows, up to which these are kept, with it or for a backward that reads them: there to
-make them again takes a good part of a small batch's time. Of larger ones they would take more memory than time."""
+"""Bytes of a weight, or of its rows, up to which the rows are kept: with it, or for a backward that reads them. To make
+them again takes a good part of a small batch's time; of larger weights they would take more memory than that is worth.
+"""
 
 
 def inputs_of(call: LayerCall, dtype: np.dtype, weight: bool = True) -> Fed:
