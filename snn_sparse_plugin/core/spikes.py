@@ -368,14 +368,22 @@ class SpikeTrain:
         if kernels is not None:
             # a step loop may have had them looked for while it was recorded
             begun = getattr(x, "_snn_begun", None)
-            indptr, indices, values = kernels.events_from_dense(x.detach(), begun)
+            found = kernels.events_from_dense(x.detach(), begun)
         else:
-            indptr, indices, values = events_from_dense(x.detach())
-        if values is not None:
-            if not torch.isfinite(values).all():
-                raise NonFiniteError("input has NaN or infinite values; spikes must be finite.")
-            if binary:
-                raise InputError(f"spikes must be 0 or 1, found {values[values != 1][0].item():g}.")
+            found = events_from_dense(x.detach())
+        train = cls._of_dense(found, x, carrier)
+        if binary and train.values is not None:
+            raise InputError(f"spikes must be 0 or 1, found {train.values[train.values != 1][0].item():g}.")
+        return train
+
+    @classmethod
+    def _of_dense(
+        cls, found: tuple[Tensor, Tensor, Tensor | None], x: Tensor, carrier: Tensor | None = None
+    ) -> SpikeTrain:
+        """From what was found in a dense tensor: ``indptr``, ``indices`` and values, None where all are 1."""
+        indptr, indices, values = found
+        if values is not None and not torch.isfinite(values).all():
+            raise NonFiniteError("input has NaN or infinite values; spikes must be finite.")
         return cls._of_events((indptr, indices), x.shape, x.dtype, carrier, values=values)
 
     def to_sparse_csr(self) -> Tensor:

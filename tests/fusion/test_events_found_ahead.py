@@ -67,7 +67,7 @@ def test_what_was_announced_is_found_by_the_other_thread() -> None:
     begun = Ahead(x, 8, DENSE)
     begun.announce(T)
     _wait(lambda: begun._claimed.locked())
-    counts = torch.zeros(T * B, dtype=torch.int64).numpy()
+    counts = torch.zeros(T * B, dtype=torch.int32).numpy()
     parts = begun.end(x.reshape(T * B, M).numpy(), counts)
     assert [(p.first, p.last) for p in parts[:1]] == [(0, 4 * B)]
     assert len(parts) == 2

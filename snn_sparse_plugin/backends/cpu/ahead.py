@@ -82,7 +82,7 @@ def _follow(x, mine, B, counts, first, columns, indptr, indices, words):  # type
             idle += 1
             continue
         idle = 0
-        at, n, ones = scan_rows(x, r, r + B, counts, columns, n)
+        at, n, ones = scan_rows(x, r, r + B, 1, 1, counts, columns, n)
         binary &= ones
         full = at < r + B
         r = at
@@ -108,7 +108,7 @@ def _compile(dtype: np.dtype) -> None:
     integers = np.zeros(1, dtype=np.int32)
     words = np.frombuffer(array("q", [0, -1, *[0] * 5]), dtype=np.int64)
     _follow(
-        *(np.zeros((1, 1), dtype), 0, 1, np.zeros(1, dtype=np.int64)),
+        *(np.zeros((1, 1), dtype), 0, 1, integers),
         *(integers, integers, integers, integers, words),
     )
 
@@ -131,7 +131,7 @@ class Ahead:
         B = x.shape[1]
         self._rows = pinned(x.detach().reshape(len(x) * B, -1))
         self._B, self._process = B, os.getpid()
-        self._counts = np.empty(len(self._rows), dtype=np.int64)
+        self._counts = np.empty(len(self._rows), dtype=np.int32)
         self._words = array("q", [known * B, *[0] * 6])
         self._claimed, self._ended = threading.Lock(), threading.Lock()
         self._ended.acquire()
@@ -141,7 +141,7 @@ class Ahead:
         out = self._out = self._room(self._mine)
         _compile(self._rows.dtype)
         aside(self._work)
-        at, n, binary = scan_rows(self._rows, 0, self._mine, self._counts, out, 0)
+        at, n, binary = scan_rows(self._rows, 0, self._mine, 1, 1, self._counts, out, 0)
         self._first = Found(0, at, out[:n], binary)
         self._words[_FIRST] = n
         if at < self._mine:

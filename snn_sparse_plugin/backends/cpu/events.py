@@ -24,10 +24,11 @@ NUMBER, ROW = 3.5e-10, 3.5e-8
 
 
 @kernel()
-def scan_rows(x, first, last, counts, out, n):  # type: ignore[no-untyped-def]
-    """Append the nonzero columns of rows first..last (in memory order) to ``out``; stop where it is full.
+def scan_rows(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-def]
+    """Append the nonzero columns of rows first..last to ``out``; stop where it is full.
 
-    Also returns whether every value seen is 1: checked here, while the row is in cache.
+    Row ``b * T + t`` is that of step t and sample b, which in memory is ``t * B + b``; with T = B = 1 they are in memory
+    order. Also returns whether every value seen is 1: checked here, while the row is in cache.
     """
     M = x.shape[1]
     whole = M - M % LANES
@@ -35,7 +36,7 @@ def scan_rows(x, first, last, counts, out, n):  # type: ignore[no-untyped-def]
     for r in range(first, last):
         if n + M + LANES > out.shape[0]:
             return r, n, other == 0
-        row = x[r]
+        row = x[(r % T) * B + r // T]
         start = n
         for k in range(0, whole, LANES):
             fetch(row, k + FAR)
@@ -83,12 +84,12 @@ class Found(NamedTuple):
 def _scan(x: np.ndarray, first: int, last: int, counts: np.ndarray) -> Found:
     M = x.shape[1]
     out = np.empty((last - first) * M // 16 + M + LANES, dtype=np.int32)
-    at, n, binary = scan_rows(x, first, last, counts, out, 0)
+    at, n, binary = scan_rows(x, first, last, 1, 1, counts, out, 0)
     while at < last:
         grown = np.empty(2 * out.size + M + LANES, dtype=np.int32)
         grown[:n] = out[:n]
         out = grown
-        at, n, more = scan_rows(x, at, last, counts, out, n)
+        at, n, more = scan_rows(x, at, last, 1, 1, counts, out, n)
         binary &= more
     return Found(first, last, out[:n], binary)
 
@@ -98,22 +99,51 @@ def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Te
 
     ``begun``: what has been found in its first rows already.
     """
+    if begun is None and x.numel() <= SMALLEST:
+        return few_events(x, x.numel())  # type: ignore[return-value]
     T, B = x.shape[:2]
     rows = array(x, (T * B, x.numel() // (T * B)))
     ordered = None if begun is None else begun.ordered(rows, T)
     indptr, indices, binary = _search(rows, T, B, begun) if ordered is None else ordered
-    graded = None
-    if not binary:
-        values = np.empty(indices.size, dtype=rows.dtype)
-        ranges = split(T * B, 1 if rows.size <= SMALLEST else None)
-        parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in ranges])
-        graded = torch.from_numpy(values)
-    return torch.from_numpy(indptr), torch.from_numpy(indices), graded
+    values = None if binary else _values_of(rows, T, B, indptr, indices)
+    return torch.from_numpy(indptr), torch.from_numpy(indices), values
+
+
+def few_events(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """:func:`events_from_dense` of a contiguous tensor of up to :data:`SMALLEST` numbers; None where more than ``most``
+    of them are not 0.
+
+    The rows are read in the order that events have, which costs where they come from memory, and so in a single pass.
+    """
+    T, B = x.shape[:2]
+    rows = array(x, (T * B, x.numel() // (T * B)))
+    M = rows.shape[1]
+    counts, out = np.empty(T * B, np.int32), np.empty(rows.size // 16 + M + LANES, np.int32)
+    at, n, binary = scan_rows(rows, 0, T * B, T, B, counts, out, 0)
+    while at < T * B and n <= most:
+        grown = np.empty(2 * out.size + M + LANES, np.int32)
+        grown[:n] = out[:n]
+        out = grown
+        at, n, more = scan_rows(rows, at, T * B, T, B, counts, out, n)
+        binary &= more
+    if n > most:
+        return None
+    indptr, indices = np.zeros(T * B + 1, np.int32), out[:n].copy()
+    np.cumsum(counts, dtype=np.int32, out=indptr[1:])
+    values = None if binary else _values_of(rows, T, B, indptr, indices)
+    return torch.from_numpy(indptr), torch.from_numpy(indices), values
+
+
+def _values_of(rows: np.ndarray, T: int, B: int, indptr: np.ndarray, indices: np.ndarray) -> Tensor:
+    values = np.empty(indices.size, dtype=rows.dtype)
+    ranges = split(T * B, 1 if rows.size <= SMALLEST else None)
+    parallel([lambda r=r: _values(rows, *r, T, B, indptr, indices, values) for r in ranges])
+    return torch.from_numpy(values)
 
 
 def _search(rows: np.ndarray, T: int, B: int, begun: Begun | None) -> tuple[np.ndarray, np.ndarray, bool]:
     """indptr and indices, and whether all values are 1."""
-    counts, few = np.zeros(T * B, dtype=np.int64), 1 if rows.size <= SMALLEST else None
+    counts, few = np.zeros(T * B, dtype=np.int32), 1 if rows.size <= SMALLEST else None
     parts = [] if begun is None else begun.end(rows, counts)
     at = parts[-1].last if parts else 0
     if at < T * B:

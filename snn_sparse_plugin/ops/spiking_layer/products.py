@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,9 +38,8 @@ def events_or_product(
         return None, F.linear(x, weight, bias)
     if is_still(x):
         return None, F.linear(x[0], weight, bias).expand(x.shape[0], -1, -1)
-    if _turns_longer(x, weight) or _looks_dense(x):
-        return None, F.linear(x, weight, bias)
-    return SpikeTrain.from_dense(x), None
+    train = None if _turns_longer(x, weight) else _sparse(x)
+    return (None, F.linear(x, weight, bias)) if train is None else (train, None)
 
 
 def how_to_multiply(
@@ -65,15 +66,25 @@ def _turns_longer(x: Tensor, weight: Tensor) -> bool:
     return any(rows <= few and size >= large for few, large in LARGE_FOR)
 
 
-def _looks_dense(x: Tensor) -> bool:
-    """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
+def _sparse(x: Tensor) -> SpikeTrain | None:
+    """The events of an input (T, B, M); None where it is denser than :data:`DENSE_ABOVE`."""
     begun = getattr(x, "_snn_begun", None)
     if begun is not None and begun.has_found_few(x):
-        return False
+        return SpikeTrain.from_dense(x)
+    kernels = registry.conversions(x.device.type) if x.dtype in (torch.float32, torch.float64) else None
+    if kernels is None or not x.is_contiguous():
+        return None if _looks_dense(x, None) else SpikeTrain.from_dense(x)
+    if begun is None and x.numel() <= kernels.SMALLEST:  # a sample would take as long
+        found = kernels.few_events(x, int(DENSE_ABOVE * x.numel()))
+        return None if found is None else SpikeTrain._of_dense(found, x)
+    return None if _looks_dense(x, kernels) else SpikeTrain.from_dense(x)
+
+
+def _looks_dense(x: Tensor, kernels: Any) -> bool:
+    """Whether a sample of the rows is denser than :data:`DENSE_ABOVE`."""
     T, B, M = x.shape
     every = max(1, T * B // max(1, min(64, SAMPLE // M)))
-    kernels = registry.conversions(x.device.type) if x.dtype in (torch.float32, torch.float64) else None
-    if kernels is not None and x.is_contiguous():
+    if kernels is not None:
         share: float = kernels.share_of_nonzeros(x, every)
     else:
         sample = x.flatten(0, 1)[::every]
