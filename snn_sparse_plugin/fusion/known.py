@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
@@ -26,11 +27,8 @@ class Known:
     def __init__(self, adapter: Adapter, module: nn.Module, neuron: Neuron, description: Description) -> None:
         self.neuron, self.description = neuron, description
         self._shapes: dict[Any, Size | str] = {}
-        self._tensors = [x for _, x, _ in description.tensors]
-        self._adapter, self._kind, self._read = adapter, adapter.kind(module), self._numbers()
-
-    def _numbers(self) -> list[Any]:
-        return [(x.shape, x.dtype, float(x)) if _is_number(x) else None for x in self._tensors]
+        self._numbers = [_Number(x) for _, x, _ in description.tensors]
+        self._adapter, self._kind = adapter, adapter.kind(module)
 
     def shape_of_step(self, form: Any, ask: Callable[[], Size | str]) -> Size | str:
         """The shape of its output for inputs and states of this form, or why such steps are not recorded."""
@@ -46,8 +44,41 @@ class Known:
         return (
             self.description.holds(module)
             and self._adapter.kind(module) is self._kind
-            and self._numbers() == self._read
+            and all(map(_Number.holds, self._numbers))
         )
+
+
+class _Number:
+    """A tensor of one number, which is asked whether it still is that one at every step of a neuron.
+
+    So it is read where it stands: to make a number of a tensor takes several times as long.
+    """
+
+    __slots__ = ("_cell", "_form", "_place", "_tensor", "_value")
+
+    def __init__(self, x: Tensor) -> None:
+        self._tensor, self._form, self._place = x, _form_of(x), x.data_ptr()
+        cell = None if x.is_neg() else _CELLS.get(x.dtype)  # what a negated view says is not what it stands on
+        self._cell = None if cell is None else cell.from_address(self._place)
+        self._value = float(x)
+
+    def holds(self) -> bool:
+        x = self._tensor
+        if _form_of(x) != self._form or x.data_ptr() != self._place:
+            return False
+        return (float(x) if self._cell is None else self._cell.value) == self._value
+
+
+def _form_of(x: Tensor) -> tuple[Any, ...]:
+    return x.dim(), x.numel(), x.dtype, x.requires_grad
+
+
+_CELLS: dict[torch.dtype, Any] = {
+    torch.float32: ctypes.c_float,
+    torch.float64: ctypes.c_double,
+    torch.int64: ctypes.c_int64,
+    torch.bool: ctypes.c_bool,
+}
 
 
 def can_be_known(adapter: Adapter, module: nn.Module, neuron: Neuron, description: Description) -> bool:
