@@ -11,6 +11,9 @@ import numpy as np
 from .bits import LANES
 from .jit import kernel
 from .lanes import add, fma, load, splat, store, totals, zeros
+from .rows import add_rows
+
+PER_COLUMN = 2  # entries of a block by columns of W from which on it pays to put them in the order of columns
 
 BLOCK_ITEMS = 1 << 17  # of the block: 512 KiB of float32, half of the second-level cache
 
@@ -44,7 +47,10 @@ def deliver(  # type: ignore[no-untyped-def]
             add_row_by_row(g_weight, indices, indptr, low, high, block, first)
         else:
             rows = rows_of_entries(indptr, low, high, first)
-            add_rows_at(g_weight, indices, values, indptr[low], indptr[high], block, rows)
+            if indptr[high] - indptr[low] > PER_COLUMN * g_weight.shape[0]:
+                add_by_column(g_weight, indices, values, indptr[low], indptr[high], block, rows)
+            else:
+                add_rows_at(g_weight, indices, values, indptr[low], indptr[high], block, rows)
     if g_bias.shape[0] > 0:
         add_all(g_bias, block, first, high - low)
     if g_active.shape[0] > 0:
@@ -119,6 +125,32 @@ def add_rows_at(out, indices, values, begin, end, block, rows):  # type: ignore[
             while j < width:
                 store(out, i, j, add(load(out, i, j), load(block, k, j)))
                 j += np.uint64(LANES)
+
+
+@kernel(forceinline=True, allocates=True)
+def add_by_column(out, indices, values, begin, end, block, rows):  # type: ignore[no-untyped-def]
+    """:func:`add_rows_at` of many entries, in the order of their columns: a row of ``out``, which is larger than the
+    block, is read and written once."""
+    M, count = out.shape[0], end - begin
+    ends = np.zeros(M + 1, np.int32)  # of each column in that order; until its entries have come, where they begin
+    for e in range(begin, end):
+        ends[np.uint64(indices[np.uint64(e)]) + np.uint64(1)] += 1
+    for m in range(M):
+        ends[m + 1] += ends[m]
+    owners = np.empty(count, np.int32)
+    ordered = np.empty(count if values.shape[0] > 0 else 0, block.dtype)
+    for e in range(begin, end):
+        m = np.uint64(indices[np.uint64(e)])
+        at = ends[m]
+        owners[np.uint64(at)] = rows[0, np.uint64(e - begin)]
+        if values.shape[0] > 0:
+            ordered[np.uint64(at)] = values[np.uint64(e)]
+        ends[m] = at + 1
+    at = np.int32(0)
+    for m in range(M):
+        until = ends[m]
+        add_rows(out, m, block, owners, ordered, at, until)
+        at = until
 
 
 @_inlined

@@ -38,8 +38,9 @@ from .rows import (
 )
 from .surrogate import surrogate_row
 
-PHI, ADJOINT, BLOCK_ROWS = CHUNK, 2 * CHUNK, 3 * CHUNK
-"""Rows of the kernel's block: for each step of a chunk u - threshold, the surrogate there, and the adjoint."""
+PHI, ADJOINT = CHUNK, 2 * CHUNK
+"""Rows of the kernel's block: for each step of a chunk u - threshold, the surrogate there, and from the last row down
+the adjoint, of as many chunks as there is room for: these are delivered together."""
 
 
 def replays_linear(code: Code, columns: int) -> bool:
@@ -94,7 +95,7 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         lam_state,
         ci_state,
         outgoing,
-        block,  # (BLOCK_ROWS, N padded), zeros
+        block,  # (ADJOINT + CHUNK or more, N padded), zeros beyond column N
         flat,  # the same in one row
     ):
         window, surrogate, first_param, second_param = derivative
@@ -118,7 +119,8 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         threshold = params[THRESHOLD]
         # of one current for all steps the gradient is the sum of each sample, and nobody wants the rows of nu
         once, summed = g_current.shape[0] == 1 and indptr.shape[0] == 0, np.zeros((2, width), dtype)
-        adjoint, membrane, synaptic = np.int64(ADJOINT), np.int64(0), np.int64(1)
+        adjoint, membrane, synaptic = np.int64(block.shape[0]), np.int64(0), np.int64(1)
+        high = np.int64(last * T)  # of the rows b * T + t whose adjoint is in the block
         for b in range(last - 1, first - 1, -1):
             copy_row(flow[0, :N], lam_state[b])
             copy_row(flow[1, :N], ci_state[b])
@@ -127,6 +129,11 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
             for chunk in range((T - 1) // CHUNK, -1, -1):
                 start, stop = chunk * CHUNK, min(T, chunk * CHUNK + CHUNK)
                 sample = np.uint64(b)
+                if adjoint - (stop - start) < ADJOINT:
+                    if not once:
+                        deliver(block, adjoint, b * T + stop, high, T, incoming, unbiased)
+                    adjoint, high = np.int64(block.shape[0]), np.int64(b * T + stop)
+                adjoint -= stop - start
                 if keeps_mem:
                     for t in range(start, stop):
                         k, at = np.uint64(t - start), np.uint64(t)
@@ -151,7 +158,7 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                 if has_product:
                     multiply(g_above, panels, start, stop, b, block, adjoint, np.int64(PHI))
                 for t in range(start, stop):
-                    phi, k, at = np.uint64(PHI + t - start), np.uint64(ADJOINT + t - start), np.uint64(t)
+                    phi, k, at = np.uint64(PHI + t - start), np.uint64(adjoint + t - start), np.uint64(t)
                     if has_spikes:
                         for j in range(N):
                             block[k, j] = block[phi, j] * g_spikes[at, sample, j]
@@ -170,13 +177,13 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
                 sweep(block, adjoint, end, decay, flow, to, membrane)
                 if synapse:
                     sweep(block, adjoint, end, decay, flow, to, synaptic)
-                if not once:
-                    deliver(block, adjoint, b * T + start, b * T + stop, T, incoming, unbiased)
             if once:
                 for j in range(N):
                     g_current[0, b, j] = summed[1 if synapse else 0, j]
             copy_row(lam_state[b], flow[0])
             copy_row(ci_state[b], flow[1])
+        if not once and high > first * T:
+            deliver(block, adjoint, np.int64(first * T), high, T, incoming, unbiased)
         if g_bias.shape[0] > 0:
             add_all(g_bias, sums, synaptic if synapse else membrane, synaptic)
 

@@ -35,7 +35,7 @@ from .memory import array
 from .outgoing import block_rows
 from .program_backward import backward_of
 from .replay import backward_replay_kernel
-from .replay_linear import BLOCK_ROWS, backward_replay_linear_kernel
+from .replay_linear import ADJOINT, backward_replay_linear_kernel
 from .rows import MEM
 from .spiking_layer import code_of
 from .surrogate import row_kernel
@@ -221,7 +221,7 @@ def _replay(
     )
     start = (*samples, shared.derivative, shared.params, checkpoints, inputs.current, inputs.bias)
     if way.linear:
-        block = zero_rows(BLOCK_ROWS, call.N, dtype)
+        block = _block(call, samples, ADJOINT)
         return partial(
             backward_replay_linear_kernel(code_of(call)),
             *(*start, shared.mem, shared.incoming, shared.active, shared.arriving, shared.product),
@@ -241,12 +241,13 @@ def _replay_kernel(call: LayerCall, dtype: np.dtype) -> Callable[..., Any]:
     return backward_replay_kernel(code_of(call))  # type: ignore[no-any-return]
 
 
-def _block(call: LayerCall, samples: tuple[int, int, int]) -> np.ndarray:
-    """Room for the gradients of the currents of a few steps, of samples first..last and T steps of each."""
+def _block(call: LayerCall, samples: tuple[int, int, int], more: int = 0) -> np.ndarray:
+    """Room for the gradients of the currents of a few steps, of samples first..last and T steps of each; and for some
+    rows more."""
     _, last, T = samples
     width = padded(call.currents)
     rows = min(block_rows(width), max(CHUNK, last * T))  # where all fit, one block is delivered
-    block = aligned(rows, width, numpy_type(call.v0.dtype))
+    block = aligned(rows + more, width, numpy_type(call.v0.dtype))
     block[:, call.currents :] = 0  # kernels write to the rest before they read it
     return block
 
