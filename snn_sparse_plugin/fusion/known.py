@@ -58,7 +58,9 @@ class _Number:
 
     def __init__(self, x: Tensor) -> None:
         self._tensor, self._form, self._place = x, _form_of(x), x.data_ptr()
-        cell = None if x.is_neg() else _CELLS.get(x.dtype)  # what a negated view says is not what it stands on
+        cell = (
+            None if x.is_neg() else _CELLS.get(x.dtype)
+        )  # what a negated view says is not what it stands on
         self._cell = None if cell is None else cell.from_address(self._place)
         self._value = float(x)
 

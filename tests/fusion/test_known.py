@@ -96,6 +96,14 @@ def data(neuron: Any) -> None:
     neuron.threshold.data.mul_(2.0)
 
 
+def through_numpy(neuron: Any) -> None:
+    neuron.beta.numpy()[...] = 0.25
+
+
+def in_double_precision(neuron: Any) -> None:
+    neuron.beta.data = torch.tensor(0.25, dtype=torch.float64)
+
+
 def other_buffer(neuron: Any) -> None:
     neuron.beta = torch.tensor(0.25)
 
@@ -162,6 +170,8 @@ CHANGES = [
     *(
         in_place,
         data,
+        through_numpy,
+        in_double_precision,
         data_of_another_shape,
         set_to_another_shape,
         other_buffer,

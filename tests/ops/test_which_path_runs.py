@@ -11,7 +11,7 @@ from helpers import on_grid, relative, spikes
 from snn_sparse_plugin import NeuronParams, SpikeTrain, Surrogate
 from snn_sparse_plugin.backends.cpu import layout, threads
 from snn_sparse_plugin.core.dynamics import NeuronSpec
-from snn_sparse_plugin.core.errors import InputError
+from snn_sparse_plugin.core.errors import InputError, NonFiniteError
 from snn_sparse_plugin.ops import spiking_layer
 from snn_sparse_plugin.ops.spiking_layer.products import events_or_product
 
@@ -96,6 +96,28 @@ def test_dense_inputs_take_the_product_and_sparse_ones_events():
         train, current = events_or_product(x, weight, None)
         assert (train is not None) == sparse
         assert (current is None) == sparse
+
+
+@pytest.mark.parametrize(
+    "steps", [10, 700], ids=["every number", "a sample"]
+)  # of up to SMALLEST numbers every one
+def test_an_input_of_up_to_two_fifths_comes_as_events(steps):
+    weight, x = on_grid(5, 50), torch.zeros(steps, 8, 50)
+    for nonzeros, sparse in [(0, True), (19, True), (21, False)]:
+        x[..., :nonzeros] = 0.5
+        train, current = events_or_product(x, weight, None)
+        assert (train is not None) == sparse
+        if train is not None:
+            assert torch.equal(train.to_dense(), x)
+        else:
+            assert torch.equal(current, torch.nn.functional.linear(x, weight))
+
+
+def test_a_small_input_that_is_not_finite_says_so():
+    x = spikes(10, 8, 40, p=0.02)
+    x[3, 2, 5] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        events_or_product(x, on_grid(5, 40), None)
 
 
 def test_few_rows_of_a_large_weight_take_the_product():

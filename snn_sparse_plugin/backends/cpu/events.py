@@ -27,8 +27,9 @@ NUMBER, ROW = 3.5e-10, 3.5e-8
 def scan_rows(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-def]
     """Append the nonzero columns of rows first..last to ``out``; stop where it is full.
 
-    Row ``b * T + t`` is that of step t and sample b, which in memory is ``t * B + b``; with T = B = 1 they are in memory
-    order. Also returns whether every value seen is 1: checked here, while the row is in cache.
+    Row ``b * T + t``, of step t and sample b, is ``t * B + b`` in memory; with T = B = 1 they are in memory order.
+
+    Also returns whether every value seen is 1: checked here, while the row is in cache.
     """
     M = x.shape[1]
     whole = M - M % LANES

@@ -293,7 +293,7 @@ def _weight(rows: np.ndarray, more: np.ndarray | None, currents: int) -> Tensor 
     """The gradient of W from rows of W^T."""
     if not rows.size:
         return None
-    return torch.from_numpy(flip(rows, np.empty((currents, len(rows)), rows.dtype), more))
+    return torch.from_numpy(flip(rows, aligned(currents, len(rows), rows.dtype), more))
 
 
 def _bias(row: np.ndarray, more: np.ndarray | None, currents: int) -> Tensor | None:
