@@ -34,10 +34,14 @@ def scan_rows(x, first, last, T, B, counts, out, n):  # type: ignore[no-untyped-
     M = x.shape[1]
     whole = M - M % LANES
     other = np.uint32(0)
+    at = (first % T) * B + first // T
     for r in range(first, last):
         if n + M + LANES > out.shape[0]:
             return r, n, other == 0
-        row = x[(r % T) * B + r // T]
+        row = x[at]
+        at += B
+        if at >= T * B:
+            at -= T * B - 1
         start = n
         for k in range(0, whole, LANES):
             fetch(row, k + FAR)
