@@ -57,22 +57,23 @@ class _Number:
     __slots__ = ("_cell", "_form", "_place", "_tensor", "_value")
 
     def __init__(self, x: Tensor) -> None:
-        self._tensor, self._form, self._place = x, _form_of(x), x.data_ptr()
-        cell = (
-            None if x.is_neg() else _CELLS.get(x.dtype)
-        )  # what a negated view says is not what it stands on
-        self._cell = None if cell is None else cell.from_address(self._place)
+        self._tensor, self._form = x, _form_of(x)
+        plain = type(x) in (Tensor, nn.Parameter) and not x.is_neg()  # others say what they do not stand on
+        cell, self._place = (_CELLS.get(x.dtype), x.data_ptr()) if plain else (None, 0)
+        self._cell = cell.from_address(self._place) if cell is not None and self._place else None
         self._value = float(x)
 
     def holds(self) -> bool:
         x = self._tensor
-        if _form_of(x) != self._form or x.data_ptr() != self._place:
+        if _form_of(x) != self._form:
             return False
-        return (float(x) if self._cell is None else self._cell.value) == self._value
+        if self._cell is None:
+            return float(x) == self._value
+        return x.data_ptr() == self._place and self._cell.value == self._value
 
 
 def _form_of(x: Tensor) -> tuple[Any, ...]:
-    return x.dim(), x.numel(), x.dtype, x.requires_grad
+    return x.dim(), x.numel(), x.dtype, x.requires_grad, x.is_neg()
 
 
 _CELLS: dict[torch.dtype, Any] = {

@@ -190,6 +190,16 @@ CHANGES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "number",
+    [torch._efficientzerotensor(()), torch._neg_view(torch.tensor(0.5)), torch.tensor(0.5).bfloat16()],
+)
+def test_numbers_without_memory_of_their_own_are_asked(number: Tensor) -> None:
+    known_number = known._Number(number)
+    assert known_number.holds()
+    assert known_number._cell is None
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_is_seen(
     layer: nn.Linear, x: Tensor, change: Callable[[Any], None], read: list[Any]

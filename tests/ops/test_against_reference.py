@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snn_sparse_plugin import NeuronParams, NeuronSpec, NeuronState, SpikeTrain, Surrogate
-from snn_sparse_plugin.backends.cpu import outgoing
+from snn_sparse_plugin.backends.cpu import layout, outgoing
 from snn_sparse_plugin.backends.cpu import spiking_layer as spiking_layer_cpu
 from snn_sparse_plugin.core.surrogates import KINDS
 from snn_sparse_plugin.ops import spiking_layer
@@ -141,16 +141,18 @@ def test_blocks_cut_across_samples_and_steps(spec, recurrent, threshold, monkeyp
         compare(problem, spec, FAST, threshold, as_events=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kept", [0, 1 << 16], ids=["replayed", "membrane kept"])
 @pytest.mark.parametrize("graded", [False, True], ids=["binary", "graded"])
 @pytest.mark.parametrize("density", [0.002, 0.3], ids=["few", "many"])
 @pytest.mark.parametrize("spec", [NeuronSpec(), NeuronSpec(synapse=True), NeuronSpec(reset="zero")], ids=name)
-def test_blocks_hold_several_samples_and_parts_of_them(spec, density, graded, kept, monkeypatch):
+def test_blocks_hold_several_samples_and_parts_of_them(spec, density, graded, kept, dtype, monkeypatch):
     monkeypatch.setattr(outgoing, "BLOCK_ITEMS", 40 * 32)  # 40 rows
     monkeypatch.setattr(spiking_layer_cpu, "KEEP_MEM_OF", kept)
+    monkeypatch.setattr(layout, "SHORTEST", 0.0)  # a range of samples for each thread
     for T in (1, 7, 33, 70):
-        _, *rest = build(spec, T, 5, 60, 21)
-        x = spikes(T, 5, 60, p=density) * (0.5 if graded else 1.0)
+        _, *rest = build(spec, T, 5, 60, 21, dtype=dtype)
+        x = (spikes(T, 5, 60, p=density) * (0.5 if graded else 1.0)).to(dtype)
         for threshold in (None, 0.02):
             compare((x, *rest), spec, FAST, threshold)
             compare((SpikeTrain.from_dense(x), *rest), spec, FAST, threshold, as_events=True)

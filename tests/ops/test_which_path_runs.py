@@ -10,6 +10,7 @@ from helpers import on_grid, relative, spikes
 
 from snn_sparse_plugin import NeuronParams, SpikeTrain, Surrogate
 from snn_sparse_plugin.backends.cpu import layout, threads
+from snn_sparse_plugin.core.csr import events_from_dense
 from snn_sparse_plugin.core.dynamics import NeuronSpec
 from snn_sparse_plugin.core.errors import InputError, NonFiniteError
 from snn_sparse_plugin.ops import spiking_layer
@@ -98,9 +99,7 @@ def test_dense_inputs_take_the_product_and_sparse_ones_events():
         assert (current is None) == sparse
 
 
-@pytest.mark.parametrize(
-    "steps", [10, 700], ids=["every number", "a sample"]
-)  # of up to SMALLEST numbers every one
+@pytest.mark.parametrize("steps", [10, 700], ids=["every number", "a sample"])
 def test_an_input_of_up_to_two_fifths_comes_as_events(steps):
     weight, x = on_grid(5, 50), torch.zeros(steps, 8, 50)
     for nonzeros, sparse in [(0, True), (19, True), (21, False)]:
@@ -111,6 +110,17 @@ def test_an_input_of_up_to_two_fifths_comes_as_events(steps):
             assert torch.equal(train.to_dense(), x)
         else:
             assert torch.equal(current, torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_events_of_a_small_input_are_those_of_its_samples_in_turn(graded):
+    x = spikes(13, 6, 70, p=0.3) * (
+        torch.rand(13, 6, 70) if graded else 1.0
+    )  # finds more than it has room for
+    train, _ = events_or_product(x, on_grid(5, 70), None)
+    expected = events_from_dense(x)
+    for found, other in zip((train.indptr, train.indices, train.values), expected, strict=True):
+        assert other is None if found is None else torch.equal(found, other)
 
 
 def test_a_small_input_that_is_not_finite_says_so():

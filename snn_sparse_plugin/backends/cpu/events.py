@@ -115,7 +115,7 @@ def events_from_dense(x: Tensor, begun: Begun | None = None) -> tuple[Tensor, Te
 
 
 def few_events(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """:func:`events_from_dense` of a contiguous tensor of up to :data:`SMALLEST` numbers; None where more than ``most``
+    """:func:`events_from_dense` of a tensor of up to :data:`SMALLEST` numbers; None where more than ``most``
     of them are not 0.
 
     The rows are read in the order that events have, which costs where they come from memory, and so in a single pass.
