@@ -86,15 +86,18 @@ class Found(NamedTuple):
     binary: bool
 
 
-def _scan(x: np.ndarray, first: int, last: int, counts: np.ndarray) -> Found:
+def _scan(
+    x: np.ndarray, first: int, last: int, counts: np.ndarray, T: int = 1, B: int = 1, most: int = MAX_EVENTS
+) -> Found:
+    """What :func:`scan_rows` finds, with room for all; it ends early where there are more than ``most``."""
     M = x.shape[1]
     out = np.empty((last - first) * M // 16 + M + LANES, dtype=np.int32)
-    at, n, binary = scan_rows(x, first, last, 1, 1, counts, out, 0)
-    while at < last:
+    at, n, binary = scan_rows(x, first, last, T, B, counts, out, 0)
+    while at < last and n <= most:
         grown = np.empty(2 * out.size + M + LANES, dtype=np.int32)
         grown[:n] = out[:n]
         out = grown
-        at, n, more = scan_rows(x, at, last, 1, 1, counts, out, n)
+        at, n, more = scan_rows(x, at, last, T, B, counts, out, n)
         binary &= more
     return Found(first, last, out[:n], binary)
 
@@ -122,20 +125,13 @@ def few_events(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor | None] | N
     """
     T, B = x.shape[:2]
     rows = array(x, (T * B, x.numel() // (T * B)))
-    M = rows.shape[1]
-    counts, out = np.empty(T * B, np.int32), np.empty(rows.size // 16 + M + LANES, np.int32)
-    at, n, binary = scan_rows(rows, 0, T * B, T, B, counts, out, 0)
-    while at < T * B and n <= most:
-        grown = np.empty(2 * out.size + M + LANES, np.int32)
-        grown[:n] = out[:n]
-        out = grown
-        at, n, more = scan_rows(rows, at, T * B, T, B, counts, out, n)
-        binary &= more
-    if n > most:
+    counts = np.empty(T * B, np.int32)
+    found = _scan(rows, 0, T * B, counts, T, B, most)
+    if found.columns.size > most:
         return None
-    indptr, indices = np.zeros(T * B + 1, np.int32), out[:n].copy()
+    indptr, indices = np.zeros(T * B + 1, np.int32), found.columns.copy()
     np.cumsum(counts, dtype=np.int32, out=indptr[1:])
-    values = None if binary else _values_of(rows, T, B, indptr, indices)
+    values = None if found.binary else _values_of(rows, T, B, indptr, indices)
     return torch.from_numpy(indptr), torch.from_numpy(indices), values
 
 

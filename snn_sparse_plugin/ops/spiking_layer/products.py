@@ -68,16 +68,14 @@ def _turns_longer(x: Tensor, weight: Tensor) -> bool:
 
 def _sparse(x: Tensor) -> SpikeTrain | None:
     """The events of an input (T, B, M); None where it is denser than :data:`DENSE_ABOVE`."""
+    in_order = x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+    kernels = registry.conversions(x.device.type) if in_order else None
     begun = getattr(x, "_snn_begun", None)
-    if begun is not None and begun.has_found_few(x):
-        return SpikeTrain.from_dense(x)
-    kernels = registry.conversions(x.device.type) if x.dtype in (torch.float32, torch.float64) else None
-    if kernels is None or not x.is_contiguous():
-        return None if _looks_dense(x, None) else SpikeTrain.from_dense(x)
-    if begun is None and x.numel() <= kernels.SMALLEST:  # a sample would take as long
+    if kernels is not None and begun is None and x.numel() <= kernels.SMALLEST:  # a sample would take as long
         found = kernels.few_events(x, int(DENSE_ABOVE * x.numel()))
         return None if found is None else SpikeTrain._of_dense(found, x)
-    return None if _looks_dense(x, kernels) else SpikeTrain.from_dense(x)
+    few = begun is not None and begun.has_found_few(x)
+    return SpikeTrain.from_dense(x) if few or not _looks_dense(x, kernels) else None
 
 
 def _looks_dense(x: Tensor, kernels: Any) -> bool:
