@@ -95,6 +95,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         lam_state,  # (B, N): gradient of the final state in, of the initial state out
         ci_state,
         outgoing,
+        rows,  # its own, zeros: two or more
     ):
         act_ptr, act_idx = active
         out_ptr, out_idx = incoming[6], incoming[7]
@@ -103,7 +104,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         dtype = v0.dtype
         zero = dtype.type(0)
         threshold, reset_value = params[THRESHOLD], params[RESET_VALUE]
-        mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
+        mu, nu = rows[0, :N], rows[1, :N]
         until = last * T
         has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
         for b in range(last - 1, first - 1, -1):

@@ -12,7 +12,7 @@ from .jit import kernel
 from .rows import add_rows
 
 
-@kernel()
+@kernel(allocates=True)
 def sort_events(m, low, high, ptr, indices, values):  # type: ignore[no-untyped-def]
     """The events of some rows by column: where each column's begin, their rows, and their values if any."""
     starts = np.zeros(m + 1, np.int32)
@@ -35,7 +35,7 @@ def sort_events(m, low, high, ptr, indices, values):  # type: ignore[no-untyped-
     return starts, rows, scaled
 
 
-@kernel()
+@kernel(allocates=True)
 def back_scan(  # type: ignore[no-untyped-def]
     b, K, psi, filtered, direct, betas, alpha, rho, kappa, low, carry, nu, nu_a, nu_r, start
 ):
@@ -130,7 +130,7 @@ def _row(i, b, low, zeta, eps, ebar, start, out):  # type: ignore[no-untyped-def
             eps[b, i, k] = start[4, j] * e + start[3, j] * trace
 
 
-@kernel()
+@kernel(allocates=True)
 def gradient_chunk(  # type: ignore[no-untyped-def]
     first,
     last,
@@ -205,7 +205,7 @@ def gradient_chunk(  # type: ignore[no-untyped-def]
             )  # fmt: skip
 
 
-@kernel()
+@kernel(allocates=True)
 def _sum_and_carry(  # type: ignore[no-untyped-def]
     b, K, at, low, carry, ptr, indices, values, zeta, eps, ebar, alive, out, nu, nu_a, nu_r, start, powers
 ):

@@ -48,7 +48,7 @@ def _add_rows(out, k, x, indices, values, first, last):  # type: ignore[no-untyp
         e += 1
 
 
-@kernel()
+@kernel(allocates=True)
 def _scan(  # type: ignore[no-untyped-def]
     first,  # samples first..last
     last,
@@ -152,7 +152,7 @@ def scan(
     return nu.transpose(0, 1).transpose(1, 2), start
 
 
-@kernel()
+@kernel(allocates=True)
 def _sum_and_carry(  # type: ignore[no-untyped-def]
     first,
     last,

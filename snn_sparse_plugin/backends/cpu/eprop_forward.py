@@ -28,7 +28,7 @@ def _gather(out, weight, ptr, indices, values, r):  # type: ignore[no-untyped-de
                 out[j] += weight[i, j]
 
 
-@kernel()
+@kernel(allocates=True)
 def forward_chunk(  # type: ignore[no-untyped-def]
     first,  # samples first..last
     last,

@@ -20,7 +20,7 @@ from .program import execute
 from .surrogate import surrogate_row
 
 
-@kernel()
+@kernel(allocates=True)
 def step(  # type: ignore[no-untyped-def]
     ops,  # of the program
     more,  # of its derivatives

@@ -11,21 +11,26 @@ import numpy as np
 from ...core.backend import CHUNK
 from .bits import LANES, above16, append_columns, count_bits, pick_values, within16
 from .jit import kernel
+from .layout import zero_rows
 from .rows import (
     DISTANCE,
     IN,
     OWN,
     REC,
+    RESET,
+    ROWS,
+    SYNAPTIC,
     THRESHOLD,
     Code,
+    V,
     add_rows,
     advance_kernel,
     copy_row,
+    fill_rows,
     from_bias,
     is_plain,
     load2,
     load3,
-    own_rows,
     plain_step,
     shared,
     store2,
@@ -37,7 +42,12 @@ from .rows import (
 def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
     """The forward of one member of the neuron family; its branches are resolved at compile time."""
     member, subtracts = shared(code)
-    return partial(_forward_kernel(member, dtype), subtracts)
+    return partial(_with_rows, _forward_kernel(member, dtype), subtracts, dtype)
+
+
+def _with_rows(kernel: Callable[..., int], subtracts: bool, dtype: np.dtype, *args: Any) -> int:
+    rows = zero_rows(ROWS, args[4].shape[1], dtype)  # a thread's own: made at every call
+    return kernel(rows, subtracts, *args)
 
 
 @cache
@@ -47,6 +57,7 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
 
     @kernel()
     def forward(  # type: ignore[no-untyped-def]
+        rows,  # its own, zeros
         subtracts,  # whether a reset by subtraction is one
         first,
         last,
@@ -63,9 +74,10 @@ def _forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
         spikes, mem, out_ptr, out_idx, act_ptr, act_idx, act_x, counts = written
         N = v_state.shape[1]
         dtype = v_state.dtype
-        padded = -(-N // LANES) * LANES
-        rows, x, rec, v, i, reset, _ = own_rows(params, bias, subtracts, padded)
+        padded = rows.shape[1]
+        fill_rows(rows, params, bias, subtracts)
         in_x, in_rec, distance = np.int64(IN), np.int64(REC), rows[DISTANCE]
+        x, rec, v, i, reset = rows[IN, :N], rows[REC, :N], rows[V, :N], rows[SYNAPTIC, :N], rows[RESET, :N]
         for j in range(padded):  # beyond column N nobody spikes
             distance[j] = -np.inf
         for j in range(N, padded):

@@ -34,6 +34,7 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     flow,  # (B, N): what flows to the last step from the state after it; then from the first step to the state before
     sums,  # m and y, each one row of whole vectors
     outgoing,
+    room,  # (3, T + 1)
 ):
     """Samples first..last. Rows of ``weight`` are W_j; the gradient's rows, ``g_weight``, are those of W^T."""
     act_ptr, act_idx = active
@@ -43,8 +44,8 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     m, y = sums
     dtype, N = flow.dtype, flow.shape[1]
     reads = g_active.shape[0] > 0
-    scale, inverse, series = powers(decay, T, dtype)
-    span = scale.shape[0] - 1
+    span = powers(decay, T, room)
+    scale, inverse, series = room[0], room[1], room[2]
     floor = in_ptr[first * T] if reads else 0
     for b in range(last - 1, first - 1, -1):
         for column in range(m.shape[1]):
@@ -93,25 +94,24 @@ def backward_impulses(  # type: ignore[no-untyped-def]
             flow[b, neuron] = m[0, neuron] * scale[n]
 
 
-@kernel(forceinline=True, allocates=True)
-def powers(decay, T, dtype):  # type: ignore[no-untyped-def]
-    """d^n and d^-n for as long as both are exact, at most T; the sums of d^0 to d^t for each step t."""
+@kernel(forceinline=True)
+def powers(decay, T, out):  # type: ignore[no-untyped-def]
+    """Three rows: d^n and d^-n while both are exact, and the sums of d^0 to d^t for each step t. It returns how
+    many powers are exact; of d^n there is one more."""
     span, power = 1, float(decay)
     while span < T and SMALLEST <= abs(power) <= 1.0 / SMALLEST:
         power *= decay
         span += 1
-    rows = np.empty((3, T + 1), dtype)
-    scale, inverse, series = rows[0, : span + 1], rows[1, :span], rows[2, :T]
     power, total = 1.0, 0.0
     for n in range(T):
         if n < span:
-            scale[n], inverse[n] = power, 1.0 / power
+            out[0, n], out[1, n] = power, 1.0 / power
         total += power
-        series[n] = total
+        out[2, n] = total
         power *= decay
         if n + 1 == span:
-            scale[span] = power
-    return scale, inverse, series
+            out[0, span] = power
+    return span
 
 
 @kernel(forceinline=True)

@@ -27,16 +27,18 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: ``numba.njit`` without the GIL, cached on disk unless no folder can be written.
 
     With ``part`` or ``forceinline`` it is compiled into kernels alone: what would let Python call it takes a third of
-    the time. Parts are on disk too, for other kernels. A part counts no references to its arrays, which at each row
-    takes as long as adding two of them; one that makes an array, or calls one that does, says that it ``allocates``.
+    the time. Parts are on disk too, for other kernels.
+
+    Nothing counts references to its arrays, which in a part takes as long, at each row, as adding two of them, and in a
+    kernel a tenth of its compilation: what makes an array, or is given one by a part, says that it ``allocates``. So
+    kernels of the usual layers are given all rows that they need.
 
     A division by zero gives infinity or NaN, as torch's does: a loop that has to raise is not vectorised (ten times
     slower).
     """
     part = options.pop("part", options.get("forceinline", False))
-    if part and not options.pop("allocates", False):
-        options["_nrt"] = False
     options = {
+        "_nrt": options.pop("allocates", False),
         "nogil": True,
         "error_model": "numpy",
         "no_cfunc_wrapper": True,

@@ -53,14 +53,13 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
         lam_state,
         ci_state,
         outgoing,
+        rows,
     ):
-        act_ptr, act_idx = active
-        g_out, g_spikes, g_mem = arriving
+        g_mem = arriving[2]
         N, width = v0.shape[1], block.shape[1]
-        has_out, has_spikes, has_mem = g_out.shape[0] > 0, g_spikes.shape[0] > 0, g_mem.shape[0] > 0
-        # rows of whole vectors for lam and nu: what flows to the next step back, what it decays by, and their sums, so
-        # that the gradient of the bias costs no pass of its own
-        rows = np.zeros((6, width), block.dtype)
+        has_mem = g_mem.shape[0] > 0
+        # for lam and nu: what flows to the next step back, what it decays by, and their sums, so that the gradient of
+        # the bias costs no pass of its own
         flow, decay, sums = rows[:2], rows[2:4], rows[4:]
         copy_row(decay[0, :N], params[MEM])
         copy_row(decay[1, :N], params[SYN])
@@ -79,17 +78,7 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
                 else:
                     for column in range(0, width, LANES):
                         store(block, k, column, zeros(block))
-            begin, end = act_ptr[low], act_ptr[high]
-            owners = rows_of_entries(act_ptr, low, high, shift)
-            for e in range(end - begin):
-                k, entry = np.uint64(owners[0, np.uint64(e)]), np.uint64(act_idx[np.uint64(begin + e)])
-                g = block.dtype.type(0)
-                if has_out:
-                    g = g_out[begin + e]
-                if has_spikes:
-                    row = low + np.int64(k) - shift
-                    g += g_spikes[row % T, row // T, entry]
-                block[k, entry] += phi[begin + e] * g
+            scatter(block, shift, low, high, T, active, phi, arriving)
             # sample by sample, as the state of each comes in and goes out
             top = high
             while top > low:
@@ -111,6 +100,25 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
             add_all(g_bias, sums, current if synapse else membrane, current)
 
     return backward_linear
+
+
+@kernel(part=True, allocates=True)
+def scatter(block, first, low, high, T, active, phi, arriving):  # type: ignore[no-untyped-def]
+    """What enters the adjoint at the active entries of the rows low..high."""
+    act_ptr, act_idx = active
+    g_out, g_spikes, _ = arriving
+    has_out, has_spikes = g_out.shape[0] > 0, g_spikes.shape[0] > 0
+    begin, end = act_ptr[low], act_ptr[high]
+    owners = rows_of_entries(act_ptr, low, high, first)
+    for e in range(end - begin):
+        k, entry = np.uint64(owners[0, np.uint64(e)]), np.uint64(act_idx[np.uint64(begin + e)])
+        g = block.dtype.type(0)
+        if has_out:
+            g = g_out[begin + e]
+        if has_spikes:
+            row = low + np.int64(k) - first
+            g += g_spikes[row % T, row // T, entry]
+        block[k, entry] += phi[begin + e] * g
 
 
 @kernel(part=True)

@@ -12,7 +12,7 @@ from .memory import array
 from .surrogate import surrogate_row
 
 
-@kernel()
+@kernel(allocates=True)
 def _fire(x, window, least, spikes, keep):  # type: ignore[no-untyped-def]
     """``keep`` (S, N): near the threshold, or of a neuron with fewer than ``least`` such samples; how many of each."""
     S, N = x.shape
@@ -39,7 +39,7 @@ BLOCK = 1024
 """Numbers whose derivatives wait in cache for the gradient."""
 
 
-@kernel()
+@kernel(allocates=True)
 def _pass(grad, x, keep, kind, first, second, out):  # type: ignore[no-untyped-def]
     S, N = keep.shape
     slope = np.empty(BLOCK, x.dtype)

@@ -157,7 +157,7 @@ def to_registers(rows, regs, K, inputs, N):  # type: ignore[no-untyped-def]
 def _forward_kernel(dtype: np.dtype) -> Callable[..., Any]:
     pick = pick_values(dtype)
 
-    @kernel()
+    @kernel(allocates=True)
     def forward_program(  # type: ignore[no-untyped-def]
         ops,
         places,

@@ -100,7 +100,7 @@ def execute_back(ops, regs, adjoint, surrogate, first, second, window, site, phi
             adjoint[out, j] = zero
 
 
-@kernel()
+@kernel(allocates=True)
 def backward_program(  # type: ignore[no-untyped-def]
     ops,
     places,

@@ -27,24 +27,28 @@ from .rows import (
     LEAK,
     MEM,
     REC,
+    RESET,
     RESET_VALUE,
+    ROWS,
     STATE,
     SUBTRACT,
     SUM,
     SYN,
+    SYNAPTIC,
     THRESHOLD,
     VALUE,
     ZERO,
     Code,
+    V,
     add_rows,
     advance_kernel,
     copy_row,
     dot,
+    fill_rows,
     from_bias,
     is_plain,
     load2,
     load3,
-    own_rows,
     plain_step,
     reset_row,
     store2,
@@ -103,7 +107,7 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
     update, synapse, kind, timing, scope, attached, spiking, recurrent = code
     advance, plain, step = advance_kernel(code), is_plain(code), plain_step(synapse)
 
-    @kernel()
+    @kernel(allocates=True)
     def backward_replay(  # type: ignore[no-untyped-def]
         first,
         last,
@@ -138,9 +142,10 @@ def backward_replay_kernel(code: Code) -> Callable[..., Any]:
         jumps, distances = np.zeros((CHUNK, N), dtype), np.zeros((CHUNK, N), dtype)
         in_x, in_rec = np.int64(IN), np.int64(REC)
         # ``replayed``: resets of the steps that are replayed; of plain ones what they subtract
-        rows, x, rec, v, i, replayed, distance = own_rows(
-            params, bias, plain and kind == SUBTRACT, block.shape[1]
-        )
+        rows = np.zeros((ROWS, block.shape[1]), dtype)
+        fill_rows(rows, params, bias, plain and kind == SUBTRACT)
+        x, rec, v, i = rows[IN, :N], rows[REC, :N], rows[V, :N], rows[SYNAPTIC, :N]
+        replayed, distance = rows[RESET, :N], rows[DISTANCE, :N]
         reset, phi, g = np.zeros(N, dtype), np.zeros(N, dtype), np.zeros(N, dtype)
         mu, nu = np.empty(N, dtype), np.zeros(N, dtype)
         v_before, i_before = np.empty(N, dtype), np.zeros(N, dtype)

@@ -20,24 +20,32 @@ from .linear import is_linear, sweep
 from .multiply import multiply_kernel
 from .outgoing import add_all, block_rows, deliver
 from .rows import (
+    DISTANCE,
+    IN,
     MEM,
+    REC,
+    RESET,
+    ROWS,
     SYN,
+    SYNAPTIC,
     THRESHOLD,
     Code,
+    V,
     add_rows,
     advance_kernel,
     copy_row,
+    fill_rows,
     from_bias,
     is_plain,
     load2,
     load3,
-    own_rows,
     plain_step,
     shared,
     store2,
 )
 from .surrogate import surrogate_row
 
+OWN_ROWS = ROWS + 8
 PHI, ADJOINT = CHUNK, 2 * CHUNK
 """Rows of the kernel's block: for each step of a chunk u - threshold, the surrogate there, and from the last row down
 the adjoint, of as many chunks as there is room for: these are delivered together."""
@@ -97,6 +105,7 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         outgoing,
         block,  # (ADJOINT + CHUNK or more, N padded), zeros beyond column N
         flat,  # the same in one row
+        rows,  # its own, zeros: OWN_ROWS
     ):
         window, surrogate, first_param, second_param = derivative
         v_checkpoints, i_checkpoints = checkpoints
@@ -105,11 +114,12 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         g_out, g_spikes, g_mem = arriving
         g_above, panels = product
         N, width = lam_state.shape[1], block.shape[1]
-        dtype = lam_state.dtype
-        rows, x, none, v, i, reset, distance = own_rows(params, bias, subtracts, width)
-        flow, decay = np.zeros((2, width), dtype), np.zeros((2, width), dtype)
-        # of lam and nu: summed on the way, the gradient of the bias costs no pass of its own
-        sums = np.zeros((2, width), dtype)
+        fill_rows(rows, params, bias, subtracts)
+        x, none, v, i, reset = rows[IN, :N], rows[REC, :N], rows[V, :N], rows[SYNAPTIC, :N], rows[RESET, :N]
+        distance = rows[DISTANCE, :N]
+        # two rows each, of lam and nu; sums of them for the bias, whose gradient so costs no pass of its own
+        flow, decay = rows[ROWS : ROWS + 2], rows[ROWS + 2 : ROWS + 4]
+        sums, summed = rows[ROWS + 4 : ROWS + 6], rows[ROWS + 6 :]
         g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing
         unbiased = (g_weight, g_bias[:0], g_active, g_current, g_rec_weight, g_rec_bias, g_rec0)
         copy_row(decay[0, :N], params[MEM])
@@ -118,7 +128,7 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         has_product, keeps_mem = panels.shape[0] > 0, mem.shape[0] > 0
         threshold = params[THRESHOLD]
         # of one current for all steps the gradient is the sum of each sample, and nobody wants the rows of nu
-        once, summed = g_current.shape[0] == 1 and indptr.shape[0] == 0, np.zeros((2, width), dtype)
+        once = g_current.shape[0] == 1 and indptr.shape[0] == 0
         adjoint, membrane, synaptic = np.int64(block.shape[0]), np.int64(0), np.int64(1)
         high = np.int64(last * T)  # of the rows b * T + t whose adjoint is in the block
         for b in range(last - 1, first - 1, -1):

@@ -21,8 +21,8 @@ NONE, SUBTRACT, ZERO, VALUE = (RESETS.index(x) for x in ("none", "subtract", "ze
 DELAYED, IMMEDIATE, CORRECTED = (TIMINGS.index(x) for x in ("delayed", "immediate", "corrected"))
 STATE, SUM = (SCOPES.index(x) for x in ("state", "sum"))
 MEM, SYN, THRESHOLD, LEAK, RESET_VALUE = range(5)  # rows of params
-# Rows of a kernel's own, in whole vectors: what comes in, bias, the state, what a reset subtracts, u - threshold; then
-# the parameters.
+# Rows of a kernel's own, as long as padded ones of weights, as without a remainder their sum is a fifth faster: what
+# comes in, bias, the state, what a reset subtracts, u - threshold; then the parameters.
 IN, REC, BIAS, V, SYNAPTIC, RESET, DISTANCE, OWN = range(8)
 ROWS = OWN + 5
 
@@ -179,22 +179,15 @@ def reset_row(code, params, v, reset):  # type: ignore[no-untyped-def]
     return True
 
 
-@kernel(forceinline=True, allocates=True)
-def own_rows(params, bias, subtracts, width):  # type: ignore[no-untyped-def]
-    """The rows of a kernel, in one piece as each way to make an array is compiled, too; and of N columns what comes in,
-    the recurrent part of it, the state v and i, what a reset subtracts, u - threshold.
-
-    As long as a padded row of weights: without a remainder their sum is a fifth faster. ``subtracts``: whether a reset
-    by subtraction is one.
-    """
-    N, rows = params.shape[1], np.zeros((ROWS, width), params.dtype)
+@kernel(forceinline=True)
+def fill_rows(rows, params, bias, subtracts):  # type: ignore[no-untyped-def]
+    """What a kernel's own rows, zeros until then, begin with. ``subtracts``: whether a reset by subtraction is one."""
+    N = params.shape[1]
     for k in range(params.shape[0]):
-        copy_row(rows[OWN + k, :N], params[k])
+        load2(rows[OWN + k, :N], params, k)
     copy_row(rows[BIAS, : bias.shape[0]], bias)
     if subtracts:
-        copy_row(rows[RESET, :N], params[THRESHOLD])
-    v, i = rows[V, :N], rows[SYNAPTIC, :N]
-    return rows, rows[IN, :N], rows[REC, :N], v, i, rows[RESET, :N], rows[DISTANCE, :N]
+        copy_row(rows[RESET, :N], rows[OWN + THRESHOLD, :N])
 
 
 @along

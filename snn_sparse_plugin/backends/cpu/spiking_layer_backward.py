@@ -35,7 +35,7 @@ from .memory import array
 from .outgoing import block_rows
 from .program_backward import backward_of
 from .replay import backward_replay_kernel
-from .replay_linear import ADJOINT, backward_replay_linear_kernel
+from .replay_linear import ADJOINT, OWN_ROWS, backward_replay_linear_kernel
 from .rows import MEM
 from .spiking_layer import code_of
 from .surrogate import row_kernel
@@ -190,7 +190,7 @@ def _impulses(
         *(*samples, shared.params[MEM, 0], shared.incoming[:6], shared.active, shared.phi),
         *(shared.arriving[:2], shared.states[0]),
         (zero_rows(1, call.currents, dtype), aligned(1, width, dtype)),
-        outgoing[:3],
+        *(outgoing[:3], np.empty((3, call.T + 1), dtype)),
     )
 
 
@@ -202,6 +202,7 @@ def _list(
         backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code),
         *(*samples, shared.params, array(call.v0), shared.inputs.rec_weight, shared.incoming, shared.active),
         *(shared.u, shared.phi, _block(call, samples), shared.arriving, *shared.states, outgoing),
+        zero_rows(6, call.currents, numpy_type(call.v0.dtype)),
     )
 
 
@@ -225,7 +226,7 @@ def _replay(
         return partial(
             backward_replay_linear_kernel(code_of(call)),
             *(*start, shared.mem, shared.incoming, shared.active, shared.arriving, shared.product),
-            *(*shared.states, outgoing, block, block.reshape(-1)),
+            *(*shared.states, outgoing, block, block.reshape(-1), zero_rows(OWN_ROWS, call.currents, dtype)),
         )
     recurrence = Recurrence(inputs.rec_weight, inputs.rec_bias, inputs.rec0)
     return partial(

@@ -67,7 +67,7 @@ def _layer_kernel(dense: bool) -> Any:
     dilation, rows and columns each, and groups.
     """
 
-    @kernel()
+    @kernel(allocates=True)
     def layer(
         times,
         values,
