@@ -59,7 +59,9 @@ def way_of(call: LayerCall, saved: Saved, grads: OutputGrads, needs: Needs) -> W
     params = wants_params(call, needs)
     by_list = saved.u is not None and not params and not needs_states(call.spec)
     nu = needs.input and not input_is_listed(call)
-    impulses = by_list and not nu and grads.mem is None and _are_impulses(call) and _adds_less(call, saved)
+    impulses = (
+        by_list and not nu and grads.mem is None and _are_impulses(call) and _adds_less(call, saved, needs)
+    )
     linear = not (by_list or params) and has_linear_replay(call)
     return Way(by_list, impulses, linear, nu)
 
@@ -87,13 +89,16 @@ def _are_impulses(call: LayerCall) -> bool:
     return bool((decays == decays[0]).all())
 
 
-def _adds_less(call: LayerCall, saved: Saved) -> bool:
-    """Whether rows of W to add for each active entry cost less than what is done otherwise: to multiply one for each
-    active entry of the input, and to sweep a row for each step."""
-    if call.train is None or call.train.active is None:
+def _adds_less(call: LayerCall, saved: Saved, needs: Needs) -> bool:
+    """Whether it costs less to add a row of W for each active entry, and one of its gradient for each event, than to
+    multiply a row of W for each active entry of the input and to sweep one for each step, as events are then added by
+    their columns, in half of the time. Numbers, weighed by their times as measured."""
+    if call.train is None or call.weight is None:
         return True
     assert saved.active is not None
-    assert call.weight is not None
     n, m = call.weight.shape
-    added, multiplied = saved.active.indices.numel() * m, call.train.active.indices.numel() * n
-    return 1.5 * added <= multiplied + call.B * call.T * n
+    events = call.train.indices.numel() * n if needs.weight else 0
+    swept, added, multiplied = call.B * call.T * n, 0, 0
+    if call.train.active is not None:
+        added, multiplied = saved.active.indices.numel() * m, call.train.active.indices.numel() * n
+    return events + 1.75 * added <= multiplied + 10 * swept
