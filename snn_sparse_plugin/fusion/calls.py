@@ -249,7 +249,8 @@ def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recor
         return None
     if record.entered():
         return None
-    with record.lock:  # record.enter(), written out
+    record.enter_lock()  # record.enter(), written out
+    try:
         argument = node.arguments[0]
         # weight and bias are those of the first call, at the version of that time
         if record.closed or source is not argument.source or call != argument.stop or slot != argument.slot:
@@ -259,6 +260,8 @@ def next_linear(value: Value, weight: Any, bias: Any, mode: int | None) -> Recor
         node.order.append(record.calls)
         record.calls += 1
         return node.make(0)
+    finally:
+        record.leave()
 
 
 def record_steps(steps: list[Any] | tuple[Any, ...]) -> Recorded | None:

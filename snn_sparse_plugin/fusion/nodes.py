@@ -198,7 +198,8 @@ class InputNode(FunctionNode):
         record, argument = self.record, self.arguments[0]
         if record.entered():
             return False
-        with record.lock:  # record.enter(), written out
+        record.enter_lock()  # record.enter(), written out
+        try:
             if record.closed:
                 return False
             if type(argument) is Slices:
@@ -214,6 +215,8 @@ class InputNode(FunctionNode):
             self.order.append(record.calls)
             record.calls += 1
             return True
+        finally:
+            record.leave()
 
     def take(self, x: Tensor) -> None:
         """Note the next input, whatever it is."""

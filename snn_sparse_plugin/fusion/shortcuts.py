@@ -63,7 +63,8 @@ def advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
         return None
     if record.entered():
         return None
-    with record.lock:  # record.enter(), written out
+    record.enter_lock()  # record.enter(), written out
+    try:
         if record.closed:
             return None
         if follows:
@@ -73,6 +74,8 @@ def advance(record: Record, node: NeuronNode, args: tuple[Any, ...]) -> Any:
         order.append(record.calls)
         record.calls += 1
         return result(node)
+    finally:
+        record.leave()
 
 
 def _takes(node: NeuronNode, source: Node, slot: int) -> bool:
