@@ -14,7 +14,7 @@ from snn_sparse_plugin.ops import spiking_layer
 @pytest.fixture
 def forced(monkeypatch):
     """However many entries are active."""
-    monkeypatch.setattr(way, "_adds_less", lambda call, saved: True)
+    monkeypatch.setattr(way, "_adds_less", lambda *_: True)
 
 
 OPTIONS = {"surrogate": Surrogate("fast_sigmoid", (25.0,)), "backprop_threshold": 0.2, "min_active": 0}
@@ -171,3 +171,16 @@ def test_dense_activity_is_swept(bias, taken, counted):
     counted.clear()
     torch.autograd.grad(out.spikes.sum(), weight)
     assert counted["cpu", "backward:impulses"] == taken
+
+
+@pytest.mark.parametrize(("events", "taken"), [(5, 1), (20, 0)])
+def test_many_events_are_added_by_their_columns(events, taken, counted):
+    """Gradients of weights of many events a step are cheaper where the adjoint is swept."""
+    train = SpikeTrain.from_dense(spikes(50, 4, 200, p=events / 200))
+    weight = (torch.randn(30, 200) * 0.2).requires_grad_()
+    given, upstream, found = {"params": NeuronParams(0.9), **OPTIONS}, torch.randn(50, 4, 30), []
+    for backend in ("cpu", "reference"):
+        out = spiking_layer(train, weight, backend=backend, **given)
+        found.append(torch.autograd.grad((out.spikes * upstream).sum(), weight)[0])
+    assert counted["cpu", "backward:impulses"] == taken
+    assert relative(*found) < 1e-5
