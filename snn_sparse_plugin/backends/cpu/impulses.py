@@ -6,6 +6,7 @@ What arrives at an active entry is an impulse x at neuron j, and what it does to
 
 So no row of nu is ever swept or stored. m and y stay in the first-level cache and change by impulses alone; who reads
 them multiplies. The step h that they refer to moves on before the powers of d leave the range where they are exact.
+Each event adds a row to the gradient of the weights, in the order of time: cheaper where few come in (see way.py).
 """
 
 from __future__ import annotations
