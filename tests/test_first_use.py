@@ -120,7 +120,9 @@ def test_kernels_from_disk_register_nothing_that_only_a_compilation_asks_for(loo
 
 def test_one_forward_serves_with_and_without_a_reset():
     def kernel(**spec):
-        return forward_kernel(encode(NeuronSpec(**spec), False), np.dtype("float32")).args[0]
+        run = forward_kernel(encode(NeuronSpec(**spec), False), np.dtype("float32")).args[0]
+        assert run.py_func.__name__ == "forward"
+        return run
 
     assert kernel(reset="none") is kernel(reset="subtract")
     assert kernel(reset="none", synapse=True) is kernel(reset="subtract", synapse=True)

@@ -144,7 +144,8 @@ def next_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     node, record = reader.node, here.record
     if node.record is not record or node.mode != mode_to_record() or record.entered():
         return None
-    with record.lock:  # record.enter(), written out
+    record.enter_lock()  # record.enter(), written out
+    try:
         values = None if record.closed else reader.takes(args, kwargs)
         if values is None:
             return None
@@ -156,6 +157,8 @@ def next_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         node.order.append(record.calls)
         record.calls += 1
         made = node.make(0)
+    finally:
+        record.leave()
     if record.calls > record.look and record.is_full():
         flush(record, "a large record")
     return made

@@ -54,7 +54,7 @@ class Record:
         self.error: BaseException | None = None
 
     def enter(self) -> bool:
-        """Begin to write to it: whether that is possible."""
+        """Begin to write to it: whether that is possible. ``with`` the lock takes twice as long."""
         if self.entered():
             return False
         self.enter_lock()

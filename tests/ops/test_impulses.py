@@ -13,7 +13,7 @@ from snn_sparse_plugin.ops import spiking_layer
 
 @pytest.fixture
 def forced(monkeypatch):
-    """However many entries are active."""
+    """However many entries are active, and events come in."""
     monkeypatch.setattr(way, "_adds_less", lambda *_: True)
 
 
@@ -173,14 +173,14 @@ def test_dense_activity_is_swept(bias, taken, counted):
     assert counted["cpu", "backward:impulses"] == taken
 
 
-@pytest.mark.parametrize(("events", "taken"), [(5, 1), (20, 0)])
-def test_many_events_are_added_by_their_columns(events, taken, counted):
+@pytest.mark.parametrize(("events", "learns", "taken"), [(5, True, 1), (20, True, 0), (20, False, 1)])
+def test_many_events_are_added_by_their_columns(events, learns, taken, counted):
     """Gradients of weights of many events a step are cheaper where the adjoint is swept."""
     train = SpikeTrain.from_dense(spikes(50, 4, 200, p=events / 200))
-    weight = (torch.randn(30, 200) * 0.2).requires_grad_()
+    weight, bias = (torch.randn(30, 200) * 0.2).requires_grad_(learns), torch.zeros(30, requires_grad=True)
     given, upstream, found = {"params": NeuronParams(0.9), **OPTIONS}, torch.randn(50, 4, 30), []
     for backend in ("cpu", "reference"):
-        out = spiking_layer(train, weight, backend=backend, **given)
-        found.append(torch.autograd.grad((out.spikes * upstream).sum(), weight)[0])
+        out = spiking_layer(train, weight, bias, backend=backend, **given)
+        found.append(torch.autograd.grad((out.spikes * upstream).sum(), weight if learns else bias)[0])
     assert counted["cpu", "backward:impulses"] == taken
     assert relative(*found) < 1e-5

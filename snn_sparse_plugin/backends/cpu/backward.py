@@ -95,7 +95,7 @@ def backward_active_kernel(code: Code) -> Callable[..., Any]:
         lam_state,  # (B, N): gradient of the final state in, of the initial state out
         ci_state,
         outgoing,
-        rows,  # its own, zeros: two or more
+        rows,  # its own, zeros: of LINEAR_ROWS two
     ):
         act_ptr, act_idx = active
         out_ptr, out_idx = incoming[6], incoming[7]

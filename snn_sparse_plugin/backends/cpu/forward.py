@@ -42,12 +42,21 @@ from .rows import (
 def forward_kernel(code: Code, dtype: np.dtype) -> Callable[..., Any]:
     """The forward of one member of the neuron family; its branches are resolved at compile time."""
     member, subtracts = shared(code)
-    return partial(_with_rows, _forward_kernel(member, dtype), subtracts, dtype)
+    return partial(_with_rows, _forward_kernel(member, dtype), subtracts)
 
 
-def _with_rows(kernel: Callable[..., int], subtracts: bool, dtype: np.dtype, *args: Any) -> int:
-    rows = zero_rows(ROWS, args[4].shape[1], dtype)  # a thread's own: made at every call
-    return kernel(rows, subtracts, *args)
+def _with_rows(
+    run: Callable[..., int],
+    subtracts: bool,
+    first: int,
+    last: int,
+    T: int,
+    window: float,
+    params: Any,
+    *args: Any,
+) -> int:
+    rows = zero_rows(ROWS, params.shape[1], params.dtype)  # a thread's own: made at every call
+    return run(rows, subtracts, first, last, T, window, params, *args)
 
 
 @cache

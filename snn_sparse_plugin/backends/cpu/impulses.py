@@ -35,7 +35,7 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     flow,  # (B, N): what flows to the last step from the state after it; then from the first step to the state before
     sums,  # m and y, each one row of whole vectors
     outgoing,
-    room,  # (3, T + 1)
+    table,  # (3, T + 1): room for the decay's powers
 ):
     """Samples first..last. Rows of ``weight`` are W_j; the gradient's rows, ``g_weight``, are those of W^T."""
     act_ptr, act_idx = active
@@ -45,8 +45,8 @@ def backward_impulses(  # type: ignore[no-untyped-def]
     m, y = sums
     dtype, N = flow.dtype, flow.shape[1]
     reads = g_active.shape[0] > 0
-    span = powers(decay, T, room)
-    scale, inverse, series = room[0], room[1], room[2]
+    span = powers(decay, T, table)
+    scale, inverse, series = table[0], table[1], table[2]
     floor = in_ptr[first * T] if reads else 0
     for b in range(last - 1, first - 1, -1):
         for column in range(m.shape[1]):

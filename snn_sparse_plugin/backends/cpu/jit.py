@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 from numba import njit
+from numba.core import ir, types
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
 from .cache import KernelCache, not_cached, spare_scipy
@@ -29,16 +30,18 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     With ``part`` or ``forceinline`` it is compiled into kernels alone: what would let Python call it takes a third of
     the time. Parts are on disk too, for other kernels.
 
-    Nothing counts references to its arrays, which in a part takes as long, at each row, as adding two of them, and in a
-    kernel a tenth of its compilation: what makes an array, or is given one by a part, says that it ``allocates``. So
-    kernels of the usual layers are given all rows that they need.
+    It counts no references to its arrays, which in a part takes as long, at each row, as adding two of them, and in a
+    kernel a tenth of its compilation. One that makes an array, returns one, or calls a part that returns one says that
+    it ``allocates``, as otherwise the array would never be freed, or too early. Python hands kernels of the usual
+    layers all rows that they need.
 
     A division by zero gives infinity or NaN, as torch's does: a loop that has to raise is not vectorised (ten times
     slower).
     """
     part = options.pop("part", options.get("forceinline", False))
+    allocates = options.pop("allocates", False)
     options = {
-        "_nrt": options.pop("allocates", False),
+        "_nrt": allocates,
         "nogil": True,
         "error_model": "numpy",
         "no_cfunc_wrapper": True,
@@ -50,7 +53,7 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compile_later(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**options)(function)
         if hasattr(dispatcher, "_cache"):  # not under NUMBA_DISABLE_JIT
-            dispatcher._compiler.compile = partial(_compile, part, dispatcher._compiler.compile)
+            dispatcher._compiler.compile = partial(_compile, part, allocates, dispatcher._compiler.compile)
             try:
                 dispatcher._cache = KernelCache(function, sources(), part)
             except (RuntimeError, OSError) as error:  # a read-only installation and no writable home
@@ -83,7 +86,7 @@ class _Passes(CompilerBase):
         return [passes]
 
 
-def _compile(part: bool, compile: Callable[..., Any], *args: Any) -> Any:
+def _compile(part: bool, allocates: bool, compile: Callable[..., Any], *args: Any) -> Any:
     """Compile something, under numba's lock; NUMBA_OPT has its way.
 
     Meanwhile no garbage is collected: Python would look a hundred times, for a seventh of the time, at what numba has
@@ -95,11 +98,34 @@ def _compile(part: bool, compile: Callable[..., Any], *args: Any) -> Any:
     try:
         gc.disable()
         with kept_as(part):
-            return compile(*args)
+            found = compile(*args)
+        if not allocates:
+            _refuse_arrays(found)
+        return found
     finally:
         _config.OPT = before
         if collects:
             gc.enable()
+
+
+def _refuse_arrays(found: Any) -> None:
+    """Raise :class:`TypeError` where arrays come out of a function, or out of one that it calls: see ``kernel``."""
+    typed = found.type_annotation
+    given = [
+        signature.return_type
+        for node, signature in typed.calltypes.items()
+        if isinstance(node, ir.Expr)
+        and node.op == "call"
+        and isinstance(typed.typemap[node.func.name], types.Dispatcher)
+    ]
+    if any(map(_has_array, [found.signature.return_type, *given])):
+        name = found.fndesc.qualname
+        raise TypeError(f"{name} returns an array, or calls a part that does: it has to say that it allocates")
+
+
+def _has_array(kind: Any) -> bool:
+    inner: Any = kind if isinstance(kind, types.BaseTuple) else ()
+    return isinstance(kind, types.Array) or any(map(_has_array, inner))
 
 
 def cache_folder() -> Path | None:

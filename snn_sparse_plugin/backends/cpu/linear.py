@@ -21,6 +21,10 @@ from .lanes import add, fma, load, mul, store, zeros
 from .outgoing import add_all, deliver, rows_of_entries
 from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, copy_row
 
+LINEAR_ROWS = 6
+"""Two each, for lam and nu: what flows to the next step back, what it decays by, and their sums, with which the gradient
+of the bias costs no pass of its own."""
+
 
 def is_linear(code: Code) -> bool:
     """Whether this member of the neuron family has a linear adjoint that ``backward_linear_kernel`` knows."""
@@ -53,13 +57,11 @@ def _backward_linear_kernel(synapse: bool) -> Callable[..., Any]:
         lam_state,
         ci_state,
         outgoing,
-        rows,
+        rows,  # its own, zeros: LINEAR_ROWS
     ):
         g_mem = arriving[2]
         N, width = v0.shape[1], block.shape[1]
         has_mem = g_mem.shape[0] > 0
-        # for lam and nu: what flows to the next step back, what it decays by, and their sums, so that the gradient of
-        # the bias costs no pass of its own
         flow, decay, sums = rows[:2], rows[2:4], rows[4:]
         copy_row(decay[0, :N], params[MEM])
         copy_row(decay[1, :N], params[SYN])

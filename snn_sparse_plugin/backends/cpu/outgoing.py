@@ -24,8 +24,8 @@ def block_rows(n: int) -> int:
 
 
 @kernel(part=True, allocates=True)
-def room(rows, columns, like):  # type: ignore[no-untyped-def]
-    """New rows of the dtype of an array: the one way to make any, as each is compiled, too."""
+def new_rows(rows, columns, like):  # type: ignore[no-untyped-def]
+    """Of the dtype of an array: one way to make rows for all parts here, as each is compiled, too."""
     return np.empty((rows, columns), like.dtype)
 
 
@@ -86,13 +86,13 @@ def deliver_recurrent(block, first, low, high, T, incoming, outgoing):  # type: 
 
 @kernel(forceinline=True, allocates=True)
 def rows_of_entries(ptr, low, high, first):  # type: ignore[no-untyped-def]
-    """(1, entries): the row of the block that each entry of the rows low..high belongs to.
+    """(1, entries), int32 as ``ptr``: the row of the block that each entry of the rows low..high belongs to.
 
     Whole vectors are written and overwritten: one loop over all entries that knows their rows has no branch that
     depends on how many a row has, and such branches cost more than what they guard.
     """
     begin = ptr[low]
-    rows = room(1, ptr[high] - begin + LANES, ptr)
+    rows = new_rows(1, ptr[high] - begin + LANES, ptr)
     for r in range(low, high):
         at, end = ptr[np.uint64(r)] - begin, ptr[np.uint64(r + 1)] - begin
         k = splat(np.int32(first + r - low))
@@ -118,7 +118,8 @@ def add_rows_at(out, indices, begin, end, block, rows):  # type: ignore[no-untyp
 
 @kernel(part=True, allocates=True)
 def add_by_column(out, ptr, indices, values, low, high, block, first):  # type: ignore[no-untyped-def]
-    """``out[indices[e]] += values[e] * block[first + r - low]`` for the entries of the rows low..high; no values: ones.
+    """``out[indices[e]] += values[e] * block[first + r - low]`` for each entry e of each row r of low..high; no values:
+    ones.
 
     In the order of their columns, so that each row of ``out``, which may be larger than a cache, is read and written
     once. With two entries for each column that takes 0.7, with twenty 0.5 of the time; with one as long.
@@ -126,15 +127,15 @@ def add_by_column(out, ptr, indices, values, low, high, block, first):  # type: 
     M, begin, end = out.shape[0], ptr[low], ptr[high]
     rows = rows_of_entries(ptr, low, high, first)
     # where each column ends in that order, and until its entries have come where it begins
-    ends = room(1, M + 1, ptr)[0]
+    ends = new_rows(1, M + 1, ptr)[0]
     for m in range(M + 1):
         ends[m] = 0
     for e in range(begin, end):
         ends[np.uint64(indices[np.uint64(e)]) + np.uint64(1)] += 1
     for m in range(M):
         ends[m + 1] += ends[m]
-    owners = room(1, end - begin, ptr)[0]
-    ordered = room(1, end - begin if values.shape[0] > 0 else 0, block)[0]
+    owners = new_rows(1, end - begin, ptr)[0]
+    ordered = new_rows(1, end - begin if values.shape[0] > 0 else 0, block)[0]
     for e in range(begin, end):
         column = np.uint64(indices[np.uint64(e)])
         at = np.uint64(ends[column])

@@ -46,6 +46,9 @@ from .rows import (
 from .surrogate import surrogate_row
 
 OWN_ROWS = ROWS + 8
+"""Rows of the kernel's own: those of a step, and two each, for lam and nu, of what flows to the next step back, what it
+decays by, their sums for the bias, whose gradient so costs no pass of its own, and the sums of a sample."""
+
 PHI, ADJOINT = CHUNK, 2 * CHUNK
 """Rows of the kernel's block: for each step of a chunk u - threshold, the surrogate there, and from the last row down
 the adjoint, of as many chunks as there is room for: these are delivered together."""
@@ -117,7 +120,6 @@ def _backward_replay_linear_kernel(code: Code) -> Callable[..., Any]:
         fill_rows(rows, params, bias, subtracts)
         x, none, v, i, reset = rows[IN, :N], rows[REC, :N], rows[V, :N], rows[SYNAPTIC, :N], rows[RESET, :N]
         distance = rows[DISTANCE, :N]
-        # two rows each, of lam and nu; sums of them for the bias, whose gradient so costs no pass of its own
         flow, decay = rows[ROWS : ROWS + 2], rows[ROWS + 2 : ROWS + 4]
         sums, summed = rows[ROWS + 4 : ROWS + 6], rows[ROWS + 6 :]
         g_weight, g_bias, g_active, g_current, g_rec_weight, g_rec_bias, g_rec0 = outgoing

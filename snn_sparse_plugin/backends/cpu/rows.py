@@ -21,7 +21,7 @@ NONE, SUBTRACT, ZERO, VALUE = (RESETS.index(x) for x in ("none", "subtract", "ze
 DELAYED, IMMEDIATE, CORRECTED = (TIMINGS.index(x) for x in ("delayed", "immediate", "corrected"))
 STATE, SUM = (SCOPES.index(x) for x in ("state", "sum"))
 MEM, SYN, THRESHOLD, LEAK, RESET_VALUE = range(5)  # rows of params
-# Rows of a kernel's own, as long as padded ones of weights, as without a remainder their sum is a fifth faster: what
+# Rows of a kernel's own, padded as those of weights are, as a sum without a remainder is a fifth faster. In turn: what
 # comes in, bias, the state, what a reset subtracts, u - threshold; then the parameters.
 IN, REC, BIAS, V, SYNAPTIC, RESET, DISTANCE, OWN = range(8)
 ROWS = OWN + 5
@@ -72,8 +72,8 @@ def copy_row(out, row):  # type: ignore[no-untyped-def]
         out[j] = row[j]
 
 
-# Rows of larger arrays are indexed, not sliced: a slice is an array object and counts references at every step. The
-# indices are unsigned, so that there is no test for counting from the end.
+# Rows of larger arrays are indexed, not sliced: a slice is an array object, which counts references where its kernel
+# allocates. The indices are unsigned, so that there is no test for counting from the end.
 
 
 @kernel(forceinline=True)

@@ -30,7 +30,7 @@ from .layout import (
     ranges_of,
     zero_rows,
 )
-from .linear import backward_linear_kernel, is_linear
+from .linear import LINEAR_ROWS, backward_linear_kernel, is_linear
 from .memory import array
 from .outgoing import block_rows
 from .program_backward import backward_of
@@ -202,7 +202,7 @@ def _list(
         backward_linear_kernel(code) if is_linear(code) else backward_active_kernel(code),
         *(*samples, shared.params, array(call.v0), shared.inputs.rec_weight, shared.incoming, shared.active),
         *(shared.u, shared.phi, _block(call, samples), shared.arriving, *shared.states, outgoing),
-        zero_rows(6, call.currents, numpy_type(call.v0.dtype)),
+        zero_rows(LINEAR_ROWS, call.currents, numpy_type(call.v0.dtype)),
     )
 
 

@@ -89,16 +89,21 @@ def _are_impulses(call: LayerCall) -> bool:
     return bool((decays == decays[0]).all())
 
 
+ADDED, SWEPT = 1.75, 10.0
+"""Times of a row of W that is added, and of one that is swept, in those of :func:`_adds_less`."""
+
+
 def _adds_less(call: LayerCall, saved: Saved, needs: Needs) -> bool:
-    """Whether it costs less to add a row of W for each active entry, and one of its gradient for each event, than to
-    multiply a row of W for each active entry of the input and to sweep one for each step, as events are then added by
-    their columns, in half of the time. Numbers, weighed by their times as measured."""
-    if call.train is None or call.weight is None:
+    """Whether impulses, which add a row of W for each active entry, take less time than what is done otherwise: to
+    multiply one for each active entry of the input, and to sweep a row for each step. An event costs them more, as each
+    adds to the gradient of W by itself: that is the unit."""
+    if call.train is None:
         return True
     assert saved.active is not None
+    assert call.weight is not None
     n, m = call.weight.shape
     events = call.train.indices.numel() * n if needs.weight else 0
     swept, added, multiplied = call.B * call.T * n, 0, 0
-    if call.train.active is not None:
+    if needs.input and call.train.active is not None:
         added, multiplied = saved.active.indices.numel() * m, call.train.active.indices.numel() * n
-    return events + 1.75 * added <= multiplied + 10 * swept
+    return events + ADDED * added <= multiplied + SWEPT * swept
