@@ -22,8 +22,8 @@ from .outgoing import add_all, deliver, rows_of_entries
 from .rows import DECAY, MEM, NONE, SUBTRACT, SYN, Code, copy_row
 
 LINEAR_ROWS = 6
-"""Two each, for lam and nu: what flows to the next step back, what it decays by, and their sums, with which the gradient
-of the bias costs no pass of its own."""
+"""Two each, for lam and nu: what flows to the next step back, what it decays by, and their sums, with which the
+gradient of the bias costs no pass of its own."""
 
 
 def is_linear(code: Code) -> bool:
