@@ -120,7 +120,9 @@ def _refuse_arrays(found: Any) -> None:
     ]
     if any(map(_has_array, [found.signature.return_type, *given])):
         name = found.fndesc.qualname
-        raise TypeError(f"{name} returns an array, or calls a part that does: it has to say that it allocates")
+        raise TypeError(
+            f"{name} returns an array, or calls a part that does: it has to say that it allocates"
+        )
 
 
 def _has_array(kind: Any) -> bool:
