@@ -90,7 +90,8 @@ def _are_impulses(call: LayerCall) -> bool:
 
 
 ADDED, SWEPT = 1.75, 10.0
-"""Times of a row of W that is added, and of one that is swept, in those of :func:`_adds_less`."""
+"""Times of a row of W that is added, and of one that is swept, in those of :func:`_adds_less`: as measured with rows of
+200 and 1000, and 1 to 35 events a step."""
 
 
 def _adds_less(call: LayerCall, saved: Saved, needs: Needs) -> bool:
