@@ -9,30 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import kernel
+from .outgoing import sort_events
 from .rows import add_rows
-
-
-@kernel(allocates=True)
-def sort_events(m, low, high, ptr, indices, values):  # type: ignore[no-untyped-def]
-    """The events of some rows by column: where each column's begin, their rows, and their values if any."""
-    starts = np.zeros(m + 1, np.int32)
-    begin, end = ptr[low], ptr[high]
-    for e in range(begin, end):
-        starts[np.uint32(indices[e]) + np.uint32(1)] += 1
-    for i in range(m):
-        starts[i + 1] += starts[i]
-    filled = starts.copy()
-    rows = np.empty(end - begin, np.int32)
-    scaled = np.empty(end - begin if values.shape[0] > 0 else 0, values.dtype)
-    for r in range(low, high):
-        for e in range(ptr[r], ptr[r + 1]):
-            column = np.uint32(indices[e])
-            k = np.uint32(filled[column])
-            rows[k] = r - low
-            if scaled.shape[0] > 0:
-                scaled[k] = values[e]
-            filled[column] += 1
-    return starts, rows, scaled
 
 
 @kernel(allocates=True)
@@ -209,7 +187,7 @@ def gradient_chunk(  # type: ignore[no-untyped-def]
 def _sum_and_carry(  # type: ignore[no-untyped-def]
     b, K, at, low, carry, ptr, indices, values, zeta, eps, ebar, alive, out, nu, nu_a, nu_r, start, powers
 ):
-    starts, rows, scaled = sort_events(out.shape[0], at, at + K, ptr, indices, values)
+    starts, rows, scaled = sort_events(out.shape[0], at, at + K, 0, ptr, indices, values)
     one = nu.dtype.type(1)
     for i in range(out.shape[0]):
         some = starts[i + 1] > starts[i]

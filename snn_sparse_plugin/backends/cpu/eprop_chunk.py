@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .eprop import sort_events
 from .jit import kernel
+from .outgoing import sort_events
 from .threads import parallel, split
 
 
@@ -183,7 +183,7 @@ def _sum_and_carry(  # type: ignore[no-untyped-def]
                 for j in range(N):
                     total += abs(start[k, c, at, j])
                 acts[k, c] = total != zero
-        starts, rows, scaled = sort_events(M, b * K, b * K + K, ptr, indices, values)
+        starts, rows, scaled = sort_events(M, b * K, b * K + K, 0, ptr, indices, values)
         loss = nu[at, 0]
         for i in range(M):
             row = np.uint64(i)

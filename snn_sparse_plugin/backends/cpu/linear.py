@@ -111,7 +111,7 @@ def scatter(block, first, low, high, T, active, phi, arriving):  # type: ignore[
     g_out, g_spikes, _ = arriving
     has_out, has_spikes = g_out.shape[0] > 0, g_spikes.shape[0] > 0
     begin, end = act_ptr[low], act_ptr[high]
-    owners = rows_of_entries(act_ptr, low, high, first)
+    owners = rows_of_entries(act_ptr, act_idx, low, high, first)
     for e in range(end - begin):
         k, entry = np.uint64(owners[0, np.uint64(e)]), np.uint64(act_idx[np.uint64(begin + e)])
         g = block.dtype.type(0)

@@ -77,7 +77,7 @@ def deliver_recurrent(block, first, low, high, T, incoming, outgoing):  # type: 
             r += 1
         k = first + r - low
         if g_rec_weight.shape[0] > 0:
-            rows = rows_of_entries(out_ptr, r - 1, until - 1, k)
+            rows = rows_of_entries(out_ptr, out_idx, r - 1, until - 1, k)
             add_rows_at(g_rec_weight, out_idx, out_ptr[r - 1], out_ptr[until - 1], block, rows)
         if g_rec_bias.shape[0] > 0:
             add_all(g_rec_bias, block, k, until - r)
@@ -85,14 +85,14 @@ def deliver_recurrent(block, first, low, high, T, incoming, outgoing):  # type: 
 
 
 @kernel(forceinline=True, allocates=True)
-def rows_of_entries(ptr, low, high, first):  # type: ignore[no-untyped-def]
-    """(1, entries), int32 as ``ptr``: the row of the block that each entry of the rows low..high belongs to.
+def rows_of_entries(ptr, indices, low, high, first):  # type: ignore[no-untyped-def]
+    """(1, entries), int32 as ``indices``: the row of the block that each entry of the rows low..high belongs to.
 
     Whole vectors are written and overwritten: one loop over all entries that knows their rows has no branch that
     depends on how many a row has, and such branches cost more than what they guard.
     """
     begin = ptr[low]
-    rows = new_rows(1, ptr[high] - begin + LANES, ptr)
+    rows = new_rows(1, ptr[high] - begin + LANES, indices)
     for r in range(low, high):
         at, end = ptr[np.uint64(r)] - begin, ptr[np.uint64(r + 1)] - begin
         k = splat(np.int32(first + r - low))
@@ -117,6 +117,32 @@ def add_rows_at(out, indices, begin, end, block, rows):  # type: ignore[no-untyp
 
 
 @kernel(part=True, allocates=True)
+def sort_events(m, low, high, first, ptr, indices, values):  # type: ignore[no-untyped-def]
+    """The entries of the rows low..high by column: where those of each of the m columns begin, their rows, of which
+    ``low`` is called ``first``, and their values if any."""
+    begin, end = ptr[low], ptr[high]
+    rows = rows_of_entries(ptr, indices, low, high, first)
+    # where column c begins stands at c + 1 until its entries have come, as it is then where c + 1 begins
+    starts = new_rows(1, m + 2, indices)[0]
+    for k in range(m + 2):
+        starts[k] = 0
+    for e in range(begin, end):
+        starts[np.uint64(indices[np.uint64(e)]) + np.uint64(2)] += 1
+    for k in range(m):
+        starts[k + 2] += starts[k + 1]
+    owners = new_rows(1, end - begin, indices)[0]
+    ordered = new_rows(1, end - begin if values.shape[0] > 0 else 0, values)[0]
+    for e in range(begin, end):
+        following = np.uint64(indices[np.uint64(e)]) + np.uint64(1)
+        at = np.uint64(starts[following])
+        owners[at] = rows[0, np.uint64(e - begin)]
+        if values.shape[0] > 0:
+            ordered[at] = values[np.uint64(e)]
+        starts[following] += 1
+    return starts, owners, ordered
+
+
+@kernel(part=True, allocates=True)
 def add_by_column(out, ptr, indices, values, low, high, block, first):  # type: ignore[no-untyped-def]
     """``out[indices[e]] += values[e] * block[first + r - low]`` for each entry e of each row r of low..high; no values:
     ones.
@@ -124,31 +150,10 @@ def add_by_column(out, ptr, indices, values, low, high, block, first):  # type: 
     In the order of their columns, so that each row of ``out``, which may be larger than a cache, is read and written
     once. With two entries for each column that takes 0.7, with twenty 0.5 of the time; with one as long.
     """
-    M, begin, end = out.shape[0], ptr[low], ptr[high]
-    rows = rows_of_entries(ptr, low, high, first)
-    # where each column ends in that order, and until its entries have come where it begins
-    ends = new_rows(1, M + 1, ptr)[0]
-    for m in range(M + 1):
-        ends[m] = 0
-    for e in range(begin, end):
-        ends[np.uint64(indices[np.uint64(e)]) + np.uint64(1)] += 1
-    for m in range(M):
-        ends[m + 1] += ends[m]
-    owners = new_rows(1, end - begin, ptr)[0]
-    ordered = new_rows(1, end - begin if values.shape[0] > 0 else 0, block)[0]
-    for e in range(begin, end):
-        column = np.uint64(indices[np.uint64(e)])
-        at = np.uint64(ends[column])
-        owners[at] = rows[0, np.uint64(e - begin)]
-        if values.shape[0] > 0:
-            ordered[at] = values[np.uint64(e)]
-        ends[column] += 1
-    before = np.int32(0)
-    for m in range(M):
-        until = ends[m]
-        if until > before:
-            add_rows(out, m, block, owners, ordered, before, until)
-        before = until
+    starts, rows, ordered = sort_events(out.shape[0], low, high, first, ptr, indices, values)
+    for m in range(out.shape[0]):
+        if starts[m + 1] > starts[m]:
+            add_rows(out, m, block, rows, ordered, starts[m], starts[m + 1])
 
 
 @_inlined
